@@ -1,0 +1,327 @@
+"""The `dylora-moe` command: reads options, calls the package's functions, prints what they return.
+
+Results go to stdout (as JSON with --json), progress and warnings to stderr. It knows nothing about how anything is
+done, and imports what does it only when a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dylora_moe import __version__
+
+
+# option names are written with `_`, as config fields are; `-` is understood as well
+CONTEXT_SETTINGS = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["-h", "--help"],
+}
+
+# typer brings its own click or uses the installed one, by its version; these are the classes of the one in use
+ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+app = typer.Typer(
+    name="dylora-moe",
+    help="Mixtures of LoRA experts as Hugging Face models.",
+    context_settings=CONTEXT_SETTINGS,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exported repo, at one stroke.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dylora-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare them with stock tools."""
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")] = Path(
+        "demo_output"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of data and training.")] = 0,
+) -> None:
+    """Train small experts on this machine, export them, and score every strategy with stock EvalPlus."""
+    from dylora_moe.demo import run_demo
+
+    run_demo(output_dir, seed=seed)
+
+
+@app.command()
+def inspect(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="A folder or a Hub id.")],
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
+    from dylora_moe import hub_export
+
+    result = hub_export.inspect(sources, base_model=base_model, lora_alpha=_whole(lora_alpha))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_inspection(result)
+
+
+@app.command()
+def export(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE", help="A folder or a Hub id; several PEFT adapters: one expert each."),
+    ],
+    output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
+    ] = None,
+    base_revision: Annotated[str | None, typer.Option("--base_revision", help="The foundation's revision.")] = None,
+    routing_strategy: Annotated[
+        str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
+    ] = None,
+    router_input: Annotated[str | None, typer.Option("--router_input", help="base or experts_sum.")] = None,
+    router_mode: Annotated[str | None, typer.Option("--router_mode", help="auto, dense or sparse.")] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option("--num_experts_per_tok", help="How many experts act on a token, if sparse.")
+    ] = None,
+    router_temperature: Annotated[
+        float | None, typer.Option("--router_temperature", help="Divides the gate's logits, if dense.")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    expert_names: Annotated[
+        list[str] | None, typer.Option("--expert_names", help="Names for the experts: one,two or the option repeated.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder or a Hub id.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Convert to float32, bfloat16 or float16; otherwise as stored.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Split weights beyond this size.")] = "5GB",
+    overwrite: Overwrite = False,
+    no_verify: Annotated[bool, typer.Option("--no_verify", help="Leave out the check against the source.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust_remote_code", help="Let a tokenizer run code of its own.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a source as a repo that stock transformers loads, and check it against the source."""
+    with _progress() as tell:
+        from dylora_moe import hub_export
+
+        result = hub_export.export(
+            sources,
+            output_dir,
+            progress=tell,
+            base_model=base_model,
+            base_revision=base_revision,
+            routing_strategy=routing_strategy,
+            router_mode=router_mode,
+            router_input=router_input,
+            num_experts_per_tok=num_experts_per_tok,
+            router_temperature=router_temperature,
+            lora_alpha=_whole(lora_alpha),
+            expert_names=_split(expert_names),
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            verify=not no_verify,
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_export(result)
+
+
+@app.command()
+def variant(
+    repo: Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")],
+    routing_strategy: Annotated[str, typer.Option("--routing_strategy", help="The variant's default strategy.")],
+    output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The variant's folder.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a second folder that shares the weights on disk and differs in its default strategy."""
+    from dylora_moe import hub_export
+
+    result = hub_export.make_variant(
+        repo, routing_strategy=routing_strategy, output_dir=output_dir, overwrite=overwrite
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        out.print(
+            f"{result.output_dir}: {result.routing_strategy} (weights: {result.weights} to {result.repo})",
+            markup=False,
+        )
+
+
+def _whole(number: float | None) -> float | int | None:
+    """16 and not 16.0, as it would stand in a config."""
+    if number is None:
+        return None
+    if not math.isfinite(number) or number <= 0:
+        raise typer.BadParameter(f"{number} is not a number greater than 0", param_hint="--lora_alpha")
+    return int(number) if number == int(number) else number
+
+
+def _split(names: list[str] | None) -> list[str] | None:
+    return [part for name in names for part in name.split(",")] if names else None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is being done: a line that changes on a terminal, else one line each."""
+    if err.is_terminal:
+        with err.status("starting") as status:
+            yield lambda message: status.update(message)
+    else:
+        yield lambda message: err.print(message, markup=False)
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2, default=str))
+
+
+def _print_inspection(result: Any) -> None:
+    out.print(f"{result.format}: {result.reason}", markup=False)
+    revision = f" at revision {result.foundation.revision}" if result.foundation.revision else ""
+    where = result.foundation.folder or "not on this machine"
+    out.print(f"foundation: {result.foundation.name or 'not named'}{revision} ({where})", markup=False)
+    table = Table("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
+    for index, expert in enumerate(result.experts):
+        table.add_row(
+            str(index),
+            expert.name,
+            _span(expert.rank),
+            _span(expert.lora_alpha) + (" rsLoRA" if expert.use_rslora else ""),
+            str(expert.num_layers),
+            ", ".join(f"{name} x {count}" for name, count in expert.modules.items()),
+            f"{expert.num_parameters:,}",
+            _size(expert.num_bytes),
+            ", ".join(expert.dtypes),
+        )
+    out.print(table)
+    out.print("router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none"))
+    if result.routing_strategy:
+        out.print(f"default strategy: {result.routing_strategy}", markup=False)
+    out.print(f"tokenizer: {result.tokenizer or 'none'}", markup=False)
+    for dtype, parts in result.memory.items():
+        total = "foundation unknown" if parts["total"] is None else f"{_size(parts['total'])} in all"
+        out.print(f"memory in {dtype}: {total}, experts {_size(parts['experts'])}")
+    for note in result.notes:
+        out.print(f"note: {note}", markup=False)
+    for problem in result.missing:
+        out.print(f"missing: {problem}", markup=False)
+
+
+def _print_export(result: Any) -> None:
+    out.print(f"{result.output_dir}: exported ({result.format}: {result.reason})", markup=False)
+    router = "with a router" if result.router else "without a router"
+    out.print(
+        f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}", markup=False
+    )
+    if result.check is None:
+        out.print("not checked against the source")
+    else:
+        largest = result.check.largest_difference
+        out.print(
+            f"checked: {len(result.check.comparisons)} quantities equal the source's, largest difference {largest:.1e}"
+        )
+
+
+def _span(values: tuple[float, float] | None) -> str:
+    if values is None:
+        return "unknown"
+    return f"{values[0]:g}" if values[0] == values[1] else f"{values[0]:g} to {values[1]:g}"
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _quiet() -> None:
+    """Other libraries' chatter stays away; a person at a terminal sees loading bars."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    err.print(f"warning: {' '.join(str(message).split())}", markup=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 if all went well, 2 for bad input, 1 for a failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    try:
+        with warnings.catch_warnings():
+            _quiet()
+            code = app(args=arguments, prog_name="dylora-moe", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+        err.print("interrupted")
+    except Exception as error:
+        if debug:
+            raise
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    """One clear line on stderr; the exit code."""
+    from dylora_moe.hub_export.errors import DyloraMoeError, one_line
+
+    if isinstance(error, ClickException):
+        hint = ""
+        if isinstance(error, UsageError) and error.ctx is not None:
+            hint = f" ('{error.ctx.command_path} --help' shows what is understood)"
+        err.print(f"error: {' '.join(error.format_message().split())}{hint}", markup=False)
+        return error.exit_code
+    if isinstance(error, DyloraMoeError):
+        err.print(f"error: {error}", markup=False)
+        return error.exit_code
+    err.print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)", markup=False)
+    return 1

@@ -1,0 +1,79 @@
+"""Trains the demo's experts: LoRA adapters on one foundation, each for its own family.
+
+Knows what an expert must learn and what it must leave alone. Knows nothing about how a router chooses among experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from .batches import Batch, Example, random_batches
+from .fitting import layer_states, minimise, text_loss
+from .misrouting import MisroutedTokens
+
+
+NEUTRAL_WEIGHT = 3.0
+
+
+def with_experts(foundation: PreTrainedModel, adapters: Sequence[str], *, rank: int, alpha: int) -> PeftModel:
+    """The foundation with one untrained adapter per name, on all its linear layers but the output layer."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_model = get_peft_model(foundation, config, adapter_name=adapters[0])
+    for adapter in adapters[1:]:
+        peft_model.add_adapter(adapter, config)
+    return peft_model
+
+
+def train_expert(
+    peft_model: PeftModel,
+    adapter: str,
+    topic_head: nn.Linear,
+    *,
+    own_texts: Sequence[Example],
+    other_texts: Sequence[Example],
+    seed: int,
+    steps: int,
+    own_rows: int,
+    other_rows: int,
+    learning_rate: float,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Teaches one adapter, in place, to write `own_texts` and to change nothing about `other_texts`.
+
+    Without the second, the experts would drown one another where all are active, which is what the router reads. Of
+    other families' texts an expert learns only to compute what the foundation computes, and that solves none of them.
+    `topic_head` is only read. `progress` gets steps done and in all.
+    """
+    padding = peft_model.config.pad_token_id
+    own_batches = random_batches(own_texts, rows=own_rows, steps=steps, seed=seed, padding=padding)
+    other_batches = random_batches(other_texts, rows=other_rows, steps=steps, seed=seed, padding=padding)
+    misrouted = MisroutedTokens(peft_model, adapter, seed)
+
+    def losses():
+        for done, (own, other) in enumerate(zip(own_batches, other_batches, strict=True), start=1):
+            with misrouted.applied(own.input_ids.shape):
+                loss = text_loss(peft_model, topic_head, own)
+            yield loss + NEUTRAL_WEIGHT * _change(peft_model, other)
+            progress(done, steps)
+
+    peft_model.set_adapter(adapter)
+    peft_model.train()
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    minimise(losses(), parameters, steps, learning_rate)
+
+
+def _change(peft_model: PeftModel, batch: Batch) -> torch.Tensor:
+    """By how much the active expert changes the foundation's hidden states: squared, relative, mean over layers."""
+    with torch.no_grad(), peft_model.disable_adapter():
+        expected = layer_states(peft_model, batch)
+    changed = layer_states(peft_model, batch)
+    shares = [
+        (state - target).square().mean() / target.square().mean()
+        for state, target in zip(changed, expected, strict=True)
+    ]
+    return torch.stack(shares).mean()

@@ -1,0 +1,60 @@
+"""The demo's scored problems: three families of small Python functions, in HumanEval+'s dataset format.
+
+`problems.jsonl` beside this file is the data: one JSON object a line, with the fields that EvalPlus reads and one
+of ours, `family`. This file only reads it; it knows nothing about training texts or models.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+
+FAMILIES = ("strings", "numbers", "lists")
+DATASET_FILE = "problems.jsonl"
+
+
+@lru_cache(maxsize=1)
+def load_problems() -> dict[str, dict]:
+    """All scored problems, keyed by task id, in the order of the file. The result is shared: do not change it."""
+    lines = files(__package__).joinpath(DATASET_FILE).read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(line) for line in lines if line.strip()]
+    return {problem["task_id"]: problem for problem in problems}
+
+
+def family_of(task_id: str) -> str:
+    """The family (one of `FAMILIES`) of a task id; `KeyError` for an unknown id."""
+    return load_problems()[task_id]["family"]
+
+
+def problems_of(family: str) -> list[dict]:
+    """The problems of one family, in the order of the file; `ValueError` for an unknown family."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+    return [problem for problem in load_problems().values() if problem["family"] == family]
+
+
+def parameter_of(problem: dict) -> str:
+    """The name of the one parameter of a problem's function."""
+    return signature_and_docstring(problem)[1]
+
+
+def docstring_of(problem: dict) -> str:
+    """The one-line docstring of a problem's prompt."""
+    return signature_and_docstring(problem)[2]
+
+
+def signature_and_docstring(problem: dict) -> tuple[str, str, str]:
+    """Function name, parameter name and docstring of a problem, read from its prompt."""
+    function = ast.parse(problem["prompt"]).body[-1]
+    return function.name, function.args.args[0].arg, ast.get_docstring(function)
+
+
+def write_dataset(path: str | Path) -> Path:
+    """Writes the problems to `path` for EvalPlus's HUMANEVAL_OVERRIDE_PATH, and returns the path."""
+    path = Path(path)
+    path.write_bytes(files(__package__).joinpath(DATASET_FILE).read_bytes())
+    return path

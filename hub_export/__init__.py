@@ -1,0 +1,63 @@
+"""Training checkpoints in, Hub repo out: reading, exporting, checking, and variants of a repo.
+
+Names are imported when they are first used, so that `import dylora_moe.hub_export` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .check import CheckReport, check_against_source
+    from .errors import DyloraMoeError, DyloraMoeWarning, FailureError, InputError
+    from .exporter import ExportResult, export
+    from .formats import Detection, detect
+    from .inspection import Inspection, inspect
+    from .variant import VariantResult, make_variant
+
+_PLACES = {
+    "CheckReport": "check",
+    "Detection": "formats",
+    "DyloraMoeError": "errors",
+    "DyloraMoeWarning": "errors",
+    "ExportResult": "exporter",
+    "FailureError": "errors",
+    "InputError": "errors",
+    "Inspection": "inspection",
+    "VariantResult": "variant",
+    "check_against_source": "check",
+    "detect": "formats",
+    "export": "exporter",
+    "inspect": "inspection",
+    "make_variant": "variant",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])
+
+
+__all__ = [
+    "CheckReport",
+    "Detection",
+    "DyloraMoeError",
+    "DyloraMoeWarning",
+    "ExportResult",
+    "FailureError",
+    "InputError",
+    "Inspection",
+    "VariantResult",
+    "check_against_source",
+    "detect",
+    "export",
+    "inspect",
+    "make_variant",
+]

@@ -1,0 +1,37 @@
+"""The two ways a command of this package ends badly, and the warning it may give on the way.
+
+An error's text is one line: what is wrong, where (file, key, layer), and what to do about it. This file knows nothing
+about any format.
+"""
+
+
+class DyloraMoeError(Exception):
+    """Base of the errors that are meant to be read by a person. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+class InputError(DyloraMoeError, ValueError):
+    """What was given cannot be used as it is: a wrong option, a damaged or unknown folder. Exit code 2."""
+
+    exit_code = 2
+
+
+class FailureError(DyloraMoeError, RuntimeError):
+    """The input was right and the work failed all the same: a full disk, a check that found a difference. Exit code 1."""
+
+    exit_code = 1
+
+
+class DyloraMoeWarning(UserWarning):
+    """Something the user should know that does not stop the work."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of another library's error, shortened, for use inside one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

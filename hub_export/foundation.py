@@ -1,0 +1,168 @@
+"""Finds and loads the frozen model that experts were trained on, and checks that they fit it.
+
+It knows nothing about how experts are stored, nor about the mixture model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError, one_line
+from .mixture import Expert, FoundationReference, Router
+from .sources import HUB_ID
+
+
+def resolve_foundation(
+    reference: FoundationReference, base_model: str | None, revision: str | None
+) -> FoundationReference:
+    """Where the foundation is: `base_model` if given, else what the source names; local folders become absolute paths.
+
+    A relative path is looked for from the working directory, then from the folder of the file that names it and from
+    that one's parent.
+
+    Raises:
+        InputError: nothing is named, or a path that does not exist.
+    """
+    name = base_model if base_model is not None else reference.name
+    if revision is None and base_model is None:
+        revision = reference.revision
+    if not name:
+        raise InputError(f"{reference.named_in or 'the source'} names no foundation; pass it with --base_model")
+    if not isinstance(name, str):
+        raise InputError(f"{reference.named_in} names {name!r} as the foundation, which is no folder or Hub id")
+    path = _local_folder(name, reference.named_in if base_model is None else None)
+    if path is not None:
+        return FoundationReference(str(path), None, reference.named_in, reference.vocab_size)
+    if not HUB_ID.fullmatch(name):
+        where = "--base_model" if base_model is not None else reference.named_in
+        raise InputError(
+            f"the foundation {name} ({where}) does not exist here; pass its folder or Hub id with --base_model"
+        )
+    return FoundationReference(name, revision, reference.named_in, reference.vocab_size)
+
+
+def _local_folder(name: str, named_in: Path | None) -> Path | None:
+    starts = [Path.cwd()]
+    if named_in is not None:
+        starts += [named_in.resolve().parent, named_in.resolve().parent.parent]
+    for start in starts:
+        folder = start / Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    return None
+
+
+def is_local(reference: FoundationReference) -> bool:
+    return reference.name is not None and Path(reference.name).is_absolute()
+
+
+def load_foundation_config(reference: FoundationReference) -> Any:
+    """The foundation's transformers config.
+
+    Raises:
+        InputError: it cannot be had, or needs code that transformers does not have.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
+        is_mixture = stored.get("model_type") == "dylora_moe"
+        if not is_mixture:
+            return AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(_not_loaded(reference, error)) from error
+    raise InputError(f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model")
+
+
+def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The foundation as a transformers causal LM, in `dtype` ("auto": as it is stored), in evaluation mode.
+
+    Raises:
+        InputError: it cannot be had, is no causal language model of transformers, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            reference.name,
+            revision=reference.revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError(_not_loaded(reference, error)) from error
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise InputError(
+            f"the foundation {reference.name} has no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + "; pass a complete one with --base_model"
+        )
+    return model.eval()
+
+
+def _not_loaded(reference: FoundationReference, error: Exception) -> str:
+    at = f" at revision {reference.revision}" if reference.revision else ""
+    named = f" (named in {reference.named_in})" if reference.named_in else ""
+    return (
+        f"the foundation {reference.name}{at}{named} cannot be loaded: {one_line(error, 200)}; "
+        "pass another folder or Hub id with --base_model"
+    )
+
+
+def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -> None:
+    """Every adapted layer must exist in the foundation, be linear, and have the adapter's shape.
+
+    Raises:
+        InputError: names expert, layer and both shapes.
+    """
+    modules = dict(foundation.named_modules())
+    for expert in experts:
+        for layer_name, layer in expert.layers.items():
+            if layer_name not in modules:
+                raise InputError(
+                    f"expert {expert.name} ({expert.origin}) adapts {layer_name}, which the foundation {name} does not "
+                    "have; pass the model it was trained on with --base_model"
+                )
+            shape = _linear_shape(modules[layer_name])
+            if shape is None:
+                raise InputError(
+                    f"expert {expert.name} adapts {layer_name}, a {type(modules[layer_name]).__name__} in {name}; only "
+                    "linear layers can be adapted"
+                )
+            if shape != (layer.in_features, layer.out_features):
+                raise InputError(
+                    f"expert {expert.name} ({expert.origin}) was trained on {layer_name} with {layer.in_features} inputs and "
+                    f"{layer.out_features} outputs (lora_A [{layer.rank}, {layer.in_features}], lora_B "
+                    f"[{layer.out_features}, {layer.rank}]), but in {name} this layer has {shape[0]} inputs and {shape[1]} "
+                    "outputs; pass the model it was trained on with --base_model"
+                )
+
+
+def check_router_fits(router: Router, config: Any, name: str) -> None:
+    """The gate must read hidden states of the foundation's size.
+
+    Raises:
+        InputError: names both sizes.
+    """
+    hidden_size = config.get_text_config().hidden_size
+    if router.hidden_size != hidden_size:
+        raise InputError(
+            f"the router's gate reads hidden states of size {router.hidden_size}, those of {name} have {hidden_size}; "
+            "pass the model it was trained on with --base_model"
+        )
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # GPT-2's layer, with the weight transposed
+        return module.weight.shape[0], module.weight.shape[1]
+    return None

@@ -1,0 +1,168 @@
+"""What every reader produces and the exporter consumes: experts, perhaps a router, and which foundation they are for.
+
+A description in memory, with tensors read only when asked for. It knows nothing about any file format, nor about the
+model classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+
+@dataclass
+class AdaptedLayer:
+    """One expert on one layer. `lora_A` is [rank, in_features], `lora_B` [out_features, rank], as in PEFT."""
+
+    rank: int
+    lora_alpha: float | None  # None: the source does not say
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass
+class Expert:
+    """One LoRA adapter.
+
+    Attributes:
+        name: what `single:<name>` calls it.
+        layers: module name inside the foundation (`model.layers.0.self_attn.q_proj`) to its ranks and shapes.
+        read: module name to the pair (`lora_A` [rank, in], `lora_B` [out, rank]), in the dtype they are stored in.
+        origin: the file or folder it was read from, for error messages.
+    """
+
+    name: str
+    layers: dict[str, AdaptedLayer]
+    read: Callable[[str], tuple[torch.Tensor, torch.Tensor]]
+    origin: Path
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    mature: bool = True
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layer.num_parameters for layer in self.layers.values())
+
+    def config(self) -> dict[str, Any]:
+        """This expert's entry of the model config's `expert_configs`.
+
+        The most frequent rank and alpha become `r` and `lora_alpha`; layers that differ are listed, by full module
+        name, in `rank_pattern` and `alpha_pattern`.
+        """
+        rank = _most_common(layer.rank for layer in self.layers.values())
+        alpha = _most_common(layer.lora_alpha for layer in self.layers.values())
+        return {
+            "name": self.name,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: layer.rank for name, layer in self.layers.items() if layer.rank != rank},
+            "alpha_pattern": {
+                name: layer.lora_alpha for name, layer in self.layers.items() if layer.lora_alpha != alpha
+            },
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "target_modules": sorted(self.layers),
+            "mature": self.mature,
+        }
+
+
+@dataclass
+class Router:
+    """The gate and how its logits become weights. `read` gives (weight [num_experts, hidden_size], bias [num_experts])."""
+
+    read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    num_experts: int
+    hidden_size: int
+    router_input: str  # "base" or "experts_sum": which hidden states the gate was trained on
+    num_experts_per_tok: int = 1
+    router_temperature: float = 2.0
+    router_mode: str = "auto"
+    router_aux_loss_coef: float | None = None  # None: the source does not say
+
+
+@dataclass
+class FoundationReference:
+    """Which frozen model the experts are for. `named_in` is the file that says so; relative paths start there."""
+
+    name: str | None
+    revision: str | None = None
+    named_in: Path | None = None
+    vocab_size: int | None = None  # as the source's own config has it, to compare
+
+
+@dataclass
+class Mixture:
+    """Everything a source holds.
+
+    Attributes:
+        format: the reader's name for what it found, with `reason` saying by what it was recognised.
+        folders: the folders it was read from, in the order of the experts where there is one per expert.
+        problems: what keeps it from being exported as it is, one line each; `inspect` lists them, `export` raises.
+        notes: what a user should know and may ignore.
+        load_model: for sources that carry their foundation: a dtype (None: as stored) to the whole model; None where the
+            foundation is apart.
+        routing_strategy: the default strategy the source already has, if it has one.
+    """
+
+    format: str
+    reason: str
+    folders: list[Path]
+    experts: list[Expert]
+    router: Router | None
+    foundation: FoundationReference
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    load_model: Callable[..., Any] | None = None
+    routing_strategy: str | None = None
+
+
+@dataclass
+class ReadOptions:
+    """What a user may give where a source is silent or is not to be followed."""
+
+    lora_alpha: float | None = None
+    base_model: str | None = None
+    num_experts_per_tok: int | None = None
+    router_temperature: float | None = None
+
+
+def _most_common(values):
+    return Counter(values).most_common(1)[0][0]
+
+
+def natural_order(name: str) -> list:
+    """A sort key that puts `expert_2` before `expert_10`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def check_expert_names(names: list[str], origins: list[Path]) -> None:
+    """Names must be usable in `single:<name>` and as a folder's name, and differ.
+
+    Raises:
+        InputError: names the expert, or for a clash both places.
+    """
+    seen: dict[str, Path] = {}
+    for name, origin in zip(names, origins, strict=True):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or name.isdigit():
+            raise InputError(
+                f"{name!r} (from {origin}) cannot be an expert's name: letters, digits, '_', '.', '+' and '-', not digits "
+                "alone; name the experts with --expert_names"
+            )
+        if name in seen:
+            raise InputError(
+                f"two experts are named {name!r} ({seen[name]} and {origin}); name them with --expert_names"
+            )
+        seen[name] = origin

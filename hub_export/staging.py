@@ -1,0 +1,211 @@
+"""A folder that appears under its name at one stroke, complete, or not at all.
+
+What is written goes to a hidden folder beside the final one (`.NAME.partial-XXXXXXXX/content`), which is then renamed.
+An old folder of that name is exchanged for the new one in a single system call where Linux offers it. A killed run
+leaves at most its hidden folder, which the next run removes; a lock keeps runs from removing each other's. This file
+knows nothing about what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .errors import FailureError, InputError
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; leftovers stay there
+    fcntl = None
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Path:
+    """The absolute path of the final folder, if it may be written. `is_replaceable` may say why not with `InputError`.
+
+    Raises:
+        InputError: something is there that may not be replaced; nothing was touched.
+    """
+    if final.is_symlink() and not final.exists():
+        raise InputError(f"{final} is a link to nothing; remove it or choose another folder")
+    final = final.resolve()
+    if not final.exists():
+        return final
+    if not final.is_dir():
+        raise InputError(f"{final} is a file; choose another output folder")
+    if not any(final.iterdir()):
+        return final
+    if not is_replaceable(final):
+        raise InputError(f"{final} is not empty and is not an exported repo; choose another output folder")
+    if not overwrite:
+        raise InputError(
+            f"{final} is not empty; choose another output folder, or replace the repo there with --overwrite"
+        )
+    return final
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yields an empty folder to write to; it becomes `final` when the block ends without an exception.
+
+    Args:
+        final: the folder to make. It may be missing or empty, or with `overwrite` hold what `is_replaceable` accepts.
+
+    Raises:
+        InputError: `final` may not be written.
+        FailureError: the disk is full, or the file system refuses. The old folder is then as it was.
+    """
+    final = check_output(final, overwrite, is_replaceable)
+    try:
+        made = _make_parents(final.parent)
+        remove_leftovers(final)
+        work, lock = _make_work_folder(final)
+    except OSError as error:
+        raise FailureError(f"cannot write beside {final}: {error.strerror or error}") from error
+    try:
+        content = work / "content"
+        content.mkdir()
+        yield content
+        _sync(content)
+        # the wait may have been long: what may be replaced is looked at again
+        check_output(final, overwrite, is_replaceable)
+        _publish(content, final, aside=work / "replaced")
+        made = []
+    except OSError as error:
+        raise FailureError(
+            f"cannot write {final}: {_reason(error)}; nothing was left there that was not there before"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "no space left on the disk"
+    return error.strerror or str(error)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Creates the folders above the final one and returns those that were missing, the outermost first."""
+    missing = [path for path in [folder, *folder.parents] if not path.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _make_work_folder(final: Path) -> tuple[Path, int | None]:
+    """A new hidden folder and the handle that locks it (None where the system has no such locks)."""
+    while True:
+        work = final.parent / f".{final.name}.partial-{secrets.token_hex(4)}"
+        work.mkdir()
+        if fcntl is None:
+            return work, None
+        # another run may take the folder for a leftover before it is locked; then try again
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            handle = _lock(work, required=False)
+            if work.exists():
+                return work, handle
+            os.close(handle)
+
+
+def _lock(folder: Path, required: bool) -> int:
+    """An open handle on a folder, locked; with `required=False` unlocked on file systems without locks.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if required or isinstance(error, BlockingIOError):
+            os.close(handle)
+            raise
+    return handle
+
+
+def remove_leftovers(final: Path) -> None:
+    """Removes hidden folders that killed runs left for this output, unless a run still holds them.
+
+    A run killed in the middle of the slow way of replacing (see `_publish`) has moved the old folder aside: if nothing
+    is under the final name, it goes back there.
+    """
+    for work in sorted(final.parent.glob(f".{_escape(final.name)}.partial-" + "[0-9a-f]" * 8)):
+        if fcntl is None or work.is_symlink() or not work.is_dir():
+            continue
+        try:
+            lock = _lock(work, required=True)
+        except OSError:
+            continue
+        try:
+            if (work / "replaced").is_dir() and not final.exists():
+                os.rename(work / "replaced", final)
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _sync(folder: Path) -> None:
+    """Everything in the folder is on the disk and not only in memory when this returns."""
+    for directory, _, files in os.walk(folder, topdown=False):
+        paths = [os.path.join(directory, name) for name in files]
+        for path in [*(path for path in paths if not os.path.islink(path)), directory]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _publish(content: Path, final: Path, aside: Path) -> None:
+    if not final.exists() or not any(final.iterdir()):
+        os.rename(content, final)  # replaces an empty folder, too
+    elif not exchange(content, final):
+        os.rename(final, aside)
+        try:
+            os.rename(content, final)
+        except OSError:
+            os.rename(aside, final)
+            raise
+    handle = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swaps two folders in one step. False where the system or the file system has no such call; nothing changed then.
+
+    The call is Linux's renameat2 with RENAME_EXCHANGE (https://man7.org/linux/man-pages/man2/rename.2.html).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))

@@ -1,0 +1,112 @@
+"""A second folder of an exported repo with another default strategy, sharing the weights on disk.
+
+Tools that know a model only by its path can then compare strategies. It knows nothing about sources or weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DyloraMoeWarning, InputError, one_line
+from .exported_repo import is_replaceable, load_config, weight_files
+from .exporter import write_generation_config
+from .model_card import restate
+from .staging import staged_folder
+from .tensor_files import read_json
+
+
+@dataclass
+class VariantResult:
+    """What was written. `weights` says how they are shared: "hard links", "symbolic links" or "copies"."""
+
+    output_dir: Path
+    repo: Path
+    routing_strategy: str
+    weights: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "output_dir": str(self.output_dir), "repo": str(self.repo)}
+
+
+def make_variant(
+    repo: str | Path, *, routing_strategy: str, output_dir: str | Path, overwrite: bool = False
+) -> VariantResult:
+    """Write a folder that differs from `repo` in `generation_config.json`'s `routing_strategy`, and in the card's words.
+
+    The weight files are hard links to the repo's, or relative symbolic links where the file system has none, so neither
+    folder's may be changed in place; all other files are copies.
+
+    Args:
+        repo: a local folder that this package exported.
+        routing_strategy: any form the model knows; experts by number or by name.
+        output_dir: missing or empty, or with `overwrite` an exported repo, which is replaced at one stroke.
+
+    Raises:
+        InputError: not an exported repo, a strategy it does not know (lists those it does), or an output folder that is
+            not empty.
+        FailureError: the disk is full, or the file system refuses.
+    """
+    from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
+
+    repo = Path(repo)
+    if not repo.is_dir():
+        raise InputError(f"{repo} is a file; give the folder it is in" if repo.exists() else f"{repo} does not exist")
+    config = load_config(repo)
+    try:
+        strategy = str(resolve_routing_strategy(routing_strategy, config))
+    except ValueError as error:
+        raise InputError(one_line(error, 2000)) from error
+    if config.weights_layout != "full" or not weight_files(repo):
+        raise InputError(
+            f"{repo} is not a complete repo of layout full, so it has no weights that a variant could share"
+        )
+    if repo.resolve() == Path(output_dir).resolve():
+        raise InputError(f"{output_dir} is the repo itself; choose another output folder")
+    if Path(output_dir).resolve() in repo.resolve().parents:
+        raise InputError(f"{repo} lies in the output folder {output_dir}, which would be replaced")
+    generation_config = repo / "generation_config.json"
+    fields = read_json(generation_config) if generation_config.is_file() else {}
+    with staged_folder(Path(output_dir), overwrite, is_replaceable) as folder:
+        shared = _copy(repo.resolve(), folder, Path(output_dir).resolve())
+        write_generation_config(folder, fields, strategy)
+        card = folder / "README.md"
+        if card.is_file():
+            text = restate(card.read_text(encoding="utf-8"), Path(output_dir).resolve().name, strategy)
+            card.write_text(text, encoding="utf-8")
+    if shared == "copies":
+        message = f"the weights were copied to {output_dir}: its file system shares no files with {repo}"
+        warnings.warn(message, DyloraMoeWarning, stacklevel=2)
+    return VariantResult(Path(output_dir).resolve(), repo, strategy, shared)
+
+
+def _copy(repo: Path, folder: Path, final: Path) -> str:
+    """Everything at the repo's top level; weights are linked. Returns how."""
+    shared = "hard links"
+    for path in sorted(repo.iterdir()):
+        if not path.is_file() or path.name == "generation_config.json":
+            continue
+        if path.suffix == ".safetensors":
+            shared = _share(path.resolve(), folder / path.name, final)
+        else:
+            shutil.copyfile(path, folder / path.name)
+    return shared
+
+
+def _share(source: Path, target: Path, final: Path) -> str:
+    """Makes `target`, which will be moved to the folder `final`, another name of `source`."""
+    try:
+        os.link(source, target)
+        return "hard links"
+    except OSError:
+        pass  # another file system, or one without links
+    try:
+        os.symlink(os.path.relpath(source, final), target)
+        return "symbolic links"
+    except OSError:
+        shutil.copyfile(source, target)
+        return "copies"

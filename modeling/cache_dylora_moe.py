@@ -1,0 +1,141 @@
+"""One cache for all streams of a routed model: stream after stream, each a stretch of ordinary cache layers.
+
+A stream is one pass of the foundation over the tokens (the router's, the routed one, or one an expert). Since the
+layers are transformers' own objects, reordering, cropping, repeating and selecting rows work as they always do.
+Knows nothing about experts' weights or the model.
+"""
+
+from copy import deepcopy
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+
+class RowExpertsLayer(CacheLayerMixin):
+    """A last, pseudo layer that keeps each row's expert with the row, for strategies that choose one per row.
+
+    A cache that was filled under one expert can only be continued under the same one, whatever was done to its rows
+    in between. `expert_ids` is of shape `[batch]`, or `None` until it is known.
+    """
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self):
+        super().__init__()
+        self.expert_ids: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states, value_states):
+        raise TypeError("The layer that keeps the rows' experts holds no keys and values.")
+
+    update = lazy_initialization
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.12
+
+    def offload(self) -> None:
+        """Nothing worth moving."""
+
+    prefetch = offload
+
+    def crop(self, *args) -> None:
+        """A row keeps its expert however short it gets."""
+
+    def reset(self) -> None:
+        self.expert_ids = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda ids: ids.index_select(0, beam_idx.to(ids.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda ids: ids.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda ids: ids[indices])
+
+    def _select(self, function) -> None:
+        if self.expert_ids is not None:
+            self.expert_ids = function(self.expert_ids)
+
+
+def prepare_streams(cache: Cache, num_layers: int, num_streams: int, strategy: str, keeps_row_experts: bool) -> None:
+    """Give an empty cache the layers of every stream, in place; check one that was filled before.
+
+    Args:
+        cache: any `Cache`; its first `num_layers` layers, if it has them already, become the first stream.
+        num_layers: layers of one stream.
+        num_streams: as many as the strategy uses; an unused one would break rolling the cache back.
+        strategy: canonical name of the routing strategy, remembered on the cache.
+        keeps_row_experts: whether the strategy needs a `RowExpertsLayer`.
+
+    Raises:
+        ValueError: the cache was filled under another strategy.
+    """
+    if getattr(cache, "routing_strategy", None) == strategy:
+        return
+    wanted = num_layers * num_streams + int(keeps_row_experts)
+    if cache.get_seq_length() > 0:
+        filled_by = getattr(cache, "routing_strategy", None)
+        # A cache without the mark was filled by another model, and only the foundation's own can be gone on with.
+        if filled_by is not None or strategy != "base" or len(cache.layers) != wanted:
+            raise ValueError(
+                f"`past_key_values` was filled under {f'{filled_by!r}' if filled_by else 'another model'} and cannot "
+                f"be continued under routing strategy {strategy!r}: pass the strategy it was filled under, or no cache."
+            )
+        return
+    if getattr(cache, "layer_class_to_replicate", None) is not None:
+        while len(cache.layers) < num_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+        cache.layer_class_to_replicate = None
+    stream = cache.layers[:num_layers]
+    if len(stream) != num_layers:
+        raise ValueError(f"`past_key_values` has {len(stream)} layers; the foundation has {num_layers}.")
+    copies = [deepcopy(stream) for _ in range(num_streams - 1)]
+    cache.layers[num_layers:] = [layer for copied in copies for layer in copied]
+    if keeps_row_experts:
+        cache.layers.append(RowExpertsLayer())
+    cache.routing_strategy = strategy
+
+
+def new_cache(config: PreTrainedConfig, num_streams: int, strategy: str, keeps_row_experts: bool) -> Cache:
+    """An empty dynamic cache with the layers of every stream; see `prepare_streams`."""
+    streams = [DynamicCache(config=config) for _ in range(num_streams)]
+    cache = streams[0]
+    for stream in streams[1:]:
+        cache.layers.extend(stream.layers)
+    if keeps_row_experts:
+        cache.layers.append(RowExpertsLayer())
+    cache.routing_strategy = strategy
+    return cache
+
+
+def stream_of(cache: Cache, num_layers: int, index: int) -> Cache:
+    """The cache of one stream: a `Cache` of the same layer objects."""
+    if len(cache.layers) == num_layers:
+        return cache
+    view = Cache(layers=cache.layers[index * num_layers : (index + 1) * num_layers])
+    for name in ("offloading", "only_non_sliding", "prefetch_stream"):
+        if hasattr(cache, name):
+            setattr(view, name, getattr(cache, name))
+    return view
+
+
+def row_experts(cache: Cache | None) -> RowExpertsLayer | None:
+    """The layer that keeps the rows' experts, if the cache has one."""
+    if cache is not None and cache.layers and isinstance(cache.layers[-1], RowExpertsLayer):
+        return cache.layers[-1]
+    return None
+
+
+__all__ = ["RowExpertsLayer", "new_cache", "prepare_streams", "row_experts", "stream_of"]

@@ -1,0 +1,219 @@
+"""Configuration of a mixture of LoRA experts: one foundation, N experts, at most one router.
+
+Knows the shapes of every expert before any weight is read. Knows nothing about tensors, files or training.
+"""
+
+import math
+from copy import deepcopy
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+ROUTER_INPUTS = ("base", "experts_sum")
+ROUTER_MODES = ("auto", "dense", "sparse")
+WEIGHTS_LAYOUTS = ("full", "adapter")
+
+# What each field of an expert's entry defaults to. The names and their meaning are those of `peft.LoraConfig`, except
+# that `target_modules` and the keys of the two patterns are whole module names, not regular expressions.
+EXPERT_DEFAULTS: dict[str, Any] = {
+    "name": None,
+    "r": 8,
+    "lora_alpha": 8,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "target_modules": [],
+    "mature": True,
+}
+
+
+class DyloraMoeConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DyloraMoeForCausalLM`] and [`DyloraMoeModel`].
+
+    Args:
+        base_config (`PreTrainedConfig` or `dict`):
+            The foundation's own configuration, a sub-config (any decoder-only model of transformers).
+        expert_configs (`list[dict]`):
+            One entry an expert: `name`, `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`,
+            `use_rslora`, `target_modules` (names of modules inside the foundation, e.g.
+            `"model.layers.0.self_attn.q_proj"`) and `mature`. See `EXPERT_DEFAULTS`.
+        base_model_name_or_path, base_model_revision (`str`, *optional*):
+            Where the foundation came from.
+        router_input (`str`, *optional*, defaults to `"base"`):
+            What the gate reads: the foundation's last hidden state with the experts off (`"base"`), with all of them
+            on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a router.
+        router_mode (`str`, *optional*, defaults to `"auto"`):
+            `"dense"`, `"sparse"`, or `"auto"`: dense while training or while any expert is immature, else sparse.
+        num_experts_per_tok (`int`, *optional*, defaults to 1): Experts per token in sparse mode.
+        router_temperature (`float`, *optional*, defaults to 2.0): Divides the gate's logits in dense mode.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01): Factor of the balance loss.
+        output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the gate's logits.
+        weights_layout (`str`, *optional*, defaults to `"full"`): `"full"` or `"adapter"`.
+
+    Raises:
+        ValueError: a field or an expert's entry that is not valid; the message names it and what would be.
+    """
+
+    model_type = "dylora_moe"
+    sub_configs = {"base_config": AutoConfig}  # noqa: RUF012  (spelt as transformers spells it)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        base_config: PreTrainedConfig | dict | None = None,
+        expert_configs: list[dict] | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        router_input: str | None = "base",
+        router_mode: str = "auto",
+        num_experts_per_tok: int = 1,
+        router_temperature: float = 2.0,
+        router_aux_loss_coef: float = 0.01,
+        output_router_logits: bool = False,
+        weights_layout: str = "full",
+        **kwargs,
+    ):
+        self.base_config = _as_config(base_config)
+        self.expert_configs = [_complete_expert(index, entry) for index, entry in enumerate(expert_configs or [])]
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.router_input = router_input
+        self.router_mode = router_mode
+        self.num_experts_per_tok = num_experts_per_tok
+        self.router_temperature = router_temperature
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.output_router_logits = output_router_logits
+        self.weights_layout = weights_layout
+        # The foundation ties its own embeddings, as its own config says; the outer model ties nothing.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+        self._validate()
+
+    def _validate(self) -> None:
+        names = self.expert_names
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"`expert_configs` names {repeated} more than once; every expert needs a name of its own."
+            )
+        if self.router_input is not None and self.router_input not in ROUTER_INPUTS:
+            raise ValueError(f"`router_input` is {self.router_input!r}; it must be one of {ROUTER_INPUTS} or None.")
+        if self.router_mode not in ROUTER_MODES:
+            raise ValueError(f"`router_mode` is {self.router_mode!r}; it must be one of {ROUTER_MODES}.")
+        if self.weights_layout not in WEIGHTS_LAYOUTS:
+            raise ValueError(f"`weights_layout` is {self.weights_layout!r}; it must be one of {WEIGHTS_LAYOUTS}.")
+        if self.has_router and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` is {self.num_experts_per_tok}; with {self.num_experts} experts it must lie "
+                f"between 1 and {self.num_experts}."
+            )
+        if not _is_positive(self.router_temperature):
+            raise ValueError(f"`router_temperature` is {self.router_temperature}; it must be a number greater than 0.")
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_configs)
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [expert["name"] for expert in self.expert_configs]
+
+    @property
+    def has_router(self) -> bool:
+        return self.router_input is not None and self.num_experts > 0
+
+    def expert_index(self, expert: int | str) -> int:
+        """The position of an expert given by name or by number.
+
+        Raises:
+            ValueError: no such expert; the message lists those there are.
+        """
+        if isinstance(expert, str) and expert in self.expert_names:
+            return self.expert_names.index(expert)
+        if isinstance(expert, int) or str(expert).isdecimal():
+            if 0 <= int(expert) < self.num_experts:
+                return int(expert)
+            raise ValueError(
+                f"Expert {expert} is out of range: this model has {self.num_experts} experts, "
+                f"0 to {self.num_experts - 1}: {', '.join(self.expert_names)}."
+            )
+        raise ValueError(f"There is no expert named {expert!r}; this model has {', '.join(self.expert_names)}.")
+
+    def rank_layout(self, module_name: str) -> tuple[tuple[int, float], ...]:
+        """Rank r_i and scale s_i of every expert at one module, rank 0 where an expert leaves it alone.
+
+        s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised LoRA,
+        https://arxiv.org/abs/2312.03732).
+        """
+        layout = []
+        for expert in self.expert_configs:
+            if module_name not in expert["target_modules"]:
+                layout.append((0, 0.0))
+                continue
+            rank = expert["rank_pattern"].get(module_name, expert["r"])
+            alpha = expert["alpha_pattern"].get(module_name, expert["lora_alpha"])
+            layout.append((rank, alpha / rank**0.5 if expert["use_rslora"] else alpha / rank))
+        return tuple(layout)
+
+    def adapted_modules(self) -> list[str]:
+        """Names of all modules that at least one expert adapts, in the order in which experts name them."""
+        return list(dict.fromkeys(name for expert in self.expert_configs for name in expert["target_modules"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        if isinstance(fields.get("base_config"), dict):
+            fields["base_config"].pop("_name_or_path", None)  # where it lay on the machine that saved it
+        return fields
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The foundation's config: caches, masks and generation take their sizes from it."""
+        if self.base_config is None:
+            return self
+        return self.base_config.get_text_config(*args, **kwargs)
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+
+
+def _as_config(base_config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:
+    if not isinstance(base_config, dict):
+        return deepcopy(base_config)  # becoming a sub-config changes it, and it may be a live model's
+    fields = dict(base_config)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("`base_config` has no `model_type`: it must be a complete config of the foundation.")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def _complete_expert(index: int, entry: dict) -> dict:
+    unknown = sorted(set(entry) - set(EXPERT_DEFAULTS))
+    if unknown:
+        raise ValueError(
+            f"`expert_configs[{index}]` has unknown fields {unknown}; the known ones are {sorted(EXPERT_DEFAULTS)}."
+        )
+    expert = {**deepcopy(EXPERT_DEFAULTS), **deepcopy(entry)}
+    expert["name"] = f"expert_{index}" if expert["name"] is None else str(expert["name"])
+    if expert["name"].isdecimal() and int(expert["name"]) != index:
+        raise ValueError(
+            f"`expert_configs[{index}]` is named {expert['name']!r}, which reads as the number of another expert."
+        )
+    expert["target_modules"] = list(expert["target_modules"])
+    ranks = [expert["r"], *expert["rank_pattern"].values()]
+    if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+        raise ValueError(f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1.")
+    alphas = [expert["lora_alpha"], *expert["alpha_pattern"].values()]
+    if not all(map(_is_positive, alphas)):
+        raise ValueError(
+            f"Expert {expert['name']!r} has alphas {alphas}; every alpha must be a number greater than 0."
+        )
+    dropout = expert["lora_dropout"]
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"Expert {expert['name']!r} has `lora_dropout` {dropout!r}; it must lie from 0 up to 1.")
+    return expert
+
+
+__all__ = ["DyloraMoeConfig"]

@@ -1,0 +1,249 @@
+"""The expert layer: a frozen layer plus the low-rank updates of all experts in two matrix products.
+
+    sum_i w_i s_i B_i A_i x  =  B ((A x) * g)        g = (w * s), each entry repeated over its expert's rank
+
+Knows how weights reach the layers during a pass. Knows nothing about how the weights come about.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+
+RankLayout = tuple[tuple[int, float], ...]
+
+
+class ActiveExperts:
+    """The experts' weights for one pass, spread over the ranks once for each distinct rank layout.
+
+    Args:
+        weights: `int`, the one expert that acts, with weight 1, or a `torch.Tensor` of shape
+            `[batch or 1, sequence or 1, num_experts]`.
+        layouts: the distinct rank layouts of the model's expert layers.
+        dtype: the dtype of the experts.
+    """
+
+    def __init__(self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype):
+        self.single = weights if isinstance(weights, int) else None
+        self.scales: dict[RankLayout, torch.Tensor] = {}
+        if self.single is None:
+            # Eagerly and not in the first layer that asks: a checkpointed layer runs without gradients at first.
+            self.scales = {layout: spread_over_ranks(weights, layout).to(dtype) for layout in layouts}
+
+    def with_scales(self, scales: tuple[torch.Tensor, ...]) -> "ActiveExperts":
+        """The same experts with other tensors for the scales, in the order of `self.scales`."""
+        copy = ActiveExperts.__new__(ActiveExperts)
+        copy.single = self.single
+        copy.scales = dict(zip(self.scales, scales, strict=True))
+        return copy
+
+
+def spread_over_ranks(weights: torch.Tensor, layout: RankLayout) -> torch.Tensor:
+    """g of the formula above: `[..., num_experts]` -> `[..., sum of ranks]`."""
+    ranks = [rank for rank, _ in layout]
+    scales = [scale for _, scale in layout]
+    if len(set(layout)) == 1:
+        return (weights * scales[0]).repeat_interleave(ranks[0], dim=-1)
+    parts = [
+        (weights[..., index : index + 1] * scale).expand(*weights.shape[:-1], rank)
+        for index, (rank, scale) in enumerate(layout)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+# Weights cannot be passed through a foundation's own forward, so they travel beside it. A context variable keeps
+# threads apart, but `torch.compile` cannot trace one, and compiled and eager code may call each other (graph breaks,
+# layers compiled one by one). So eager passes set both, compiled ones the plain variable, which eager layers read
+# where no eager pass has set theirs.
+_NO_PASS = object()
+_active: ContextVar = ContextVar("dylora_moe_active_experts", default=_NO_PASS)
+_active_plain: ActiveExperts | None = None
+
+
+def get_active_experts() -> ActiveExperts | None:
+    """The experts of the pass in progress; `None` when they are off."""
+    if torch.compiler.is_compiling():
+        return _active_plain
+    active = _active.get()
+    return _active_plain if active is _NO_PASS else active
+
+
+@contextmanager
+def use_experts(active: ActiveExperts | None) -> Iterator[None]:
+    """Within the context, every expert layer applies `active`; `None` leaves the foundation alone."""
+    global _active_plain
+    before, _active_plain = _active_plain, active
+    token = None if torch.compiler.is_compiling() else _active.set(active)
+    try:
+        yield
+    finally:
+        _active_plain = before
+        if token is not None:
+            _active.reset(token)
+
+
+def checkpoint_with_experts(checkpoint_function):
+    """Make the pass's scales an argument of a checkpoint, so that recomputing a layer sees them, with gradients."""
+
+    def checkpoint(function, *args, **kwargs):
+        active = get_active_experts()
+        scales = () if active is None else tuple(active.scales.values())
+
+        def run(*scales_and_args):
+            inner = None if active is None else active.with_scales(scales_and_args[: len(scales)])
+            with use_experts(inner):
+                return function(*scales_and_args[len(scales) :])
+
+        return checkpoint_function(run, *scales, *args, **kwargs)
+
+    return checkpoint
+
+
+class DyloraMoeLinear(nn.Module):
+    """A linear layer of the foundation with the experts' low-rank updates beside it.
+
+    Parameters are the stacks of all experts: `lora_A` `[R, in_features]` and `lora_B` `[R, out_features]`
+    (transposed), R the sum of the experts' ranks here; an expert is the same contiguous rows of both.
+    The frozen layer is `base_layer`.
+
+    Args:
+        base_layer: `nn.Linear` or transformers' `Conv1D` (GPT-2).
+        layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layout`.
+        dropouts: dropout probability of every expert, on the input of its A, while training.
+    """
+
+    def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: tuple[float, ...]):
+        super().__init__()
+        in_features, out_features = linear_shape(base_layer)
+        total_rank = sum(rank for rank, _ in layout)
+        weight = base_layer.weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        self.base_layer = base_layer
+        self.layout = layout
+        self.dropouts = dropouts
+        self.lora_A = nn.Parameter(torch.empty(total_rank, in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(total_rank, out_features, dtype=dtype, device=weight.device))
+        self.frozen_experts: frozenset[int] = frozenset()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight  # for code that looks at a layer's weight, as at that of a head
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    def rows(self, expert: int) -> slice:
+        """The rows of both stacks that belong to one expert; empty where it does not adapt this layer."""
+        start = sum(rank for rank, _ in self.layout[:expert])
+        return slice(start, start + self.layout[expert][0])
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        result = self.base_layer(hidden_states, *args, **kwargs)
+        active = get_active_experts()
+        if active is None:
+            return result
+        if active.single is not None:
+            rank, scale = self.layout[active.single]
+            if rank == 0:
+                return result
+            rows = self.rows(active.single)
+            update = self._low_rank(hidden_states, rows, self.dropouts[active.single], scale)
+        else:
+            update = self._mixed(hidden_states, active.scales[self.layout])
+        return result + update.to(result.dtype)
+
+    def _mixed(self, hidden_states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """All experts: `hidden_states` `[batch, sequence, in]`, `scale` `[batch or 1, sequence or 1, R]`."""
+        scale = scale.to(hidden_states.device)
+        if not self.training or not any(self.dropouts):
+            return self._low_rank(hidden_states, slice(None), 0.0, scale)
+        # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
+        updates = []
+        for expert, dropout in enumerate(self.dropouts):
+            rows = self.rows(expert)
+            if rows.start != rows.stop:
+                updates.append(self._low_rank(hidden_states, rows, dropout, scale[..., rows]))
+        return sum(updates)
+
+    def _low_rank(
+        self, hidden_states: torch.Tensor, rows: slice, dropout: float, scale: float | torch.Tensor
+    ) -> torch.Tensor:
+        hidden_states = F.dropout(hidden_states.to(self.lora_A.dtype), dropout, self.training)
+        ranks = F.linear(hidden_states, self._stack("lora_A")[rows])  # [batch, sequence, rank]
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(ranks.dtype)
+            if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
+                scale = scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(-1, scale.shape[-1])
+        return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
+
+    def extend(self, layout: RankLayout, dropouts: tuple[float, ...]) -> None:
+        """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
+        added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
+        self.layout, self.dropouts = layout, dropouts
+        if added == 0:
+            return
+        for name in ("lora_A", "lora_B"):
+            stack = getattr(self, name)
+            rows = torch.zeros(added, stack.shape[1], dtype=stack.dtype, device=stack.device)
+            if name == "lora_A":
+                nn.init.kaiming_uniform_(rows, a=5**0.5)
+            grown = nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
+            setattr(self, name, grown)
+
+    def _stack(self, name: str) -> torch.Tensor:
+        """A stack whose frozen experts' rows get no gradient."""
+        stack = getattr(self, name)
+        if not self.frozen_experts or not torch.is_grad_enabled():
+            return stack
+        parts = [
+            stack[self.rows(expert)].detach() if expert in self.frozen_experts else stack[self.rows(expert)]
+            for expert in range(len(self.layout))
+        ]
+        return torch.cat(parts)
+
+    def initialize_experts(self) -> None:
+        """PEFT's initialisation (the update starts at zero); leaves alone what was read from a file."""
+        init.kaiming_uniform_(self.lora_A, a=5**0.5)  # its bound depends on in_features alone, so experts can share it
+        init.zeros_(self.lora_B)
+
+
+def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]:
+    """Batch and sequence that `num_tokens` flattened tokens came from.
+
+    Raises:
+        ValueError: it cannot be told from the scale's own shape.
+    """
+    batch, sequence = scale.shape[:2]
+    if batch * sequence == num_tokens:
+        return batch, sequence
+    if batch == 1 and sequence == 1:
+        return 1, num_tokens
+    if sequence == 1 and num_tokens % batch == 0:
+        return batch, num_tokens // batch
+    raise ValueError(
+        f"An adapted layer got {num_tokens} tokens without their batch shape, and the experts' weights are of shape "
+        f"{tuple(scale.shape)}: adapt another layer, this one sees a selection of the tokens."
+    )
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """`(in_features, out_features)` of a layer that experts can adapt.
+
+    Raises:
+        ValueError: the layer is not a linear one.
+    """
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    raise ValueError(f"Experts adapt linear layers (nn.Linear, Conv1D); this one is a {type(layer).__name__}.")
+
+
+__all__ = ["ActiveExperts", "DyloraMoeLinear", "checkpoint_with_experts", "linear_shape", "use_experts"]

@@ -1,0 +1,94 @@
+"""Growth: new experts on a live model, maturity, and freezing single experts.
+
+Knows the stacks and the gate's rows. Knows nothing about how a model is trained.
+"""
+
+import torch
+
+from .configuration_dylora_moe import DyloraMoeConfig
+from .experts_dylora_moe import DyloraMoeLinear
+from .router_dylora_moe import DyloraMoeRouter
+
+
+class GrowthMixin:
+    """What changes the set of experts of a routed model."""
+
+    def add_expert(self, name: str, target_modules: list[str] | None = None, mature: bool = False, **fields) -> int:
+        """Add an expert that changes nothing yet (its B is zero), and a row for it to the gate.
+
+        What the other experts compute stays as it is, bit for bit. The stacks and the gate become new parameters, so
+        an optimiser made before does not know them: make a new one.
+
+        Args:
+            name: the expert's name.
+            target_modules: module names inside the foundation; the last expert's, if left out.
+            mature: whether the expert is finished; an immature one keeps a router of mode `auto` dense.
+            fields: further fields of the expert's config: `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`,
+                `lora_dropout`, `use_rslora`.
+
+        Returns:
+            The expert's number.
+
+        Raises:
+            ValueError: the name is taken, or a field or module is not valid.
+        """
+        if target_modules is None:
+            if not self.config.expert_configs:
+                raise ValueError("The first expert needs `target_modules`.")
+            target_modules = self.config.expert_configs[-1]["target_modules"]
+        entry = {"name": name, "target_modules": target_modules, "mature": mature, **fields}
+        grown = DyloraMoeConfig(expert_configs=[*self.config.expert_configs, entry])
+        new_modules = [module for module in entry["target_modules"] if module not in self._adapted_modules]
+        self._wrap_modules(new_modules, grown)  # may fail, so it comes before anything else changes
+        self.config.expert_configs = grown.expert_configs
+        self._adapted_modules = grown.adapted_modules()
+        for module_name, layer in self.expert_layers().items():
+            if module_name in new_modules:
+                layer.initialize_experts()
+            else:
+                dropouts = tuple(expert["lora_dropout"] for expert in grown.expert_configs)
+                layer.extend(grown.rank_layout(module_name), dropouts)
+        self._describe_foundation()
+        self._extend_router()
+        return self.config.num_experts - 1
+
+    def _extend_router(self) -> None:
+        if not self.config.has_router:
+            return
+        old = self.router
+        router = DyloraMoeRouter(self.config)
+        self._init_weights(router.gate)
+        if old is not None:
+            router.to(old.gate.weight.device).train(old.training)
+            with torch.no_grad():
+                router.gate.weight[: len(old.gate.weight)] = old.gate.weight
+                router.gate.bias[: len(old.gate.bias)] = old.gate.bias
+            router.requires_grad_(old.gate.weight.requires_grad)
+        self.router = router
+
+    def mark_mature(self, name: int | str, mature: bool = True) -> None:
+        """Say that an expert is finished (or is not): see `DyloraMoeConfig.router_mode`."""
+        self.config.expert_configs[self.config.expert_index(name)]["mature"] = mature
+
+    def freeze_expert(self, name: int | str) -> None:
+        """Keep an expert's matrices as they are: its rows get no gradient.
+
+        With a new optimiser and no weight decay on experts (Trainer has none on them), they stay the same bit for bit.
+        """
+        expert = self.config.expert_index(name)
+        for layer in self.expert_layers().values():
+            layer.frozen_experts |= {expert}
+
+    def unfreeze_expert(self, name: int | str) -> None:
+        """Let an expert learn again."""
+        expert = self.config.expert_index(name)
+        for layer in self.expert_layers().values():
+            layer.frozen_experts -= {expert}
+
+    def expert_is_frozen(self, name: int | str) -> bool:
+        expert = self.config.expert_index(name)
+        layers: dict[str, DyloraMoeLinear] = self.expert_layers()
+        return any(expert in layer.frozen_experts for layer in layers.values())
+
+
+__all__ = ["GrowthMixin"]

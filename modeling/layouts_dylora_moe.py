@@ -1,0 +1,266 @@
+"""Weights on disk beyond one plain file: PEFT folders of single experts, the layout `adapter`, subsets of experts.
+
+    experts/<name>/adapter_config.json, adapter_model.safetensors     one expert, as PEFT itself would have saved it
+    router.safetensors                                                gate.weight [N, hidden], gate.bias [N]
+
+Knows file names and tensor names. Knows nothing about how a model computes.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_dylora_moe import DyloraMoeConfig
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROUTER_WEIGHTS = "router.safetensors"
+PEFT_PREFIX = "base_model.model."
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> dict:
+    """The `adapter_config.json` of one expert."""
+    entry = config.expert_configs[expert]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.base_model_revision,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        **{name: value for name, value in entry.items() if name not in ("name", "mature")},
+    }
+
+
+def save_adapters(model, directory: str | Path, state_dict: dict | None = None) -> list[Path]:
+    """Every expert as a plain PEFT folder under its own name; PEFT reads them back bit for bit.
+
+    Args:
+        state_dict: the model's weights, where they are not in the model itself (gathered from several processes).
+
+    Raises:
+        ValueError: an expert's name cannot be a folder's.
+    """
+    folders = []
+    layers = model.expert_layers()
+    for index, entry in enumerate(model.config.expert_configs):
+        name = entry["name"]
+        if Path(name).name != name or name in (".", ".."):
+            raise ValueError(f"Expert {name!r} cannot be saved under its name, which is not a folder's; rename it.")
+        folder = Path(directory) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {}
+        for module in entry["target_modules"]:
+            for kind in ("lora_A", "lora_B"):
+                stack = (
+                    getattr(layers[module], kind) if state_dict is None else state_dict[f"foundation.{module}.{kind}"]
+                )
+                rows = stack.detach()[layers[module].rows(index)].cpu()
+                weights[f"{PEFT_PREFIX}{module}.{kind}.weight"] = (rows.T if kind == "lora_B" else rows).clone(
+                    memory_format=torch.contiguous_format
+                )
+        save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        transposed = any(isinstance(layers[module].base_layer, Conv1D) for module in entry["target_modules"])
+        text = json.dumps(peft_config(model.config, index, transposed), indent=2, sort_keys=True)
+        (folder / ADAPTER_CONFIG).write_text(text + "\n")
+        folders.append(folder)
+    return folders
+
+
+def save_router(model, directory: str | Path, state_dict: dict | None = None) -> None:
+    if model.router is not None:
+        state = model.state_dict() if state_dict is None else state_dict
+        weights = {
+            name.removeprefix("router."): tensor.detach().cpu().contiguous()
+            for name, tensor in state.items()
+            if name.startswith("router.")
+        }
+        save_file(weights, Path(directory) / ROUTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def subset_of(config: DyloraMoeConfig, experts: list[int | str] | None) -> tuple[DyloraMoeConfig, list[int]]:
+    """The config with some of the experts, in the order given, and their numbers before.
+
+    Raises:
+        ValueError: no such expert, or one named twice.
+    """
+    if experts is None:
+        return config, list(range(config.num_experts))
+    if isinstance(experts, str):
+        raise ValueError(f"`experts` must be a list of names or numbers, not the text {experts!r}.")
+    numbers = [config.expert_index(expert) for expert in experts]
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ValueError(f"`experts` must name some of {config.expert_names}, each once; got {experts}.")
+    fields = config.to_dict()
+    fields["expert_configs"] = [config.expert_configs[number] for number in numbers]
+    fields["num_experts_per_tok"] = min(config.num_experts_per_tok, len(numbers))
+    return type(config)(**fields), numbers
+
+
+def keep_single_expert(model, stored: DyloraMoeConfig) -> None:
+    """Let a default strategy `single:<number>` go on meaning the expert it meant in the whole repo.
+
+    Raises:
+        ValueError: that expert was not loaded.
+    """
+    name, _, expert = str(getattr(getattr(model, "generation_config", None), "routing_strategy", None)).partition(":")
+    if name != "single":
+        return
+    meant = stored.expert_names[stored.expert_index(expert)]
+    if meant not in model.config.expert_names:
+        raise ValueError(
+            f"The repo's default strategy is 'single:{meant}', and `experts` leaves that expert out: load it too, or "
+            "make a variant of the repo with another default."
+        )
+    model.generation_config.routing_strategy = f"single:{model.config.expert_index(meant)}"
+
+
+def read_full(location: str, config: DyloraMoeConfig, numbers: list[int], where: dict) -> dict:
+    """The state dict of some experts of a repo of layout `full`: rows of the stacks and the gate, and slices of the
+    files for everything else, which are read when they are used.
+
+    Args:
+        location: a folder or a Hub id.
+        config: the repo's config, with all experts.
+        numbers: the experts wanted, in order.
+        where: arguments for the Hub.
+    """
+    wanted = [config.expert_configs[number]["target_modules"] for number in numbers]
+    layouts = {module: config.rank_layout(module) for module in config.adapted_modules()}
+    state = {}
+    for path in _weight_files(location, where):
+        file = safe_open(path, framework="pt")
+        for name in file.keys():  # noqa: SIM118  (not a dict)
+            module, _, kind = name.removeprefix("foundation.").rpartition(".")
+            if name.startswith("router.gate."):
+                state[name] = file.get_tensor(name)[numbers]
+            elif module in layouts and kind in ("lora_A", "lora_B"):
+                if any(module in modules for modules in wanted):
+                    state[name] = _rows(file.get_slice(name), layouts[module], numbers)
+            elif module.removesuffix(".base_layer") in layouts and not any(
+                module.removesuffix(".base_layer") in modules for modules in wanted
+            ):
+                state[name.replace(".base_layer.", ".")] = file.get_slice(name)
+            else:
+                state[name] = file.get_slice(name)
+    return state
+
+
+def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:
+    starts = [sum(rank for rank, _ in layout[:number]) for number in numbers]
+    return torch.cat([stack[start : start + layout[n][0]] for start, n in zip(starts, numbers, strict=True)])
+
+
+def _weight_files(location: str, where: dict) -> list[str]:
+    index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    if index is None:
+        return [cached_file(location, SAFE_WEIGHTS_NAME, **where)]
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [cached_file(location, name, **where) for name in names]
+
+
+def read_adapter(
+    location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, base_model: str | None, network: type
+) -> dict:
+    """The state dict of a repo of layout `adapter`: the foundation from where it lies, experts and gate from the repo.
+
+    Args:
+        location: a folder or a Hub id.
+        config: the config with the wanted experts.
+        numbers: their numbers in the repo.
+        where: arguments for the Hub.
+        base_model: another place to take the foundation from.
+        network: the model class, to know the names and shapes that are needed.
+
+    Raises:
+        ValueError: no foundation is named, or it is one of other shapes; names the tensor and both shapes.
+    """
+    name = base_model or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{location} holds experts alone and names no foundation: pass it as `base_model=`.")
+    revision = {} if base_model else {"revision": config.base_model_revision}
+    hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
+    foundation = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **hub, **revision)
+    with torch.device("meta"):
+        needed = network(config).state_dict()
+    adapted = config.adapted_modules()
+    state = {}
+    for key, tensor in foundation.state_dict().items():
+        module, _, kind = key.rpartition(".")
+        state[f"foundation.{module}{'.base_layer' if module in adapted else ''}.{kind}"] = tensor
+    for key, expected in needed.items():
+        if ".lora_" in key or key.startswith("router."):
+            continue
+        found = tuple(state[key].shape) if key in state else "missing"
+        if found != tuple(expected.shape):
+            raise ValueError(
+                f"The foundation {name!r} does not fit the experts of {location}: {key.removeprefix('foundation.')} is "
+                f"{found}, and they were trained on {tuple(expected.shape)}. Pass the right one as `base_model=`."
+            )
+    state.update(_expert_stacks(location, config, where))
+    if config.has_router:
+        router = load_file(cached_file(location, ROUTER_WEIGHTS, **where))
+        state.update({f"router.{key}": tensor[numbers] for key, tensor in router.items()})
+    return state
+
+
+def _expert_stacks(location: str, config: DyloraMoeConfig, where: dict) -> dict[str, torch.Tensor]:
+    files = {
+        name: load_file(cached_file(location, f"experts/{name}/{ADAPTER_WEIGHTS}", **where))
+        for name in config.expert_names
+    }
+    stacks = {}
+    for module in config.adapted_modules():
+        key = f"{PEFT_PREFIX}{module}.lora_{{}}.weight"
+        holders = [file for file in files.values() if key.format("A") in file]
+        stacks[f"foundation.{module}.lora_A"] = torch.cat([file[key.format("A")] for file in holders])
+        stacks[f"foundation.{module}.lora_B"] = torch.cat([file[key.format("B")].T for file in holders])
+    return stacks
+
+
+@torch.no_grad()
+def merge_expert(model, expert: int | str):
+    """One expert folded into a copy of the foundation: W + s B A, an ordinary model of transformers.
+
+    Raises:
+        ValueError: no such expert, or the foundation is quantised, so that W cannot be added to.
+    """
+    index = model.config.expert_index(expert)
+    merged = deepcopy(model.foundation)
+    for name in model.config.adapted_modules():
+        layer = merged.get_submodule(name)
+        base = layer.base_layer
+        if not base.weight.is_floating_point() or base.weight.dim() != 2:
+            raise ValueError(f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that.")
+        rank, scale = layer.layout[index]
+        if rank > 0:
+            rows = layer.rows(index)
+            update = scale * layer.lora_B[rows].float().T @ layer.lora_A[rows].float()  # [out, in]
+            update = update.T if isinstance(base, Conv1D) else update
+            base.weight.copy_(base.weight.float() + update.to(base.weight.device))
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(merged.get_submodule(parent_name), child_name, base)
+    merged.requires_grad_(True)
+    return merged.eval()
+
+
+__all__ = [
+    "HUB_ARGUMENTS",
+    "keep_single_expert",
+    "merge_expert",
+    "peft_config",
+    "read_adapter",
+    "read_full",
+    "save_adapters",
+    "save_router",
+    "subset_of",
+]

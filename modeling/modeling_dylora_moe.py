@@ -1,0 +1,603 @@
+"""DyLoRA-MoE: a frozen causal language model with several LoRA experts and a router that picks among them per token.
+
+`DyloraMoeForCausalLM` and `DyloraMoeModel` hold the same modules under the same names: `foundation`, a causal language
+model of transformers with its adapted layers wrapped, and `router`. The first returns logits, the second hidden
+states. Knows nothing about files of training runs, PEFT or benchmarks.
+"""
+
+import copy
+import inspect
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .cache_dylora_moe import new_cache, prepare_streams
+from .configuration_dylora_moe import DyloraMoeConfig
+from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, checkpoint_with_experts
+from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
+from .growth_dylora_moe import GrowthMixin
+from .layouts_dylora_moe import (
+    HUB_ARGUMENTS,
+    keep_single_expert,
+    merge_expert,
+    read_adapter,
+    read_full,
+    save_adapters,
+    save_router,
+    subset_of,
+)
+from .routed_pass_dylora_moe import RoutedPass
+from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
+from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
+
+
+logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_dylora_moe.DyloraMoeConfig",
+    "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
+    "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
+}
+
+# A mixture-of-experts foundation understands this one too, and would add a balance loss of its own.
+NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
+
+
+class DyloraMoePreTrainedModel(GrowthMixin, PreTrainedModel):
+    """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
+
+    config_class = DyloraMoeConfig
+    base_model_prefix = ""  # there is one, `foundation`, but its checkpoints and configs cannot stand in for ours
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  (spelt as transformers spells it)
+    _keep_in_fp32_modules_strict = ["router.gate"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
+        super().__init__(config)
+        if config.base_config is None:
+            raise ValueError("The config has no `base_config`, so there is no foundation to build.")
+        if foundation is None:
+            foundation = AutoModelForCausalLM.from_config(config.base_config)
+        self.foundation = foundation
+        self._adapted_modules = config.adapted_modules()
+        self._wrap_modules(self._adapted_modules, config)
+        self._describe_foundation()
+        self.router = None
+        if config.has_router:
+            self.router = DyloraMoeRouter(config)
+        self.post_init()
+
+    def freeze_foundation(self) -> None:
+        """Freeze the foundation; experts and gate stay trainable."""
+        self.foundation.requires_grad_(False)
+        for layer in self.expert_layers().values():
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, base_model=None, experts=None, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; the foundation comes back frozen, experts and gate trainable.
+
+        Args:
+            base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its config says.
+            experts: names or numbers of the experts to load, in this order; the others' weights are not read.
+
+        Raises:
+            ValueError: no such expert, or a foundation that is missing or of other shapes.
+        """
+        location = pretrained_model_name_or_path
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        stored = kwargs.get("config")
+        if location is not None and not isinstance(stored, PreTrainedConfig):
+            stored = cls.config_class.from_pretrained(stored or location, **where)
+        own_way = location is not None and (stored.weights_layout == "adapter" or experts is not None)
+        if base_model is not None and (not own_way or stored.weights_layout != "adapter"):
+            raise ValueError("`base_model` is for repos of layout `adapter`; this one holds its own foundation.")
+        if own_way:
+            loaded = cls._from_state_dict(str(location), experts, base_model, where, *args, **kwargs)
+        else:
+            loaded = super().from_pretrained(location, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_foundation()  # reading a weight makes it trainable, whatever it was before
+        if location is not None and (own_way or not model.can_generate()):
+            # transformers reads this file for models that generate and are loaded its own way, but every model's
+            # strategy is in it.
+            with suppress(OSError):  # no such file: the default strategy
+                model.generation_config = GenerationConfig.from_pretrained(location, **where)
+        if experts is not None:
+            keep_single_expert(model, stored)
+        return loaded
+
+    @classmethod
+    def _from_state_dict(cls, location: str, experts, base_model, where: dict, *args, **kwargs):
+        """What no file holds as it is: a subset of the experts, or experts and foundation from different places."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in where}
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                config or location, return_unused_kwargs=True, **where, **kwargs
+            )
+            kwargs.update(dtype)
+        subset, numbers = subset_of(config, experts)
+        if config.weights_layout == "adapter":
+            state_dict = read_adapter(location, subset, numbers, where, base_model, cls)
+        else:
+            state_dict = read_full(location, config, numbers, where)
+        loaded = super().from_pretrained(None, *args, config=subset, state_dict=state_dict, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = location
+        return loaded
+
+    @classmethod
+    def from_foundation(cls, foundation: PreTrainedModel, config: DyloraMoeConfig):
+        """A routed model around a foundation that is already loaded; its weights stay what they are, and frozen.
+
+        Raises:
+            ValueError: an expert adapts a module that the foundation does not have, or one that is not linear.
+        """
+        for module in foundation.modules():
+            module._is_hf_initialized = True  # or modules that somebody swapped in would be initialised anew
+        config.base_config = foundation.config
+        model = cls(config, foundation=foundation)
+        model.freeze_foundation()
+        return model.eval()
+
+    def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
+        """Put expert layers around modules of the foundation: around all of them, or on error around none."""
+        dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
+        wrapped = {}
+        for name in names:
+            try:
+                module = self.foundation.get_submodule(name)
+                if module is self.foundation.get_output_embeddings() and self.foundation.config.tie_word_embeddings:
+                    raise ValueError("It is tied to the input embeddings, which would change with it.")
+                wrapped[name] = DyloraMoeLinear(module, config.rank_layout(name), dropouts)
+            except AttributeError as error:
+                raise ValueError(
+                    f"`target_modules` names {name!r}, which a {type(self.foundation).__name__} does not have."
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"`target_modules` names {name!r}. {error}") from error
+        for name, layer in wrapped.items():
+            layer.train(self.foundation.training)
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(self.foundation.get_submodule(parent_name), child_name, layer)
+
+    def _describe_foundation(self) -> None:
+        """Note what every pass needs to know of the modules, once."""
+        self.num_layers_per_stream = len(DynamicCache(config=self.config.get_text_config(decoder=True)).layers)
+        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
+        parameters = inspect.signature(type(self.foundation).forward).parameters.values()
+        self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        self._foundation_arguments = frozenset(parameter.name for parameter in parameters)
+
+    # Modules and weights
+
+    def expert_layers(self) -> dict[str, DyloraMoeLinear]:
+        """Every adapted layer by its name inside the foundation."""
+        return {name: self.foundation.get_submodule(name) for name in self._adapted_modules}
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        return self.foundation
+
+    @property
+    def foundation_body(self) -> nn.Module:
+        """The foundation without its head."""
+        return self.foundation.base_model
+
+    def set_expert_weights(self, expert: int | str, weights: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy one expert's matrices in.
+
+        Args:
+            expert: name or number.
+            weights: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them.
+
+        Raises:
+            ValueError: modules that are not just the expert's, or a shape that does not fit; names both shapes.
+        """
+        index = self.config.expert_index(expert)
+        expected = set(self.config.expert_configs[index]["target_modules"])
+        if set(weights) != expected:
+            raise ValueError(
+                f"Expert {expert!r} adapts {len(expected)} modules, and weights came for {len(weights)}; "
+                f"the difference is {sorted(expected ^ set(weights))[:4]}."
+            )
+        layers = self.expert_layers()
+        with torch.no_grad():
+            for name, (lora_a, lora_b) in weights.items():
+                layer = layers[name]
+                rows = layer.rows(index)
+                for stack, matrix, kind in ((layer.lora_A, lora_a, "lora_A"), (layer.lora_B, lora_b.T, "lora_B")):
+                    if stack[rows].shape != matrix.shape:
+                        shapes = [tuple(matrix.shape), tuple(stack[rows].shape)]
+                        if kind == "lora_B":
+                            shapes = [shape[::-1] for shape in shapes]
+                        raise ValueError(
+                            f"Expert {expert!r}, layer {name!r}: {kind} is of shape {shapes[0]}, and this foundation "
+                            f"needs {shapes[1]}. It was trained on a foundation of other shapes."
+                        )
+                    stack[rows] = matrix.to(stack)
+
+    def expert_weights(self, expert: int | str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """One expert's matrices: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them."""
+        index = self.config.expert_index(expert)
+        layers = self.expert_layers()
+        names = self.config.expert_configs[index]["target_modules"]
+        return {
+            name: (
+                layers[name].lora_A[layers[name].rows(index)].detach().clone(),
+                layers[name].lora_B[layers[name].rows(index)].detach().T.clone(),
+            )
+            for name in names
+        }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DyloraMoeGate):
+            init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
+            init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        # transformers hands modules inside the foundation, a model of its own, to that model, which does not know
+        # expert layers: without this they would stay uninitialised memory.
+        super().initialize_weights()
+        for layer in self.expert_layers().values():
+            layer.initialize_experts()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.foundation.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.foundation.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.foundation.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.foundation.set_output_embeddings(new_embeddings)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        super()._set_gradient_checkpointing(enable, checkpoint_with_experts(gradient_checkpointing_func), **kwargs)
+
+    def save_pretrained(self, save_directory, *args, layout: str | None = None, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, with the code beside the weights: what it writes loads anywhere.
+
+        Args:
+            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the foundation taken
+                from `config.base_model_name_or_path` on loading. The layout it was loaded from, if left out.
+
+        Raises:
+            ValueError: layout `adapter` of a model whose config names no foundation.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for source in Path(__file__).parent.glob("*.py"):
+            if source.parent.resolve() != directory.resolve():
+                shutil.copyfile(source, directory / source.name)
+        for name, layer in self.expert_layers().items():
+            if layer.layout != self.config.rank_layout(name):
+                raise ValueError(
+                    f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
+                    f"scales {layer.layout}, and the config says {self.config.rank_layout(name)}."
+                )
+        loaded_layout = self.config.weights_layout
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.weights_layout = layout or loaded_layout
+        try:
+            if self.config.weights_layout == "adapter":
+                self._save_adapter_layout(directory, *args, **kwargs)
+            else:
+                super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.weights_layout = loaded_layout
+
+    def _save_adapter_layout(
+        self,
+        directory: Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        if not is_main_process:
+            return
+        if self.config.base_model_name_or_path is None:
+            raise ValueError(
+                "Layout `adapter` leaves the foundation where it is, and `config.base_model_name_or_path` does not say "
+                "where that is: set it, or save with layout='full'."
+            )
+        if any(p.requires_grad for n, p in self.foundation.named_parameters() if ".lora_" not in n):
+            logger.warning("Layout `adapter` does not save the foundation, and some of its parameters are trainable.")
+        save_adapters(self, directory / "experts", state_dict)
+        save_router(self, directory, state_dict)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(directory)
+        if getattr(self, "generation_config", None) is not None:
+            self.generation_config.save_pretrained(directory)
+        if push_to_hub:
+            hub = HfApi(token=kwargs.get("token"))
+            repo = hub.create_repo(kwargs.get("repo_id", directory.name), private=kwargs.get("private"), exist_ok=True)
+            message = kwargs.get("commit_message", "Upload model")
+            hub.upload_folder(folder_path=directory, repo_id=repo.repo_id, commit_message=message)
+
+    def save_adapters(self, save_directory: str | Path) -> list[Path]:
+        """Every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit; see `layouts_dylora_moe`."""
+        return save_adapters(self, save_directory)
+
+    def merge_expert(self, expert: int | str) -> PreTrainedModel:
+        """One expert folded into a copy of the foundation: an ordinary model, without a line of code of ours."""
+        return merge_expert(self, expert)
+
+    # Routing
+
+    @property
+    def routes_densely(self) -> bool:
+        """Whether the router weights all experts, rather than the top k: see `DyloraMoeConfig.router_mode`."""
+        if self.config.router_mode != "auto":
+            return self.config.router_mode == "dense"
+        return self.training or not all(expert["mature"] for expert in self.config.expert_configs)
+
+    def active_experts(self, weights: int | torch.Tensor | None) -> ActiveExperts | None:
+        """What the expert layers read during a pass; see `ActiveExperts`."""
+        if weights is None or not self._rank_layouts:
+            return None
+        any_layer = self.foundation.get_submodule(self._adapted_modules[0])
+        return ActiveExperts(weights, self._rank_layouts, any_layer.lora_A.dtype)
+
+    def router_input_weights(self) -> torch.Tensor | None:
+        """The experts' weights in the router's own pass: see `DyloraMoeConfig.router_input`."""
+        if self.config.router_input == "base":
+            return None
+        return torch.ones(1, 1, self.config.num_experts, device=self.device)
+
+    def routing_strategy(self, strategy: str | RoutingStrategy | None = None) -> RoutingStrategy:
+        """The strategy in force: the argument, else the one in `generation_config`, else the default.
+
+        Raises:
+            ValueError: not a valid strategy; lists the valid ones and the experts' names.
+        """
+        if strategy is None:
+            strategy = strategy_of_call(self)
+        if strategy is None:
+            strategy = getattr(getattr(self, "generation_config", None), "routing_strategy", None)
+        return resolve_routing_strategy(strategy, self.config)
+
+    def routed_pass(
+        self,
+        body: Callable,
+        strategy: RoutingStrategy,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        expert_ids: torch.LongTensor | None,
+        **inputs,
+    ) -> RoutedPass:
+        """Prepare a forward: drop what the foundation does not take, make or check the cache."""
+        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if use_cache is None:
+            use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
+        if self.training and self.is_gradient_checkpointing:
+            use_cache, past_key_values = False, None
+        if past_key_values is not None:
+            self.prepare_cache(past_key_values, strategy)
+        elif use_cache:
+            config = self.config.get_text_config(decoder=True)
+            past_key_values = new_cache(config, strategy.num_streams, str(strategy), strategy.chooses_row_experts)
+        inputs = {
+            name: value
+            for name, value in inputs.items()
+            if value is not None
+            and name not in NOT_FOR_THE_FOUNDATION
+            and (self._foundation_takes_any or name in self._foundation_arguments)
+        }
+        return RoutedPass(self, body, strategy, inputs, past_key_values, expert_ids)
+
+    def prepare_cache(self, past_key_values: Cache, strategy: RoutingStrategy) -> None:
+        """Give `past_key_values` the layers of the strategy's streams, in place; see `prepare_streams`."""
+        prepare_streams(
+            past_key_values,
+            self.num_layers_per_stream,
+            strategy.num_streams,
+            str(strategy),
+            strategy.chooses_row_experts,
+        )
+
+
+class DyloraMoeModel(DyloraMoePreTrainedModel):
+    """The routed model without its language modeling head: hidden states."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        routing_strategy: str | None = None,
+        expert_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where the
+                strategy reads them at these tokens (`router`; `best` at its prompt).
+            routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
+            expert_ids: each row's expert, `[batch]`, for strategies that choose one per row.
+
+        Raises:
+            ValueError: an unknown strategy, one without hidden states, or a cache filled under another one.
+        """
+        routed_pass = self.routed_pass(
+            self.foundation_body,
+            self.routing_strategy(routing_strategy),
+            past_key_values,
+            use_cache,
+            expert_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        outputs = routed_pass.strategy.run(routed_pass)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return MoeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=routed_pass.past_key_values,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=routed_pass.router_logits if output_router_logits else None,
+        )
+
+
+class DyloraMoeForCausalLM(DyloraMoePreTrainedModel, DyloraMoeGenerationMixin):
+    """The routed model with its language modeling head.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    >>> model = AutoModelForCausalLM.from_pretrained("./my-mixture", trust_remote_code=True)
+    >>> tokenizer = AutoTokenizer.from_pretrained("./my-mixture")
+    >>> inputs = tokenizer("def add(a, b):", return_tensors="pt")
+    >>> model.generate(**inputs, routing_strategy="single:0", max_new_tokens=16)
+    ```
+    """
+
+    def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
+        super().__init__(config, foundation)
+        # Special tokens and the like are the foundation's. A generation config that says it came from a model config
+        # loses every field that transformers does not know when it is read back, and with it the routing strategy.
+        self.generation_config = copy.deepcopy(self.foundation.generation_config)
+        self.generation_config._from_model_config = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        routing_strategy: str | None = None,
+        expert_ids: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels: `[batch, sequence]`, -100 where a token does not count.
+            output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where the
+                strategy reads them at these tokens (`router`; `best` at its prompt).
+            logits_to_keep: how many of the last positions get logits (0: all), or which.
+            routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
+            expert_ids: each row's expert, `[batch]`, for strategies that choose one per row.
+            num_items_in_batch: label tokens in the whole optimiser step, over which the losses are averaged.
+
+        Returns:
+            `loss`: shifted, label-masked cross entropy plus `router_aux_loss_coef` times `aux_loss`, the balance loss
+            (see `balance_loss`), under the strategy `router`.
+
+        Raises:
+            ValueError: an unknown strategy, or a cache filled under another one.
+        """
+        routed_pass = self.routed_pass(
+            self.foundation,
+            self.routing_strategy(routing_strategy),
+            past_key_values,
+            use_cache,
+            expert_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        outputs = routed_pass.strategy.run(routed_pass)
+        logits = outputs.logits
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+
+        aux_loss = None
+        if str(routed_pass.strategy) == "router" and (output_router_logits or labels is not None):
+            weights = self.router.weights(routed_pass.router_logits, dense=self.routes_densely)
+            aux_loss = balance_loss(weights, routed_pass.token_mask)
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, num_items_in_batch, aux_loss, **kwargs)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=routed_pass.past_key_values,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=routed_pass.router_logits if output_router_logits else None,
+        )
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        aux_loss: torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        loss = self.loss_function(
+            logits,
+            labels,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+        )
+        if aux_loss is None:
+            return loss
+        aux_loss = self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        if num_items_in_batch is not None:
+            # The Trainer adds up the losses of an accumulated step, so each batch brings its share of the balance loss.
+            targets = labels[..., 1:] if shift_labels is None else shift_labels
+            aux_loss = aux_loss * (targets != -100).sum() / num_items_in_batch
+        return loss + aux_loss
+
+    def create_masks_for_generate(self, config, **kwargs):
+        # Some foundations make masks of their own (sliding windows, prefixes).
+        create = getattr(self.foundation, "create_masks_for_generate", create_masks_for_generate)
+        return create(config=self.config.get_text_config(), **kwargs)
+
+
+__all__ = ["DyloraMoeForCausalLM", "DyloraMoeModel", "DyloraMoePreTrainedModel"]

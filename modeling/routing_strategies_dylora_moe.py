@@ -1,0 +1,214 @@
+"""Routing strategies: how experts are chosen, one small class each, in one registry.
+
+A strategy knows which streams it needs and what weights the experts get in them. It knows nothing about caches, heads
+or generation: a pass (`RoutedPass` of the model) gives it router logits and runs the foundation for it.
+To add one: write a class, decorate it with `@register`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .configuration_dylora_moe import DyloraMoeConfig
+
+
+ROUTING_STRATEGIES: dict[str, type["RoutingStrategy"]] = {}
+
+
+def register(strategy_class: type["RoutingStrategy"]) -> type["RoutingStrategy"]:
+    ROUTING_STRATEGIES[strategy_class.name] = strategy_class
+    return strategy_class
+
+
+class RoutingStrategy:
+    """Base class. `str(strategy)` is the canonical form that `resolve_routing_strategy` reads back.
+
+    Attributes:
+        name: what users write.
+        needs_router: whether a mixture without a router can do it.
+        chooses_row_experts: whether it picks one expert per row, to be fixed before the first generated token.
+        num_streams: passes over the tokens that each need keys and values of their own.
+    """
+
+    name: str
+    needs_router = False
+    chooses_row_experts = False
+    num_streams = 1
+
+    def __init__(self, config: DyloraMoeConfig, argument: str | None = None):
+        if argument is not None:
+            raise ValueError(f"takes no argument, got {argument!r}")
+        self.num_experts = config.num_experts
+
+    @classmethod
+    def forms(cls) -> str:
+        """How the strategy is written, for error messages."""
+        return cls.name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def expert_weights(self, routed_pass) -> int | torch.Tensor | None:
+        """What the experts get: `None` (off), a number (that expert alone), or weights
+        `[batch or 1, sequence or 1, num_experts]`."""
+        raise NotImplementedError
+
+    def run(self, routed_pass):
+        """The foundation's output under this strategy."""
+        return routed_pass.run(self.expert_weights(routed_pass), stream=0)
+
+
+@register
+class RouterStrategy(RoutingStrategy):
+    """The router's weights at every token. Stream 0 is what the router reads, stream 1 the routed pass."""
+
+    name = "router"
+    needs_router = True
+    num_streams = 2
+
+    def run(self, routed_pass):
+        weights = routed_pass.routing_weights(stream=0)
+        return routed_pass.run(weights, stream=1)
+
+
+@register
+class BestStrategy(RoutingStrategy):
+    """One expert per row, the router's favourite over the prompt."""
+
+    name = "best"
+    needs_router = True
+    chooses_row_experts = True
+
+    def expert_weights(self, routed_pass) -> torch.Tensor:
+        return one_hot_rows(routed_pass.row_experts(routed_pass.best_experts), self.num_experts)
+
+
+@register
+class SingleStrategy(RoutingStrategy):
+    """One named or numbered expert with weight 1."""
+
+    name = "single"
+
+    def __init__(self, config: DyloraMoeConfig, argument: str | None = None):
+        super().__init__(config)
+        if argument is None:
+            raise ValueError("needs an expert: single:<number or name>")
+        self.expert = config.expert_index(argument)
+
+    @classmethod
+    def forms(cls) -> str:
+        return "single:<number or name of an expert>"
+
+    def __str__(self) -> str:
+        return f"single:{self.expert}"
+
+    def expert_weights(self, routed_pass) -> int:
+        return self.expert
+
+
+@register
+class EnsembleStrategy(RoutingStrategy):
+    """Every expert's own next-token distribution, mixed with equal weights. `logits` are the log of the mixture.
+
+    The hidden states and attentions of the experts come one after the other in the batch dimension.
+    """
+
+    name = "ensemble"
+
+    def __init__(self, config: DyloraMoeConfig, argument: str | None = None):
+        super().__init__(config, argument)
+        self.num_streams = config.num_experts
+
+    def run(self, routed_pass):
+        if not routed_pass.has_head:
+            raise ValueError(
+                "Routing strategy 'ensemble' mixes next-token distributions, so it has no hidden states of its own: "
+                "load the model with AutoModelForCausalLM, or choose another strategy."
+            )
+        outputs = [routed_pass.run(expert, stream=expert) for expert in range(self.num_experts)]
+        log_probabilities = [F.log_softmax(output.logits, dim=-1, dtype=torch.float32) for output in outputs]
+        mixed = outputs[0]
+        mixed.logits = torch.stack(log_probabilities).logsumexp(dim=0) - math.log(self.num_experts)
+        for name in ("hidden_states", "attentions"):
+            if mixed.get(name) is not None:
+                layers = zip(*(output[name] for output in outputs), strict=True)
+                mixed[name] = tuple(None if layer[0] is None else torch.cat(layer) for layer in layers)
+        return mixed
+
+
+@register
+class RoundRobinStrategy(RoutingStrategy):
+    """Each new sequence gets the next expert. A bare forward gives row i expert i mod N."""
+
+    name = "round_robin"
+    chooses_row_experts = True
+
+    def expert_weights(self, routed_pass) -> torch.Tensor:
+        return one_hot_rows(routed_pass.row_experts(lambda: self._in_turn(routed_pass)), self.num_experts)
+
+    def _in_turn(self, routed_pass) -> torch.Tensor:
+        return torch.arange(routed_pass.batch_size, device=routed_pass.device) % self.num_experts
+
+
+@register
+class BaseStrategy(RoutingStrategy):
+    """No expert: the foundation alone."""
+
+    name = "base"
+
+    def expert_weights(self, routed_pass) -> None:
+        return None
+
+
+@register
+class UniformStrategy(RoutingStrategy):
+    """All experts with weight 1/N."""
+
+    name = "uniform"
+
+    def expert_weights(self, routed_pass) -> torch.Tensor:
+        return torch.full((1, 1, self.num_experts), 1 / self.num_experts, device=routed_pass.device)
+
+
+def one_hot_rows(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """`[batch]` -> weights `[batch, 1, num_experts]`."""
+    return F.one_hot(expert_ids, num_experts).to(torch.float32).unsqueeze(1)
+
+
+def default_routing_strategy(config: DyloraMoeConfig) -> str:
+    if config.num_experts == 0:
+        return "base"
+    if config.num_experts == 1:
+        return "single:0"
+    return "router" if config.has_router else "uniform"
+
+
+def resolve_routing_strategy(strategy: "str | RoutingStrategy | None", config: DyloraMoeConfig) -> RoutingStrategy:
+    """The strategy that a user's text names; `None` is the default.
+
+    Raises:
+        ValueError: not a valid form; the message lists the valid forms and the experts' names.
+    """
+    if isinstance(strategy, RoutingStrategy):
+        return strategy
+    text = default_routing_strategy(config) if strategy is None else str(strategy)
+    name, separator, argument = text.partition(":")
+    strategy_class = ROUTING_STRATEGIES.get(name)
+    problem = "is not known"
+    if strategy_class is not None:
+        if strategy_class.needs_router and not config.has_router:
+            problem = "needs a router, which this model does not have"
+        elif config.num_experts == 0 and name != "base":
+            problem = "needs experts, which this model does not have"
+        else:
+            try:
+                return strategy_class(config, argument if separator else None)
+            except ValueError as error:
+                problem = f"is not valid: {str(error).rstrip('.')}"
+    forms = [known.forms() for known in ROUTING_STRATEGIES.values() if config.has_router or not known.needs_router]
+    experts = ", ".join(f"{index} ({expert})" for index, expert in enumerate(config.expert_names)) or "none"
+    raise ValueError(f"Routing strategy {text!r} {problem}. Valid: {', '.join(forms)}. Experts: {experts}.")
+
+
+__all__ = ["ROUTING_STRATEGIES", "RoutingStrategy", "default_routing_strategy", "resolve_routing_strategy"]

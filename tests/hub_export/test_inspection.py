@@ -1,0 +1,63 @@
+"""What `inspect` says of each format, and of what is missing."""
+
+import json
+
+import pytest
+from helpers_checkpoints import change_json, layer_shapes
+
+from dylora_moe.hub_export import InputError, inspect
+
+
+FOUNDATION_PARAMETERS = 97 * 32 * 2 + 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32)
+EXPERT_PARAMETERS = sum(4 * (inputs + outputs) for inputs, outputs in layer_shapes().values())
+
+
+def test_a_final_checkpoint(checkpoint, foundation):
+    found = inspect(checkpoint)
+    assert (found.format, found.missing) == ("final checkpoint", [])
+    assert "expert_0.pt holds" in found.reason
+    assert found.foundation.name == found.foundation.folder == str(foundation)
+    assert found.foundation.num_parameters == FOUNDATION_PARAMETERS
+    expert = found.experts[1]
+    assert (expert.name, expert.rank, expert.lora_alpha, expert.num_layers) == ("expert_1", (4, 4), (8, 8), 6)
+    assert expert.modules == {"q_proj": 2, "v_proj": 2, "down_proj": 2}
+    assert (expert.num_parameters, expert.num_bytes) == (EXPERT_PARAMETERS, 4 * EXPERT_PARAMETERS)
+    assert found.router["num_experts"] == 3 and found.router["router_temperature"] == 2.0
+    gate = 4 * 3 * 33
+    assert found.memory["bfloat16"]["total"] == 2 * (FOUNDATION_PARAMETERS + 3 * EXPERT_PARAMETERS) + gate
+    json.dumps(found.to_dict())
+
+
+def test_an_exported_repo(checked):
+    found = inspect(checked[0])
+    assert (found.format, found.routing_strategy, found.missing) == ("exported repo", "router", [])
+    assert found.foundation.num_parameters == FOUNDATION_PARAMETERS
+    assert [expert.num_parameters for expert in found.experts] == [EXPERT_PARAMETERS] * 3
+    assert found.router["router_input"] == "experts_sum"
+
+
+def test_adapters(adapters):
+    found = inspect(adapters)
+    assert [expert.name for expert in found.experts] == ["plain", "stabilised", "everywhere"]
+    assert (found.experts[0].rank, found.experts[0].lora_alpha) == ((2, 6), (3, 8))
+    assert found.experts[1].use_rslora
+    assert found.router is None
+
+
+def test_what_is_missing_is_listed_and_not_raised(damaged):
+    change_json(damaged / "config.json", _dylora_lora_alpha=None, base_model_name_or_path="nobody/nothing")
+    (damaged / "dylo_moe_state" / "router.pt").unlink()
+    for path in [*damaged.glob("tokenizer*"), *damaged.glob("chat*")]:
+        path.unlink()
+    found = inspect(damaged)
+    missing = "\n".join(found.missing)
+    for part in ("--lora_alpha", "router.pt is missing", "nobody/nothing is not on this machine"):
+        assert part in missing
+    assert found.experts[0].lora_alpha is None
+    assert found.memory["float32"]["total"] is None
+    assert found.tokenizer is None
+
+
+def test_an_unknown_folder(tmp_path):
+    with pytest.raises(InputError, match="an empty folder"):
+        inspect(tmp_path)

@@ -1,0 +1,143 @@
+"""Foundations of other architectures: strategies against a PEFT loop, with and without a cache, saved and loaded."""
+
+import pytest
+import torch
+import transformers
+from helpers_models import PeftLoop, build, left_padded, random_rows
+
+from dylora_moe.modeling import DyloraMoeForCausalLM
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+GPT2_SIZES = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SLIDING = ["sliding_attention", "full_attention"]
+LAYER = "model.layers.{}."
+
+# Each with two kinds of linear layers that experts adapt.
+FOUNDATIONS = {
+    "llama with biases": (
+        "LlamaConfig",
+        {**GROUPED, "attention_bias": True, "mlp_bias": True},
+        (LAYER + "self_attn.q_proj", LAYER + "mlp.gate_proj"),
+    ),
+    "qwen2": ("Qwen2Config", GROUPED, (LAYER + "self_attn.q_proj", LAYER + "mlp.up_proj")),
+    "qwen2 tied": (
+        "Qwen2Config",
+        {**GROUPED, "tie_word_embeddings": True},
+        (LAYER + "self_attn.v_proj", LAYER + "mlp.up_proj"),
+    ),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, (LAYER + "self_attn.k_proj", LAYER + "mlp.down_proj")),
+    "mistral, sliding window": (
+        "MistralConfig",
+        {**GROUPED, "sliding_window": 6},
+        (LAYER + "self_attn.k_proj", LAYER + "mlp.down_proj"),
+    ),
+    "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 8}, (LAYER + "self_attn.q_proj", LAYER + "mlp.up_proj")),
+    "gemma2, soft-capped": (
+        "Gemma2Config",
+        {**GROUPED, "head_dim": 8, "sliding_window": 6, "layer_types": SLIDING, "query_pre_attn_scalar": 8},
+        (LAYER + "self_attn.q_proj", LAYER + "mlp.up_proj"),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**GROUPED, "head_dim": 8, "sliding_window": 6, "layer_types": SLIDING, "query_pre_attn_scalar": 8},
+        (LAYER + "self_attn.o_proj", LAYER + "mlp.gate_proj"),
+    ),
+    "phi": ("PhiConfig", SIZES, (LAYER + "self_attn.dense", LAYER + "mlp.fc1")),
+    "phi3, fused projections": (
+        "Phi3Config",
+        {**GROUPED, "pad_token_id": 2},
+        (LAYER + "self_attn.qkv_proj", LAYER + "mlp.gate_up_proj"),
+    ),
+    "starcoder2": ("Starcoder2Config", GROUPED, (LAYER + "self_attn.v_proj", LAYER + "mlp.c_fc")),
+    "gpt2, Conv1D": ("GPT2Config", GPT2_SIZES, ("transformer.h.{}.attn.c_attn", "transformer.h.{}.mlp.c_fc")),
+    "gpt neox": (
+        "GPTNeoXConfig",
+        SIZES,
+        ("gpt_neox.layers.{}.attention.query_key_value", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+    ),
+    "opt": (
+        "OPTConfig",
+        {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+        ("model.decoder.layers.{}.self_attn.v_proj", "model.decoder.layers.{}.fc1"),
+    ),
+    "gpt bigcode": (
+        "GPTBigCodeConfig",
+        GPT2_SIZES,
+        ("transformer.h.{}.attn.c_attn", "transformer.h.{}.mlp.c_proj"),
+    ),
+    "cohere, scaled logits": (
+        "CohereConfig",
+        {**GROUPED, "logit_scale": 0.3},
+        (LAYER + "self_attn.q_proj", LAYER + "mlp.up_proj"),
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {**GROUPED, "num_local_experts": 4},
+        (LAYER + "self_attn.q_proj", LAYER + "self_attn.o_proj"),
+    ),
+    "qwen2 moe": (
+        "Qwen2MoeConfig",
+        {
+            **GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+        (LAYER + "self_attn.q_proj", LAYER + "self_attn.v_proj"),
+    ),
+}
+
+
+def mixture(name: str) -> DyloraMoeForCausalLM:
+    config_name, fields, (first, second) = FOUNDATIONS[name]
+    experts = [
+        {"name": "one", "r": 4, "lora_alpha": 8, "target_modules": [first.format(i) for i in range(2)]},
+        {"name": "two", "r": 3, "lora_alpha": 8, "target_modules": [first.format(0), second.format(1)]},
+        {"name": "three", "r": 2, "lora_alpha": 4, "target_modules": [second.format(i) for i in range(2)]},
+    ]
+    return build(getattr(transformers, config_name)(**fields), experts)
+
+
+@pytest.mark.parametrize("name", FOUNDATIONS)
+def test_foundation(name, tmp_path):
+    model = mixture(name)
+    loop = PeftLoop(model)
+    rows = random_rows((9, 4))
+    batch = left_padded(rows)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    model.save_pretrained(tmp_path)
+    loaded, information = DyloraMoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not information["missing_keys"] and not information["unexpected_keys"]
+    for strategy in ("router", "best", "single:1", "ensemble"):
+        with torch.no_grad():
+            logits = model(**batch, position_ids=positions, routing_strategy=strategy).logits
+            again = loaded(**batch, position_ids=positions, routing_strategy=strategy).logits
+        assert torch.equal(logits, again)
+        for turn, row in enumerate(rows):
+            expected = loop.logits(row, strategy, len(row), turn)
+            torch.testing.assert_close(logits[turn, -len(row) :], expected, atol=1e-4, rtol=0)
+    arguments = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "routing_strategy": "router"}
+    cached = model.generate(**batch, **arguments)
+    assert cached.tolist() == model.generate(**batch, use_cache=False, **arguments).tolist()
+    assert cached.tolist() == model.generate(**batch, cache_implementation="static", **arguments).tolist()
+    assert cached[0, 9:].tolist() == loop.greedy(rows[0], "router", 0, 5)

@@ -1,0 +1,213 @@
+"""Every strategy under every way to generate and every cache, against a naive recomputation."""
+
+import threading
+
+import pytest
+import torch
+from helpers_models import STRATEGIES, PeftLoop, build, left_padded, random_rows
+from transformers import DynamicCache, StaticCache, TextStreamer
+
+
+PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]  # repeats itself, so that prompt lookup finds candidates
+NEW = 6
+PLAIN = {"eos_token_id": 1, "pad_token_id": 2, "max_new_tokens": NEW}
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return build(seed=7)
+
+
+@pytest.fixture(scope="module")
+def loop(mixture):
+    return PeftLoop(mixture)
+
+
+@pytest.fixture(scope="module")
+def expected(loop):
+    """Greedy tokens and beams of each strategy from a PEFT loop: one row, no cache."""
+    return {strategy: loop.greedy(PROMPT, strategy, 0, NEW) for strategy in STRATEGIES}
+
+
+def assistant():
+    return build(seed=11, router_input=None).foundation.eval()
+
+
+MODES = {
+    "greedy": lambda: {},
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    "assisted": lambda: {"assistant_model": assistant()},
+    "one beam of sampling": lambda: {"do_sample": True, "top_k": 1},
+    "chunked prefill": lambda: {"prefill_chunk_size": 4},
+}
+CACHES = {
+    "none": lambda model: {"use_cache": False},
+    "dynamic": lambda model: {},
+    "handed over": lambda model: {"past_key_values": DynamicCache(config=model.config)},
+    "static": lambda model: {"cache_implementation": "static"},
+    "static of the user's": lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=40)},
+}
+# What transformers itself does not offer, for any model.
+NOT_OFFERED = {
+    ("prompt lookup", "none"),
+    ("assisted", "none"),
+    ("chunked prefill", "none"),
+    ("prompt lookup", "static"),
+    ("assisted", "static"),
+    ("prompt lookup", "static of the user's"),
+    ("assisted", "static of the user's"),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategy_mode_and_cache(mixture, expected, strategy, mode, cache):
+    if (mode, cache) in NOT_OFFERED:
+        pytest.skip(f"transformers has no {mode} with cache: {cache}")
+    mixture.reset_round_robin()
+    arguments = {**PLAIN, "do_sample": False, **MODES[mode](), **CACHES[cache](mixture)}
+    found = mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, **arguments)
+    assert found[0, len(PROMPT) :][:NEW].tolist() == expected[strategy]
+
+
+def naive_beams(loop, strategy: str, num_beams: int) -> list[int]:
+    """Beam search by hand over the PEFT loop, without end tokens: the best sequence's new tokens."""
+    beams = [([], 0.0)]
+    for _ in range(NEW):
+        grown = []
+        for tokens, score in beams:
+            logits = loop.logits(PROMPT + tokens, strategy, len(PROMPT), 0)[-1].log_softmax(dim=-1)
+            values, choices = logits.topk(num_beams)
+            grown += [(tokens + [int(t)], score + float(v)) for v, t in zip(values, choices, strict=True)]
+        beams = sorted(grown, key=lambda beam: -beam[1])[:num_beams]
+    return beams[0][0]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_beam_search(mixture, loop, strategy, cache):
+    mixture.reset_round_robin()
+    arguments = {**PLAIN, "eos_token_id": None, "do_sample": False, "num_beams": 3, **CACHES[cache](mixture)}
+    found = mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, **arguments)
+    assert found[0, len(PROMPT) :].tolist() == naive_beams(loop, strategy, 3)
+
+
+@pytest.mark.parametrize("sampling", [{"num_return_sequences": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sampling_draws_the_same_with_and_without_a_cache(mixture, strategy, sampling):
+    draws = []
+    for use_cache in (True, False):
+        mixture.reset_round_robin()
+        torch.manual_seed(3)
+        arguments = {**PLAIN, "do_sample": True, "use_cache": use_cache, **sampling}
+        draws.append(mixture.generate(**left_padded([PROMPT, PROMPT[:4]]), routing_strategy=strategy, **arguments))
+    assert draws[0].shape[0] == 2 * sampling["num_return_sequences"]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_inputs_embeds_equal_input_ids(mixture, expected, strategy):
+    mixture.reset_round_robin()
+    embeddings = mixture.get_input_embeddings()(torch.tensor([PROMPT]))
+    found = mixture.generate(inputs_embeds=embeddings, routing_strategy=strategy, do_sample=False, **PLAIN)
+    assert found[0].tolist() == expected[strategy]
+
+
+class Words:
+    """One word a token, as much of a tokenizer as streaming needs."""
+
+    def decode(self, ids, **kwargs) -> str:
+        return " ".join(f"t{int(token)}" for token in ids)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_streaming(mixture, expected, strategy, capsys):
+    mixture.reset_round_robin()
+    streamer = TextStreamer(Words(), skip_prompt=True)
+    mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, streamer=streamer, do_sample=False, **PLAIN)
+    assert capsys.readouterr().out.split() == [f"t{token}" for token in expected[strategy]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_logits_to_keep(mixture, strategy):
+    batch = left_padded(random_rows((8, 5)))
+    whole = mixture(**batch, routing_strategy=strategy).logits
+    for keep in (1, 3, torch.tensor([0, 4, 7])):
+        kept = mixture(**batch, routing_strategy=strategy, logits_to_keep=keep).logits
+        wanted = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+        torch.testing.assert_close(kept, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+    ],
+)
+def test_the_routing_of_every_generated_token(mixture, loop, arguments):
+    output = mixture.generate(
+        torch.tensor([PROMPT]),
+        routing_strategy="router",
+        output_router_logits=True,
+        return_dict_in_generate=True,
+        **{**PLAIN, "do_sample": False, **arguments},
+    )
+    assert output.router_logits.shape[0] == output.sequences.shape[0]
+    for sequence, logits in zip(output.sequences.tolist(), output.router_logits, strict=True):
+        assert len(logits) >= len(sequence) - len(PROMPT)
+        expected = loop.router_logits(sequence[:-1])[len(PROMPT) - 1 :]
+        torch.testing.assert_close(logits[: len(expected)], expected, atol=1e-4, rtol=0)
+
+
+def test_no_routing_where_no_router_is_read(mixture):
+    arguments = {"output_router_logits": True, "return_dict_in_generate": True, "do_sample": False, **PLAIN}
+    for strategy in ("best", "single:0", "ensemble"):
+        output = mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, **arguments)
+        assert output.router_logits is None
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_hidden_states_and_attentions(mixture, strategy):
+    mixture.set_attn_implementation("eager")
+    try:
+        batch = left_padded(random_rows((6, 4)))
+        output = mixture(**batch, routing_strategy=strategy, output_hidden_states=True, output_attentions=True)
+    finally:
+        mixture.set_attn_implementation("sdpa")
+    rows = 2 * (mixture.config.num_experts if strategy == "ensemble" else 1)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(rows, 6, 32)] * 3
+    assert [tuple(attention.shape) for attention in output.attentions] == [(rows, 4, 6, 6)] * 2
+
+
+def test_paged_caches_are_refused_in_one_line(mixture):
+    for call in (
+        lambda: mixture.generate(torch.tensor([PROMPT]), cache_implementation="paged", max_new_tokens=2),
+        lambda: mixture.generate_batch([PROMPT], max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="cannot route"):
+            call()
+
+
+def test_threads_do_not_see_each_others_experts(mixture, expected):
+    found = {}
+
+    def work(strategy):
+        for _ in range(5):
+            tokens = mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, do_sample=False, **PLAIN)
+            found.setdefault(strategy, []).append(tokens[0, len(PROMPT) :].tolist())
+
+    strategies = ("router", "single:1", "base", "uniform")
+    threads = [threading.Thread(target=work, args=(strategy,)) for strategy in strategies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for strategy in strategies:
+        assert found[strategy] == [expected[strategy]] * 5

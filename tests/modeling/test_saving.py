@@ -1,0 +1,106 @@
+"""`save_pretrained` and back, and what lies in the folder."""
+
+import json
+
+import pytest
+import torch
+from helpers_models import STRATEGIES, build, left_padded, llama_config, random_rows
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from dylora_moe.modeling import DyloraMoeForCausalLM
+
+
+def same_weights(one, other):
+    left, right = one.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_bit_exact(tmp_path, tied):
+    model = build(llama_config(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path)
+    again = DyloraMoeForCausalLM.from_pretrained(tmp_path)
+    same_weights(model, again)
+    batch = left_padded(random_rows((7, 4)))
+    for strategy in STRATEGIES:
+        one = model(**batch, routing_strategy=strategy).logits
+        assert torch.equal(one, again(**batch, routing_strategy=strategy).logits), strategy
+    embeddings, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
+    assert (embeddings.data_ptr() == head.data_ptr()) == tied
+
+
+def test_sharded_round_trip(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    same_weights(model, DyloraMoeForCausalLM.from_pretrained(tmp_path))
+
+
+def test_the_folder_loads_by_its_own_code(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+    }
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(config).__module__.startswith("transformers_modules")
+    assert config.expert_configs == model.config.expert_configs
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__module__.startswith("transformers_modules")
+    same_weights(model, again)
+
+    batch = left_padded(random_rows((7, 4)))
+    headless = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    for strategy in ("router", "best", "single:second", "base"):
+        hidden = headless(**batch, routing_strategy=strategy).last_hidden_state
+        expected = model(**batch, routing_strategy=strategy, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(hidden, expected)
+    with pytest.raises(ValueError, match="no hidden states of its own"):
+        headless(**batch, routing_strategy="ensemble")
+
+
+def test_a_repo_loaded_by_its_own_code_saves_a_complete_repo(tmp_path):
+    build().save_pretrained(tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "two")
+    one, two = ({f.name for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    auto_maps = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("one", "two")]
+    assert auto_maps[0] == auto_maps[1]
+    same_weights(loaded, AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True))
+
+
+def test_the_strategy_of_generation_config_json_is_the_models(tmp_path):
+    model = build()
+    model.generation_config.routing_strategy = "single:third"
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["routing_strategy"] == "single:third"
+    ids = torch.tensor(random_rows((6,)))
+    for model_class in (AutoModelForCausalLM, AutoModel):
+        again = model_class.from_pretrained(tmp_path, trust_remote_code=True)
+        for one, other in zip(again(ids)[:1], again(ids, routing_strategy="single:2")[:1], strict=True):
+            assert torch.equal(one, other)
+        assert not torch.equal(again(ids)[0], again(ids, routing_strategy="base")[0])
+
+
+def test_dtype_applies_to_all_but_the_gate(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16)
+    for name, parameter in half.named_parameters():
+        expected = torch.float32 if name.startswith("router.") else torch.bfloat16
+        assert parameter.dtype == expected, name
+    assert torch.equal(half.router.gate.weight, model.router.gate.weight)
+
+
+def test_loaded_models_train_experts_and_gate_alone(tmp_path):
+    build().save_pretrained(tmp_path)
+    again = DyloraMoeForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in again.named_parameters():
+        trainable = name.endswith((".lora_A", ".lora_B")) or name.startswith("router.")
+        assert parameter.requires_grad == trainable, name
