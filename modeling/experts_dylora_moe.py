@@ -5,9 +5,9 @@
 Knows how weights reach the layers during a pass. Knows nothing about how the weights come about.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -57,35 +57,30 @@ def spread_over_ranks(weights: torch.Tensor, layout: RankLayout) -> torch.Tensor
     return torch.cat(parts, dim=-1)
 
 
-# Weights cannot be passed through a foundation's own forward, so they travel beside it. A context variable keeps
-# threads apart, but `torch.compile` cannot trace one, and compiled and eager code may call each other (graph breaks,
-# layers compiled one by one). So eager passes set both, compiled ones the plain variable, which eager layers read
-# where no eager pass has set theirs.
-_NO_PASS = object()
-_active: ContextVar = ContextVar("dylora_moe_active_experts", default=_NO_PASS)
-_active_plain: ActiveExperts | None = None
+class _PassInProgress(threading.local):
+    """Weights cannot be passed through a foundation's own forward, so they travel beside it, apart in each thread."""
+
+    def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
+        self.active: ActiveExperts | None = None
+
+
+# A thread-local object and no context variable: `torch.compile` traces the first and guards it for the calling thread.
+_pass_in_progress = _PassInProgress()
 
 
 def get_active_experts() -> ActiveExperts | None:
-    """The experts of the pass in progress; `None` when they are off."""
-    if torch.compiler.is_compiling():
-        return _active_plain
-    active = _active.get()
-    return _active_plain if active is _NO_PASS else active
+    """The experts of the pass in progress in this thread; `None` when they are off."""
+    return _pass_in_progress.active
 
 
 @contextmanager
 def use_experts(active: ActiveExperts | None) -> Iterator[None]:
     """Within the context, every expert layer applies `active`; `None` leaves the foundation alone."""
-    global _active_plain
-    before, _active_plain = _active_plain, active
-    token = None if torch.compiler.is_compiling() else _active.set(active)
+    before, _pass_in_progress.active = _pass_in_progress.active, active
     try:
         yield
     finally:
-        _active_plain = before
-        if token is not None:
-            _active.reset(token)
+        _pass_in_progress.active = before
 
 
 def checkpoint_with_experts(checkpoint_function):

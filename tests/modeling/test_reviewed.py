@@ -1,6 +1,7 @@
 """Wrong numbers that could come about silently: each was possible once."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -47,6 +48,44 @@ def test_graph_breaks_and_uncompiled_layers_apply_the_experts(strategy):
 
             layer.forward = broken
         torch.testing.assert_close(logits(torch.compile(model, backend="eager"), strategy), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_passes_of_two_threads_neither_mix_nor_leave_anything_behind(compiled):
+    """The first pass begins, the second begins, the first ends, the second ends."""
+    torch._dynamo.reset()
+    strategies = ("single:1", "router")
+    expected = {strategy: logits(build(), strategy) for strategy in ("base", *strategies)}
+    model = build()
+    bare = model.foundation.model.layers[0].forward
+    second_began, first_ended = threading.Event(), threading.Event()
+
+    def interleaved(*args, **kwargs):
+        if threading.current_thread().name == strategies[0]:
+            assert second_began.wait(60)
+        else:
+            second_began.set()
+            assert first_ended.wait(60)
+        return bare(*args, **kwargs)
+
+    model.foundation.model.layers[0].forward = interleaved
+    if compiled:
+        model.foundation.model.layers[1].compile(backend="eager")
+    found = {}
+
+    def run(strategy):
+        found[strategy] = logits(model, strategy)
+        first_ended.set()
+
+    threads = [threading.Thread(target=run, args=(strategy,), name=strategy) for strategy in strategies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for strategy in strategies:
+        torch.testing.assert_close(found[strategy], expected[strategy])
+    model.foundation.model.layers[0].forward = bare
+    assert torch.equal(model.foundation(IDS).logits, expected["base"])
 
 
 def test_guidance_uses_the_calls_strategy():
