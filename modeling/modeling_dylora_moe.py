@@ -7,13 +7,10 @@ states. Knows nothing about files of training runs, PEFT or benchmarks.
 
 import copy
 import inspect
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -32,31 +29,23 @@ from .growth_dylora_moe import GrowthMixin
 from .layouts_dylora_moe import (
     HUB_ARGUMENTS,
     keep_single_expert,
-    merge_expert,
     read_adapter,
     read_full,
-    save_adapters,
-    save_router,
     subset_of,
 )
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
+from .saving_dylora_moe import SavingMixin
 
 
 logger = logging.get_logger(__name__)
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_dylora_moe.DyloraMoeConfig",
-    "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
-    "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
-}
 
 # A mixture-of-experts foundation understands this one too, and would add a balance loss of its own.
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 
-class DyloraMoePreTrainedModel(GrowthMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
     """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
 
     config_class = DyloraMoeConfig
@@ -281,75 +270,6 @@ class DyloraMoePreTrainedModel(GrowthMixin, PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, checkpoint_with_experts(gradient_checkpointing_func), **kwargs)
-
-    def save_pretrained(self, save_directory, *args, layout: str | None = None, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, with the code beside the weights: what it writes loads anywhere.
-
-        Args:
-            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the foundation taken
-                from `config.base_model_name_or_path` on loading. The layout it was loaded from, if left out.
-
-        Raises:
-            ValueError: layout `adapter` of a model whose config names no foundation.
-        """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for source in Path(__file__).parent.glob("*.py"):
-            if source.parent.resolve() != directory.resolve():
-                shutil.copyfile(source, directory / source.name)
-        for name, layer in self.expert_layers().items():
-            if layer.layout != self.config.rank_layout(name):
-                raise ValueError(
-                    f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
-                    f"scales {layer.layout}, and the config says {self.config.rank_layout(name)}."
-                )
-        loaded_layout = self.config.weights_layout
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.weights_layout = layout or loaded_layout
-        try:
-            if self.config.weights_layout == "adapter":
-                self._save_adapter_layout(directory, *args, **kwargs)
-            else:
-                super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.weights_layout = loaded_layout
-
-    def _save_adapter_layout(
-        self,
-        directory: Path,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        if not is_main_process:
-            return
-        if self.config.base_model_name_or_path is None:
-            raise ValueError(
-                "Layout `adapter` leaves the foundation where it is, and `config.base_model_name_or_path` does not say "
-                "where that is: set it, or save with layout='full'."
-            )
-        if any(p.requires_grad for n, p in self.foundation.named_parameters() if ".lora_" not in n):
-            logger.warning("Layout `adapter` does not save the foundation, and some of its parameters are trainable.")
-        save_adapters(self, directory / "experts", state_dict)
-        save_router(self, directory, state_dict)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(directory)
-        if getattr(self, "generation_config", None) is not None:
-            self.generation_config.save_pretrained(directory)
-        if push_to_hub:
-            hub = HfApi(token=kwargs.get("token"))
-            repo = hub.create_repo(kwargs.get("repo_id", directory.name), private=kwargs.get("private"), exist_ok=True)
-            message = kwargs.get("commit_message", "Upload model")
-            hub.upload_folder(folder_path=directory, repo_id=repo.repo_id, commit_message=message)
-
-    def save_adapters(self, save_directory: str | Path) -> list[Path]:
-        """Every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit; see `layouts_dylora_moe`."""
-        return save_adapters(self, save_directory)
-
-    def merge_expert(self, expert: int | str) -> PreTrainedModel:
-        """One expert folded into a copy of the foundation: an ordinary model, without a line of code of ours."""
-        return merge_expert(self, expert)
 
     # Routing
 

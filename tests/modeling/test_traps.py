@@ -406,7 +406,8 @@ def test_a_batch_size_that_changes_between_calls(mixture):
 
 def test_shipped_code_is_flat_small_and_needs_transformers_alone():
     files = sorted(Path(dylora_moe.modeling.__file__).parent.glob("*.py"))
-    assert sum(len(file.read_text().splitlines()) for file in files) < 2200
+    lines = [line for file in files for line in file.read_text().splitlines() if line.strip()]
+    assert len(lines) < 2000, "too long to audit before trusting it"
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "safetensors", "huggingface_hub"}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,0 +1,154 @@
+"""Saving a live model: both layouts with the code beside the weights, the Hub, PEFT folders, an expert merged.
+
+Knows what makes a folder complete. Knows nothing about how tensors lie in files: that is `layouts_dylora_moe`.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .layouts_dylora_moe import merge_expert, save_adapters, save_router
+
+
+logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_dylora_moe.DyloraMoeConfig",
+    "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
+    "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
+}
+
+
+class SavingMixin:
+    """What writes a routed model to a folder or to the Hub."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        *args,
+        layout: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the code beside the weights: what it writes loads anywhere.
+
+        Args:
+            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the foundation taken
+                from `config.base_model_name_or_path` on loading. The layout it was loaded from, if left out.
+
+        Raises:
+            ValueError: layout `adapter` of a model whose config names no foundation, or, with `push_to_hub`, one on
+                this machine alone.
+        """
+        directory = Path(save_directory)
+        for name, layer in self.expert_layers().items():
+            if layer.layout != self.config.rank_layout(name):
+                raise ValueError(
+                    f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
+                    f"scales {layer.layout}, and the config says {self.config.rank_layout(name)}."
+                )
+        names = ("repo_id", "commit_message", "create_pr", "private")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
+        self.config.auto_map = dict(AUTO_MAP)
+        with self._in_layout(layout):
+            self._check_foundation(on_hub=push_to_hub)
+            directory.mkdir(parents=True, exist_ok=True)
+            before = self._get_files_timestamps(directory) if push_to_hub and is_main_process else {}
+            if is_main_process:
+                self._save_code(directory)
+            if self.config.weights_layout == "full":
+                super().save_pretrained(directory, is_main_process, state_dict, False, *args, **kwargs)
+            elif is_main_process:
+                self._save_adapter_layout(directory, state_dict)
+        if push_to_hub and is_main_process:
+            self._upload_saved(directory, before, token=kwargs.get("token"), **hub_arguments)
+
+    def push_to_hub(self, repo_id: str, *args, layout: str | None = None, **kwargs):
+        """As `PreTrainedModel.push_to_hub`; `layout` and errors as in `save_pretrained`."""
+        with self._in_layout(layout):
+            self._check_foundation(on_hub=True)
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def save_adapters(self, save_directory: str | Path) -> list[Path]:
+        """Every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit; see `layouts_dylora_moe`."""
+        return save_adapters(self, save_directory)
+
+    def merge_expert(self, expert: int | str) -> PreTrainedModel:
+        """One expert folded into a copy of the foundation: an ordinary model, without a line of code of ours."""
+        return merge_expert(self, expert)
+
+    @contextmanager
+    def _in_layout(self, layout: str | None) -> Iterator[None]:
+        before = self.config.weights_layout
+        self.config.weights_layout = layout or before
+        try:
+            if self.config.weights_layout not in ("full", "adapter"):
+                raise ValueError(f"There is no layout {self.config.weights_layout!r}: choose 'full' or 'adapter'.")
+            yield
+        finally:
+            self.config.weights_layout = before
+
+    def _check_foundation(self, on_hub: bool) -> None:
+        """Without its foundation a repo of layout `adapter` is of no use."""
+        foundation = self.config.base_model_name_or_path
+        if self.config.weights_layout != "adapter":
+            return
+        if foundation is None:
+            raise ValueError(
+                "Layout `adapter` leaves the foundation where it is, and `config.base_model_name_or_path` does not say "
+                "where that is: set it, or choose layout='full'."
+            )
+        if on_hub and Path(foundation).exists():
+            raise ValueError(
+                f"`config.base_model_name_or_path` is {foundation!r}, a folder of this machine, which nobody else can "
+                "load: set it to the foundation's id on the Hub, or choose layout='full'."
+            )
+
+    def _save_code(self, directory: Path) -> None:
+        for source in Path(__file__).parent.glob("*.py"):
+            if source.parent.resolve() != directory.resolve():
+                shutil.copyfile(source, directory / source.name)
+
+    def _save_adapter_layout(self, directory: Path, state_dict: dict | None) -> None:
+        if any(p.requires_grad for n, p in self.foundation.named_parameters() if ".lora_" not in n):
+            logger.warning("Layout `adapter` does not save the foundation, and some of its parameters are trainable.")
+        save_adapters(self, directory / "experts", state_dict)
+        save_router(self, directory, state_dict)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(directory)
+        if getattr(self, "generation_config", None) is not None:
+            self.generation_config.save_pretrained(directory)
+
+    def _upload_saved(
+        self, directory: Path, before: dict, repo_id=None, private=None, token=None, **of_commit
+    ) -> None:
+        repo = HfApi(token=token).create_repo(repo_id or directory.name, private=private, exist_ok=True)
+        self._upload_modified_files(directory, repo.repo_id, before, token=token, **of_commit)
+
+    # transformers' own of these two look one folder deep, and experts lie two deep.
+
+    def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
+        files = (file for file in Path(working_dir).rglob("*") if file.is_file())
+        return {file.relative_to(working_dir).as_posix(): file.stat().st_mtime for file in files}
+
+    def _upload_modified_files(
+        self, working_dir, repo_id, files_timestamps, commit_message=None, token=None, revision=None, **kwargs
+    ):
+        hub = HfApi(token=token)
+        if revision is not None and not revision.startswith("refs/pr"):
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        times = self._get_files_timestamps(working_dir).items()
+        modified = [file for file, time in times if time > files_timestamps.get(file, float("-inf"))]
+        operations = [CommitOperationAdd(file, Path(working_dir) / file) for file in sorted(modified)]
+        message = commit_message or "Upload model"
+        return hub.create_commit(repo_id, operations, commit_message=message, revision=revision, **kwargs)
+
+
+__all__ = ["AUTO_MAP", "SavingMixin"]
