@@ -3,9 +3,10 @@
 import threading
 
 import pytest
+import tokenizers
 import torch
-from helpers_models import STRATEGIES, PeftLoop, build, left_padded, random_rows
-from transformers import DynamicCache, StaticCache, TextStreamer
+from helpers_models import PAD, STRATEGIES, VOCABULARY, PeftLoop, build, left_padded, random_rows
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, TextStreamer
 
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]  # repeats itself, so that prompt lookup finds candidates
@@ -127,6 +128,39 @@ def test_streaming(mixture, expected, strategy, capsys):
     streamer = TextStreamer(Words(), skip_prompt=True)
     mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, streamer=streamer, do_sample=False, **PLAIN)
     assert capsys.readouterr().out.split() == [f"t{token}" for token in expected[strategy]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Every token is one character."""
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({text_of([t]): t for t in range(VOCABULARY)}))
+    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
+    characters.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=text_of([1]), pad_token=text_of([PAD]))
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(chr(ord("0") + token) for token in tokens)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "one beam of sampling", "prompt lookup"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stop_strings_end_each_row_where_its_own_text_has_one(mixture, loop, tokenizer, strategy, mode):
+    rows = [PROMPT, PROMPT[:4]] if mode != "prompt lookup" else [PROMPT]
+    alone = [loop.greedy(row, strategy, index, 8) for index, row in enumerate(rows)]
+    stop = text_of(alone[0][2:4])
+    ends = [text_of(tokens).find(stop) for tokens in alone]
+    ends = [end + len(stop) if end >= 0 else len(tokens) for end, tokens in zip(ends, alone, strict=True)]
+    mixture.reset_round_robin()
+    arguments = {**PLAIN, "max_new_tokens": 8, "do_sample": False, **MODES[mode]()}
+    batch = left_padded(rows)
+    found = mixture.generate(
+        **batch, routing_strategy=strategy, stop_strings=[stop, "never"], tokenizer=tokenizer, **arguments
+    )
+    assert ends[0] <= 4
+    for row, tokens, end in zip(found[:, batch["input_ids"].shape[1] :].tolist(), alone, ends, strict=True):
+        assert row[:end] == tokens[:end]
+        assert set(row[end:]) <= {PAD}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
