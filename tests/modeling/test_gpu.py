@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows
-from transformers import AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoModelForCausalLM, utils
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -61,19 +60,23 @@ def test_automatic_device_map_in_bfloat16(tmp_path, layout):
     loaded.generate(**BATCH, routing_strategy="router", **GREEDY)
 
 
-@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
+@pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_flash_attention(tmp_path, strategy):
-    model = build(llama_config(hidden_size=64))
+def test_flash_attention(tmp_path, strategy, version):
+    if not getattr(utils, f"is_flash_attn_{version}_available", lambda: False)():
+        pytest.skip(f"needs flash-attn {version}")
+    model = build(llama_config(hidden_size=256))
     model.save_pretrained(tmp_path)
     both = [
         AutoModelForCausalLM.from_pretrained(
             tmp_path, trust_remote_code=True, device_map="cuda", dtype=torch.bfloat16, attn_implementation=name
         )
-        for name in ("flash_attention_2", "eager")
+        for name in (f"flash_attention_{version}", "eager")
     ]
     batch = {name: tensor.to("cuda") for name, tensor in BATCH.items()}
     with torch.no_grad():
         flash, eager = (loaded(**batch, routing_strategy=strategy).logits.float() for loaded in both)
+        decoded = [loaded.generate(**batch, routing_strategy=strategy, **GREEDY) for loaded in both]
+    assert decoded[0].shape == decoded[1].shape
     real = batch["attention_mask"].bool()
     assert (flash - eager)[real].abs().mean() < 0.1 * eager[real].abs().mean()

@@ -22,7 +22,7 @@ def run(hub, home, code: str, *arguments: str, token: str | None = "hf_write") -
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     process = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**keep, **hub.environment(home, token), "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
+        env={**keep, **hub.environment(home, token), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=home,
         capture_output=True,
         text=True,
