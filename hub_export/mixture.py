@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
+from .stored_tensors import StoredTensor
 
 
 @dataclass
@@ -112,8 +113,9 @@ class Mixture:
         folders: the folders it was read from, in the order of the experts where there is one per expert.
         problems: what keeps it from being exported as it is, one line each; `inspect` lists them, `export` raises.
         notes: what a user should know and may ignore.
-        load_model: for sources that carry their foundation: a dtype (None: as stored) to the whole model; None where the
-            foundation is apart.
+        foundation_config: the foundation's transformers config, where the source carries the foundation.
+        foundation_weights: its tensors by their names in the foundation's own state dict, tied ones left out; None where
+            the foundation is apart.
         routing_strategy: the default strategy the source already has, if it has one.
     """
 
@@ -125,7 +127,8 @@ class Mixture:
     foundation: FoundationReference
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    load_model: Callable[..., Any] | None = None
+    foundation_config: Any = None
+    foundation_weights: dict[str, StoredTensor] | None = None
     routing_strategy: str | None = None
 
 
