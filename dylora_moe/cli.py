@@ -6,28 +6,30 @@ done, and imports what does it only when a command runs.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from dylora_moe import __version__
+from dylora_moe.cli_common import (
+    CONTEXT_SETTINGS,
+    Json,
+    Overwrite,
+    err,
+    out,
+    print_json,
+    progress,
+    size,
+    span,
+    split,
+    whole,
+)
 
-
-# option names are written with `_`, as config fields are; `-` is understood as well
-CONTEXT_SETTINGS = {
-    "token_normalize_func": lambda token: token.replace("-", "_"),
-    "help_option_names": ["-h", "--help"],
-}
 
 # typer brings its own click or uses the installed one, by its version; these are the classes of the one in use
 ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -41,12 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exported repo, at one stroke.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -90,9 +86,9 @@ def inspect(
     """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
     from dylora_moe import hub_export
 
-    result = hub_export.inspect(sources, base_model=base_model, lora_alpha=_whole(lora_alpha))
+    result = hub_export.inspect(sources, base_model=base_model, lora_alpha=whole(lora_alpha))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         _print_inspection(result)
 
@@ -136,7 +132,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a source as a repo that stock transformers loads, and check it against the source."""
-    with _progress() as tell:
+    with progress() as tell:
         from dylora_moe import hub_export
 
         result = hub_export.export(
@@ -150,8 +146,8 @@ def export(
             router_input=router_input,
             num_experts_per_tok=num_experts_per_tok,
             router_temperature=router_temperature,
-            lora_alpha=_whole(lora_alpha),
-            expert_names=_split(expert_names),
+            lora_alpha=whole(lora_alpha),
+            expert_names=split(expert_names),
             tokenizer=tokenizer,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -160,7 +156,7 @@ def export(
             trust_remote_code=trust_remote_code,
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         _print_export(result)
 
@@ -180,39 +176,12 @@ def variant(
         repo, routing_strategy=routing_strategy, output_dir=output_dir, overwrite=overwrite
     )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         out.print(
             f"{result.output_dir}: {result.routing_strategy} (weights: {result.weights} to {result.repo})",
             markup=False,
         )
-
-
-def _whole(number: float | None) -> float | int | None:
-    """16 and not 16.0, as it would stand in a config."""
-    if number is None:
-        return None
-    if not math.isfinite(number) or number <= 0:
-        raise typer.BadParameter(f"{number} is not a number greater than 0", param_hint="--lora_alpha")
-    return int(number) if number == int(number) else number
-
-
-def _split(names: list[str] | None) -> list[str] | None:
-    return [part for name in names for part in name.split(",")] if names else None
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Says on stderr what is being done: a line that changes on a terminal, else one line each."""
-    if err.is_terminal:
-        with err.status("starting") as status:
-            yield lambda message: status.update(message)
-    else:
-        yield lambda message: err.print(message, markup=False)
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, indent=2, default=str))
 
 
 def _print_inspection(result: Any) -> None:
@@ -225,12 +194,12 @@ def _print_inspection(result: Any) -> None:
         table.add_row(
             str(index),
             expert.name,
-            _span(expert.rank),
-            _span(expert.lora_alpha) + (" rsLoRA" if expert.use_rslora else ""),
+            span(expert.rank),
+            span(expert.lora_alpha) + (" rsLoRA" if expert.use_rslora else ""),
             str(expert.num_layers),
             ", ".join(f"{name} x {count}" for name, count in expert.modules.items()),
             f"{expert.num_parameters:,}",
-            _size(expert.num_bytes),
+            size(expert.num_bytes),
             ", ".join(expert.dtypes),
         )
     out.print(table)
@@ -239,8 +208,8 @@ def _print_inspection(result: Any) -> None:
         out.print(f"default strategy: {result.routing_strategy}", markup=False)
     out.print(f"tokenizer: {result.tokenizer or 'none'}", markup=False)
     for dtype, parts in result.memory.items():
-        total = "foundation unknown" if parts["total"] is None else f"{_size(parts['total'])} in all"
-        out.print(f"memory in {dtype}: {total}, experts {_size(parts['experts'])}")
+        total = "foundation unknown" if parts["total"] is None else f"{size(parts['total'])} in all"
+        out.print(f"memory in {dtype}: {total}, experts {size(parts['experts'])}")
     for note in result.notes:
         out.print(f"note: {note}", markup=False)
     for problem in result.missing:
@@ -260,21 +229,6 @@ def _print_export(result: Any) -> None:
         out.print(
             f"checked: {len(result.check.comparisons)} quantities equal the source's, largest difference {largest:.1e}"
         )
-
-
-def _span(values: tuple[float, float] | None) -> str:
-    if values is None:
-        return "unknown"
-    return f"{values[0]:g}" if values[0] == values[1] else f"{values[0]:g} to {values[1]:g}"
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
 
 
 def _quiet() -> None:

@@ -1,0 +1,68 @@
+"""What the commands share: consoles, options, how results and progress are shown. It knows no command."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+
+# option names are written with `_`, as config fields are; `-` is understood as well
+CONTEXT_SETTINGS = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["-h", "--help"],
+}
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exported repo, at one stroke.")]
+
+
+def whole(number: float | None) -> float | int | None:
+    """16 and not 16.0, as it would stand in a config."""
+    if number is None:
+        return None
+    if not math.isfinite(number) or number <= 0:
+        raise typer.BadParameter(f"{number} is not a number greater than 0", param_hint="--lora_alpha")
+    return int(number) if number == int(number) else number
+
+
+def split(names: list[str] | None) -> list[str] | None:
+    return [part for name in names for part in name.split(",")] if names else None
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is being done: a line that changes on a terminal, else one line each."""
+    if err.is_terminal:
+        with err.status("starting") as status:
+            yield lambda message: status.update(message)
+    else:
+        yield lambda message: err.print(message, markup=False)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2, default=str))
+
+
+def span(values: tuple[float, float] | None) -> str:
+    if values is None:
+        return "unknown"
+    return f"{values[0]:g}" if values[0] == values[1] else f"{values[0]:g} to {values[1]:g}"
+
+
+def size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
