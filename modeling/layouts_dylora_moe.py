@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -184,12 +184,8 @@ def read_adapter(
     Raises:
         ValueError: no foundation is named, or it is one of other shapes; names the tensor and both shapes.
     """
-    name = base_model or config.base_model_name_or_path
-    if name is None:
-        raise ValueError(f"{location} holds experts alone and names no foundation: pass it as `base_model=`.")
-    revision = {} if base_model else {"revision": config.base_model_revision}
-    hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
-    foundation = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **hub, **revision)
+    name, hub = _foundation_place(config, base_model, where)
+    foundation = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **hub)
     with torch.device("meta"):
         needed = network(config).state_dict()
     adapted = config.adapted_modules()
@@ -211,6 +207,20 @@ def read_adapter(
         router = load_file(cached_file(location, ROUTER_WEIGHTS, **where))
         state.update({f"router.{key}": tensor[numbers] for key, tensor in router.items()})
     return state
+
+
+def foundation_config(config: DyloraMoeConfig, base_model: str | None, where: dict) -> PreTrainedConfig:
+    """The config of the foundation of a repo of layout `adapter` that does not hold it."""
+    name, hub = _foundation_place(config, base_model, where)
+    return AutoConfig.from_pretrained(name, **hub)
+
+
+def _foundation_place(config: DyloraMoeConfig, base_model: str | None, where: dict) -> tuple[str, dict]:
+    name = base_model or config.base_model_name_or_path
+    if name is None:
+        raise ValueError("The repo holds experts alone and names no foundation: pass it as `base_model=`.")
+    hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
+    return name, {**hub, "revision": None if base_model else config.base_model_revision}
 
 
 def _expert_stacks(location: str, config: DyloraMoeConfig, where: dict) -> dict[str, torch.Tensor]:
@@ -255,6 +265,7 @@ def merge_expert(model, expert: int | str):
 
 __all__ = [
     "HUB_ARGUMENTS",
+    "foundation_config",
     "keep_single_expert",
     "merge_expert",
     "peft_config",

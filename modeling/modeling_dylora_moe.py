@@ -28,6 +28,7 @@ from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
 from .layouts_dylora_moe import (
     HUB_ARGUMENTS,
+    foundation_config,
     keep_single_expert,
     read_adapter,
     read_full,
@@ -127,6 +128,8 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
                 config or location, return_unused_kwargs=True, **where, **kwargs
             )
             kwargs.update(dtype)
+        if config.base_config is None:  # written where the foundation was not at hand
+            config.base_config = foundation_config(config, base_model, where)
         subset, numbers = subset_of(config, experts)
         if config.weights_layout == "adapter":
             state_dict = read_adapter(location, subset, numbers, where, base_model, cls)

@@ -62,7 +62,7 @@ class SavingMixin:
             directory.mkdir(parents=True, exist_ok=True)
             before = self._get_files_timestamps(directory) if push_to_hub and is_main_process else {}
             if is_main_process:
-                self._save_code(directory)
+                save_code(directory)
             if self.config.weights_layout == "full":
                 super().save_pretrained(directory, is_main_process, state_dict, False, *args, **kwargs)
             elif is_main_process:
@@ -111,11 +111,6 @@ class SavingMixin:
                 "load: set it to the foundation's id on the Hub, or choose layout='full'."
             )
 
-    def _save_code(self, directory: Path) -> None:
-        for source in Path(__file__).parent.glob("*.py"):
-            if source.parent.resolve() != directory.resolve():
-                shutil.copyfile(source, directory / source.name)
-
     def _save_adapter_layout(self, directory: Path, state_dict: dict | None) -> None:
         if any(p.requires_grad for n, p in self.foundation.named_parameters() if ".lora_" not in n):
             logger.warning("Layout `adapter` does not save the foundation, and some of its parameters are trainable.")
@@ -151,4 +146,11 @@ class SavingMixin:
         return hub.create_commit(repo_id, operations, commit_message=message, revision=revision, **kwargs)
 
 
-__all__ = ["AUTO_MAP", "SavingMixin"]
+def save_code(directory: str | Path) -> None:
+    """Copy the files of this folder, so that `directory` loads anywhere."""
+    for source in Path(__file__).parent.glob("*.py"):
+        if source.parent.resolve() != Path(directory).resolve():
+            shutil.copyfile(source, Path(directory) / source.name)
+
+
+__all__ = ["AUTO_MAP", "SavingMixin", "save_code"]
