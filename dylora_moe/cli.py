@@ -44,6 +44,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+SOURCE = "A folder, a Hub id or wandb:entity/project/name:version."
+Subfolder = Annotated[
+    str | None, typer.Option("--subfolder", help="Which checkpoint, where the source holds several.")
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="The source's revision on the Hub.")]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -76,17 +82,21 @@ def demo(
 
 @app.command()
 def inspect(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="A folder or a Hub id.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help=SOURCE)],
     base_model: Annotated[
         str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
     ] = None,
     lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
     from dylora_moe import hub_export
 
-    result = hub_export.inspect(sources, base_model=base_model, lora_alpha=whole(lora_alpha))
+    result = hub_export.inspect(
+        sources, base_model=base_model, lora_alpha=whole(lora_alpha), subfolder=subfolder, revision=revision
+    )
     if as_json:
         print_json(result.to_dict())
     else:
@@ -97,13 +107,18 @@ def inspect(
 def export(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE", help="A folder or a Hub id; several PEFT adapters: one expert each."),
+        typer.Argument(
+            metavar="SOURCE", help=f"{SOURCE} Several PEFT adapters: one expert each; after a repo, appended to it."
+        ),
     ],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
     base_model: Annotated[
         str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
     ] = None,
     base_revision: Annotated[str | None, typer.Option("--base_revision", help="The foundation's revision.")] = None,
+    layout: Annotated[
+        str, typer.Option("--layout", help="full, or adapter: the foundation stays where it is.")
+    ] = "full",
     routing_strategy: Annotated[
         str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
     ] = None,
@@ -115,6 +130,9 @@ def export(
     router_temperature: Annotated[
         float | None, typer.Option("--router_temperature", help="Divides the gate's logits, if dense.")
     ] = None,
+    router_prompts: Annotated[
+        Path | None, typer.Option("--router_prompts", help="YAML, expert to prompts: a router without training.")
+    ] = None,
     lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
     expert_names: Annotated[
         list[str] | None, typer.Option("--expert_names", help="Names for the experts: one,two or the option repeated.")
@@ -124,6 +142,11 @@ def export(
         str | None, typer.Option("--dtype", help="Convert to float32, bfloat16 or float16; otherwise as stored.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Split weights beyond this size.")] = "5GB",
+    results: Annotated[
+        list[str] | None, typer.Option("--results", help="STRATEGY=FILE of EvalPlus's results, for the card; repeatable.")
+    ] = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[bool, typer.Option("--no_verify", help="Leave out the check against the source.")] = False,
     trust_remote_code: Annotated[
@@ -141,16 +164,21 @@ def export(
             progress=tell,
             base_model=base_model,
             base_revision=base_revision,
+            layout=layout,
             routing_strategy=routing_strategy,
             router_mode=router_mode,
             router_input=router_input,
             num_experts_per_tok=num_experts_per_tok,
             router_temperature=router_temperature,
+            router_prompts=router_prompts,
             lora_alpha=whole(lora_alpha),
             expert_names=split(expert_names),
             tokenizer=tokenizer,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            results=results or [],
+            subfolder=subfolder,
+            revision=revision,
             overwrite=overwrite,
             verify=not no_verify,
             trust_remote_code=trust_remote_code,
@@ -222,13 +250,16 @@ def _print_export(result: Any) -> None:
     out.print(
         f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}", markup=False
     )
-    if result.check is None:
+    check = result.check
+    if check is None:
         out.print("not checked against the source")
+        return
+    out.print(f"checked: {check.num_tensors} tensors of experts and router are the source's, bit by bit")
+    if check.compared_logits:
+        quantities = f"{len(check.comparisons)} quantities equal the source's"
+        out.print(f"checked: {quantities}, largest difference {check.largest_difference:.1e}")
     else:
-        largest = result.check.largest_difference
-        out.print(
-            f"checked: {len(result.check.comparisons)} quantities equal the source's, largest difference {largest:.1e}"
-        )
+        out.print("not checked: logits, because the foundation is not at hand")
 
 
 def _quiet() -> None:

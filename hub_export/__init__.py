@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .check import CheckReport, check_against_source
+    from .artifacts import download_artifact
+    from .check import CheckReport
     from .errors import DyloraMoeError, DyloraMoeWarning, FailureError, InputError
     from .exporter import ExportResult, export
     from .formats import Detection, detect
     from .inspection import Inspection, inspect
+    from .merge import MergeResult, merge
+    from .mirror import mirror_pull, mirror_push
+    from .push import PushResult, push
     from .variant import VariantResult, make_variant
+    from .verify import Verification, verify
 
 _PLACES = {
     "CheckReport": "check",
@@ -27,11 +32,19 @@ _PLACES = {
     "InputError": "errors",
     "Inspection": "inspection",
     "VariantResult": "variant",
-    "check_against_source": "check",
     "detect": "formats",
     "export": "exporter",
     "inspect": "inspection",
     "make_variant": "variant",
+    "MergeResult": "merge",
+    "PushResult": "push",
+    "Verification": "verify",
+    "download_artifact": "artifacts",
+    "merge": "merge",
+    "mirror_pull": "mirror",
+    "mirror_push": "mirror",
+    "push": "push",
+    "verify": "verify",
 }
 
 
@@ -54,10 +67,18 @@ __all__ = [
     "FailureError",
     "InputError",
     "Inspection",
+    "MergeResult",
+    "PushResult",
     "VariantResult",
-    "check_against_source",
+    "Verification",
     "detect",
+    "download_artifact",
     "export",
     "inspect",
     "make_variant",
+    "merge",
+    "mirror_pull",
+    "mirror_push",
+    "push",
+    "verify",
 ]

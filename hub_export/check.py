@@ -22,7 +22,12 @@ from safetensors.torch import load_file
 
 from .errors import FailureError, one_line
 from .exported_repo import FORMAT as EXPORTED_REPO
+from .exported_repo import read as read_repo
+from .mixture import Mixture, ReadOptions
+from .options import ExportOptions
+from .plan import Plan
 from .tensor_files import read_json
+from .writer import finest_dtype
 
 
 # Largest difference between two ways of computing the same logits in float32. A model with large logits rounds more.
@@ -48,16 +53,24 @@ class Comparison:
 
 @dataclass
 class CheckReport:
+    """`num_tensors` experts' and gate's tensors are the source's bit by bit; `comparisons` are of logits, none where the
+    foundation was not at hand."""
+
     comparisons: list[Comparison]
     expert_names: list[str]
+    num_tensors: int = 0
 
     @property
     def passed(self) -> bool:
         return all(comparison.passed for comparison in self.comparisons)
 
     @property
+    def compared_logits(self) -> bool:
+        return bool(self.comparisons)
+
+    @property
     def largest_difference(self) -> float:
-        return max(comparison.difference for comparison in self.comparisons)
+        return max((comparison.difference for comparison in self.comparisons), default=0.0)
 
     def describe_failures(self) -> str:
         """Which quantity of which expert differs by how much, in one line."""
@@ -78,68 +91,150 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         return {
             "passed": self.passed,
+            "tensors_equal": self.num_tensors,
+            "compared_logits": self.compared_logits,
             "largest_difference": self.largest_difference,
             "quantities": [asdict(comparison) for comparison in self.comparisons],
         }
 
 
-def check_against_source(
-    repo: Path,
-    source_format: str,
-    folders: list[Path],
-    *,
-    base_model: str | None = None,
-    base_revision: str | None = None,
-    lora_alpha: float | None = None,
-    router_settings: dict[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-) -> CheckReport:
-    """Compare a repo with what it was exported from.
-
-    Args:
-        repo: the exported folder.
-        source_format: the format's name, and `folders` where its files are, one per expert for adapters.
-        base_model, base_revision: the foundation, for sources that do not carry it; a folder or Hub id.
-        lora_alpha, router_settings, dtype: what the user chose over what the source says.
+def check_export(repo: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> CheckReport:
+    """Compare a repo with what it was exported from: all tensors, and logits where the foundation is at hand.
 
     Raises:
-        FailureError: one of the sides could not be computed. Differences do not raise; see `CheckReport.passed`.
+        FailureError: a tensor or a setting is not the source's, or one of the sides could not be computed. Differences of
+            logits do not raise; see `CheckReport.passed`.
     """
-    settings = router_settings or {}
+    num_tensors = check_tensors(repo, mixture, options.torch_dtype)
+    names = [expert.name for expert in mixture.experts]
+    return CheckReport(compare_logits(repo, mixture, plan, options), names, num_tensors)
+
+
+def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> list[Comparison]:
+    """Every quantity of the source against the repo's own code in a process of its own; none without a foundation.
+
+    Raises:
+        FailureError: one of the sides could not be computed.
+    """
+    if plan.weights is None:
+        return []
     config = read_json(repo / "config.json")
-    rows = _random_rows(config)
-    if source_format == EXPORTED_REPO:
-        expected = _repo_quantities(folders[0], rows, settings, dtype)
-    else:
-        expected = _source_quantities(
-            source_format, folders, rows, base_model, base_revision, lora_alpha, settings, dtype
-        )
+    rows = _random_rows(plan)
     found = _repo_quantities(repo, rows, {}, None)
+    if mixture.parts:
+        expected = _appended_quantities(mixture, plan, rows, options)
+        found = {name: value for name, value in found.items() if name in expected}
+    else:
+        expected = _expected_quantities(mixture, plan, rows, options)
     num_experts_per_tok = config.get("num_experts_per_tok", 1) if config.get("router_mode") != "dense" else None
-    names = [expert["name"] for expert in config["expert_configs"]]
-    return CheckReport(compare(expected, found, num_experts_per_tok), names)
+    return compare(expected, found, num_experts_per_tok)
 
 
-def _random_rows(config: dict[str, Any]) -> torch.Tensor:
-    base = config["base_config"]
-    vocab_size = base.get("vocab_size") or base.get("text_config", {}).get("vocab_size")
+def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> int:
+    """Experts and gate as they lie in the repo against the source's, bit by bit, and every rank and alpha.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        FailureError: names the first one that differs.
+    """
+    written = read_repo([repo], [repo.name], "", ReadOptions())
+    dtype = dtype or finest_dtype(mixture)
+    count = 0
+    for expert, copy in zip(mixture.experts, written.experts, strict=True):
+        settings = [(entry.name, entry.use_rslora, entry.config()) for entry in (expert, copy)]
+        if settings[0] != settings[1]:
+            raise FailureError(f"the settings of expert {expert.name} are not the source's: {settings[1]}")
+        for module in expert.layers:
+            for matrix, other, name in zip(expert.read(module), copy.read(module), "AB", strict=True):
+                count += 1
+                if not torch.equal(matrix.to(dtype), other):
+                    raise FailureError(f"lora_{name} of expert {expert.name} on {module} is not the source's")
+    if (mixture.router is None) != (written.router is None):
+        raise FailureError("only one of source and repo has a router")
+    if mixture.router is not None:
+        for tensor, other, name in zip(mixture.router.read(), written.router.read(), ("weight", "bias"), strict=True):
+            count += 1
+            if not torch.equal(tensor.float(), other):
+                raise FailureError(f"the gate's {name} is not the source's")
+    return count
+
+
+def _expected_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions) -> dict:
+    if mixture.format == EXPORTED_REPO and options.router_prompts is None:
+        return _repo_quantities(
+            mixture.folders[0], rows, options.router_settings, options.torch_dtype, options.base_model
+        )
+    return _source_quantities(mixture, plan, rows, options)
+
+
+def _appended_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions) -> dict:
+    """The foundation and every expert alone: the mixture's own by its repo, the appended ones by PEFT.
+
+    What they do together is something that neither part has.
+    """
+    old, new = mixture.parts
+    of_repo = _own_code_quantities(old, rows, {}, options)
+    of_adapters = _source_quantities(new, plan, rows, options, plan.load_foundation())
+    expected = {"base": of_repo["base"]}
+    for index in range(len(old.experts)):
+        expected[f"single:{index}"] = of_repo[f"single:{index}"]
+    for index in range(len(new.experts)):
+        expected[f"single:{len(old.experts) + index}"] = of_adapters[f"single:{index}"]
+    return expected
+
+
+def _random_rows(plan: Plan) -> torch.Tensor:
+    vocab_size = plan.skeleton.config.get_text_config().vocab_size
     return torch.randint(0, vocab_size, (NUM_ROWS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def _source_quantities(source_format, folders, rows, base_model, base_revision, lora_alpha, settings, dtype):
+def _own_code_quantities(
+    mixture: Mixture, rows: torch.Tensor, settings: dict[str, Any], options: ExportOptions
+) -> dict[str, torch.Tensor]:
+    """What an exported repo computes by this package's code: its own could do anything."""
+    from dylora_moe.modeling.saving_dylora_moe import save_code
+
+    repo = mixture.folders[0].resolve()
+    with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
+        for path in repo.iterdir():
+            if path.suffix != ".py":
+                Path(directory, path.name).symlink_to(path.resolve())
+        save_code(directory)
+        return _repo_quantities(Path(directory), rows, settings, options.torch_dtype, options.base_model)
+
+
+def _source_quantities(
+    mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, foundation: Any = None
+) -> dict:
     from .check_source import reference
 
+    gate = None
+    if options.router_prompts is not None and mixture.router is not None:
+        weight, bias = mixture.router.read()
+        names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature")
+        gate = {"weight": weight, "bias": bias, **{name: getattr(mixture.router, name) for name in names}}
     try:
-        source = reference(source_format, folders, base_model, base_revision, lora_alpha, settings, dtype)
+        source = reference(
+            mixture.format,
+            mixture.folders,
+            foundation or plan.foundation.name,
+            plan.foundation.revision,
+            options.lora_alpha,
+            options.router_settings,
+            options.torch_dtype,
+        )
+        source.gate = gate or source.gate
         return source.quantities(rows)
     except Exception as error:  # whatever PEFT says to files that the reader accepted
         raise FailureError(f"the source could not be recomputed with PEFT: {one_line(error)}") from error
 
 
 def _repo_quantities(
-    repo: Path, rows: torch.Tensor, settings: dict[str, Any], dtype: torch.dtype | None
+    repo: Path, rows: torch.Tensor, settings: dict[str, Any], dtype: torch.dtype | None, base_model: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """What a repo computes, by its own code in a process of its own.
+    """What a repo computes, by its own code in a process of its own; one of layout `adapter` perhaps on `base_model`.
 
     Raises:
         FailureError: it could not be loaded or run; with the last line it said.
@@ -150,6 +245,9 @@ def _repo_quantities(
             json.dumps(
                 {
                     "rows": rows.tolist(),
+                    "base_model": base_model
+                    if read_json(repo / "config.json")["weights_layout"] == "adapter"
+                    else None,
                     "router_settings": settings,
                     "round_to": None if dtype is None else str(dtype).removeprefix("torch."),
                 }

@@ -2,7 +2,8 @@
 
 A script, not a module of the package: it runs as `python check_repo.py REPO REQUEST.json RESULT.safetensors`, with
 transformers and torch and the repo's own code; this package cannot be imported. The request holds `rows` (token ids,
-a list of equally long lists), `router_settings` (config fields to set before loading) and `round_to` (a dtype that
+a list of equally long lists), `base_model` (the foundation of a repo of layout adapter, or null),
+`router_settings` (config fields to set before loading) and `round_to` (a dtype that
 foundation and experts are rounded to, or null). The result holds float32 logits [rows, tokens, vocabulary] under each strategy's name, and the gate's
 logits [rows, tokens, experts] under "router logits".
 """
@@ -37,6 +38,7 @@ def load(repo, request):
         trust_remote_code=True,
         dtype=torch.float32,
         output_loading_info=True,
+        **({} if request["base_model"] is None else {"base_model": request["base_model"]}),
         **request["router_settings"],
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

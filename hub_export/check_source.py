@@ -2,7 +2,7 @@
 
 It opens the files itself and shares no code with the readers or with the model, so that a mistake there cannot hide
 here. Slow and plain: one adapter after the other, and for weights that differ from token to token a hook on each
-adapter's `lora_B`.
+adapter's `lora_B`, or where that is no module, as in AdaLoRA, on what goes into the adapter.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from peft.tuners.adalora import AdaLoraLayer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
-DEFAULT_TEMPERATURE = 2.0  # of training runs that do not store theirs
+DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0  # of training runs that do not store theirs
+WRAPPER = "foundation_model."
 
 
 class Reference:
@@ -70,6 +73,8 @@ class Reference:
             for index, name in enumerate(self.names):
                 if path.endswith(f".lora_B.{name}"):
                     handles.append(module.register_forward_hook(_times(weights[..., index])))
+                if isinstance(module, AdaLoraLayer) and name in module.lora_A:
+                    handles.append(module.lora_dropout[name].register_forward_hook(_times(weights[..., index])))
         try:
             yield
         finally:
@@ -94,34 +99,95 @@ def reference(
     """The source as PEFT computes it, in float32.
 
     Args:
-        source_format: "final checkpoint" or "PEFT LoRA adapters".
+        source_format: the format's name, and `folders` where its files are, one per expert for adapters.
+        base_model: folder or Hub id of the foundation; of a source that carries it, at most the config is read there.
         router_settings: settings of the router that the user chose over the source's.
         dtype: what foundation and adapters are rounded to first, where the user asked for that.
     """
-    foundation = AutoModelForCausalLM.from_pretrained(
-        base_model, revision=base_revision, dtype=dtype or "auto", trust_remote_code=False
-    ).float()
-    if source_format == "final checkpoint":
-        model, names = _final_checkpoint(foundation, folders[0], lora_alpha)
-        gate = {**_gate(folders[0]), **router_settings}
-    elif source_format == "PEFT LoRA adapters":
-        model, names = _adapters(foundation, folders)
-        gate = None
-    else:
+    if source_format not in ("final checkpoint", "PEFT LoRA adapters", "trainer checkpoint", "whole-model state dict"):
         raise ValueError(f"no way to recompute a source of format {source_format!r}")
-    if dtype is not None:
-        for path, parameter in model.named_parameters():
-            if ".lora_A." in path or ".lora_B." in path:
-                parameter.data = parameter.data.to(dtype).float()
+    gate = None
+    if source_format == "whole-model state dict":
+        model, names, gate = _whole_model(folders[0], base_model, base_revision, lora_alpha, dtype)
+        _round_adapters(model, dtype)
+    else:
+        foundation = AutoModelForCausalLM.from_pretrained(
+            base_model, revision=base_revision, dtype=torch.float32, trust_remote_code=False
+        )
+        _round(foundation, dtype)
+        if source_format == "final checkpoint":
+            model, names = _final_checkpoint(foundation, folders[0], lora_alpha)
+            _round_adapters(model, dtype)
+            gate = _gate(folders[0])
+        elif source_format == "trainer checkpoint":
+            places = _nested_adapters(folders[0])
+            model, names = _adapters(foundation, list(places.values()), list(places), dtype)
+            gate = _gate(folders[0])
+        else:
+            names = [f"adapter_{index}" for index in range(len(folders))]
+            model, names = _adapters(foundation, folders, names, dtype)
+    if gate is not None:
+        gate = {**gate, **router_settings}
     return Reference(model, names, gate)
 
 
-def _adapters(foundation: torch.nn.Module, folders: list[Path]) -> tuple[PeftModel, list[str]]:
-    names = [f"adapter_{index}" for index in range(len(folders))]
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+
+
+def _round_adapters(model: PeftModel, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    for module in model.modules():
+        if isinstance(module, AdaLoraLayer):
+            for name in module.lora_A:  # one factor of an export is A and E together
+                module.lora_A[name].data = module.lora_A[name].data * module.lora_E[name].data
+                module.lora_E[name].data = torch.ones_like(module.lora_E[name].data)
+    for path, parameter in model.named_parameters():
+        if ".lora_A." in path or ".lora_B." in path:
+            parameter.data = parameter.data.to(dtype).float()
+
+
+def _adapters(
+    foundation: torch.nn.Module, folders: list[Path], names: list[str], dtype: torch.dtype | None
+) -> tuple[PeftModel, list[str]]:
+    kinds = {
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] for folder in folders
+    }
+    if len(kinds) > 1:
+        return _adapters_of_two_kinds(foundation, folders, names, dtype), names
     model = PeftModel.from_pretrained(foundation, str(folders[0]), adapter_name=names[0], torch_device="cpu")
     for name, folder in zip(names[1:], folders[1:], strict=True):
         model.load_adapter(str(folder), adapter_name=name, torch_device="cpu")
+    _round_adapters(model, dtype)
     return model, names
+
+
+def _adapters_of_two_kinds(
+    foundation: torch.nn.Module, folders: list[Path], names: list[str], dtype: torch.dtype | None
+) -> PeftModel:
+    """PEFT holds LoRA and AdaLoRA adapters in no one model; each adapter's own delta, as PEFT gives it, becomes a LoRA
+    of full rank, one factor of which is the identity."""
+    deltas: dict[str, dict[str, torch.Tensor]] = {}
+    for name, folder in zip(names, folders, strict=True):
+        alone = PeftModel.from_pretrained(foundation, str(folder), adapter_name=name, torch_device="cpu").float()
+        _round_adapters(alone, dtype)
+        deltas[name] = {
+            path.removeprefix("base_model.model."): _as_linear(module, module.get_delta_weight(name).detach().clone())
+            for path, module in alone.named_modules()
+            if hasattr(module, "get_delta_weight") and name in module.lora_A
+        }
+        alone.unload()
+    model = None
+    for name, layers in deltas.items():
+        tensors = {}
+        for module, delta in layers.items():
+            tensors[f"base_model.model.{module}.lora_A.{name}.weight"] = torch.eye(delta.shape[1])
+            tensors[f"base_model.model.{module}.lora_B.{name}.weight"] = delta
+        model = _add_adapter(foundation, model, name, tensors, None)
+    return model
 
 
 def _final_checkpoint(
@@ -134,25 +200,100 @@ def _final_checkpoint(
     for name in names:
         tensors = torch.load(folder / "peft_adapters" / f"{name}.pt", map_location="cpu", weights_only=True)
         tensors = {key: value for key, value in tensors.items() if name in key.split(".")}
-        ranks = {
-            key.split(".lora_A.")[0].removeprefix("base_model.model."): value.shape[0]
-            for key, value in tensors.items()
-            if ".lora_A." in key
-        }
-        config = LoraConfig(
-            r=next(iter(ranks.values())),
-            lora_alpha=alpha,
-            target_modules=list(ranks),
-            rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
-        )
-        if model is None:
-            model = PeftModel(foundation, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"PEFT has no place for {unexpected[0]} of {folder}")
+        model = _add_adapter(foundation, model, name, tensors, alpha)
     return model, names
+
+
+def _as_linear(module: Any, delta: torch.Tensor) -> torch.Tensor:
+    return delta.T.contiguous() if getattr(module, "fan_in_fan_out", False) else delta
+
+
+def _add_adapter(
+    foundation: torch.nn.Module,
+    model: PeftModel | None,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    alpha: float | None,
+) -> PeftModel:
+    """PEFT's own layers around the foundation, filled with an adapter's tensors. Without `alpha`, the scale is 1."""
+    ranks = {
+        key.split(".lora_A.")[0].removeprefix("base_model.model."): value.shape[0]
+        for key, value in tensors.items()
+        if ".lora_A." in key
+    }
+    patterns = {re.escape(module): rank for module, rank in ranks.items()}
+    config = LoraConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=1 if alpha is None else alpha,
+        target_modules=list(ranks),
+        rank_pattern=patterns,
+        alpha_pattern=patterns if alpha is None else {},
+    )
+    if model is None:
+        model = PeftModel(foundation, config, adapter_name=name)
+    else:
+        model.add_adapter(name, config)
+    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"PEFT has no place for {unexpected[0]}")
+    return model
+
+
+def _nested_adapters(folder: Path) -> dict[str, Path]:
+    """`expert_<i>` to the folder of its adapter, in the order of the numbers."""
+    found = {}
+    for path in folder.glob("peft_adapters/**/adapter_config.json"):
+        found[path.parent.name] = path.parent
+    return {name: found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))}
+
+
+def _whole_model(
+    folder: Path,
+    base_model: str | None,
+    base_revision: str | None,
+    lora_alpha: float | None,
+    dtype: torch.dtype | None,
+) -> tuple[PeftModel, list[str], dict[str, Any]]:
+    """The raw state dict, split into the foundation as transformers loads it, PEFT's adapters, and the gate."""
+    raw: dict[str, torch.Tensor] = {}
+    safetensors = sorted(folder.glob("model*.safetensors"))
+    for path in safetensors:
+        raw.update(load_file(path))
+    for path in [] if safetensors else sorted(folder.glob("pytorch_model*.bin")):
+        raw.update(torch.load(path, map_location="cpu", weights_only=True))
+    inside = {key.removeprefix(WRAPPER): value for key, value in raw.items() if key.startswith(WRAPPER)}
+    adapters = {key: value for key, value in inside.items() if ".lora_A." in key or ".lora_B." in key}
+    weights = {
+        key.removeprefix("base_model.model.").replace(".base_layer.", "."): value.float()
+        for key, value in inside.items()
+        if key not in adapters
+    }
+    stored = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
+    )
+    own = "model_type" in stored and stored["model_type"] != "dylora-moe"
+    source = str(folder) if own else base_model or stored["base_model_name_or_path"]
+    config = AutoConfig.from_pretrained(source, revision=None if own else base_revision, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    paths = {id(module): f"{path}.weight" for path, module in empty.named_modules()}
+    head = weights.get(paths[id(empty.get_output_embeddings())])
+    if head is not None and not torch.equal(head, weights[paths[id(empty.get_input_embeddings())]]):
+        config.tie_word_embeddings = False
+    foundation, info = type(empty).from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(f"the foundation in {folder} is not whole: {info}")
+    _round(foundation, dtype)
+    names = sorted({key.split(".")[-2] for key in adapters}, key=lambda name: int(name.rpartition("_")[2]))
+    alpha = _stored_alpha(folder) if lora_alpha is None else lora_alpha
+    model = None
+    for name in names:
+        tensors = {key: value for key, value in adapters.items() if key.split(".")[-2] == name}
+        model = _add_adapter(foundation, model, name, tensors, alpha)
+    gate = {**_settings(folder), "weight": raw["router.gate.weight"], "bias": raw["router.gate.bias"]}
+    return model, names, gate
 
 
 def _stored_alpha(folder: Path) -> float:
@@ -165,12 +306,37 @@ def _stored_alpha(folder: Path) -> float:
 
 
 def _gate(folder: Path) -> dict[str, Any]:
-    state = torch.load(folder / "dylo_moe_state" / "router.pt", map_location="cpu", weights_only=True)
+    """The gate where a checkpoint keeps it, and how its logits become weights."""
+    state = folder / "dylo_moe_state" / "router.pt"
+    flat = folder / "router.pt"
+    if (folder / "router.safetensors").is_file():
+        tensors = load_file(folder / "router.safetensors")
+    elif flat.is_file() or not state.is_file():
+        tensors = torch.load(flat, map_location="cpu", weights_only=True)
+    else:
+        tensors = torch.load(state, map_location="cpu", weights_only=True)
+    if "gate_state_dict" in tensors:
+        tensors = {**tensors, **{f"gate.{key}": value for key, value in tensors["gate_state_dict"].items()}}
+    settings = _settings(folder)
+    for key, name, kind in (("top_k", "num_experts_per_tok", int), ("temperature", "router_temperature", float)):
+        if tensors.get(key) is not None:
+            settings[name] = kind(tensors[key])
+    return {**settings, "weight": tensors["gate.weight"], "bias": tensors["gate.bias"]}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """top_k and temperature as a `dylo_moe_state` of the run has them, else training's defaults."""
+    run = folder.resolve().parent
+    top_k = temperature = None
+    for place in (folder, run, run / "best_model"):
+        path = place / "dylo_moe_state" / "router.pt"
+        if path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            top_k = state.get("top_k") if top_k is None else top_k
+            temperature = state.get("temperature") if temperature is None else temperature
     return {
-        "weight": state["gate_state_dict"]["weight"],
-        "bias": state["gate_state_dict"]["bias"],
         "router_input": "experts_sum",
         "router_mode": "sparse",  # what "auto" comes to when all experts are mature
-        "num_experts_per_tok": int(state["top_k"]) if "top_k" in state else None,
-        "router_temperature": float(state["temperature"]) if "temperature" in state else None,
+        "num_experts_per_tok": DEFAULT_TOP_K if top_k is None else int(top_k),
+        "router_temperature": DEFAULT_TEMPERATURE if temperature is None else float(temperature),
     }

@@ -1,8 +1,10 @@
-"""Reads back a repo that this package exported, layout `full`, with this package's own classes and never the repo's code.
+"""Reads back a repo that this package exported, either layout, and never runs the repo's code.
 
-    config.json              model_type "dylora_moe", base_config, expert_configs, router_*
-    model.safetensors        (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
+    config.json              model_type "dylora_moe", weights_layout, base_config, expert_configs, router_*
+    model.safetensors        full: (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
                              foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias
+    experts/<name>/          adapter: adapter_config.json, adapter_model.safetensors, as PEFT writes them
+    router.safetensors       adapter: gate.weight, gate.bias
     generation_config.json   routing_strategy
 
 It knows the names of the model's parameters and nothing about other formats.
@@ -16,24 +18,30 @@ from typing import Any
 import torch
 
 from .errors import InputError, one_line
+from .foundation_weights import weight_files as shards
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, Router
+from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
 
 
 FORMAT = "exported repo"
-DESCRIPTION = "config.json with model_type dylora_moe, model.safetensors"
+DESCRIPTION = "config.json with model_type dylora_moe, model.safetensors or experts/"
 
 MODEL_TYPE = "dylora_moe"
 
 # Of what an export, or saving the model, leaves in a folder.
 REPO_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model", ".tiktoken")
-REPO_FILES = ("README.md", "LICENSE", ".gitattributes", "merges.txt", "vocab.txt", "vocab.bpe")
+REPO_FILES = ("README.md", "LICENSE", "SHA256SUMS", ".gitattributes", "merges.txt", "vocab.txt", "vocab.bpe")
 REPO_FOLDERS = ("experts", "__pycache__", "additional_chat_templates")
 
 
 def recognise(folder: Path) -> str | None:
     """Why this folder is an exported repo, or None. Tensor names decide, `model_type` only where there are none."""
-    if not (folder / "config.json").is_file() or not weight_files(folder):
+    if not (folder / "config.json").is_file():
+        return None
+    if is_exported_repo(folder) and (folder / "experts").is_dir() and not weight_files(folder):
+        return f"config.json has model_type {MODEL_TYPE}, and there is experts/"
+    if not weight_files(folder):
         return None
     for path in weight_files(folder):
         for key in TensorFile(path).keys():  # noqa: SIM118
@@ -82,17 +90,7 @@ def strangers(folder: Path) -> list[str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """`model.safetensors`, or the shards that the index names, in order."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [path for path in [folder / "model.safetensors"] if path.is_file()]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{index} has no weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{index} names the shard {name!r}, which is not in {folder}")
-    return [folder / name for name in names]
+    return shards(folder, "model.safetensors")
 
 
 def load_config(folder: Path):
@@ -134,18 +132,13 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         InputError: config and weights contradict each other, or a file is damaged.
     """
     if len(folders) > 1:
-        raise InputError(f"{folders[0]} is an exported repo; export one at a time")
+        raise InputError(f"{folders[0]} is an exported repo; give one at a time, and after it adapters to append")
     folder = folders[0]
     if options.lora_alpha is not None:
         raise InputError("an exported repo states its alphas; leave out --lora_alpha")
-    if options.base_model is not None:
-        raise InputError("an exported repo carries its foundation; leave out --base_model")
     config = load_config(folder)
-    if config.weights_layout != "full":
-        raise InputError(f"{folder}/config.json: weights_layout is {config.weights_layout!r}; only 'full' can be read")
-    weights = {key: file for path in weight_files(folder) for file in [TensorFile(path)] for key in file.keys()}  # noqa: SIM118
-    if not weights:
-        raise InputError(f"{folder} has a config.json but no model.safetensors")
+    is_full = config.weights_layout == "full"
+    weights = _full_weights(folder) if is_full else _adapter_weights(folder, config)
     return Mixture(
         format=FORMAT,
         reason=reason,
@@ -157,59 +150,66 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
             revision=config.base_model_revision,
             named_in=folder / "config.json",
         ),
-        load_model=lambda dtype: load_model(folder, dtype),
+        foundation_config=config.base_config,
+        foundation_weights=_foundation(weights) if is_full else None,
         routing_strategy=stored_routing_strategy(folder, config),
     )
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The whole model, in `dtype`, or every tensor as it is stored.
+def _full_weights(folder: Path) -> dict[str, StoredTensor]:
+    files = [TensorFile(path) for path in weight_files(folder)]
+    weights = {key: of_file(file, key) for file in files for key in file.keys()}  # noqa: SIM118
+    if not weights:
+        raise InputError(f"{folder} has a config.json but no model.safetensors")
+    known = ("foundation.", "router.gate.")
+    strange = [key for key in weights if not key.startswith(known)]
+    if strange:
+        raise InputError(f"{folder}: {strange[0]} in its weights is nothing that an exported repo holds")
+    return weights
+
+
+def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The foundation's tensors by their own names."""
+    return {
+        key.removeprefix("foundation.").replace(".base_layer.", "."): tensor
+        for key, tensor in weights.items()
+        if key.startswith("foundation.") and key.rpartition(".")[2] not in ("lora_A", "lora_B")
+    }
+
+
+def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
+    """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout `full`."""
+    weights = {}
+    for name in config.expert_names:
+        file = TensorFile(inside(folder, folder / "experts" / name / "adapter_model.safetensors"))
+        weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
+    if config.router_input is not None:
+        file = TensorFile(inside(folder, folder / "router.safetensors"))
+        weights.update({f"router.{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
+    return weights
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """The path, if it does not lead out of the folder; a snapshot in the Hub's cache is links to its blobs.
 
     Raises:
-        InputError: tensors are missing, unknown or of other shapes than the config says.
+        InputError: it is a link to somewhere else.
     """
-    from dylora_moe.modeling import DyloraMoeForCausalLM
-
-    try:
-        model, info = DyloraMoeForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds for a damaged folder
-        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise InputError(f"{folder}: {kind.replace('_', ' ')} in its weights: {sorted(map(str, info[kind]))[:3]}")
-    if dtype is None:
-        _restore_stored_dtypes(model, folder)
-    return model
+    target, home = path.resolve(), folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    if not target.is_relative_to(home):
+        raise InputError(f"{path} is a link that leads out of {folder}, and is not followed")
+    return path
 
 
-def _restore_stored_dtypes(model: Any, folder: Path) -> None:
-    """transformers casts everything to one dtype; experts stored in a finer one than the foundation get it back."""
-    parameters = dict(model.named_parameters())
-    for path in weight_files(folder):
-        file = TensorFile(path)
-        for key in file.keys():  # noqa: SIM118
-            if key in parameters and parameters[key].dtype != file.dtype(key):
-                parameters[key].data = file.read(key)
-
-
-def _expert(folder: Path, config: Any, index: int, weights: dict[str, TensorFile]) -> Expert:
+def _expert(folder: Path, config: Any, index: int, weights: dict[str, StoredTensor]) -> Expert:
     entry = config.expert_configs[index]
-    layers, rows = {}, {}
-    for module in entry["target_modules"]:
-        layout = config.rank_layout(module)
-        start = sum(rank for rank, _ in layout[:index])
-        rows[module] = (start, start + layout[index][0])
-        layers[module] = _layer(folder, entry, module, sum(rank for rank, _ in layout), weights)
-
-    def read_matrices(module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        stack_a, stack_b = (f"foundation.{module}.lora_{matrix}" for matrix in "AB")
-        matrix_a = weights[stack_a].read_rows(stack_a, *rows[module])
-        return matrix_a, weights[stack_b].read_rows(stack_b, *rows[module]).T
-
+    stored = {module: _matrices(folder, config, index, module, weights) for module in entry["target_modules"]}
     return Expert(
         name=entry["name"],
-        layers=layers,
-        read=read_matrices,
+        layers={module: _layer(entry, module, pair) for module, pair in stored.items()},
+        read=lambda module: tuple(matrix.read() for matrix in stored[module]),
         origin=folder,
         lora_dropout=entry["lora_dropout"],
         use_rslora=entry["use_rslora"],
@@ -217,40 +217,57 @@ def _expert(folder: Path, config: Any, index: int, weights: dict[str, TensorFile
     )
 
 
-def _layer(folder: Path, entry: dict, module: str, total_rank: int, weights: dict[str, TensorFile]) -> AdaptedLayer:
-    shapes = []
+def _matrices(
+    folder: Path, config: Any, index: int, module: str, weights: dict[str, StoredTensor]
+) -> tuple[StoredTensor, StoredTensor]:
+    """A [rank, in] and B [out, rank] of one expert on one layer, from either layout."""
+    layout = config.rank_layout(module)
+    rank, name = layout[index][0], config.expert_names[index]
+    found = []
     for matrix in "AB":
-        key = f"foundation.{module}.lora_{matrix}"
+        if config.weights_layout == "full":
+            key, rows = f"foundation.{module}.lora_{matrix}", sum(rank for rank, _ in layout)
+        else:
+            key, rows = f"{name}/base_model.model.{module}.lora_{matrix}.weight", rank
         if key not in weights:
+            raise InputError(f"{folder}: config.json says that expert {name} adapts {module}, but {key} is missing")
+        tensor = weights[key]
+        rank_dimension = 1 if matrix == "B" and config.weights_layout == "adapter" else 0
+        if len(tensor.shape) != 2 or tensor.shape[rank_dimension] != rows:
             raise InputError(
-                f"{folder}: config.json says that expert {entry['name']} adapts {module}, but {key} is missing"
+                f"{folder}: {key} is {list(tensor.shape)}, but the ranks in config.json sum up to {rows} there"
             )
-        shapes.append(weights[key].shape(key))
-        if len(shapes[-1]) != 2 or shapes[-1][0] != total_rank:
-            raise InputError(
-                f"{folder}: {key} is {list(shapes[-1])}, but the ranks in config.json sum up to {total_rank} there"
-            )
+        if config.weights_layout == "full":
+            start = sum(rank for rank, _ in layout[:index])
+            tensor = tensor.rows(start, start + rank)
+            tensor = tensor.transposed() if matrix == "B" else tensor
+        found.append(tensor)
+    return tuple(found)
+
+
+def _layer(entry: dict, module: str, matrices: tuple[StoredTensor, StoredTensor]) -> AdaptedLayer:
+    lora_a, lora_b = matrices
     return AdaptedLayer(
-        rank=entry["rank_pattern"].get(module, entry["r"]),
+        rank=lora_a.shape[0],
         lora_alpha=entry["alpha_pattern"].get(module, entry["lora_alpha"]),
-        in_features=shapes[0][1],
-        out_features=shapes[1][1],
-        dtype=weights[f"foundation.{module}.lora_A"].dtype(f"foundation.{module}.lora_A"),
+        in_features=lora_a.shape[1],
+        out_features=lora_b.shape[0],
+        dtype=torch.promote_types(lora_a.dtype, lora_b.dtype),
     )
 
 
-def _router(folder: Path, config: Any, weights: dict[str, TensorFile]) -> Router | None:
+def _router(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> Router | None:
     if config.router_input is None:
         return None
     keys = ("router.gate.weight", "router.gate.bias")
     for key in keys:
         if key not in weights:
             raise InputError(f"{folder}: config.json says there is a router (router_input), but {key} is missing")
-    shape = weights[keys[0]].shape(keys[0])
+    shape = weights[keys[0]].shape
     if len(shape) != 2 or shape[0] != config.num_experts:
         raise InputError(f"{folder}: {keys[0]} is {list(shape)}, but config.json has {config.num_experts} experts")
     return Router(
-        read=lambda: (weights[keys[0]].read(keys[0]), weights[keys[1]].read(keys[1])),
+        read=lambda: (weights[keys[0]].read(), weights[keys[1]].read()),
         num_experts=shape[0],
         hidden_size=shape[1],
         router_input=config.router_input,

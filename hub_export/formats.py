@@ -7,20 +7,32 @@ and name it in READERS. This file knows nothing about what any format looks like
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from . import exported_repo, final_checkpoint, peft_adapters
+from . import exported_repo, final_checkpoint, merged_model, peft_adapters, trainer_checkpoint, whole_model
 from .errors import InputError, one_line
 from .mixture import Mixture, ReadOptions
-from .sources import Source
+from .sources import Source, resolve_sources
 
 
-READERS: tuple[ModuleType, ...] = (exported_repo, final_checkpoint, peft_adapters)
+# In this order: what is more particular first, and an ordinary model last.
+READERS: tuple[ModuleType, ...] = (
+    exported_repo,
+    whole_model,
+    trainer_checkpoint,
+    final_checkpoint,
+    peft_adapters,
+    merged_model,
+)
 
 
 MALFORMED = (TypeError, AttributeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError, re.error)
+
+
+class UnknownFormatError(InputError):
+    """A folder that no reader knows. One that a reader knows and finds damaged is another `InputError`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ def detect(folder: str | Path) -> Detection:
     """The format of a local folder, by the content of its files.
 
     Raises:
-        InputError: no reader knows it; the message says what was found there.
+        UnknownFormatError: no reader knows it; the message says what was found there.
+        InputError: it does not exist, or the file that would tell is damaged.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -44,20 +57,84 @@ def detect(folder: str | Path) -> Detection:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give the folder it belongs to")
     for reader in READERS:
-        reason = reader.recognise(folder)
+        reason = _recognise(reader, folder)
         if reason is not None:
             return Detection(reader.FORMAT, reason, reader)
     known = "; ".join(f"{reader.FORMAT} ({reader.DESCRIPTION})" for reader in READERS)
-    raise InputError(f"{folder} is of no known format: found {_content(folder)}; known are {known}")
+    raise UnknownFormatError(f"{folder} is of no known format: found {_content(folder)}; known are {known}")
+
+
+def _recognise(reader: ModuleType, folder: Path) -> str | None:
+    try:
+        return reader.recognise(folder)
+    except InputError:
+        raise
+    except MALFORMED as error:
+        raise InputError(f"{folder} cannot be looked at: {type(error).__name__}: {one_line(error)}") from error
+
+
+def open_sources(
+    sources: str | Path | list[str | Path], *, revision: str | None = None, subfolder: str | None = None
+) -> list[Source]:
+    """The folders to read: each source itself, or the checkpoint chosen among several in it.
+
+    Args:
+        revision: of the first source, on the Hub.
+        subfolder: which checkpoint in the first source.
+
+    Raises:
+        InputError: a source that cannot be had, or a sub-folder that is not there.
+    """
+    from .choice import choose_folder  # which asks this file what a folder is
+
+    opened = []
+    for index, source in enumerate(resolve_sources(sources, revision=revision)):
+        folder, note = choose_folder(source.folder, subfolder if index == 0 else None)
+        opened.append(replace(source, folder=folder, note=note))
+    return opened
 
 
 def read_sources(sources: list[Source], options: ReadOptions) -> Mixture:
-    """Detect and read one or several sources, which must all be of one format.
+    """Detect and read one or several sources: all of one format, or an exported repo and adapters to append to it.
 
     Raises:
         InputError: formats differ, or a source is damaged or unknown.
     """
     found = [detect(source.folder) for source in sources]
+    notes = [source.note for source in sources if source.note is not None]
+    if len(sources) > 1 and found[0].reader is exported_repo and found[1].reader is not exported_repo:
+        old = _read_alike(sources[:1], found[:1], options)
+        new = _read_alike(
+            sources[1:], found[1:], replace(options, base_model=options.base_model or old.foundation.name)
+        )
+        mixture = append_experts(old, new)
+    else:
+        mixture = _read_alike(sources, found, options)
+    mixture.notes[:0] = notes
+    return mixture
+
+
+def append_experts(old: Mixture, new: Mixture) -> Mixture:
+    """A mixture with further experts behind its own. Its router goes on knowing the old ones alone.
+
+    Raises:
+        InputError: what is to be appended brings a router of its own.
+    """
+    if new.router is not None:
+        raise InputError(f"{new.folders[0]} is a {new.format} with a router of its own; append adapters only")
+    name = f"an {old.format} and {len(new.experts)} appended experts"
+    return replace(
+        old,
+        format=name,
+        experts=[*old.experts, *new.experts],
+        problems=[*old.problems, *new.problems],
+        notes=[*old.notes, *new.notes],
+        limits=[*old.limits, *new.limits],
+        parts=[old, new],
+    )
+
+
+def _read_alike(sources: list[Source], found: list[Detection], options: ReadOptions) -> Mixture:
     for source, detection in zip(sources, found, strict=True):
         if detection.reader is not found[0].reader:
             raise InputError(
@@ -67,6 +144,8 @@ def read_sources(sources: list[Source], options: ReadOptions) -> Mixture:
     folders = [source.folder for source in sources]
     try:
         return found[0].reader.read(folders, [source.name for source in sources], found[0].reason, options)
+    except InputError:
+        raise
     except MALFORMED as error:  # a field of a kind that its name does not lead one to expect
         raise InputError(
             f"{', '.join(map(str, folders))} cannot be read as a {found[0].format}, since a field of it is malformed: "

@@ -56,8 +56,31 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
     return None
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether a foundation's name means something to others."""
+    return name is not None and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
 def is_local(reference: FoundationReference) -> bool:
     return reference.name is not None and Path(reference.name).is_absolute()
+
+
+def at_hand(reference: FoundationReference) -> bool:
+    """Whether the foundation's weights are on this machine, in a folder or in the Hub's cache."""
+    return reference.name is not None and (is_local(reference) or in_hub_cache(reference) is not None)
+
+
+def in_hub_cache(reference: FoundationReference) -> Path | None:
+    """The folder in the Hub's cache that holds config and weights; None where they are not there, or not all."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(reference.name, revision=reference.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    complete = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return folder if complete and (folder / "config.json").is_file() else None
 
 
 def load_foundation_config(reference: FoundationReference) -> Any:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .exported_repo import weight_files
-from .formats import read_sources
-from .foundation import is_local, resolve_foundation
+from .formats import open_sources, read_sources
+from .foundation import in_hub_cache, is_local, resolve_foundation
 from .mixture import Expert, Mixture, ReadOptions, Router
-from .sources import resolve_sources
 from .tensor_files import TensorFile
 from .tokenizer import has_tokenizer
 
@@ -67,18 +65,23 @@ class Inspection:
 
 
 def inspect(
-    sources: str | Path | list[str | Path], *, base_model: str | None = None, lora_alpha: float | None = None
+    sources: str | Path | list[str | Path],
+    *,
+    base_model: str | None = None,
+    lora_alpha: float | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
 ) -> Inspection:
     """Look at one or several sources without loading a model.
 
     Args:
         sources: a folder or a Hub id; several only for PEFT adapters.
-        base_model, lora_alpha: as for `export`, to see whether an export would still lack something.
+        base_model, lora_alpha, revision, subfolder: as for `export`, to see whether an export would still lack something.
 
     Raises:
         InputError: of no known format, or damaged. What is merely missing is listed.
     """
-    resolved = resolve_sources(sources)
+    resolved = open_sources(sources, revision=revision, subfolder=subfolder)
     mixture = read_sources(resolved, ReadOptions(lora_alpha=lora_alpha, base_model=base_model))
     missing = list(mixture.problems)
     foundation = _foundation(mixture, base_model, missing)
@@ -125,16 +128,15 @@ def _router(router: Router) -> dict[str, Any]:
 
 def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) -> FoundationSummary:
     reference = mixture.foundation
-    if mixture.load_model is not None:
-        apart = sum(expert.num_parameters for expert in mixture.experts) + _gate_parameters(mixture)
-        total = sum(_num_parameters(path) for path in weight_files(mixture.folders[0]))
-        return FoundationSummary(reference.name, reference.revision, str(mixture.folders[0]), total - apart)
+    if mixture.foundation_weights is not None:
+        total = sum(tensor.num_parameters for tensor in mixture.foundation_weights.values())
+        return FoundationSummary(reference.name, reference.revision, str(mixture.folders[0]), total)
     try:
         found = resolve_foundation(reference, base_model, None)
     except InputError as error:
         missing.append(str(error))
         return FoundationSummary(base_model or reference.name, reference.revision, None, None)
-    folder = Path(found.name) if is_local(found) else _in_hub_cache(found.name, found.revision)
+    folder = Path(found.name) if is_local(found) else in_hub_cache(found)
     if folder is None:
         missing.append(
             f"the foundation {found.name} is not on this machine; an export downloads it, or takes --base_model"
@@ -143,16 +145,6 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
     files = sorted(folder.glob("*.safetensors"))
     count = sum(_num_parameters(path) for path in files) if files else None
     return FoundationSummary(found.name, found.revision, str(folder), count)
-
-
-def _in_hub_cache(name: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        return None
 
 
 def _tokenizer(mixture: Mixture, foundation: FoundationSummary, missing: list[str]) -> str | None:

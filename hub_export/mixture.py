@@ -113,10 +113,12 @@ class Mixture:
         folders: the folders it was read from, in the order of the experts where there is one per expert.
         problems: what keeps it from being exported as it is, one line each; `inspect` lists them, `export` raises.
         notes: what a user should know and may ignore.
+        limits: what those who load the repo should know; stands in its card.
         foundation_config: the foundation's transformers config, where the source carries the foundation.
         foundation_weights: its tensors by their names in the foundation's own state dict, tied ones left out; None where
             the foundation is apart.
         routing_strategy: the default strategy the source already has, if it has one.
+        parts: where experts were appended to a mixture: that mixture, and what was appended.
     """
 
     format: str
@@ -127,9 +129,11 @@ class Mixture:
     foundation: FoundationReference
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
     foundation_config: Any = None
     foundation_weights: dict[str, StoredTensor] | None = None
     routing_strategy: str | None = None
+    parts: list[Mixture] = field(default_factory=list)
 
 
 @dataclass

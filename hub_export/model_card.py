@@ -1,19 +1,41 @@
-"""The README.md of an exported repo: YAML metadata for the Hub and a short text, from facts in the config alone.
+"""The README.md of an exported repo: YAML metadata for the Hub and a short text, from facts alone.
 
-It knows nothing about files or weights.
+What is generated stands between two marks; what a person wrote outside them is kept when the repo is exported anew. It
+knows nothing about weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from .foundation import is_hub_id
+from .licence import Licence
 from .mixture import Expert, Mixture
+from .results import BenchmarkResult
 
 
-def model_card(name: str, config: Any, routing_strategy: str, mixture: Mixture) -> str:
+BEGIN = "<!-- dylora-moe: generated from here; what stands outside these two marks is yours and is kept -->"
+END = "<!-- dylora-moe: generated up to here -->"
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n?", re.DOTALL)
+TAGS = ["dylora-moe", "lora", "mixture-of-experts", "custom_code"]
+
+
+def model_card(
+    name: str,
+    config: Any,
+    routing_strategy: str,
+    mixture: Mixture,
+    *,
+    num_foundation_parameters: int | None = None,
+    licence: Licence | None = None,
+    results: Sequence[BenchmarkResult] = (),
+) -> str:
     """The text of README.md.
 
     Args:
@@ -21,10 +43,57 @@ def model_card(name: str, config: Any, routing_strategy: str, mixture: Mixture) 
         config: its DyloraMoeConfig.
         routing_strategy: its default strategy.
         mixture: what it was exported from.
+        num_foundation_parameters: the experts' sizes are given as shares of it; None where it is not known.
+        licence: the foundation's, as its own card states it; None where it does not, or is not at hand.
+        results: scores to state, in the text and for the Hub's leaderboards.
     """
-    parts = [_metadata(config), f"# {name}", _introduction(config), _experts(mixture.experts), _router(config)]
-    parts += [_strategies(config, routing_strategy), _loading(name), _scoring(name)]
-    return "\n\n".join(parts) + "\n"
+    data = _metadata(name, config, licence, results)
+    body = [f"# {name}", _introduction(config, licence), _experts(mixture.experts, num_foundation_parameters)]
+    body += [_router(config), _strategies(config, routing_strategy), _loading(name), _scoring(name)]
+    body += [_results(results)] if results else []
+    body += [_limits(config, mixture)]
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", BEGIN, *body, END]) + "\n"
+
+
+def keep_edits(card: str, old: Path) -> str:
+    """A new card with what a person wrote into the one that it replaces, outside the generated part.
+
+    Args:
+        old: the README.md there is, perhaps: a card with the marks, or one that somebody wrote whole.
+    """
+    if not old.is_file():
+        return card
+    text = old.read_text(encoding="utf-8", errors="replace")
+    fields, mine = _split(text)
+    new_fields, generated = _split(card)
+    added = {key: value for key, value in fields.items() if key not in (*new_fields, "model-index", "base_model")}
+    tags = [tag for tag in _as_list(fields.get("tags")) if tag not in new_fields["tags"]]
+    new_fields["tags"] += tags
+    before, after = "", ""
+    if BEGIN in mine and END in mine:
+        before, rest = mine.split(BEGIN, 1)
+        after = rest.rsplit(END, 1)[1]
+    elif mine.strip():
+        after = mine
+    front = yaml.safe_dump({**new_fields, **added}, sort_keys=False, allow_unicode=True).strip()
+    parts = [f"---\n{front}\n---", before.strip(), generated.strip(), after.strip()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The metadata, none where it cannot be read, and the text below it."""
+    match = FRONT_MATTER.match(card)
+    if match is None:
+        return {}, card
+    try:
+        fields = yaml.safe_load(match.group(1))
+    except yaml.YAMLError:
+        return {}, card
+    return (fields, card[match.end() :]) if isinstance(fields, dict) else ({}, card)
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
 def restate(card: str, name: str, routing_strategy: str) -> str:
@@ -38,47 +107,63 @@ def restate(card: str, name: str, routing_strategy: str) -> str:
     return re.sub(r"--model \S+", lambda _: f"--model {name}", card)
 
 
-def _is_hub_id(name: str | None) -> bool:
-    return name is not None and not Path(name).is_absolute()
-
-
-def _metadata(config: Any) -> str:
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if _is_hub_id(config.base_model_name_or_path):
-        fields = {"base_model": config.base_model_name_or_path, **fields}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
-    tags = ["dylora-moe", "lora", "mixture-of-experts", "custom_code"]
-    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
-
-
-def _introduction(config: Any) -> str:
-    name = config.base_model_name_or_path
-    foundation = (
-        f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else f"`{Path(name or 'unnamed').name}`"
+def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence[BenchmarkResult]) -> ModelCardData:
+    evaluations = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="evalplus/humanevalplus" if "HumanEval" in result.benchmark else "evalplus/mbppplus",
+            dataset_name=result.benchmark,
+            metric_type="pass@1",
+            metric_value=round(result.value, 4),
+            metric_name=f"pass@1 ({result.routing_strategy}, {result.num_tasks} tasks)",
+        )
+        for result in results
+    ]
+    base_model = config.base_model_name_or_path
+    return ModelCardData(
+        base_model=base_model if is_hub_id(base_model) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=None if licence is None else licence.license,
+        license_name=None if licence is None else licence.license_name,
+        license_link=None if licence is None else licence.license_link,
+        tags=TAGS,
+        **({"model_name": name, "eval_results": evaluations} if evaluations else {}),
     )
+
+
+def _introduction(config: Any, licence: Licence | None) -> str:
+    name = config.base_model_name_or_path
+    foundation = f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{Path(name or 'unnamed').name}`"
+    kind = "" if config.base_config is None else f"{config.base_config.model_type} model "
     revision = f" at revision `{config.base_model_revision}`" if config.base_model_revision else ""
     experts = f"{config.num_experts} LoRA expert{'s' if config.num_experts != 1 else ''}"
     router = "a router that weights them token by token" if config.has_router else "no router"
-    return (
-        f"A mixture of {experts} on the frozen {config.base_config.model_type} model {foundation}{revision}, with {router}. "
-        "The foundation's weights are part of this repo, and its licence applies to them."
+    terms = f"its licence ({licence.text})" if licence is not None else "its licence"
+    where = (
+        f"The foundation's weights are part of this repo, and {terms} applies to them."
+        if config.weights_layout == "full"
+        else f"The foundation is not part of this repo: it is loaded from where it lies, and {terms} applies to it."
     )
+    return f"A mixture of {experts} on the frozen {kind}{foundation}{revision}, with {router}. {where}"
 
 
-def _experts(experts: list[Expert]) -> str:
-    rows = ["## Experts", "", "| | name | rank | alpha | layers | parameters |", "|---|---|---|---|---|---|"]
+def _experts(experts: list[Expert], num_foundation_parameters: int | None) -> str:
+    shares = " share of the foundation |" if num_foundation_parameters else ""
+    rows = ["## Experts", "", f"| | name | rank | alpha | layers | parameters |{shares}"]
+    rows.append("|---" * (7 if shares else 6) + "|")
     for index, expert in enumerate(experts):
-        ranks = _span(layer.rank for layer in expert.layers.values())
         alphas = _span(layer.lora_alpha for layer in expert.layers.values())
-        scaling = " (rsLoRA)" if expert.use_rslora else ""
-        cells = (
+        cells = [
             index,
             f"`{expert.name}`",
-            ranks,
-            f"{alphas}{scaling}",
+            _span(layer.rank for layer in expert.layers.values()),
+            f"{alphas}{' (rsLoRA)' if expert.use_rslora else ''}",
             len(expert.layers),
             f"{expert.num_parameters:,}",
-        )
+        ]
+        if num_foundation_parameters:
+            cells.append(f"{expert.num_parameters / num_foundation_parameters:.2%}")
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
@@ -150,3 +235,27 @@ evalplus.evaluate --model {name} --dataset humaneval --backend hf --greedy --tru
 
 EvalPlus knows a model by its path and names its files after it, so each strategy to be compared needs a folder of its
 own: `dylora-moe variant` makes one that shares the weights on disk."""
+
+
+def _results(results: Sequence[BenchmarkResult]) -> str:
+    rows = ["## Results", "", "| benchmark | strategy | pass@1 | tasks |", "|---|---|---|---|"]
+    rows += [
+        f"| {result.benchmark} | `{result.routing_strategy}` | {result.value:.1%} | {result.num_tasks} |"
+        for result in results
+    ]
+    return "\n".join(rows)
+
+
+def _limits(config: Any, mixture: Mixture) -> str:
+    """What a reader might expect and should not."""
+    lines = ["## Limits", ""]
+    if config.has_router:
+        lines.append(
+            "- Strategies `router` and `best` run the foundation a second time for the router; `ensemble` runs once "
+            "for every expert."
+        )
+    lines.append(
+        "- Continuous batching (paged caches) and inference servers that bring models of their own do not route."
+    )
+    lines += [f"- {note[:1].upper()}{note[1:].rstrip('.')}." for note in mixture.limits]
+    return "\n".join(lines)

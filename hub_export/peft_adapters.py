@@ -4,7 +4,9 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight [r, in], ….lora_B.weight [out, r]
     (or adapter_model.bin)
 
-Which layers are adapted and with which rank is read from the tensors, so every way of writing `target_modules` works.
+An adapter that was trained on a quantised foundation (QLoRA) is such a folder, too; what AdaLoRA (peft_type ADALORA)
+stores, adalora makes the same of. Which layers are adapted and with which rank is read from the tensors, so every way of
+writing `target_modules` works.
 What is more than a plain low-rank sum is refused by name. It knows nothing about other formats or about the model.
 """
 
@@ -17,15 +19,20 @@ from typing import Any
 
 import torch
 
+from . import adalora
+from .containment import contained
 from .errors import InputError
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, check_expert_names, natural_order
 from .tensor_files import TensorFile, read_json
+from .training_run import number
 
 
 FORMAT = "PEFT LoRA adapters"
 DESCRIPTION = "adapter_config.json with adapter_model.safetensors or adapter_model.bin, one or more such folders"
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# of the folders that a training run saves its states under
+CHECKPOINT = re.compile(r"best_model|checkpoint-\d+")
 MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 
 # fields that make an adapter more than a low-rank sum, with what to call them
@@ -60,20 +67,30 @@ def recognise(folder: Path) -> str | None:
         weights = weight_file(place)
         if weights is None:
             return f"{_within(place, folder)}adapter_config.json is there"
-        for key in TensorFile(weights).keys():  # noqa: SIM118
-            if ".lora_" in key:
-                return f"{_within(place, folder)}{weights.name} holds {key}"
+        key = holds_matrices(contained(folder, weights))
+        if key is not None:
+            return f"{_within(place, folder)}{weights.name} holds {key}"
         return f"{_within(place, folder)}adapter_config.json lies beside {weights.name}"
     if weight_file(folder) is not None:
         return f"{weight_file(folder).name} is there"
     return None
 
 
+def holds_matrices(path: Path) -> str | None:
+    """The first LoRA tensor of a file, or None."""
+    return next((key for key in TensorFile(path).keys() if ".lora_" in key), None)  # noqa: SIM118
+
+
 def adapter_folders(folder: Path) -> list[Path]:
-    """The folder itself if it is an adapter, else those of its direct sub-folders that are."""
+    """The folder itself if it is an adapter, else those of its direct sub-folders that are.
+
+    The checkpoints of one training run are states of one adapter, not several adapters.
+    """
     if (folder / "adapter_config.json").is_file():
         return [folder]
-    found = [path.parent for path in folder.glob("*/adapter_config.json")]
+    found = [
+        path.parent for path in folder.glob("*/adapter_config.json") if not CHECKPOINT.fullmatch(path.parent.name)
+    ]
     return sorted(found, key=lambda path: natural_order(path.name))
 
 
@@ -105,15 +122,15 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     if options.lora_alpha is not None:
         raise InputError("PEFT adapters state their alpha in adapter_config.json; leave out --lora_alpha")
     problems: list[str] = []
-    configs = [_read_config(path) for _, path in places]
-    experts = [_read_expert(name, path, config) for (name, path), config in zip(places, configs, strict=True)]
+    configs = [read_config(path) for _, path in places]
+    experts = [read_expert(name, path, config) for (name, path), config in zip(places, configs, strict=True)]
     return Mixture(
         format=FORMAT,
         reason=reason,
         folders=[path for _, path in places],
         experts=experts,
         router=None,
-        foundation=_foundation([path for _, path in places], configs, options, problems),
+        foundation=same_foundation([path for _, path in places], configs, options, problems),
         problems=problems,
         notes=_notes([path for _, path in places]),
     )
@@ -123,11 +140,21 @@ def check_names(experts: list[Expert]) -> None:
     check_expert_names([expert.name for expert in experts], [expert.origin for expert in experts])
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
+    """`adapter_config.json`, once it is certain that it describes a low-rank sum.
+
+    Args:
+        root: the folder that files must lie in, where that is not the adapter's own.
+
+    Raises:
+        InputError: it is damaged, or names what cannot be an expert.
+    """
     path = folder / "adapter_config.json"
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be exported")
+    config = read_json(contained(root or folder, path))
+    if config.get("peft_type") not in ("LORA", "ADALORA"):
+        raise InputError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA and ADALORA adapters can be exported"
+        )
     for field, meaning in REFUSED_FIELDS.items():
         if config.get(field):
             raise InputError(f"{path}: {field} is set: {meaning} is not a plain low-rank sum and cannot be an expert")
@@ -141,38 +168,66 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights is {initialisation!r}, which changes the foundation's own weights; convert the "
             "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
         )
+    harmless = HARMLESS_FIELDS | adalora.HARMLESS_FIELDS if _is_adalora(config) else HARMLESS_FIELDS
     for field, value in config.items():
-        if field not in HARMLESS_FIELDS and field not in REFUSED_FIELDS and value:
+        if field not in harmless and field not in REFUSED_FIELDS and value:
             raise InputError(
                 f"{path}: {field} is {value!r}, a field that may change what the adapter computes; it is not known"
             )
+    number(config.get("lora_dropout") or 0.0, f"{path}: lora_dropout")
+    if _is_adalora(config):
+        adalora.check_config(path, config)
+        return config
     for field in ("r", "lora_alpha"):
-        if isinstance(config.get(field), bool) or not isinstance(config.get(field), int | float):
-            raise InputError(f"{path}: {field} is {config.get(field)!r}, expected a number")
+        number(config.get(field), f"{path}: {field}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key, value in (config.get(field) or {}).items():
+            number(value, f"{path}: {field} of {key}")
     return config
 
 
-def _read_expert(name: str, folder: Path, config: dict[str, Any]) -> Expert:
+def _is_adalora(config: dict[str, Any]) -> bool:
+    return config["peft_type"] == "ADALORA"
+
+
+def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | None = None) -> Expert:
+    """One adapter folder as an expert; tensors stay on disk.
+
+    Args:
+        config: what `read_config` gave.
+        root: the folder that files must lie in, where that is not the adapter's own.
+
+    Raises:
+        InputError: the tensors are damaged, no plain low-rank sum, or not those of the config.
+    """
     path = weight_file(folder)
     if path is None:
         raise InputError(f"{folder} has adapter_config.json but neither {WEIGHT_FILES[0]} nor {WEIGHT_FILES[1]}")
-    file = TensorFile(path)
-    keys = _matrix_keys(file)
+    file = TensorFile(contained(root or folder, path))
+    keys = _matrix_keys(file, adalora.MATRIX if _is_adalora(config) else MATRIX)
     if not keys:
         raise InputError(f"{path} holds no LoRA matrices; the adapter was saved empty")
+    if _is_adalora(config):
+        return Expert(
+            name=name,
+            layers=adalora.layers(file, keys, config, folder),
+            read=lambda module: adalora.read(file, keys[module]),
+            origin=folder,
+            lora_dropout=config.get("lora_dropout") or 0.0,
+        )
     return Expert(
         name=name,
         layers={module: _layer(file, module, matrices, config, folder) for module, matrices in keys.items()},
         read=lambda module: (file.read(keys[module]["A"]), file.read(keys[module]["B"])),
         origin=folder,
-        lora_dropout=config.get("lora_dropout", 0.0),
+        lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
     )
 
 
-def _matrix_keys(file: TensorFile) -> dict[str, dict[str, str]]:
-    """Module to {"A": key, "B": key}; any other tensor is refused by what it is."""
-    strange = [key for key in file.keys() if MATRIX.fullmatch(key) is None]  # noqa: SIM118
+def _matrix_keys(file: TensorFile, pattern: re.Pattern) -> dict[str, dict[str, str]]:
+    """Module to {"A": key, "B": key}, for AdaLoRA also "E"; any other tensor is refused by what it is."""
+    strange = [key for key in file.keys() if pattern.fullmatch(key) is None]  # noqa: SIM118
     if strange:
         # an adapted embedding comes with its whole weight; the former says more
         key = min(strange, key=lambda key: ".lora_" not in key)
@@ -181,7 +236,7 @@ def _matrix_keys(file: TensorFile) -> dict[str, dict[str, str]]:
         )
     keys: dict[str, dict[str, str]] = {}
     for key in sorted(file.keys(), key=natural_order):
-        match = MATRIX.fullmatch(key)
+        match = pattern.fullmatch(key)
         keys.setdefault(match["module"], {})[match["matrix"]] = key
     return keys
 
@@ -195,6 +250,8 @@ def _what_it_is(key: str) -> str:
         return "a bias on lora_B"
     if ".lora_" in key:
         return "a LoRA tensor under an unknown name"
+    if ".ranknum" in key:
+        return "AdaLoRA's ranknum, which PEFT does not store"
     return "a whole weight (modules_to_save, or an embedding saved along)"
 
 
@@ -208,7 +265,7 @@ def _layer(
         raise InputError(
             f"{file.path}: {module} is a convolution (lora_A {list(shape_a)}); only linear layers can be exported"
         )
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
         raise InputError(
             f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
@@ -239,9 +296,10 @@ def _by_pattern(pattern: dict[str, Any], module: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _foundation(
+def same_foundation(
     folders: list[Path], configs: list[dict[str, Any]], options: ReadOptions, problems: list[str]
 ) -> FoundationReference:
+    """The foundation that the adapters name; a problem where they name several."""
     named = {
         folder: (config.get("base_model_name_or_path"), config.get("revision"))
         for folder, config in zip(folders, configs, strict=True)

@@ -1,4 +1,4 @@
-"""Turns what a user calls a source into a local folder: a path, or a Hub id, which is downloaded to the Hub's cache.
+"""Turns what a user calls a source into a local folder: a path, a Hub id or a W&B artifact, which are downloaded.
 
 It knows nothing about formats.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import InputError, one_line
 
 
+ARTIFACT = "wandb:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # what training leaves behind and nothing here ever opens
@@ -20,40 +21,55 @@ NEVER_NEEDED = ["optimizer.*", "training_args.bin", "rng_state*.pth", "scheduler
 
 @dataclass(frozen=True)
 class Source:
-    """A local folder, and the name its content goes by (a folder in the Hub's cache is named after a commit)."""
+    """A local folder, and the name its content goes by (a folder in the Hub's cache is named after a commit).
+
+    Attributes:
+        note: what was chosen in it, where it holds several checkpoints.
+    """
 
     folder: Path
     name: str
+    note: str | None = None
 
 
-def resolve_source(source: str | Path) -> Source:
+def resolve_source(source: str | Path, revision: str | None = None) -> Source:
     """The folder behind a source.
 
+    Args:
+        revision: of a Hub repo.
+
     Raises:
-        InputError: there is no such folder, nor a Hub repo of that name that can be had.
+        InputError: there is no such folder, nor a Hub repo or artifact of that name that can be had.
     """
     text = str(source)
     if Path(text).exists():
+        if revision is not None:
+            raise InputError(f"--revision is for repos on the Hub; {text} is a folder of this machine")
         return Source(Path(text), Path(text).resolve().name)
+    if text.startswith(ARTIFACT):
+        from .artifacts import download_artifact
+
+        if revision is not None:
+            raise InputError(f"--revision is for repos on the Hub; {text} states its version after the colon")
+        name = text.removeprefix(ARTIFACT)
+        return Source(download_artifact(name), name.rsplit("/", 1)[-1].partition(":")[0])
     if not HUB_ID.fullmatch(text):
-        kind = (
-            "a W&B artifact, which cannot be read; download it and give the folder"
-            if text.startswith("wandb:")
-            else ""
-        )
-        raise InputError(f"{text} is {kind}" if kind else f"{text} does not exist")
-    return Source(_download(text), text.rsplit("/", 1)[-1])
+        raise InputError(f"{text} does not exist")
+    return Source(_download(text, revision), text.rsplit("/", 1)[-1])
 
 
-def resolve_sources(sources: str | Path | list[str | Path]) -> list[Source]:
+def resolve_sources(sources: str | Path | list[str | Path], revision: str | None = None) -> list[Source]:
     """One or several sources, in order.
+
+    Args:
+        revision: of the first one, on the Hub.
 
     Raises:
         InputError: none given, the same one twice, or one that cannot be had.
     """
     if isinstance(sources, str | Path):
         sources = [sources]
-    resolved = [resolve_source(source) for source in sources]
+    resolved = [resolve_source(source, None if index else revision) for index, source in enumerate(sources)]
     if not resolved:
         raise InputError("no source given")
     folders = [source.folder.resolve() for source in resolved]
@@ -63,14 +79,15 @@ def resolve_sources(sources: str | Path | list[str | Path]) -> list[Source]:
     return resolved
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     # Its own name for the errors of the network library beneath, which is not the same one in every version.
     network_errors = getattr(errors, "HTTPError", OSError)
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=NEVER_NEEDED))
+        return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=NEVER_NEEDED))
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
+        at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"{hub_id} is neither a local folder nor a Hub repo that can be downloaded: {one_line(error)}"
+            f"{hub_id}{at} is neither a local folder nor a Hub repo that can be downloaded: {one_line(error)}"
         ) from error

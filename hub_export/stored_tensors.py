@@ -48,15 +48,39 @@ class StoredTensor:
             return self
         return StoredTensor(self.shape, dtype, lambda: self.read().to(dtype))
 
+    def transposed(self) -> StoredTensor:
+        return StoredTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """Rows of a matrix."""
+        return StoredTensor((stop - start, *self.shape[1:]), self.dtype, lambda: self.read()[start:stop])
+
+
+@dataclass(frozen=True)
+class FileTensor(StoredTensor):
+    """A tensor in a file, of which rows can be had without the rest."""
+
+    file: TensorFile | None = None
+    key: str = ""
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        read = lambda: self.file.read_rows(self.key, start, stop)  # noqa: E731
+        return StoredTensor((stop - start, *self.shape[1:]), self.dtype, read)
+
 
 def of_file(file: TensorFile, key: str) -> StoredTensor:
     """One tensor of a file."""
-    return StoredTensor(file.shape(key), file.dtype(key), lambda: file.read(key))
+    return FileTensor(file.shape(key), file.dtype(key), lambda: file.read(key), file, key)
 
 
 def of_tensor(tensor: torch.Tensor) -> StoredTensor:
     """A tensor that is in memory already."""
     return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def is_finite(tensor: torch.Tensor, part: int = 1 << 20) -> bool:
+    """Whether no number is NaN or infinite; looked at in parts, since asking for all at once takes twice the memory."""
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(part))
 
 
 def write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:

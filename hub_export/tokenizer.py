@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DyloraMoeWarning, InputError, one_line
+from .foundation import at_hand
 from .mixture import FoundationReference, Mixture
+from .options import ExportOptions
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -17,29 +19,39 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(
-    given: str | None, mixture: Mixture, foundation: FoundationReference | None, trust_remote_code: bool
-) -> tuple[Any, str]:
-    """The tokenizer and where it came from: `given`, else the source's own, else the foundation's.
+def find_tokenizer(
+    options: ExportOptions, mixture: Mixture, foundation: FoundationReference
+) -> tuple[Any, str | None]:
+    """The tokenizer and where it came from: the one given, else the source's own, else the foundation's.
+
+    For layout `adapter` it may be missing with the foundation, which is said; then (None, None).
 
     Raises:
         InputError: none is to be found, one cannot be read, or the adapters' own ones have different vocabularies.
     """
-    if given is not None:
-        return _load(given, None, trust_remote_code), given
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer, None, options.trust_remote_code), options.tokenizer
     own = [folder for folder in mixture.folders if has_tokenizer(folder)]
     if own:
-        return _common(own, trust_remote_code), str(own[0])
-    name = foundation.name if foundation is not None else None
-    if name is None or (Path(name).is_absolute() and not has_tokenizer(Path(name))):
-        places = [str(folder) for folder in mixture.folders] + ([name] if name else [])
-        raise InputError(f"no tokenizer in {', '.join(places)}; pass one with --tokenizer")
-    return _load(name, foundation.revision, trust_remote_code), name
+        return _common(own, options.trust_remote_code), str(own[0])
+    name = foundation.name
+    if name is not None and not (Path(name).is_absolute() and not has_tokenizer(Path(name))):
+        try:
+            return load_tokenizer(name, foundation.revision, options.trust_remote_code), name
+        except InputError:
+            if options.layout != "adapter" or at_hand(foundation):
+                raise
+    if options.layout == "adapter" and name is not None and not at_hand(foundation):
+        message = f"the repo has no tokenizer: neither the source nor this machine has one; load that of {name}"
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+        return None, None
+    places = [str(folder) for folder in mixture.folders] + ([name] if name else [])
+    raise InputError(f"no tokenizer in {', '.join(places)}; pass one with --tokenizer")
 
 
 def _common(folders: list[Path], trust_remote_code: bool) -> Any:
     """The first of several tokenizers that must agree on what each token is."""
-    tokenizers = [_load(str(folder), None, trust_remote_code) for folder in folders]
+    tokenizers = [load_tokenizer(str(folder), None, trust_remote_code) for folder in folders]
     first = tokenizers[0]
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         if tokenizer.get_vocab() != first.get_vocab():
@@ -55,7 +67,12 @@ def _common(folders: list[Path], trust_remote_code: bool) -> Any:
     return first
 
 
-def _load(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder or a Hub repo.
+
+    Raises:
+        InputError: there is none, or it needs code of its own that is not trusted.
+    """
     from transformers import AutoTokenizer
 
     try:

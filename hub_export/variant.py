@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DyloraMoeWarning, InputError, one_line
-from .exported_repo import is_replaceable, load_config, weight_files
-from .exporter import write_generation_config
+from .exported_repo import is_replaceable, load_config
 from .model_card import restate
+from .side_files import write_generation_config
 from .staging import staged_folder
 from .tensor_files import read_json
 
@@ -61,10 +61,8 @@ def make_variant(
         strategy = str(resolve_routing_strategy(routing_strategy, config))
     except ValueError as error:
         raise InputError(one_line(error, 2000)) from error
-    if config.weights_layout != "full" or not weight_files(repo):
-        raise InputError(
-            f"{repo} is not a complete repo of layout full, so it has no weights that a variant could share"
-        )
+    if not any(repo.rglob("*.safetensors")):
+        raise InputError(f"{repo} is not a complete repo: it has no weights that a variant could share")
     if repo.resolve() == Path(output_dir).resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
     if Path(output_dir).resolve() in repo.resolve().parents:
@@ -85,27 +83,29 @@ def make_variant(
 
 
 def _copy(repo: Path, folder: Path, final: Path) -> str:
-    """Everything at the repo's top level; weights are linked. Returns how."""
+    """Everything at the repo's top level, and its experts; weights are linked. Returns how."""
     shared = "hard links"
-    for path in sorted(repo.iterdir()):
+    for path in sorted([*repo.iterdir(), *repo.glob("experts/*/*")]):
+        name = path.relative_to(repo)
         if not path.is_file() or path.name == "generation_config.json":
             continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            shared = _share(path.resolve(), folder / path.name, final)
+            shared = _share(path.resolve(), folder / name, final / name.parent)
         else:
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, folder / name)
     return shared
 
 
-def _share(source: Path, target: Path, final: Path) -> str:
-    """Makes `target`, which will be moved to the folder `final`, another name of `source`."""
+def _share(source: Path, target: Path, place: Path) -> str:
+    """Makes `target`, which will be moved to the folder `place`, another name of `source`."""
     try:
         os.link(source, target)
         return "hard links"
     except OSError:
         pass  # another file system, or one without links
     try:
-        os.symlink(os.path.relpath(source, final), target)
+        os.symlink(os.path.relpath(source, place), target)
         return "symbolic links"
     except OSError:
         shutil.copyfile(source, target)

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -172,6 +173,161 @@ def save_adapters(folder: Path, foundation: Path) -> list[Path]:
             folder / "everywhere", foundation, seed=3, r=3, target_modules="all-linear", layers_to_transform=None
         ),
     ]
+
+
+def adalora_model(foundation: Path, steps: int = 10, seed: int = 0, **fields) -> PeftModel:
+    """An AdaLoRA model after real steps of training, in which PEFT's own allocator pruned the ranks of its layers."""
+    torch.manual_seed(seed)
+    fields = {
+        "init_r": 6, "target_r": 3, "lora_alpha": 5, "tinit": 1, "tfinal": 2, "total_step": 10,
+        "target_modules": ["q_proj", "v_proj", "down_proj"], **fields,
+    }  # fmt: skip
+    foundation_model = LlamaForCausalLM.from_pretrained(foundation, dtype=torch.float32)
+    model = PeftModel(foundation_model, AdaLoraConfig(task_type="CAUSAL_LM", **fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
+    rows = torch.randint(0, VOCABULARY, (2, 8))
+    for step in range(1, steps + 1):
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def save_adalora_adapter(folder: Path, foundation: Path, **fields) -> Path:
+    """An AdaLoRA adapter as PEFT saves it: layers pruned to different ranks, at least one of them to none."""
+    model = adalora_model(foundation, **fields)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    return folder
+
+
+def expert_model(foundation: Path | str, num_experts: int, rank: int, alpha: float) -> PeftModel:
+    """PEFT's own model with adapters `expert_<i>`, as the training code has it; random, rank by expert."""
+    torch.manual_seed(5)
+    base = LlamaForCausalLM.from_pretrained(foundation, dtype=torch.float32)
+    model = None
+    for index in range(num_experts):
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.05,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+        )
+        if model is None:
+            model = PeftModel(base, config, adapter_name="expert_0")
+        else:
+            model.add_adapter(f"expert_{index}", config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    return model.eval()
+
+
+def random_gate(num_experts: int, hidden_size: int = HIDDEN) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "weight": torch.randn(num_experts, hidden_size, generator=generator),
+        "bias": torch.randn(num_experts, generator=generator),
+    }
+
+
+def save_trainer_checkpoint(
+    folder: Path,
+    foundation: Path | str,
+    num_experts: int = 3,
+    rank: int = 4,
+    alpha: float = 8,
+    router: str = "router.safetensors",
+    tokenizer: bool = False,
+) -> Path:
+    """`checkpoint-<step>/` as the trainer saves it, with what nobody must open, too. PEFT nests the adapters itself."""
+    folder.mkdir(parents=True)
+    write_json(
+        folder / "config.json",
+        {"model_type": "dylora-moe", "num_experts": num_experts, "checkpoint_type": "peft_only"},
+    )
+    model = expert_model(foundation, num_experts, rank, alpha)
+    for index in range(num_experts):
+        name = f"expert_{index}"
+        place = folder / "peft_adapters" / name
+        model.save_pretrained(place, selected_adapters=[name])
+        (place / "README.md").unlink(missing_ok=True)
+    gate = {f"gate.{key}": value for key, value in random_gate(num_experts).items()}
+    (save_file if router.endswith(".safetensors") else torch.save)(gate, folder / router)
+    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt"):
+        (folder / name).write_bytes(b"not to be opened")
+    write_json(folder / "trainer_state.json", {"global_step": 10, "best_model_checkpoint": None})
+    if tokenizer:
+        save_tokenizer(folder)
+    return folder
+
+
+def whole_model_tensors(foundation: Path | str, num_experts: int, rank: int, head: str) -> dict[str, torch.Tensor]:
+    """The training wrapper's state dict. `head` is "as it is", "equal" to the embedding, or "trained"."""
+    model = expert_model(foundation, num_experts, rank, alpha=1)
+    tensors = {f"foundation_model.{key}": value.clone() for key, value in model.state_dict().items()}
+    head_key = "foundation_model.base_model.model.lm_head.weight"
+    if head != "as it is":
+        tensors[head_key] = tensors["foundation_model.base_model.model.model.embed_tokens.weight"].clone()
+    if head == "trained":
+        tensors[head_key] += torch.randn(tensors[head_key].shape, generator=torch.Generator().manual_seed(3)) * 0.1
+    return {**tensors, **{f"router.gate.{key}": value for key, value in random_gate(num_experts).items()}}
+
+
+def save_whole_model(
+    folder: Path,
+    foundation: Path | str,
+    num_experts: int = 3,
+    rank: int = 4,
+    alpha: float | None = 8,
+    head: str = "as it is",
+    config: bool = True,
+    file: str = "model.safetensors",
+    shards: int = 1,
+) -> Path:
+    """The whole state dict of the training wrapper, beside a copy of the foundation's config."""
+    folder.mkdir(parents=True)
+    if config:
+        own = json.loads((Path(foundation) / "config.json").read_text())
+        own.update(base_model_name_or_path=str(foundation), _dylora_num_experts=num_experts, _dylora_lora_r=rank)
+        own.update({"_dylora_lora_dropout": 0.05}, **({} if alpha is None else {"_dylora_lora_alpha": alpha}))
+        write_json(folder / "config.json", own)
+    write_tensors(folder, whole_model_tensors(foundation, num_experts, rank, head), file, shards)
+    return folder
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], file: str, shards: int) -> None:
+    """One file, or several with the index that names them."""
+    save = save_file if file.endswith(".safetensors") else torch.save
+    if shards == 1:
+        save(tensors, folder / file)
+        return
+    stem, suffix = file.rsplit(".", 1)
+    weight_map = {
+        key: f"{stem}-{number % shards + 1:05}-of-{shards:05}.{suffix}" for number, key in enumerate(sorted(tensors))
+    }
+    for name in set(weight_map.values()):
+        save({key: tensors[key] for key in tensors if weight_map[key] == name}, folder / name)
+    write_json(folder / f"{file}.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def low_rank_sums(expert) -> dict[str, torch.Tensor]:
+    """What an expert that a reader gave adds to each layer's weight, computed in float64."""
+    sums = {}
+    for module, layer in expert.layers.items():
+        matrix_a, matrix_b = expert.read(module)
+        assert tuple(matrix_a.shape) == (layer.rank, layer.in_features)
+        assert tuple(matrix_b.shape) == (layer.out_features, layer.rank)
+        scale = layer.lora_alpha / (layer.rank**0.5 if expert.use_rslora else layer.rank)
+        sums[module] = scale * matrix_b.double() @ matrix_a.double()
+    return sums
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -66,7 +66,6 @@ def test_a_whole_path_in_processes_of_its_own(checkpoint, tmp_path):
     assert result["check"]["passed"] and result["experts"] == ["expert_0", "expert_1", "expert_2"]
     stages = [
         "reading the source",
-        "loading the foundation and the experts",
         "writing the repo",
         "checking the repo against the source",
         "putting the repo in its place",
@@ -91,7 +90,7 @@ def test_the_package_and_the_command_line_import_nothing_heavy():
 def test_exporting_never_imports_what_lies_above(checkpoint):
     code = (
         "import sys, dylora_moe.hub_export as h\n"
-        "h.export, h.inspect, h.make_variant, h.check_against_source\n"
+        "h.export, h.inspect, h.make_variant, h.push, h.verify\n"
         "import dylora_moe.hub_export.check_source\n"
         "sys.exit(', '.join(m for m in sys.modules if m.startswith(('dylora_moe.eval', 'dylora_moe.demo', 'evalplus'))) or 0)"
     )
@@ -144,7 +143,7 @@ WRONG = {
     "not a number": (["inspect", "x", "--lora_alpha", "high"], "--lora_alpha"),
     "no such folder": (["inspect", "no/such/folder"], "no/such/folder does not exist"),
     "not on this machine": (["inspect", "nobody/nothing"], "nobody/nothing"),
-    "a W&B artifact": (["inspect", "wandb:a/b/c:v0"], "wandb:a/b/c:v0"),
+    "a W&B artifact": (["inspect", "wandb:a/b"], "a/b"),
     "unknown folder": (["inspect", "{empty}"], "an empty folder"),
     "unknown strategy": (["export", "{checkpoint}", "-o", "{out}", "--routing_strategy", "x"], "Valid: router, best"),
     "expert out of range": (["variant", "{repo}", "-o", "{out}", "--routing_strategy", "single:3"], "3 experts"),
@@ -183,7 +182,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(run, checkpoint, 
     def broken(*arguments):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(exporter, "_build_model", broken)
+    monkeypatch.setattr(exporter, "make_plan", broken)
     arguments = ["export", str(checkpoint), "-o", str(tmp_path / "out")]
     result = run(*arguments)
     assert result[0] == 1

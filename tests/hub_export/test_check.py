@@ -5,13 +5,28 @@ import torch
 from helpers_checkpoints import change_json, final_checkpoint_tensors, save_final_checkpoint, snapshot
 from safetensors.torch import load_file, save_file
 
-from dylora_moe.hub_export import FailureError, check_against_source, export, exporter
-from dylora_moe.hub_export.check import compare
+from dylora_moe.hub_export import FailureError, export, exporter
+from dylora_moe.hub_export import check as check_module
+from dylora_moe.hub_export.check import CheckReport, check_tensors, compare, compare_logits
+from dylora_moe.hub_export.exporter import read_mixture
+from dylora_moe.hub_export.formats import open_sources
+from dylora_moe.hub_export.options import ExportOptions
+from dylora_moe.hub_export.plan import make_plan
 from dylora_moe.hub_export.tensor_files import read_json
 
 
-def check(repo, checkpoint, foundation):
-    return check_against_source(repo, "final checkpoint", [checkpoint], base_model=str(foundation))
+def check(repo, checkpoint):
+    """The logits alone: they must show by themselves what comparing tensors would show sooner."""
+    options = ExportOptions()
+    mixture = read_mixture(open_sources(checkpoint), options)
+    names = [expert.name for expert in mixture.experts]
+    return CheckReport(compare_logits(repo, mixture, make_plan(mixture, options), options), names)
+
+
+def differing_tensor(repo, checkpoint):
+    with pytest.raises(FailureError) as error:
+        check_tensors(repo, read_mixture(open_sources(checkpoint), ExportOptions()), None)
+    return str(error.value)
 
 
 def failed(report):
@@ -33,41 +48,44 @@ def test_a_right_export_passes_with_every_quantity_compared(checked):
     assert all(comparison.positions == 24 for comparison in report.comparisons)
 
 
-def test_a_corrupted_alpha_is_caught(repo, checkpoint, foundation):
+def test_a_corrupted_alpha_is_caught(repo, checkpoint):
     experts = read_json(repo / "config.json")["expert_configs"]
     experts[1]["lora_alpha"] *= 1.01
     change_json(repo / "config.json", expert_configs=experts)
-    report = check(repo, checkpoint, foundation)
+    report = check(repo, checkpoint)
     assert {"single:1", "uniform", "router logits"} <= failed(report)
     assert not {"base", "single:0", "single:2"} & failed(report)
     assert "the logits of expert 1 (expert_1) differ by" in report.describe_failures()
+    assert "the settings of expert expert_1" in differing_tensor(repo, checkpoint)
 
 
-def test_two_swapped_experts_are_caught(repo, checkpoint, foundation):
+def test_two_swapped_experts_are_caught(repo, checkpoint):
     def swap(tensors):
         for name in tensors:
             if name.endswith((".lora_A", ".lora_B")):  # three experts of rank 4
                 tensors[name] = torch.cat([tensors[name][4:8], tensors[name][:4], tensors[name][8:]])
 
     change_tensors(repo, swap)
-    report = check(repo, checkpoint, foundation)
+    report = check(repo, checkpoint)
     # the sums over all experts, and so what the gate reads, are the same; each of the two is the other
     assert {"single:0", "single:1", "router"} <= failed(report)
     assert not {"base", "single:2", "uniform"} & failed(report)
+    assert "lora_A of expert expert_0" in differing_tensor(repo, checkpoint)
 
 
-def test_a_gate_whose_bias_is_zero_is_caught(repo, checkpoint, foundation):
+def test_a_gate_whose_bias_is_zero_is_caught(repo, checkpoint):
     change_tensors(repo, lambda tensors: tensors["router.gate.bias"].zero_())
-    report = check(repo, checkpoint, foundation)
+    report = check(repo, checkpoint)
     assert "router logits" in failed(report)
     assert not {"base", "single:0", "single:1", "single:2", "uniform"} & failed(report)
     assert "the gate's logits differ by" in report.describe_failures()
+    assert "the gate's bias" in differing_tensor(repo, checkpoint)
 
 
-def test_a_gate_without_its_bias_is_caught(repo, checkpoint, foundation):
+def test_a_gate_without_its_bias_is_caught(repo, checkpoint):
     change_tensors(repo, lambda tensors: tensors.pop("router.gate.bias"))
     with pytest.raises(FailureError, match=r"missing keys when loading: router\.gate\.bias"):
-        check(repo, checkpoint, foundation)
+        check(repo, checkpoint)
 
 
 def test_a_failed_check_leaves_nothing_behind(monkeypatch, quick_check, checkpoint, tmp_path):
@@ -78,22 +96,25 @@ def test_a_failed_check_leaves_nothing_behind(monkeypatch, quick_check, checkpoi
         change_tensors(folder, lambda tensors: tensors["router.gate.weight"].mul_(1.5))
 
     monkeypatch.setattr(exporter, "_write", write_wrongly)
+    with pytest.raises(FailureError, match="the gate's weight is not the source's"):
+        export(checkpoint, tmp_path / "out")
+    monkeypatch.setattr(check_module, "check_tensors", lambda *arguments: 0)
     with pytest.raises(FailureError, match=r"does not compute what .* does: the gate's logits"):
         export(checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_temperature_is_caught(repo, checkpoint, foundation):
+def test_another_temperature_is_caught(repo, checkpoint):
     """Sparse routing does without it, and training does not."""
     change_json(repo / "config.json", router_temperature=0.5)
-    assert failed(check(repo, checkpoint, foundation)) == {"router, dense"}
+    assert failed(check(repo, checkpoint)) == {"router, dense"}
 
 
-def test_a_repo_that_needs_this_package_fails(repo, checkpoint, foundation):
+def test_a_repo_that_needs_this_package_fails(repo, checkpoint):
     with open(repo / "modeling_dylora_moe.py", "a") as file:
         file.write("\nimport dylora_moe\n")
     with pytest.raises(FailureError, match="needs dylora_moe, which those who load it need not have"):
-        check(repo, checkpoint, foundation)
+        check(repo, checkpoint)
 
 
 def test_the_check_leaves_nothing_in_the_repo(checkpoint, checked):

@@ -1,0 +1,122 @@
+"""The commands that take a repo elsewhere and back: `push` to the Hub, `mirror push` and `mirror pull` with W&B."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dylora_moe.cli_common import CONTEXT_SETTINGS, Json, Overwrite, out, print_json, progress, split, whole
+
+
+Repo = Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Registers `push` and the group `mirror`."""
+    mirror = typer.Typer(
+        help="To and from W&B artifacts.",
+        context_settings=CONTEXT_SETTINGS,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+    )
+    app.command()(push)
+    mirror.command("push")(mirror_push)
+    mirror.command("pull")(mirror_pull)
+    app.add_typer(mirror, name="mirror")
+
+
+def push(
+    repo: Repo,
+    hub_id: Annotated[str, typer.Argument(metavar="HUB_ID", help="org/name on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it a private repo, or an existing one private.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="A branch, made if it is not there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Create or update a Hub repo that holds what the folder holds."""
+    with progress() as tell:
+        from dylora_moe.hub_export.push import push as send
+
+        result = send(repo, hub_id, private=private, revision=revision, progress=tell)
+    if as_json:
+        return print_json(result.to_dict())
+    deleted = f", {len(result.deleted)} of an earlier export deleted" if result.deleted else ""
+    out.print(f"{result.url}: {len(result.uploaded)} files sent{deleted}", markup=False)
+    out.print(f"revision {result.revision}, commit {result.commit}", markup=False)
+    _print_notes(result.notes)
+
+
+def mirror_push(
+    repo: Repo,
+    artifact: Annotated[str, typer.Argument(metavar="ENTITY/PROJECT/NAME", help="The artifact, without a version.")],
+    aliases: Annotated[
+        list[str] | None, typer.Option("--alias", help="A name of this version; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Log a repo as a W&B artifact of type model."""
+    with progress() as tell:
+        _quiet_sdk()
+        from dylora_moe.hub_export.mirror import mirror_push as send
+
+        result = send(repo, artifact, aliases=tuple(split(aliases) or ("latest",)), progress=tell)
+    if as_json:
+        return print_json(result.to_dict())
+    done = f"staged in {result.run_folder}" if result.offline else "logged"
+    out.print(f"{result.artifact}: {len(result.files)} files {done}", markup=False)
+    _print_notes(result.notes)
+
+
+def mirror_pull(
+    artifact: Annotated[str, typer.Argument(metavar="ENTITY/PROJECT/NAME:VERSION", help="The artifact.")],
+    output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
+    subfolder: Annotated[str | None, typer.Option("--subfolder", help="Which folder of the artifact.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
+    ] = None,
+    base_revision: Annotated[str | None, typer.Option("--base_revision", help="The foundation's revision.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="full or adapter.")] = None,
+    routing_strategy: Annotated[
+        str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder or a Hub id.")] = None,
+    overwrite: Overwrite = False,
+    no_verify: Annotated[bool, typer.Option("--no_verify", help="Leave out the check against the source.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a W&B artifact as a repo; what training left is exported on the way, with these options."""
+    options: dict[str, Any] = {
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "layout": layout,
+        "routing_strategy": routing_strategy,
+        "lora_alpha": whole(lora_alpha),
+        "tokenizer": tokenizer,
+        "verify": False if no_verify else None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with progress() as tell:
+        _quiet_sdk()
+        from dylora_moe.hub_export.mirror import mirror_pull as fetch
+
+        result = fetch(artifact, output_dir, overwrite=overwrite, subfolder=subfolder, progress=tell, **given)
+    if as_json:
+        return print_json(result.to_dict())
+    how = "an exported repo, as it was" if result.export is None else f"exported ({result.export.format})"
+    out.print(f"{result.output_dir}: {result.artifact}, {how}", markup=False)
+    _print_notes(result.notes)
+
+
+def _quiet_sdk() -> None:
+    """The SDK's own messages would stand between ours; with this it never asks anything, either."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        out.print(f"note: {note}", markup=False)

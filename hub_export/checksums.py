@@ -1,0 +1,50 @@
+"""SHA256SUMS: what an export wrote, in the form that `sha256sum --check` understands.
+
+Covered is what decides what a repo computes: weights, config, code. The card and the default strategy are the owner's to
+change. It knows nothing about what is in any file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from .errors import InputError
+
+
+FILE = "SHA256SUMS"
+COVERED = ("*.safetensors", "experts/*/*", "config.json", "*.py")
+LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    names = sorted({path.relative_to(folder).as_posix() for pattern in COVERED for path in folder.glob(pattern)})
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names if (folder / name).is_file()]
+    (folder / FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """File to checksum as they were written; None where there is no such file.
+
+    Raises:
+        InputError: a line is none of a checksum file, or names a file outside the folder.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    found = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = LINE.fullmatch(line)
+        if match is None or Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
+            raise InputError(f"{path}: {line[:100]!r} is not a checksum and a file of this folder")
+        found[match[2]] = match[1]
+    return found

@@ -1,0 +1,139 @@
+"""Merge: one expert folded into the foundation, W + s B A. What comes out is an ordinary model that any server loads.
+
+It knows how a merged folder is written, and nothing about how experts are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import FailureError, InputError, one_line
+from .exported_repo import load_config
+from .formats import open_sources
+from .options import DTYPES
+from .side_files import make_readable
+from .staging import check_output, staged_folder
+from .tokenizer import has_tokenizer, load_tokenizer
+
+
+TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = 1e-5
+
+
+@dataclass
+class MergeResult:
+    """What was written. `difference` is the largest one between its logits, in float32, and those of `single:`."""
+
+    output_dir: Path
+    expert: str
+    foundation: str | None
+    dtype: str
+    difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "output_dir": str(self.output_dir)}
+
+
+def merge(
+    repo: str | Path,
+    *,
+    expert: str | int,
+    output_dir: str | Path,
+    dtype: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> MergeResult:
+    """Write a repo's foundation with one expert in it, and compare it with the strategy `single:` of that expert.
+
+    Args:
+        repo: an exported repo, a folder or a Hub id.
+        expert: its name or number.
+        dtype: what the model is saved in; the foundation's own, if left out. The sum is formed in float32.
+
+    Raises:
+        InputError: no such expert, or an output folder that is not empty.
+        FailureError: the merged model does not compute what the expert does.
+    """
+    from dylora_moe.modeling import DyloraMoeForCausalLM
+
+    tell = progress or (lambda message: None)
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype} is not known; it can be {', '.join(DTYPES)}")
+    check_output(Path(output_dir), False, _is_replaceable)
+    folder = open_sources(repo)[0].folder
+    config = load_config(folder)
+    try:
+        index = config.expert_index(expert)
+    except ValueError as error:
+        raise InputError(one_line(error, 500)) from error
+    tell("loading the repo")
+    stored = DTYPES.get(dtype) or config.dtype or torch.float32
+    try:
+        model = DyloraMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        merged = model.merge_expert(index)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    tell("comparing the merged model with the expert")
+    difference = _difference(model, merged, index)
+    del model
+    merged.to(stored)
+    merged.config.dtype = stored
+    merged.config.name_or_path = ""
+    with staged_folder(Path(output_dir), False, _is_replaceable) as place:
+        tell("writing the model")
+        # Routing strategies are fields that a plain model has no use for.
+        merged.generation_config.routing_strategy = None
+        merged.generation_config._from_model_config = False
+        merged.save_pretrained(place)
+        if has_tokenizer(folder):
+            load_tokenizer(str(folder), None, False).save_pretrained(place)
+        name = config.expert_names[index]
+        (place / "README.md").write_text(_card(Path(output_dir).resolve().name, name, config), encoding="utf-8")
+        make_readable(place)
+    return MergeResult(
+        output_dir=Path(output_dir).resolve(),
+        expert=name,
+        foundation=config.base_model_name_or_path,
+        dtype=str(stored).removeprefix("torch."),
+        difference=difference,
+    )
+
+
+def _is_replaceable(folder: Path) -> bool:
+    return False
+
+
+@torch.no_grad()
+def _difference(model: Any, merged: Any, index: int) -> float:
+    """The largest difference of logits on random tokens, both in float32.
+
+    Raises:
+        FailureError: it is more than rounding.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    rows = torch.randint(0, vocab_size, (3, 8), generator=torch.Generator().manual_seed(0))
+    expected = model(rows, routing_strategy=f"single:{index}").logits
+    difference = float((merged(rows).logits - expected).abs().max())
+    if not difference <= max(TOLERANCE, RELATIVE_TOLERANCE * float(expected.abs().max())):
+        raise FailureError(f"the merged model's logits differ from those of the expert by {difference:.2g}")
+    return difference
+
+
+def _card(name: str, expert: str, config: Any) -> str:
+    from huggingface_hub import ModelCardData
+
+    from .foundation import is_hub_id
+
+    foundation = config.base_model_name_or_path
+    base_model = foundation if is_hub_id(foundation) else None
+    data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation")
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
+        f"The {config.base_config.model_type} model `{Path(foundation or 'unnamed').name}` with the LoRA expert `{expert}` "
+        "of a mixture folded into its weights: an ordinary model that needs no code of its own. The foundation's licence "
+        "applies to it.\n"
+    )

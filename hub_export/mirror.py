@@ -1,0 +1,269 @@
+"""Exported repos to and from W&B artifacts, by the wandb SDK.
+
+What is pulled is an exported repo, as EvalPlus takes it: one that was pushed comes as it is, and what training left is
+exported on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .artifacts import cached, download_to, fetch_artifact
+from .errors import InputError
+from .exported_repo import FORMAT, is_exported_repo, is_replaceable
+from .push import is_hub_id
+from .repo_files import RepoFiles, repo_files
+from .staging import check_output, staged_folder
+from .wandb_sdk import ArtifactName, check_ready, parse_name, sdk, wandb_errors
+
+
+Progress = Callable[[str], None]
+
+# what tells an exported repo from training's folders before anything is downloaded
+REPO_MARKS = {"config.json", "modeling_dylora_moe.py"}
+
+
+@dataclass
+class MirrorPushResult:
+    """What was handed to W&B. `artifact` has a version unless the run is offline, where `run_folder` is to be synced."""
+
+    artifact: str
+    offline: bool
+    run_folder: Path | None
+    files: list[str]
+    metadata: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "run_folder": None if self.run_folder is None else str(self.run_folder)}
+
+
+@dataclass
+class MirrorPullResult:
+    """What is in `output_dir` now. `artifact` has its version's number, whatever alias was asked for. `export` is what the exporter returned, None where the artifact was a repo."""
+
+    output_dir: Path
+    artifact: str
+    digest: str
+    files: list[str]
+    export: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        export = None if self.export is None else self.export.to_dict()
+        return {**self.__dict__, "output_dir": str(self.output_dir), "export": export}
+
+
+def mirror_push(
+    repo: str | Path,
+    artifact: str,
+    *,
+    aliases: tuple[str, ...] = ("latest",),
+    progress: Progress | None = None,
+) -> MirrorPushResult:
+    """Log an exported repo as an artifact of type `model`, in a run of its own, in the user's own mode (WANDB_MODE).
+
+    Args:
+        repo: an exported repo, of either layout. Nothing but the repo's files goes along.
+        artifact: `entity/project/name`; W&B gives it the next version.
+        aliases: further names of that version.
+        progress: is told what is being done.
+
+    Raises:
+        InputError: not a complete exported repo; a bad name; no SDK; no API key, or one that is not accepted.
+        FailureError: no network, or W&B failed.
+    """
+    folder, tell = Path(repo), progress or (lambda message: None)
+    name = parse_name(artifact, version=False)
+    content = repo_files(folder)
+    wandb = sdk()
+    notes = [note for note in [content.note()] if note]
+    tell("computing checksums")
+    metadata = _metadata(folder, content)
+    if content.layout == "adapter" and metadata["foundation"] is None:
+        notes.append(
+            "the foundation is a folder of this machine, so whoever pulls this repo needs to pass base_model="
+        )
+    with wandb_errors(str(name)), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        mode = str(wandb.setup().settings.mode or "online")
+        if mode == "disabled":
+            raise InputError("WANDB_MODE is disabled, so nothing would be sent; use online or offline")
+        offline = mode in ("offline", "dryrun")
+        if not offline:
+            check_ready(wandb)
+        tell(f"{'staging' if offline else 'sending'} {len(content.files)} files")
+        result = _log(wandb, folder, name, content.files, metadata, aliases, None if offline else scratch)
+    if offline:
+        notes.append(f"offline: `wandb sync {result.run_folder}` sends it")
+    result.notes = notes
+    for note in notes:
+        tell(note)
+    return result
+
+
+def _log(
+    wandb: Any,
+    folder: Path,
+    name: ArtifactName,
+    files: list[str],
+    metadata: dict[str, Any],
+    aliases: tuple[str, ...],
+    scratch: str | None,
+) -> MirrorPushResult:
+    """One run that logs one artifact. `scratch` is for what an online run writes here, which nobody needs later."""
+    offline = scratch is None
+    run = wandb.init(
+        entity=name.entity,
+        project=name.project,
+        job_type="mirror",
+        dir=scratch,
+        reinit="create_new",  # a run that is going on in this process stays alone
+        settings=wandb.Settings(**_nothing_else(wandb)),
+    )
+    try:
+        logged = wandb.Artifact(name.name, type="model", metadata=metadata)
+        for file in files:
+            # an offline run is sent later, when the folder may have changed: the SDK keeps a copy
+            logged.add_file(str(folder / file), name=file, policy="mutable" if offline else "immutable")
+        run.log_artifact(logged, aliases=list(aliases))
+        if not offline:
+            logged.wait()
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
+    full = str(name) if offline else f"{name}:{logged.version}"
+    run_folder = Path(run.settings.sync_dir).resolve() if offline else None
+    return MirrorPushResult(full, offline, run_folder, files, metadata)
+
+
+def _nothing_else(wandb: Any) -> dict[str, Any]:
+    """Settings under which the run tells nothing about this machine, as far as the installed SDK knows them."""
+    settings = {
+        "console": "off",
+        "disable_git": True,
+        "save_code": False,
+        "silent": True,
+        "x_disable_machine_info": True,
+        "x_disable_meta": True,
+        "x_disable_stats": True,
+        "x_save_requirements": False,
+    }
+    return {key: value for key, value in settings.items() if key in wandb.Settings.model_fields}
+
+
+def _metadata(folder: Path, content: RepoFiles) -> dict[str, Any]:
+    from dylora_moe.version import __version__
+
+    config = content.config
+    foundation = config.get("base_model_name_or_path")
+    is_local = foundation is None or Path(foundation).exists() or not is_hub_id(foundation)
+    return {
+        "format": FORMAT,
+        "dylora_moe": __version__,
+        "layout": content.layout,
+        "experts": [expert["name"] for expert in config.get("expert_configs") or []],
+        "foundation": None if is_local else foundation,
+        "foundation_revision": config.get("base_model_revision"),
+        "sha256": {file: _sha256(folder / file) for file in content.weights()},
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def mirror_pull(
+    artifact: str,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    subfolder: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+    export: Callable[..., Any] | None = None,
+    **options: Any,
+) -> MirrorPullResult:
+    """Fetch an artifact as an exported repo, which appears under its name at one stroke.
+
+    Args:
+        artifact: `entity/project/name:version`, with or without a leading `wandb:`.
+        output_dir: missing or empty, or with `overwrite` an exported repo, which is replaced.
+        subfolder: which folder of the artifact.
+        token: an API key, otherwise what the SDK finds.
+        progress: is told what is being done.
+        export: what turns training's folders into a repo, `hub_export.export` unless given.
+        options: handed to `export`; those that would change an artifact that is a repo already are refused.
+
+    Raises:
+        InputError: as `download_artifact`; the output folder may not be written; the artifact cannot be exported.
+        FailureError: no network; damaged files; a full disk.
+    """
+    final, tell = Path(output_dir), progress or (lambda message: None)
+    name = parse_name(artifact, version=True)
+    parts = subfolder.split("/") if subfolder else []
+    if any(part in ("", ".", "..") for part in parts):
+        raise InputError(f"--subfolder {subfolder!r} is not a folder inside the artifact")
+    check_output(final, overwrite, is_replaceable)
+    with wandb_errors(artifact, token):
+        tell("looking at W&B")
+        found = fetch_artifact(artifact, token)
+        entries = {str(path): entry for path, entry in found.manifest.entries.items()}
+        size = sum(entry.size or 0 for entry in entries.values())
+        result = MirrorPullResult(final.resolve(), str(name._replace(version=found.version)), found.digest, [])
+        tell(f"fetching {len(entries)} files, {size / 1e6:,.1f} MB")
+        if not subfolder and entries.keys() >= REPO_MARKS:
+            _refuse(options, artifact)
+            with staged_folder(final, overwrite, is_replaceable) as content:
+                download_to(found, content, artifact)
+                _keep_the_repo(content, result)
+            return result
+        folder = cached(found, artifact)
+    source = folder.joinpath(*parts)
+    if not source.is_dir():
+        raise InputError(f"{artifact} holds no folder {subfolder}")
+    if is_exported_repo(source):
+        _refuse(options, artifact)
+        with staged_folder(final, overwrite, is_replaceable) as content:
+            shutil.copytree(source, content, dirs_exist_ok=True)
+            _keep_the_repo(content, result)
+        return result
+    if export is None:
+        from .exporter import export
+    if subfolder:
+        options["subfolder"] = subfolder
+    result.export = export(folder, final, overwrite=overwrite, progress=progress, **options)
+    result.files = repo_files(final).files
+    return result
+
+
+def _refuse(options: dict[str, Any], artifact: str) -> None:
+    harmless = ("verify", "trust_remote_code")  # they change nothing about the result
+    given = sorted(name for name, value in options.items() if value is not None and name not in harmless)
+    if given:
+        raise InputError(
+            f"{artifact} is an exported repo, which is taken as it is, so {', '.join(given)} would do nothing; leave "
+            "it out (`dylora-moe variant` and `export` change a repo)"
+        )
+
+
+def _keep_the_repo(folder: Path, result: MirrorPullResult) -> None:
+    """Whatever else the artifact holds stays there: nobody has looked at it, and it is no part of a repo."""
+    content = repo_files(folder)
+    for name in content.left_out:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if content.left_out:
+        more = f" and {len(content.left_out) - 8} more" if len(content.left_out) > 8 else ""
+        result.notes.append(f"not part of the repo, so not kept: {', '.join(content.left_out[:8])}{more}")
+    result.files = content.files

@@ -1,0 +1,83 @@
+"""What a user may choose about an export, and what an export says it did. It knows nothing about how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = ("full", "adapter")
+
+
+@dataclass
+class ExportOptions:
+    """What a user may choose; None leaves what the source says, or the default. The fields are `export`'s arguments.
+
+    Raises:
+        InputError: a value that is none of those there are.
+    """
+
+    base_model: str | None = None
+    base_revision: str | None = None
+    layout: str = "full"
+    routing_strategy: str | None = None
+    router_mode: str | None = None
+    router_input: str | None = None
+    num_experts_per_tok: int | None = None
+    router_temperature: float | None = None
+    router_prompts: str | Path | None = None
+    lora_alpha: float | None = None
+    expert_names: list[str] | None = None
+    tokenizer: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    results: list[str] = field(default_factory=list)
+    overwrite: bool = False
+    verify: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in (None, "auto", *DTYPES):
+            raise InputError(f"--dtype {self.dtype} is not known; it can be auto, {', '.join(DTYPES)}")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"--layout {self.layout} is not known; it can be {' or '.join(LAYOUTS)}")
+
+    @property
+    def router_settings(self) -> dict[str, Any]:
+        """The router's settings that were given, by the names of the config's fields."""
+        names = ("router_mode", "router_input", "num_experts_per_tok", "router_temperature")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPES.get(self.dtype)
+
+
+@dataclass
+class ExportResult:
+    """What was written. `check` is None where it was not asked for."""
+
+    output_dir: Path
+    format: str
+    reason: str
+    layout: str
+    foundation: str | None
+    experts: list[str]
+    router: bool
+    routing_strategy: str
+    tokenizer: str | None
+    check: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        result = {**self.__dict__, "output_dir": str(self.output_dir)}
+        result["check"] = None if self.check is None else self.check.to_dict()
+        return result

@@ -1,0 +1,202 @@
+"""What an export is about to write, known before anything large is read: foundation, config, generation settings.
+
+It knows nothing about files of a repo.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DyloraMoeWarning, InputError, one_line
+from .foundation import (
+    at_hand,
+    check_experts_fit,
+    check_router_fits,
+    is_local,
+    load_foundation_config,
+    resolve_foundation,
+)
+from .foundation_weights import foundation_weights, skeleton
+from .mixture import FoundationReference, Mixture
+from .options import ExportOptions
+from .stored_tensors import StoredTensor
+from .tensor_files import read_json
+from .writer import finest_dtype
+
+
+@dataclass
+class Plan:
+    """Everything but the weights of experts and router.
+
+    Attributes:
+        foundation: where it is named to be.
+        config: the repo's config.
+        skeleton: the foundation without weights; None where not even its config is at hand (layout `adapter` alone).
+        weights: its tensors by their own names; None where they are not at hand (layout `adapter` alone).
+        generation: the fields of the repo's `generation_config.json`, the strategy apart.
+    """
+
+    foundation: FoundationReference
+    config: Any
+    skeleton: nn.Module | None
+    weights: dict[str, StoredTensor] | None
+    generation: dict[str, Any]
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Modules whose weight is stored as [in, out]."""
+        from transformers.pytorch_utils import Conv1D
+
+        if self.skeleton is None:
+            return frozenset()
+        return frozenset(name for name, module in self.skeleton.named_modules() if isinstance(module, Conv1D))
+
+    @property
+    def num_foundation_parameters(self) -> int | None:
+        """Tied ones once."""
+        if self.skeleton is None:
+            return None
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    def load_foundation(self) -> nn.Module:
+        """The foundation in memory, in float32."""
+        state = {name: tensor.to(torch.float32).read() for name, tensor in self.weights.items()}
+        config = copy.deepcopy(self.config.base_config)
+        return type(self.skeleton).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+
+
+def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
+    """Find the foundation, compare experts and router with it, and make the repo's config.
+
+    Raises:
+        InputError: there is no foundation, or it is not the one that the experts were trained on.
+    """
+    carried = mixture.foundation_weights is not None
+    reference = mixture.foundation
+    if not carried or options.base_model is not None:
+        reference = resolve_foundation(mixture.foundation, options.base_model, options.base_revision)
+    if reference.name is None and options.layout == "adapter":
+        raise InputError("layout adapter leaves the foundation where it is; say where that is with --base_model")
+    base_config = mixture.foundation_config if carried else _config_at_hand(mixture, reference, options)
+    model = weights = None
+    if base_config is not None:
+        if getattr(base_config, "quantization_config", None) is not None:
+            raise InputError(
+                f"{reference.name} is quantised; pass the original model in full precision with --base_model"
+            )
+        model = skeleton(base_config)
+        _check_fit(mixture, model, reference)
+        weights = _weights(mixture, reference, model, options)
+    config = _config(mixture, base_config, reference, options)
+    config.dtype = options.torch_dtype or _main_dtype(weights) or getattr(base_config, "dtype", None)
+    return Plan(reference, config, model, weights, _generation(mixture, reference, model))
+
+
+def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: ExportOptions) -> Any:
+    """The foundation's config; for layout `adapter`, where it cannot be had, what the source says, or else None."""
+    try:
+        return load_foundation_config(reference)
+    except InputError as error:
+        if options.layout != "adapter" or is_local(reference):
+            raise
+        if mixture.foundation_config is None:
+            message = f"the experts could not be compared with their foundation, which is not at hand: {error}"
+            warnings.warn(message, DyloraMoeWarning, stacklevel=4)
+        return mixture.foundation_config
+
+
+def _check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReference) -> None:
+    name = reference.name or "the source"
+    vocab_size = model.config.get_text_config().vocab_size
+    if mixture.foundation.vocab_size not in (None, vocab_size):
+        raise InputError(
+            f"{mixture.foundation.named_in} has vocab_size {mixture.foundation.vocab_size}, the foundation has "
+            f"{vocab_size}; pass the model it was trained on with --base_model"
+        )
+    if mixture.router is not None:
+        check_router_fits(mixture.router, model.config, name)
+    check_experts_fit(mixture.experts, model, name)
+
+
+def _weights(
+    mixture: Mixture, reference: FoundationReference, model: nn.Module, options: ExportOptions
+) -> dict[str, StoredTensor] | None:
+    carried = mixture.foundation_weights
+    is_replaced = carried is not None and (options.layout == "adapter" or options.base_model is not None)
+    if carried is not None and not is_replaced:
+        return carried
+    if not at_hand(reference) and (options.layout == "adapter" or carried is not None):
+        return None if options.layout == "adapter" else carried
+    named = foundation_weights(reference, model)
+    if carried is not None:
+        _check_same(carried, named, reference)
+    return named
+
+
+def _check_same(carried: dict[str, StoredTensor], named: dict[str, StoredTensor], reference: FoundationReference):
+    """A source's own foundation can be left away, or called by a name, only if the one of that name is the same.
+
+    Raises:
+        InputError: names the first tensor that differs.
+    """
+    for name in sorted(carried.keys() | named.keys()):
+        mine, other = carried.get(name), named.get(name)
+        if mine is None or other is None or not torch.equal(mine.read(), other.read().to(mine.dtype)):
+            raise InputError(
+                f"the source's own {name} is not that of the foundation {reference.name}, which would stand in for it; "
+                "leave out --base_model and export with --layout full"
+            )
+
+
+def _main_dtype(weights: dict[str, StoredTensor] | None) -> torch.dtype | None:
+    """The dtype that most of the foundation is stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in (weights or {}).values():
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
+    return max(sizes, key=sizes.get, default=None)
+
+
+def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, options: ExportOptions) -> Any:
+    from dylora_moe.modeling import DyloraMoeConfig
+
+    if base_config is not None:
+        base_config = copy.deepcopy(base_config)
+        base_config._name_or_path = ""  # the folder it happened to be loaded from means nothing elsewhere
+    router: dict[str, Any] = {"router_input": None}
+    if mixture.router is not None:
+        names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature", "router_aux_loss_coef")
+        values = {name: getattr(mixture.router, name) for name in names}
+        router = {name: value for name, value in values.items() if value is not None}
+    finest_dtype(mixture)
+    try:
+        return DyloraMoeConfig(
+            base_config=base_config,
+            expert_configs=[expert.config() for expert in mixture.experts],
+            base_model_name_or_path=reference.name,
+            base_model_revision=reference.revision,
+            weights_layout=options.layout,
+            architectures=["DyloraMoeForCausalLM"],
+            **router,
+        )
+    except ValueError as error:
+        raise InputError(one_line(error, 500)) from error
+
+
+def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Module | None) -> dict[str, Any]:
+    """What the source's own `generation_config.json` says, else the foundation's, else the foundation's config."""
+    from transformers import GenerationConfig
+
+    own = mixture.folders[0] / "generation_config.json"
+    if mixture.foundation_weights is not None and own.is_file():
+        return read_json(own)
+    try:
+        return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
+    except (OSError, ValueError, TypeError):
+        return {} if model is None else model.generation_config.to_diff_dict()

@@ -1,0 +1,203 @@
+"""Which files of an exported repo's folder belong to it, and nothing else that happens to lie there.
+
+What leaves this machine is chosen by name from what an export writes, never by what is not on a list: a `.env`, a
+credentials file or a cache in the folder stays here. It knows neither the Hub nor W&B.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .exported_repo import MODEL_TYPE, is_exported_repo
+from .tensor_files import read_json
+
+
+DESCRIPTIONS = {
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+}
+TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+}
+TOKENIZER_PATTERN = re.compile(r"[\w.-]+\.tiktoken|additional_chat_templates/[\w.-]+\.jinja")
+WEIGHTS = re.compile(
+    r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|router\.safetensors"
+    r"|experts/[^/]+/adapter_(config\.json|model\.safetensors)"
+)
+CODE = re.compile(r"\w+_dylora_moe\.py")
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+
+
+@dataclass
+class RepoFiles:
+    """Paths relative to the folder, with `/`, sorted; `left_out` are the things that lie there and are not the repo's."""
+
+    files: list[str]
+    left_out: list[str]
+    layout: str
+    config: dict[str, Any]
+
+    def weights(self) -> list[str]:
+        return [file for file in self.files if file.endswith(".safetensors")]
+
+    def note(self) -> str | None:
+        """What stays here, in words."""
+        if not self.left_out:
+            return None
+        more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
+        return f"not part of the repo, so not sent: {', '.join(self.left_out[:8])}{more}"
+
+
+def repo_files(folder: Path) -> RepoFiles:
+    """The files of a complete exported repo.
+
+    Raises:
+        InputError: it is no exported repo, or a file that it needs is missing or a link.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file; give the folder it is in" if folder.exists() else f"{folder} does not exist"
+        )
+    if not is_exported_repo(folder):
+        raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
+    config = read_json(folder / "config.json")
+    layout = config.get("weights_layout", "full")
+    needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config)}
+    for file in sorted(needed):
+        if not _is_plain(folder, file):
+            found = (folder / file).exists()
+            raise InputError(
+                f"{folder / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
+                if found
+                else f"{folder} is not a complete repo: {file} is missing"
+            )
+    optional = [
+        path.relative_to(folder).as_posix()
+        for path in [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
+    ]
+    wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
+    files = needed | {file for file in wanted if _is_plain(folder, file)}
+    return RepoFiles(sorted(files), _others(folder, files), layout, config)
+
+
+def is_tokenizer_file(path: str) -> bool:
+    return path in TOKENIZER_FILES or TOKENIZER_PATTERN.fullmatch(path) is not None
+
+
+def may_be_stale(path: str) -> bool:
+    """Whether an export may have written this path, so that another export that lacks it replaces it with nothing.
+
+    Descriptions are not meant: somebody may have put a LICENSE or a README.md beside the export by hand.
+    """
+    return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
+
+
+def _weights(folder: Path, config: dict[str, Any], layout: str) -> set[str]:
+    if layout == "full":
+        index = folder / "model.safetensors.index.json"
+        if not index.is_file():
+            return {"model.safetensors"}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and WEIGHTS.fullmatch(name) and "/" not in name for name in weight_map.values()
+        ):
+            raise InputError(f"{index} names no shards of the form model-00001-of-00002.safetensors")
+        return {index.name, *weight_map.values()}
+    if layout != "adapter":
+        raise InputError(f"{folder}/config.json: there is no weights_layout {layout!r}")
+    experts = config.get("expert_configs")
+    experts = experts if isinstance(experts, list) and experts else [None]
+    names = [expert.get("name") if isinstance(expert, dict) else None for expert in experts]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+            raise InputError(
+                f"{folder}/config.json: expert_configs names an expert {name!r}, which is no folder's name"
+            )
+    files = {
+        f"experts/{name}/{file}" for name in names for file in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    return files | ({"router.safetensors"} if config.get("router_input", "base") is not None else set())
+
+
+def _code(folder: Path, config: dict[str, Any]) -> set[str]:
+    """The files that `auto_map` names, and those that they import: what the Hub's loader follows.
+
+    The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another repo.
+    """
+    maps = [config.get("auto_map")]
+    if _is_plain(folder, "tokenizer_config.json"):
+        maps.append(read_json(folder / "tokenizer_config.json").get("auto_map"))
+    entries = [
+        entry
+        for auto_map in maps
+        if isinstance(auto_map, dict)
+        for value in auto_map.values()
+        for entry in (value if isinstance(value, list) else [value])
+        if isinstance(entry, str) and "--" not in entry
+    ]
+    waiting = [entry.split(".")[0] for entry in entries]
+    found = {"__init__.py"} if _is_plain(folder, "__init__.py") else set()
+    while waiting:
+        name = f"{waiting.pop()}.py"
+        if name in found:
+            continue
+        found.add(name)
+        if _is_plain(folder, name):
+            waiting += RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8", errors="replace"))
+    return found
+
+
+def _is_plain(folder: Path, file: str) -> bool:
+    """Whether this is a file that is really here: neither it nor a folder on the way to it is a link."""
+    path = folder
+    for part in file.split("/"):
+        path = path / part
+        if path.is_symlink():
+            return False
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _others(folder: Path, files: set[str]) -> list[str]:
+    """What else lies there: a folder that holds nothing of the repo is named as one."""
+    folders = {"/".join(file.split("/")[:depth]) for file in files for depth in range(1, file.count("/") + 1)}
+    found, waiting = [], [folder]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if name in folders and not path.is_symlink():
+                waiting.append(path)
+            elif name not in files:
+                found.append(name + ("/" if path.is_dir() and not path.is_symlink() else ""))
+    return sorted(found)
