@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dylora_moe import __version__
+from dylora_moe import __version__, cli_sharing
 from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
@@ -143,7 +143,8 @@ def export(
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Split weights beyond this size.")] = "5GB",
     results: Annotated[
-        list[str] | None, typer.Option("--results", help="STRATEGY=FILE of EvalPlus's results, for the card; repeatable.")
+        list[str] | None,
+        typer.Option("--results", help="STRATEGY=FILE of EvalPlus's results, for the card; repeatable."),
     ] = None,
     subfolder: Subfolder = None,
     revision: Revision = None,
@@ -210,6 +211,70 @@ def variant(
             f"{result.output_dir}: {result.routing_strategy} (weights: {result.weights} to {result.repo})",
             markup=False,
         )
+
+
+@app.command()
+def verify(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="What it was exported from; repeatable for several adapters.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option("--base_model", help="The foundation, as given to export.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, as given to export.")] = None,
+    expert_names: Annotated[
+        list[str] | None, typer.Option("--expert_names", help="Names of the experts, as given to export.")
+    ] = None,
+    subfolder: Subfolder = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust_remote_code", help="Run the repo's code even where it is not this package's.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at a repo's files, checksums, code and tokenizer, and compare it with what it was exported from."""
+    from dylora_moe import hub_export
+
+    result = hub_export.verify(
+        repo,
+        against=against or None,
+        trust_remote_code=trust_remote_code,
+        base_model=base_model,
+        lora_alpha=whole(lora_alpha),
+        expert_names=split(expert_names),
+        subfolder=subfolder,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        marks = {True: "ok", False: "WRONG", None: "-"}
+        for finding in result.findings:
+            out.print(f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", markup=False)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
+    expert: Annotated[str, typer.Option("--expert", help="The expert's name or number.")],
+    output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The model's folder.")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the foundation.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fold one expert into the foundation: an ordinary model that any server loads without custom code."""
+    with progress() as tell:
+        from dylora_moe import hub_export
+
+        result = hub_export.merge(repo, expert=expert, output_dir=output_dir, dtype=dtype, progress=tell)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        out.print(f"{result.output_dir}: expert {result.expert} in {result.dtype}", markup=False)
+        out.print(f"checked: its logits equal those of the expert, largest difference {result.difference:.1e}")
+
+
+cli_sharing.add_commands(app)
 
 
 def _print_inspection(result: Any) -> None:

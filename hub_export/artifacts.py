@@ -60,7 +60,8 @@ def download_to(artifact: Any, folder: Path, name: str) -> list[str]:
         FailureError: a file is missing or differs from what the manifest promises.
     """
     # not skip_cache=True: the SDK (0.31) keeps that path in an object that its threads share, and mixes files up
-    artifact.download(root=str(folder))
+    with wandb_errors(name):  # else a lost connection, an OSError too, would be taken for a full disk
+        artifact.download(root=str(folder))
     entries = artifact.manifest.entries
     found = set()
     for directory, folders, files in os.walk(folder):

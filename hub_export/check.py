@@ -202,7 +202,8 @@ def _own_code_quantities(
             if path.suffix != ".py":
                 Path(directory, path.name).symlink_to(path.resolve())
         save_code(directory)
-        return _repo_quantities(Path(directory), rows, settings, options.torch_dtype, options.base_model)
+        dtype, is_full = options.torch_dtype, options.layout == "full"
+        return _repo_quantities(Path(directory), rows, settings, dtype, options.base_model, is_full)
 
 
 def _source_quantities(
@@ -224,6 +225,7 @@ def _source_quantities(
             options.lora_alpha,
             options.router_settings,
             options.torch_dtype,
+            round_foundation=options.layout == "full",
         )
         source.gate = gate or source.gate
         return source.quantities(rows)
@@ -232,7 +234,12 @@ def _source_quantities(
 
 
 def _repo_quantities(
-    repo: Path, rows: torch.Tensor, settings: dict[str, Any], dtype: torch.dtype | None, base_model: str | None = None
+    repo: Path,
+    rows: torch.Tensor,
+    settings: dict[str, Any],
+    dtype: torch.dtype | None,
+    base_model: str | None = None,
+    round_foundation: bool = True,
 ) -> dict[str, torch.Tensor]:
     """What a repo computes, by its own code in a process of its own; one of layout `adapter` perhaps on `base_model`.
 
@@ -250,6 +257,7 @@ def _repo_quantities(
                     else None,
                     "router_settings": settings,
                     "round_to": None if dtype is None else str(dtype).removeprefix("torch."),
+                    "round_foundation": round_foundation,
                 }
             )
         )

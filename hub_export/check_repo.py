@@ -1,11 +1,11 @@
 """One side of the check after an export: what a repo computes, in a process that knows the repo alone.
 
 A script, not a module of the package: it runs as `python check_repo.py REPO REQUEST.json RESULT.safetensors`, with
-transformers and torch and the repo's own code; this package cannot be imported. The request holds `rows` (token ids,
-a list of equally long lists), `base_model` (the foundation of a repo of layout adapter, or null),
-`router_settings` (config fields to set before loading) and `round_to` (a dtype that
-foundation and experts are rounded to, or null). The result holds float32 logits [rows, tokens, vocabulary] under each strategy's name, and the gate's
-logits [rows, tokens, experts] under "router logits".
+transformers and torch and the repo's own code; this package cannot be imported. The request holds `rows` (token ids, a
+list of equally long lists), `base_model` (the foundation of a repo of layout adapter, or null), `router_settings` (config
+fields to set before loading), `round_to` (a dtype that experts are rounded to, or null) and `round_foundation` (whether
+the foundation is, too). The result holds float32 logits [rows, tokens, vocabulary] under each strategy's name, and the
+gate's logits [rows, tokens, experts] under "router logits".
 """
 
 import json
@@ -46,7 +46,7 @@ def load(repo, request):
             sys.exit(f"{kind.replace('_', ' ')} when loading: {', '.join(sorted(map(str, info[kind]))[:3])}")
     if request["round_to"] is not None:
         for name, parameter in model.named_parameters():
-            if not name.startswith("router."):
+            if ".lora_" in name or (request["round_foundation"] and not name.startswith("router.")):
                 parameter.data = parameter.data.to(getattr(torch, request["round_to"])).float()
     return model.eval()
 

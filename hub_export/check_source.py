@@ -90,31 +90,37 @@ def _times(weight: torch.Tensor):
 def reference(
     source_format: str,
     folders: list[Path],
-    base_model: str,
+    base_model: str | torch.nn.Module,
     base_revision: str | None,
     lora_alpha: float | None,
     router_settings: dict[str, Any],
     dtype: torch.dtype | None,
+    round_foundation: bool = True,
 ) -> Reference:
     """The source as PEFT computes it, in float32.
 
     Args:
         source_format: the format's name, and `folders` where its files are, one per expert for adapters.
-        base_model: folder or Hub id of the foundation; of a source that carries it, at most the config is read there.
+        base_model: folder or Hub id of the foundation, or that itself; of a source that carries it, at most the config is
+            read there.
         router_settings: settings of the router that the user chose over the source's.
         dtype: what foundation and adapters are rounded to first, where the user asked for that.
+        round_foundation: False for an export that leaves the foundation where it is.
     """
+    foundation_dtype = dtype if round_foundation else None
     if source_format not in ("final checkpoint", "PEFT LoRA adapters", "trainer checkpoint", "whole-model state dict"):
         raise ValueError(f"no way to recompute a source of format {source_format!r}")
     gate = None
     if source_format == "whole-model state dict":
-        model, names, gate = _whole_model(folders[0], base_model, base_revision, lora_alpha, dtype)
+        model, names, gate = _whole_model(folders[0], base_model, base_revision, lora_alpha, foundation_dtype)
         _round_adapters(model, dtype)
     else:
-        foundation = AutoModelForCausalLM.from_pretrained(
-            base_model, revision=base_revision, dtype=torch.float32, trust_remote_code=False
-        )
-        _round(foundation, dtype)
+        foundation = base_model
+        if not isinstance(foundation, torch.nn.Module):
+            foundation = AutoModelForCausalLM.from_pretrained(
+                base_model, revision=base_revision, dtype=torch.float32, trust_remote_code=False
+            )
+        _round(foundation, foundation_dtype)
         if source_format == "final checkpoint":
             model, names = _final_checkpoint(foundation, folders[0], lora_alpha)
             _round_adapters(model, dtype)

@@ -167,7 +167,7 @@ def _read_router(folder: Path, num_experts: int, options: ReadOptions, problems:
     state = read_state(contained(folder, path))
     top_k = _setting(state, "top_k", options.num_experts_per_tok, path, problems)
     temperature = _setting(state, "temperature", options.router_temperature, path, problems)
-    return make_router(path, gate_of_state(path, state), num_experts, top_k, temperature)
+    return make_router(path, gate_of_state(path, state), num_experts, top_k, temperature, state)
 
 
 def _setting(state: dict, key: str, given: float | None, path: Path, problems: list[str]) -> float | None:

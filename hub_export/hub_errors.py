@@ -34,6 +34,8 @@ def find_token(token: str | None) -> str:
 
 
 def without(secret: str | None, text: str) -> str:
+    """The text without a secret, and without the query of any address in it, which may be signed for its bearer."""
+    text = re.sub(r"(\w+://[^\s?]*)\?[^\s'\")]*", r"\1?…", text)
     return text.replace(secret, "***") if secret else text
 
 

@@ -46,7 +46,11 @@ class MirrorPushResult:
 
 @dataclass
 class MirrorPullResult:
-    """What is in `output_dir` now. `artifact` has its version's number, whatever alias was asked for. `export` is what the exporter returned, None where the artifact was a repo."""
+    """What is in `output_dir` now.
+
+    `artifact` has its version's number, whatever alias was asked for. `export` is what the exporter returned, None where
+    the artifact was a repo.
+    """
 
     output_dir: Path
     artifact: str

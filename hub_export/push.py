@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .exported_repo import MODEL_TYPE
 from .hub_errors import find_token, hub_errors
 from .repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_files
@@ -78,6 +78,7 @@ def push(
     _check_names(hub_id, revision)
     content = repo_files(folder)
     check_foundation(folder, content)
+    _check_card(folder / "README.md")
     token = find_token(token)
     notes = [note for note in [content.note(), _licence_note(content)] if note]
     for note in notes:
@@ -129,6 +130,20 @@ def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
         )
     if not is_hub_id(name):
         raise InputError(f"{path}: base_model_name_or_path is {name!r}, which is not a Hub id; {way_out}")
+
+
+def _check_card(path: Path) -> None:
+    """The Hub would refuse the commit after the repo had been created."""
+    from huggingface_hub.repocard import metadata_load
+
+    if path.is_symlink() or not path.is_file():
+        return
+    try:
+        metadata_load(path)
+    except Exception as error:  # yaml's own kinds, ValueError, UnicodeDecodeError
+        raise InputError(
+            f"{path}: the metadata between the two --- lines is not valid YAML: {one_line(error)}"
+        ) from error
 
 
 def is_hub_id(name: str) -> bool:

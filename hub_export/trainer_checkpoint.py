@@ -176,7 +176,7 @@ def _read_router(
     gate, state = _read_gate(contained(folder, path))
     top_k, temperature = settings_or_defaults(folder, (path, state), options, notes)
     notes += maturity_note(path, state)
-    return make_router(path, gate, num_experts, top_k, temperature)
+    return make_router(path, gate, num_experts, top_k, temperature, state)
 
 
 def _read_gate(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:

@@ -177,19 +177,24 @@ def gate_of_state(path: Path, state: dict[str, Any]) -> dict[str, StoredTensor]:
         raise InputError(f"{path} has no gate_state_dict with a weight of shape [num_experts, hidden_size]")
     if not isinstance(gate.get("bias"), torch.Tensor):
         raise InputError(f"{path}: gate_state_dict has no bias; the gate of a final checkpoint always has one")
-    for key, value in (("num_experts", gate["weight"].shape[0]), ("input_size", gate["weight"].shape[1])):
-        if state.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {state[key]!r}, the gate's weight is {list(gate['weight'].shape)}")
     return {key: of_tensor(gate[key]) for key in ("weight", "bias")}
 
 
 def make_router(
-    where: Path, gate: dict[str, StoredTensor], num_experts: int, top_k: int | None, temperature: float | None
+    where: Path,
+    gate: dict[str, StoredTensor],
+    num_experts: int,
+    top_k: int | None,
+    temperature: float | None,
+    state: dict[str, Any] | None = None,
 ) -> Router:
     """The router around a gate's `weight` and `bias`, as training used it.
 
+    Args:
+        state: what else the gate's file says of it.
+
     Raises:
-        InputError: their shapes do not fit each other or the number of experts.
+        InputError: their shapes do not fit each other, the number of experts, or what the file says.
     """
     weight, bias = gate["weight"], gate["bias"]
     if len(weight.shape) != 2 or weight.shape[0] != num_experts or bias.shape != (weight.shape[0],):
@@ -197,6 +202,10 @@ def make_router(
             f"{where}: the gate's weight is {list(weight.shape)} and its bias {list(bias.shape)}, "
             f"but there are {num_experts} experts"
         )
+    for key, value in (("num_experts", weight.shape[0]), ("input_size", weight.shape[1])):
+        stored = (state or {}).get(key, value)
+        if isinstance(stored, torch.Tensor) or stored != value:
+            raise InputError(f"{where}: {key} is {stored!r}, the gate's weight is {list(weight.shape)}")
     if not (weight.dtype.is_floating_point and bias.dtype.is_floating_point):
         raise InputError(f"{where}: the gate is stored as {weight.dtype} and {bias.dtype}, not as floats")
     return Router(

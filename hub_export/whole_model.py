@@ -49,6 +49,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PREFIX, FOUNDATION_PREFIX = "foundation_model.", "foundation_model.base_model.model."
 GATE = {"weight": "router.gate.weight", "bias": "router.gate.bias"}
 MATURITY = "router.expert_maturity"
+ROUTED_OTHERWISE = (
+    "training mixed its experts in another way when it saved whole models, so routed figures differ from training's own "
+    "figures; each expert alone, and the foundation, are the same"
+)
 
 
 def recognise(folder: Path) -> str | None:
@@ -104,10 +108,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     path = folder / "config.json"
     config = read_json(contained(folder, path)) if path.is_file() else {}
     problems: list[str] = []
-    notes = [
-        "training mixed its experts in another way when it saved whole models, so what the router makes of them differs "
-        "from training's own figures; each expert alone, and the foundation, are the same"
-    ]
+    notes = [ROUTED_OTHERWISE]
     tensors = _tensors(folder)
     matrices, gate, rest = _sorted(folder, tensors)
     expert_names = _expert_names(folder, matrices, config)
@@ -117,6 +118,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     adapted = {module for expert in experts for module in expert.layers}
     weights = foundation_weights(folder, stored, rest, adapted, notes)
     _check_modules(folder, experts, weights)
+    limits = list(notes)  # up to here, all that is told is of what the model computes
     return Mixture(
         format=FORMAT,
         reason=reason,
@@ -126,6 +128,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         foundation=FoundationReference(reference.name, None, reference.named_in, reference.vocab_size),
         problems=problems,
         notes=notes,
+        limits=limits,
         foundation_config=stored,
         foundation_weights=weights,
     )

@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from .routing_strategies_dylora_moe import RoutingStrategy
+
 
 class RowExpertsLayer(CacheLayerMixin):
     """A last, pseudo layer that keeps each row's expert with the row, for strategies that choose one per row.
@@ -50,7 +52,7 @@ class RowExpertsLayer(CacheLayerMixin):
     prefetch = offload
 
     def crop(self, *args) -> None:
-        """A row keeps its expert however short it gets."""
+        """A row keeps its expert as long as there is a token of it left; see `kept_experts`."""
 
     def reset(self) -> None:
         self.expert_ids = None
@@ -69,29 +71,27 @@ class RowExpertsLayer(CacheLayerMixin):
             self.expert_ids = function(self.expert_ids)
 
 
-def prepare_streams(cache: Cache, num_layers: int, num_streams: int, strategy: str, keeps_row_experts: bool) -> None:
+def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> None:
     """Give an empty cache the layers of every stream, in place; check one that was filled before.
 
     Args:
         cache: any `Cache`; its first `num_layers` layers, if it has them already, become the first stream.
         num_layers: layers of one stream.
-        num_streams: as many as the strategy uses; an unused one would break rolling the cache back.
-        strategy: canonical name of the routing strategy, remembered on the cache.
-        keeps_row_experts: whether the strategy needs a `RowExpertsLayer`.
+        strategy: how many streams there are (an unused one would break rolling the cache back) and whether a
+            `RowExpertsLayer`; its name is remembered on the cache.
 
     Raises:
         ValueError: the cache was filled under another strategy.
     """
-    if getattr(cache, "routing_strategy", None) == strategy:
+    filled_by = getattr(cache, "routing_strategy", None)
+    if filled_by == str(strategy):
         return
-    wanted = num_layers * num_streams + int(keeps_row_experts)
     if cache.get_seq_length() > 0:
-        filled_by = getattr(cache, "routing_strategy", None)
         # A cache without the mark was filled by another model, and only the foundation's own can be gone on with.
-        if filled_by is not None or strategy != "base" or len(cache.layers) != wanted:
+        if filled_by is not None or str(strategy) != "base" or len(cache.layers) != num_layers:
             raise ValueError(
                 f"`past_key_values` was filled under {f'{filled_by!r}' if filled_by else 'another model'} and cannot "
-                f"be continued under routing strategy {strategy!r}: pass the strategy it was filled under, or no cache."
+                f"be continued under routing strategy '{strategy}': pass the strategy it was filled under, or no cache."
             )
         return
     if getattr(cache, "layer_class_to_replicate", None) is not None:
@@ -101,22 +101,22 @@ def prepare_streams(cache: Cache, num_layers: int, num_streams: int, strategy: s
     stream = cache.layers[:num_layers]
     if len(stream) != num_layers:
         raise ValueError(f"`past_key_values` has {len(stream)} layers; the foundation has {num_layers}.")
-    copies = [deepcopy(stream) for _ in range(num_streams - 1)]
+    copies = [deepcopy(stream) for _ in range(strategy.num_streams - 1)]
     cache.layers[num_layers:] = [layer for copied in copies for layer in copied]
-    if keeps_row_experts:
+    if strategy.chooses_row_experts:
         cache.layers.append(RowExpertsLayer())
-    cache.routing_strategy = strategy
+    cache.routing_strategy = str(strategy)
 
 
-def new_cache(config: PreTrainedConfig, num_streams: int, strategy: str, keeps_row_experts: bool) -> Cache:
+def new_cache(config: PreTrainedConfig, strategy: RoutingStrategy) -> Cache:
     """An empty dynamic cache with the layers of every stream; see `prepare_streams`."""
-    streams = [DynamicCache(config=config) for _ in range(num_streams)]
+    streams = [DynamicCache(config=config) for _ in range(strategy.num_streams)]
     cache = streams[0]
     for stream in streams[1:]:
         cache.layers.extend(stream.layers)
-    if keeps_row_experts:
+    if strategy.chooses_row_experts:
         cache.layers.append(RowExpertsLayer())
-    cache.routing_strategy = strategy
+    cache.routing_strategy = str(strategy)
     return cache
 
 
@@ -138,4 +138,16 @@ def row_experts(cache: Cache | None) -> RowExpertsLayer | None:
     return None
 
 
-__all__ = ["RowExpertsLayer", "new_cache", "prepare_streams", "row_experts", "stream_of"]
+def kept_experts(cache: Cache | None) -> torch.LongTensor | None:
+    """Each row's expert, `[batch]`, that the cache was filled under; a cache that was emptied forgets them."""
+    layer = row_experts(cache)
+    if layer is None:
+        return None
+    length = cache.get_seq_length()
+    # The length of a static cache is a tensor, which compiled code cannot look at; only `reset` empties such a cache.
+    if isinstance(length, int) and length == 0:
+        layer.reset()
+    return layer.expert_ids
+
+
+__all__ = ["RowExpertsLayer", "kept_experts", "new_cache", "prepare_streams", "row_experts", "stream_of"]

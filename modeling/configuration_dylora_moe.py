@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 ROUTER_INPUTS = ("base", "experts_sum")
 ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
 # What each field of an expert's entry defaults to. The names and their meaning are those of `peft.LoraConfig`, except
 # that `target_modules` and the keys of the two patterns are whole module names, not regular expressions.
@@ -35,7 +37,10 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     Args:
         base_config (`PreTrainedConfig` or `dict`):
-            The foundation's own configuration, a sub-config (any decoder-only model of transformers).
+            The foundation's own configuration, a sub-config: of any causal language model whose body (`base_model`)
+            takes tokens and a cache of keys and values and returns `last_hidden_state`, which the router reads. (The
+            text model of Llama 4 does not: there, only strategies without a router work.) Its sizes and special
+            tokens are fields of this config, too.
         expert_configs (`list[dict]`):
             One entry an expert: `name`, `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`,
             `use_rslora`, `target_modules` (names of modules inside the foundation, e.g.
@@ -59,7 +64,7 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     model_type = "dylora_moe"
     sub_configs = {"base_config": AutoConfig}  # noqa: RUF012  (spelt as transformers spells it)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -175,6 +180,21 @@ class DyloraMoeConfig(PreTrainedConfig):
         return self.base_config.get_text_config(*args, **kwargs)
 
 
+def _of_foundation(name: str) -> property:
+    """A field that generic code looks for on any model's config; it lies in the foundation's, and there alone."""
+
+    def theirs(config: DyloraMoeConfig) -> PreTrainedConfig:
+        if config.base_config is None:
+            raise AttributeError(f"The config has no `base_config`, which would have {name!r}.")
+        return config.get_text_config()
+
+    return property(lambda config: getattr(theirs(config), name), lambda config, to: setattr(theirs(config), name, to))
+
+
+for _name in (*SIZES, *TOKENS, "use_cache"):
+    setattr(DyloraMoeConfig, _name, _of_foundation(_name))
+
+
 def _is_positive(number: Any) -> bool:
     return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
 
@@ -197,9 +217,10 @@ def _complete_expert(index: int, entry: dict) -> dict:
         )
     expert = {**deepcopy(EXPERT_DEFAULTS), **deepcopy(entry)}
     expert["name"] = f"expert_{index}" if expert["name"] is None else str(expert["name"])
-    if expert["name"].isdecimal() and int(expert["name"]) != index:
+    if expert["name"].isdecimal():
         raise ValueError(
-            f"`expert_configs[{index}]` is named {expert['name']!r}, which reads as the number of another expert."
+            f"`expert_configs[{index}]` is named {expert['name']!r}, and a name of digits alone reads as an expert's "
+            "number: give it another."
         )
     expert["target_modules"] = list(expert["target_modules"])
     ranks = [expert["r"], *expert["rank_pattern"].values()]
@@ -216,4 +237,4 @@ def _complete_expert(index: int, entry: dict) -> dict:
     return expert
 
 
-__all__ = ["DyloraMoeConfig"]
+__all__ = ["WEIGHTS_LAYOUTS", "DyloraMoeConfig"]

@@ -62,6 +62,7 @@ class _PassInProgress(threading.local):
 
     def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
         self.active: ActiveExperts | None = None
+        self.running = False  # a pass with the experts off is one too
 
 
 # A thread-local object and no context variable: `torch.compile` traces the first and guards it for the calling thread.
@@ -76,11 +77,34 @@ def get_active_experts() -> ActiveExperts | None:
 @contextmanager
 def use_experts(active: ActiveExperts | None) -> Iterator[None]:
     """Within the context, every expert layer applies `active`; `None` leaves the foundation alone."""
-    before, _pass_in_progress.active = _pass_in_progress.active, active
+    before = _pass_in_progress.active, _pass_in_progress.running
+    _pass_in_progress.active, _pass_in_progress.running = active, True
     try:
         yield
     finally:
-        _pass_in_progress.active = before
+        _pass_in_progress.active, _pass_in_progress.running = before
+
+
+def refuse_recomputation() -> None:
+    """Raises RuntimeError: an expert layer is recomputed during a backward pass without the weights of its pass."""
+    if torch.compiler.is_compiling() or _pass_in_progress.running:
+        return
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "An expert layer is recomputed in a backward pass and cannot know the experts of its forward pass: switch "
+            "checkpointing on by `gradient_checkpointing_enable()` of the whole model, not of its foundation, and not "
+            "by a wrapper around layers (FSDP's activation checkpointing)."
+        )
+
+
+def refuse_offloaded(model: nn.Module, everything: bool = False) -> None:
+    """Raises ValueError: a weight of the experts or the router (with `everything`, any) is not in the model."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and (everything or ".lora_" in name or name.startswith("router.")):
+            raise ValueError(
+                f"The weights of {name.rpartition('.')[0]!r} are offloaded, so they can be neither read nor changed: "
+                "load the model without offloading (`device_map`)."
+            )
 
 
 def checkpoint_with_experts(checkpoint_function):
@@ -143,6 +167,7 @@ class DyloraMoeLinear(nn.Module):
         result = self.base_layer(hidden_states, *args, **kwargs)
         active = get_active_experts()
         if active is None:
+            refuse_recomputation()
             return result
         if active.single is not None:
             rank, scale = self.layout[active.single]
@@ -204,7 +229,8 @@ class DyloraMoeLinear(nn.Module):
         return torch.cat(parts)
 
     def initialize_experts(self) -> None:
-        """PEFT's initialisation (the update starts at zero); leaves alone what was read from a file."""
+        """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A
+        Kaiming-uniform with a = sqrt(5), as PEFT has it; leaves alone what was read from a file."""
         init.kaiming_uniform_(self.lora_A, a=5**0.5)  # its bound depends on in_features alone, so experts can share it
         init.zeros_(self.lora_B)
 
@@ -241,4 +267,11 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     raise ValueError(f"Experts adapt linear layers (nn.Linear, Conv1D); this one is a {type(layer).__name__}.")
 
 
-__all__ = ["ActiveExperts", "DyloraMoeLinear", "checkpoint_with_experts", "linear_shape", "use_experts"]
+__all__ = [
+    "ActiveExperts",
+    "DyloraMoeLinear",
+    "checkpoint_with_experts",
+    "linear_shape",
+    "refuse_offloaded",
+    "use_experts",
+]

@@ -3,27 +3,38 @@
 Small hooks around transformers' own loop. Knows nothing about experts' weights or how a pass is run.
 """
 
-from contextvars import ContextVar
+import threading
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .cache_dylora_moe import row_experts
+from .cache_dylora_moe import kept_experts, prepare_streams
 
 
-# The model and strategy of the `generate` in progress, for what calls the model without our arguments on its behalf
-# (classifier-free guidance runs an unconditional pass of its own).
-_call: ContextVar = ContextVar("dylora_moe_call", default=(None, None))
+class _Call(threading.local):
+    """The `generate` in progress in this thread; as for passes, no context variable, which cannot be compiled.
+
+    Attributes:
+        model: whose it is.
+        strategy: its strategy, for what calls the model without our arguments on its behalf (classifier-free guidance
+            runs an unconditional pass of its own).
+        recorded: the router logits of its steps, where they were asked for.
+    """
+
+    def __init__(self):
+        self.model = None
+        self.strategy: str | None = None
+        self.recorded: list[torch.Tensor] | None = None
+
+
+_call = _Call()
+ROUTING_ARGUMENTS = ("routing_strategy", "expert_ids", "output_router_logits")
 
 
 def strategy_of_call(model) -> str | None:
     """The strategy of the model's `generate` in progress, if there is one."""
-    caller, strategy = _call.get()
-    return strategy if caller is model and not torch.compiler.is_compiling() else None
-
-
-ROUTING_ARGUMENTS = ("routing_strategy", "expert_ids", "output_router_logits", "router_recorder")
+    return _call.strategy if _call.strategy is not None and _call.model is model else None
 
 
 class DyloraMoeGenerationMixin(GenerationMixin):
@@ -43,41 +54,51 @@ class DyloraMoeGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: an unknown strategy; lists the valid ones and the experts' names.
+            ValueError: `assistant_early_exit`, a pass through some layers only.
         """
         names = ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
         if self.device.type != "meta":  # tools that leave the prompt on the CPU
             inputs = inputs.to(self.device) if isinstance(inputs, torch.Tensor) else inputs
             kwargs.update({n: kwargs[n].to(self.device) for n in names if isinstance(kwargs.get(n), torch.Tensor)})
-        call = _call.set((None, None))
-        recorded = []
-        if kwargs.get("output_router_logits"):
-            kwargs["router_recorder"] = recorded
+        before = vars(_call).copy()
+        _call.__init__()
         try:
             output = super().generate(inputs, *args, **kwargs)
-            if "router_recorder" in kwargs and isinstance(output, ModelOutput):
-                output["router_logits"] = _routing_of_sequences(recorded, output.get("beam_indices"))
+            if _call.recorded is not None and isinstance(output, ModelOutput):
+                output["router_logits"] = _routing_of_sequences(_call.recorded, output.get("beam_indices"))
             return output
         finally:
             # EvalPlus 0.3.1 stops through a package that puts a `_get_stopping_criteria` on the instance and never
             # takes it off. The next prompt's would wrap it: every prompt slower than the one before, and a criterion
             # left from a shorter prompt takes the new prompt for output and stops it at once.
             self.__dict__.pop("_get_stopping_criteria", None)
-            _call.reset(call)
+            vars(_call).update(before)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, router_recorder=None, **kwargs):
-        # Named for transformers, which looks for `inputs_embeds` here; forward has no use for the recorder.
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        # `inputs_embeds` is named for transformers, which looks for it here.
+        prepare = super().prepare_inputs_for_generation
+        if type(self.foundation).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+            prepare = self.foundation.prepare_inputs_for_generation
+        inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if kwargs.get("past_key_values") is not None and inputs.get("past_key_values") is None:
+            # Phi-3 drops its cache where its positions change. transformers 5.10 goes on from the last token even so.
+            kwargs.update(past_key_values=None, next_sequence_length=None)
+            inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return {**inputs, **{name: kwargs[name] for name in ROUTING_ARGUMENTS if name in kwargs}}
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        theirs = self._foundation_arguments
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in theirs})
 
     def _update_model_kwargs_for_generation(
         self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens: int | None = None
     ):
-        recorder = model_kwargs.get("router_recorder")
-        if recorder is not None and outputs.router_logits is not None:
+        if _call.recorded is not None and outputs.router_logits is not None:
             # Only assisted decoding says how many tokens it took: the first of those that it had logits for.
             logits = outputs.router_logits[:, -1:]
             if num_new_tokens is not None:
                 logits = outputs.router_logits[:, -outputs.logits.shape[1] :][:, :num_new_tokens]
-            recorder.append(logits)
+            _call.recorded.append(logits)
         return super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, 1 if num_new_tokens is None else num_new_tokens
         )
@@ -94,28 +115,36 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         )
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
-        # A field that the model's generation config has is absorbed there; forward needs it as an argument.
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        strategy = model_kwargs.pop("routing_strategy", None)
-        if strategy is None:
-            strategy = getattr(generation_config, "routing_strategy", None)
-        model_kwargs["routing_strategy"] = str(self.routing_strategy(strategy))
-        _call.set((self, model_kwargs["routing_strategy"]))
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` runs some layers alone, which cannot be routed; pass an assistant."
+            )
+        # A field that one of the generation configs has is absorbed there; forward needs it as an argument.
+        for name in ("routing_strategy", "output_router_logits"):
+            if model_kwargs.get(name) is None:
+                model_kwargs[name] = getattr(generation_config, name, None)
+        model_kwargs["routing_strategy"] = str(self.routing_strategy(model_kwargs["routing_strategy"]))
+        if model_kwargs["output_router_logits"] is None:
+            model_kwargs["output_router_logits"] = self.config.output_router_logits
+        _call.model, _call.strategy = self, model_kwargs["routing_strategy"]
+        _call.recorded = [] if model_kwargs["output_router_logits"] else None
         return generation_config, model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The last place that sees the prompts before beams and return sequences multiply them.
-        if model_kwargs.get("routing_strategy") == "best" and model_kwargs.get("expert_ids") is None:
+        # Rows of a cache that was filled before have their experts, and are multiplied already.
+        known = (
+            model_kwargs.get("expert_ids") is not None or kept_experts(model_kwargs.get("past_key_values")) is not None
+        )
+        if model_kwargs.get("routing_strategy") == "best" and not known:
             model_kwargs["expert_ids"] = self._best_experts_of_prompts(input_ids, model_kwargs)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
     def _best_experts_of_prompts(self, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
-        """Each prompt's expert, `[batch]`: the one its cache was filled under, else the router's favourite."""
-        kept = row_experts(model_kwargs.get("past_key_values"))
-        if kept is not None and kept.expert_ids is not None:
-            return kept.expert_ids
+        """The router's favourite for each prompt, `[batch]`."""
         inputs_embeds = model_kwargs.get("inputs_embeds")
         with torch.no_grad():
             routed_pass = self.routed_pass(
@@ -143,14 +172,13 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             # Now, since layers that join later miss what was set on the cache (offloading, recording for rollback).
-            self.prepare_cache(cache, strategy)
-        if str(strategy) == "round_robin" and model_kwargs.get("expert_ids") is None:
-            model_kwargs["expert_ids"] = self._next_experts(generation_config, batch_size, row_experts(cache))
+            prepare_streams(cache, self.num_layers_per_stream, strategy)
+        if strategy.chooses_row_experts and model_kwargs.get("expert_ids") is None:
+            kept = kept_experts(cache)  # as an argument too: a foundation may drop its cache later
+            model_kwargs["expert_ids"] = self._next_experts(generation_config, batch_size) if kept is None else kept
 
-    def _next_experts(self, generation_config: GenerationConfig, batch_size: int, kept) -> torch.Tensor:
-        """Each row's expert, `[rows after expansion]`: the one its cache was filled under, else the next in turn."""
-        if kept is not None and kept.expert_ids is not None:
-            return kept.expert_ids
+    def _next_experts(self, generation_config: GenerationConfig, batch_size: int) -> torch.Tensor:
+        """Each row's expert in turn, `[rows after expansion]`."""
         num_beams = generation_config.num_beams or 1
         rows_per_prompt = max(num_beams, generation_config.num_return_sequences or 1)
         # Beams compete for one sequence, so they share an expert; sampled sequences of a prompt are sequences.

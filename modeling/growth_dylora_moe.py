@@ -6,7 +6,7 @@ Knows the stacks and the gate's rows. Knows nothing about how a model is trained
 import torch
 
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import DyloraMoeLinear
+from .experts_dylora_moe import refuse_offloaded
 from .router_dylora_moe import DyloraMoeRouter
 
 
@@ -30,8 +30,9 @@ class GrowthMixin:
             The expert's number.
 
         Raises:
-            ValueError: the name is taken, or a field or module is not valid.
+            ValueError: the name is taken, a field or module is not valid, or a part of the model is offloaded.
         """
+        refuse_offloaded(self, everything=True)
         if target_modules is None:
             if not self.config.expert_configs:
                 raise ValueError("The first expert needs `target_modules`.")
@@ -73,7 +74,8 @@ class GrowthMixin:
     def freeze_expert(self, name: int | str) -> None:
         """Keep an expert's matrices as they are: its rows get no gradient.
 
-        With a new optimiser and no weight decay on experts (Trainer has none on them), they stay the same bit for bit.
+        With a new optimiser and no weight decay on experts (it moves weights without a gradient, too; Trainer's default
+        is 0), they stay the same bit for bit. Not saved: loaded models have every expert trainable.
         """
         expert = self.config.expert_index(name)
         for layer in self.expert_layers().values():
@@ -87,8 +89,7 @@ class GrowthMixin:
 
     def expert_is_frozen(self, name: int | str) -> bool:
         expert = self.config.expert_index(name)
-        layers: dict[str, DyloraMoeLinear] = self.expert_layers()
-        return any(expert in layer.frozen_experts for layer in layers.values())
+        return any(expert in layer.frozen_experts for layer in self.expert_layers().values())
 
 
 __all__ = ["GrowthMixin"]

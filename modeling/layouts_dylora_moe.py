@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_dylora_moe import DyloraMoeConfig
+from .experts_dylora_moe import refuse_offloaded
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -48,8 +49,11 @@ def save_adapters(model, directory: str | Path, state_dict: dict | None = None) 
         state_dict: the model's weights, where they are not in the model itself (gathered from several processes).
 
     Raises:
-        ValueError: an expert's name cannot be a folder's.
+        ValueError: an expert's name cannot be a folder's, or its weights are offloaded.
     """
+    if state_dict is None:
+        refuse_offloaded(model)
+        state_dict = model.state_dict()
     folders = []
     layers = model.expert_layers()
     for index, entry in enumerate(model.config.expert_configs):
@@ -61,13 +65,9 @@ def save_adapters(model, directory: str | Path, state_dict: dict | None = None) 
         weights = {}
         for module in entry["target_modules"]:
             for kind in ("lora_A", "lora_B"):
-                stack = (
-                    getattr(layers[module], kind) if state_dict is None else state_dict[f"foundation.{module}.{kind}"]
-                )
-                rows = stack.detach()[layers[module].rows(index)].cpu()
-                weights[f"{PEFT_PREFIX}{module}.{kind}.weight"] = (rows.T if kind == "lora_B" else rows).clone(
-                    memory_format=torch.contiguous_format
-                )
+                rows = state_dict[f"foundation.{module}.{kind}"].detach()[layers[module].rows(index)].cpu()
+                matrix = rows.T if kind == "lora_B" else rows
+                weights[f"{PEFT_PREFIX}{module}.{kind}.weight"] = matrix.clone(memory_format=torch.contiguous_format)
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         transposed = any(isinstance(layers[module].base_layer, Conv1D) for module in entry["target_modules"])
         text = json.dumps(peft_config(model.config, index, transposed), indent=2, sort_keys=True)
@@ -124,7 +124,9 @@ def keep_single_expert(model, stored: DyloraMoeConfig) -> None:
     model.generation_config.routing_strategy = f"single:{model.config.expert_index(meant)}"
 
 
-def read_full(location: str, config: DyloraMoeConfig, numbers: list[int], where: dict) -> dict:
+def read_full(
+    location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, variant: str | None = None
+) -> dict:
     """The state dict of some experts of a repo of layout `full`: rows of the stacks and the gate, and slices of the
     files for everything else, which are read when they are used.
 
@@ -133,11 +135,20 @@ def read_full(location: str, config: DyloraMoeConfig, numbers: list[int], where:
         config: the repo's config, with all experts.
         numbers: the experts wanted, in order.
         where: arguments for the Hub.
+        variant: which of several sets of weight files, as in `model.<variant>.safetensors`.
+
+    Raises:
+        ValueError: the weights were saved quantised, where an expert's rows cannot be told apart.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{location} was saved quantised, so `experts` cannot pick some: load it whole, or from a repo "
+            "that was saved without, with `quantization_config`."
+        )
     wanted = [config.expert_configs[number]["target_modules"] for number in numbers]
     layouts = {module: config.rank_layout(module) for module in config.adapted_modules()}
     state = {}
-    for path in _weight_files(location, where):
+    for path in _weight_files(location, variant, where):
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
             module, _, kind = name.removeprefix("foundation.").rpartition(".")
@@ -160,31 +171,32 @@ def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:
     return torch.cat([stack[start : start + layout[n][0]] for start, n in zip(starts, numbers, strict=True)])
 
 
-def _weight_files(location: str, where: dict) -> list[str]:
-    index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
+    whole, index = (
+        name if variant is None else f"{Path(name).stem}.{variant}{Path(name).suffix}"
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    index = cached_file(location, index, _raise_exceptions_for_missing_entries=False, **where)
     if index is None:
-        return [cached_file(location, SAFE_WEIGHTS_NAME, **where)]
+        return [cached_file(location, whole, **where)]
     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     return [cached_file(location, name, **where) for name in names]
 
 
-def read_adapter(
-    location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, base_model: str | None, network: type
-) -> dict:
+def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, network: type) -> dict:
     """The state dict of a repo of layout `adapter`: the foundation from where it lies, experts and gate from the repo.
 
     Args:
         location: a folder or a Hub id.
-        config: the config with the wanted experts.
+        config: the config with the wanted experts, and the place of the foundation.
         numbers: their numbers in the repo.
         where: arguments for the Hub.
-        base_model: another place to take the foundation from.
         network: the model class, to know the names and shapes that are needed.
 
     Raises:
         ValueError: no foundation is named, or it is one of other shapes; names the tensor and both shapes.
     """
-    name, hub = _foundation_place(config, base_model, where)
+    name, hub = _foundation_place(config, where)
     foundation = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **hub)
     with torch.device("meta"):
         needed = network(config).state_dict()
@@ -209,18 +221,17 @@ def read_adapter(
     return state
 
 
-def foundation_config(config: DyloraMoeConfig, base_model: str | None, where: dict) -> PreTrainedConfig:
+def foundation_config(config: DyloraMoeConfig, where: dict) -> PreTrainedConfig:
     """The config of the foundation of a repo of layout `adapter` that does not hold it."""
-    name, hub = _foundation_place(config, base_model, where)
+    name, hub = _foundation_place(config, where)
     return AutoConfig.from_pretrained(name, **hub)
 
 
-def _foundation_place(config: DyloraMoeConfig, base_model: str | None, where: dict) -> tuple[str, dict]:
-    name = base_model or config.base_model_name_or_path
-    if name is None:
+def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
+    if config.base_model_name_or_path is None:
         raise ValueError("The repo holds experts alone and names no foundation: pass it as `base_model=`.")
     hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
-    return name, {**hub, "revision": None if base_model else config.base_model_revision}
+    return config.base_model_name_or_path, {**hub, "revision": config.base_model_revision}
 
 
 def _expert_stacks(location: str, config: DyloraMoeConfig, where: dict) -> dict[str, torch.Tensor]:
@@ -242,15 +253,18 @@ def merge_expert(model, expert: int | str):
     """One expert folded into a copy of the foundation: W + s B A, an ordinary model of transformers.
 
     Raises:
-        ValueError: no such expert, or the foundation is quantised, so that W cannot be added to.
+        ValueError: no such expert, or the foundation is quantised or offloaded, so that W cannot be added to.
     """
     index = model.config.expert_index(expert)
+    refuse_offloaded(model, everything=True)
+    for name, layer in model.expert_layers().items():
+        # torchao's weights say that they are numbers of floating point; only their class tells.
+        if type(layer.weight.data) is not torch.Tensor or not layer.weight.is_floating_point():
+            raise ValueError(f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that.")
     merged = deepcopy(model.foundation)
     for name in model.config.adapted_modules():
         layer = merged.get_submodule(name)
         base = layer.base_layer
-        if not base.weight.is_floating_point() or base.weight.dim() != 2:
-            raise ValueError(f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that.")
         rank, scale = layer.layout[index]
         if rank > 0:
             rows = layer.rows(index)

@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_dylora_moe import new_cache, prepare_streams
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, checkpoint_with_experts
+from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, checkpoint_with_experts, refuse_offloaded
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
 from .layouts_dylora_moe import (
@@ -60,6 +60,8 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _is_resized = False
+    _recomputes_layers = False  # a flag of our own: looking through all modules for theirs cannot be compiled
 
     def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
         super().__init__(config)
@@ -88,11 +90,13 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`; the foundation comes back frozen, experts and gate trainable.
 
         Args:
-            base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its config says.
+            base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its config says;
+                the loaded model's config says it, too.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
 
         Raises:
-            ValueError: no such expert, or a foundation that is missing or of other shapes.
+            ValueError: no such expert, a foundation that is missing or of other shapes, or `experts` of a repo that
+                was saved quantised.
         """
         location = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -121,20 +125,22 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
     def _from_state_dict(cls, location: str, experts, base_model, where: dict, *args, **kwargs):
         """What no file holds as it is: a subset of the experts, or experts and foundation from different places."""
         kwargs = {name: value for name, value in kwargs.items() if name not in where}
-        config = kwargs.pop("config", None)
+        config = copy.deepcopy(kwargs.pop("config", None))
         if not isinstance(config, PreTrainedConfig):
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(
                 config or location, return_unused_kwargs=True, **where, **kwargs
             )
             kwargs.update(dtype)
+        if base_model is not None:
+            config.base_model_name_or_path, config.base_model_revision = str(base_model), None
         if config.base_config is None:  # written where the foundation was not at hand
-            config.base_config = foundation_config(config, base_model, where)
+            config.base_config = foundation_config(config, where)
         subset, numbers = subset_of(config, experts)
         if config.weights_layout == "adapter":
-            state_dict = read_adapter(location, subset, numbers, where, base_model, cls)
+            state_dict = read_adapter(location, subset, numbers, where, cls)
         else:
-            state_dict = read_full(location, config, numbers, where)
+            state_dict = read_full(location, config, numbers, where, kwargs.get("variant"))
         loaded = super().from_pretrained(None, *args, config=subset, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = location
@@ -165,8 +171,10 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
                     raise ValueError("It is tied to the input embeddings, which would change with it.")
                 wrapped[name] = DyloraMoeLinear(module, config.rank_layout(name), dropouts)
             except AttributeError as error:
+                whole = [module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")]
                 raise ValueError(
                     f"`target_modules` names {name!r}, which a {type(self.foundation).__name__} does not have."
+                    + (f" Whole names are needed, such as {whole[0]!r}." if whole else "")
                 ) from error
             except ValueError as error:
                 raise ValueError(f"`target_modules` names {name!r}. {error}") from error
@@ -206,8 +214,10 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
             weights: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them.
 
         Raises:
-            ValueError: modules that are not just the expert's, or a shape that does not fit; names both shapes.
+            ValueError: modules that are not just the expert's, a shape that does not fit (names both shapes), or
+                weights that are offloaded.
         """
+        refuse_offloaded(self)
         index = self.config.expert_index(expert)
         expected = set(self.config.expert_configs[index]["target_modules"])
         if set(weights) != expected:
@@ -220,29 +230,28 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
             for name, (lora_a, lora_b) in weights.items():
                 layer = layers[name]
                 rows = layer.rows(index)
-                for stack, matrix, kind in ((layer.lora_A, lora_a, "lora_A"), (layer.lora_B, lora_b.T, "lora_B")):
-                    if stack[rows].shape != matrix.shape:
-                        shapes = [tuple(matrix.shape), tuple(stack[rows].shape)]
-                        if kind == "lora_B":
-                            shapes = [shape[::-1] for shape in shapes]
+                for kind, mine, given in (("A", layer.lora_A[rows], lora_a), ("B", layer.lora_B[rows].T, lora_b)):
+                    if mine.shape != given.shape:
                         raise ValueError(
-                            f"Expert {expert!r}, layer {name!r}: {kind} is of shape {shapes[0]}, and this foundation "
-                            f"needs {shapes[1]}. It was trained on a foundation of other shapes."
+                            f"Expert {expert!r}, layer {name!r}: lora_{kind} is of shape {tuple(given.shape)}, and this "
+                            f"foundation needs {tuple(mine.shape)}. It was trained on a foundation of other shapes."
                         )
-                    stack[rows] = matrix.to(stack)
+                    mine.copy_(given)  # a view of the stack
 
     def expert_weights(self, expert: int | str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """One expert's matrices: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them."""
+        """One expert's matrices: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them.
+
+        Raises:
+            ValueError: no such expert, or its weights are offloaded.
+        """
+        refuse_offloaded(self)
         index = self.config.expert_index(expert)
-        layers = self.expert_layers()
-        names = self.config.expert_configs[index]["target_modules"]
-        return {
-            name: (
-                layers[name].lora_A[layers[name].rows(index)].detach().clone(),
-                layers[name].lora_B[layers[name].rows(index)].detach().T.clone(),
-            )
-            for name in names
-        }
+        weights = {}
+        for name in self.config.expert_configs[index]["target_modules"]:
+            layer = self.foundation.get_submodule(name)
+            lora_a, lora_b = (stack.detach()[layer.rows(index)] for stack in (layer.lora_A, layer.lora_B))
+            weights[name] = (lora_a.clone(), lora_b.T.clone())
+        return weights
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -271,8 +280,24 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.foundation.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`; a resized model can only be saved in layout `full`.
+
+        Raises:
+            ValueError: experts adapt the head, whose size is that of their matrices.
+        """
+        before = self.get_input_embeddings().weight.shape
+        if (args or kwargs) and isinstance(self.get_output_embeddings(), DyloraMoeLinear):
+            raise ValueError(
+                "Experts adapt the head, so the vocabulary cannot be resized: their matrices would not fit."
+            )
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._is_resized |= embeddings.weight.shape != before
+        return embeddings
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, checkpoint_with_experts(gradient_checkpointing_func), **kwargs)
+        self._recomputes_layers = enable
 
     # Routing
 
@@ -289,12 +314,6 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
             return None
         any_layer = self.foundation.get_submodule(self._adapted_modules[0])
         return ActiveExperts(weights, self._rank_layouts, any_layer.lora_A.dtype)
-
-    def router_input_weights(self) -> torch.Tensor | None:
-        """The experts' weights in the router's own pass: see `DyloraMoeConfig.router_input`."""
-        if self.config.router_input == "base":
-            return None
-        return torch.ones(1, 1, self.config.num_experts, device=self.device)
 
     def routing_strategy(self, strategy: str | RoutingStrategy | None = None) -> RoutingStrategy:
         """The strategy in force: the argument, else the one in `generation_config`, else the default.
@@ -320,15 +339,19 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
         """Prepare a forward: drop what the foundation does not take, make or check the cache."""
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if expert_ids is not None and not strategy.chooses_row_experts:
+            raise ValueError(f"`expert_ids` is for strategies that choose an expert per row; this is '{strategy}'.")
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self._recomputes_layers:
             use_cache, past_key_values = False, None
         if past_key_values is not None:
-            self.prepare_cache(past_key_values, strategy)
+            prepare_streams(past_key_values, self.num_layers_per_stream, strategy)
         elif use_cache:
-            config = self.config.get_text_config(decoder=True)
-            past_key_values = new_cache(config, strategy.num_streams, str(strategy), strategy.chooses_row_experts)
+            past_key_values = new_cache(self.config.get_text_config(decoder=True), strategy)
+        for name in ("output_hidden_states", "output_attentions"):
+            if inputs.get(name) is None:
+                inputs[name] = getattr(self.config, name) or None  # or what the foundation's own config says
         inputs = {
             name: value
             for name, value in inputs.items()
@@ -337,16 +360,6 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
             and (self._foundation_takes_any or name in self._foundation_arguments)
         }
         return RoutedPass(self, body, strategy, inputs, past_key_values, expert_ids)
-
-    def prepare_cache(self, past_key_values: Cache, strategy: RoutingStrategy) -> None:
-        """Give `past_key_values` the layers of the strategy's streams, in place; see `prepare_streams`."""
-        prepare_streams(
-            past_key_values,
-            self.num_layers_per_stream,
-            strategy.num_streams,
-            str(strategy),
-            strategy.chooses_row_experts,
-        )
 
 
 class DyloraMoeModel(DyloraMoePreTrainedModel):

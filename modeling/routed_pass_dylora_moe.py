@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_dylora_moe import row_experts, stream_of
+from .cache_dylora_moe import kept_experts, row_experts, stream_of
 from .experts_dylora_moe import use_experts
 from .router_dylora_moe import best_expert
 from .routing_strategies_dylora_moe import RoutingStrategy
@@ -74,10 +74,16 @@ class RoutedPass:
             names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
             inputs = {name: self.inputs[name] for name in names if self.inputs.get(name) is not None}
             cache = {"use_cache": False} if stream is None else self._cache(stream)
-            with torch.no_grad(), use_experts(self.model.active_experts(self.model.router_input_weights())):
+            with torch.no_grad(), use_experts(self.model.active_experts(self._router_input_weights())):
                 outputs = body(**inputs, **cache, return_dict=True)
             self.router_logits = self.model.router(outputs.last_hidden_state)
         return self.router_logits
+
+    def _router_input_weights(self) -> torch.Tensor | None:
+        """The experts' weights in the router's own pass: see `DyloraMoeConfig.router_input`."""
+        if self.model.config.router_input == "base":
+            return None
+        return torch.ones(1, 1, self.model.config.num_experts, device=self.device)
 
     def routing_weights(self, stream: int | None) -> torch.Tensor:
         """The router's weights at every token, `[batch, sequence, num_experts]`."""
@@ -89,16 +95,14 @@ class RoutedPass:
 
     def row_experts(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Each row's expert, `[batch]`: the caller's, else the cache's, else chosen now, and kept with the cache."""
-        kept = row_experts(self.past_key_values)
-        expert_ids = self.expert_ids
-        if expert_ids is None and kept is not None:
-            expert_ids = kept.expert_ids
+        kept = kept_experts(self.past_key_values)
+        expert_ids = kept if self.expert_ids is None else self.expert_ids
         if expert_ids is None:
             expert_ids = choose()
         if not torch.compiler.is_compiling():
-            self._check(expert_ids, None if kept is None else kept.expert_ids)
-        if kept is not None and kept.expert_ids is None:
-            kept.expert_ids = expert_ids
+            self._check(expert_ids, kept)
+        if kept is None and self.past_key_values is not None:
+            row_experts(self.past_key_values).expert_ids = expert_ids
         return expert_ids.to(self.device)
 
     def _check(self, expert_ids: torch.Tensor, kept: torch.Tensor | None) -> None:

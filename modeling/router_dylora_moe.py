@@ -55,7 +55,8 @@ class DyloraMoeRouter(nn.Module):
     def weights(self, router_logits: torch.Tensor, dense: bool) -> torch.Tensor:
         """Routing weights `[batch, sequence, num_experts]`, each token's summing to 1.
 
-        Dense: softmax(logits / temperature). Sparse: softmax over the top-k logits, zero elsewhere.
+        Dense: softmax(logits / temperature). Sparse: softmax over the top-k logits, zero elsewhere, as in
+        https://arxiv.org/abs/1701.06538, section 2.1, without its noise.
         """
         if dense:
             return F.softmax(router_logits / self.config.router_temperature, dim=-1)
@@ -64,7 +65,8 @@ class DyloraMoeRouter(nn.Module):
 
 
 def balance_loss(weights: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean squared error between the mean routing weights over non-padding tokens and 1/N.
+    """Mean squared error between the mean routing weights over non-padding tokens and 1/N: that of DyLoRA-MoE's
+    training code, 1/N sum_i (mean_t w_ti - 1/N)^2, not the product of the Switch Transformer's.
 
     Args:
         weights: `[batch, sequence, num_experts]`.

@@ -109,7 +109,8 @@ class SingleStrategy(RoutingStrategy):
 
 @register
 class EnsembleStrategy(RoutingStrategy):
-    """Every expert's own next-token distribution, mixed with equal weights. `logits` are the log of the mixture.
+    """Every expert's own next-token distribution, mixed with equal weights (a linear opinion pool). `logits` are the
+    log of the mixture: log(1/N sum_i softmax(logits_i)).
 
     The hidden states and attentions of the experts come one after the other in the batch dimension.
     """

@@ -6,12 +6,14 @@ Knows what makes a folder complete. Knows nothing about how tensors lie in files
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .configuration_dylora_moe import WEIGHTS_LAYOUTS
 from .layouts_dylora_moe import merge_expert, save_adapters, save_router
 
 
@@ -27,6 +29,8 @@ AUTO_MAP = {
 class SavingMixin:
     """What writes a routed model to a folder or to the Hub."""
 
+    _layout = "full"  # what is written where nobody says: `PreTrainedModel.push_to_hub` saves without saying
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -41,11 +45,12 @@ class SavingMixin:
 
         Args:
             layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the foundation taken
-                from `config.base_model_name_or_path` on loading. The layout it was loaded from, if left out.
+                from `config.base_model_name_or_path` on loading. `"full"`, if left out, whatever the model was
+                loaded from: a checkpoint of layout `adapter` is no checkpoint that the Trainer can go back to.
 
         Raises:
-            ValueError: layout `adapter` of a model whose config names no foundation, or, with `push_to_hub`, one on
-                this machine alone.
+            ValueError: layout `adapter` of a model whose embeddings were resized, or whose config names no foundation,
+                or, with `push_to_hub`, one on this machine alone.
         """
         directory = Path(save_directory)
         for name, layer in self.expert_layers().items():
@@ -86,14 +91,15 @@ class SavingMixin:
 
     @contextmanager
     def _in_layout(self, layout: str | None) -> Iterator[None]:
-        before = self.config.weights_layout
-        self.config.weights_layout = layout or before
+        layout = layout or self._layout
+        if layout not in WEIGHTS_LAYOUTS:
+            raise ValueError(f"There is no layout {layout!r}: choose 'full' or 'adapter'.")
+        before = self.config.weights_layout, self._layout
+        self.config.weights_layout = self._layout = layout
         try:
-            if self.config.weights_layout not in ("full", "adapter"):
-                raise ValueError(f"There is no layout {self.config.weights_layout!r}: choose 'full' or 'adapter'.")
             yield
         finally:
-            self.config.weights_layout = before
+            self.config.weights_layout, self._layout = before
 
     def _check_foundation(self, on_hub: bool) -> None:
         """Without its foundation a repo of layout `adapter` is of no use."""
@@ -104,6 +110,10 @@ class SavingMixin:
             raise ValueError(
                 "Layout `adapter` leaves the foundation where it is, and `config.base_model_name_or_path` does not say "
                 "where that is: set it, or choose layout='full'."
+            )
+        if self._is_resized:
+            raise ValueError(
+                f"The embeddings were resized, and the foundation at {foundation!r} has others: choose layout='full'."
             )
         if on_hub and Path(foundation).exists():
             raise ValueError(
@@ -116,8 +126,10 @@ class SavingMixin:
             logger.warning("Layout `adapter` does not save the foundation, and some of its parameters are trainable.")
         save_adapters(self, directory / "experts", state_dict)
         save_router(self, directory, state_dict)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(directory)
+        config = deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        vars(config).pop("quantization_config", None)  # of the foundation, which is not saved here
+        config.save_pretrained(directory)
         if getattr(self, "generation_config", None) is not None:
             self.generation_config.save_pretrained(directory)
 

@@ -8,7 +8,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 VOCABULARY = 97
@@ -16,7 +16,9 @@ HIDDEN = 32
 LAYERS = 2
 
 
-def save_foundation(folder: Path, hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32, **fields) -> Path:
+def save_foundation(
+    folder: Path, hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **fields
+) -> Path:
     """A random Llama with a tokenizer, and a head wide enough that experts make a visible difference."""
     torch.manual_seed(0)
     defaults = {
@@ -34,7 +36,7 @@ def save_foundation(folder: Path, hidden_size: int = HIDDEN, dtype: torch.dtype 
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.lm_head.weight.normal_()
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder)
     return folder
 
@@ -134,7 +136,7 @@ def save_adapter(folder: Path, foundation: Path, seed: int = 0, dtype: torch.dty
     torch.manual_seed(seed)
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields}
     config = LoraConfig(task_type="CAUSAL_LM", **fields)
-    model = PeftModel(LlamaForCausalLM.from_pretrained(foundation, dtype=torch.float32), config)
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(foundation, dtype=torch.float32), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

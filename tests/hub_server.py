@@ -30,6 +30,7 @@ class Repo:
     private: bool = False
     branches: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    tags: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, branch: str, message: str, files: dict[str, bytes]) -> Commit:
         text = repr((len(self.commits), message, sorted((path, hash(data)) for path, data in files.items())))
@@ -38,7 +39,7 @@ class Repo:
         return commit
 
     def at(self, revision: str) -> Commit | None:
-        return self.branches.get(revision) or self.commits.get(revision)
+        return self.branches.get(revision) or self.tags.get(revision) or self.commits.get(revision)
 
 
 class Refused(Exception):
@@ -289,11 +290,15 @@ class _Handler(BaseHTTPRequestHandler):
         return ({**names, "sha": commit.sha, "private": private, "siblings": siblings, "tags": [], "gated": False},)
 
     def refs(self, body, query, repo_id):
-        branches = [
-            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit.sha}
-            for name, commit in self.readable(repo_id).branches.items()
-        ]
-        return ({"branches": branches, "converts": [], "tags": []},)
+        repo = self.readable(repo_id)
+        branches, tags = (
+            [
+                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.sha}
+                for name, commit in found.items()
+            ]
+            for kind, found in (("heads", repo.branches), ("tags", repo.tags))
+        )
+        return ({"branches": branches, "converts": [], "tags": tags},)
 
     def tree(self, body, query, repo_id, revision, folder=""):
         commit = self.commit_of(repo_id, revision)

@@ -20,12 +20,16 @@ TIME = "2026-01-01T00:00:00"
 
 @dataclass
 class Artifact:
-    """`files`: path -> bytes. `entries` are put into the manifest over what the files give, as a hostile server might."""
+    """`files`: path -> bytes. `entries` are put into the manifest over what the files give, as a hostile server might.
+
+    Of what the manifest promises, `served` is sent with other bytes, and `lost` not at all.
+    """
 
     files: dict[str, bytes]
     type: str = "model"
     entries: dict[str, dict] = field(default_factory=dict)
     served: dict[str, bytes] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
     def manifest(self) -> dict:
         contents = {path: {"digest": md5(data), "size": len(data)} for path, data in self.files.items()}
@@ -95,12 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        key, path = (unquote(part) for part in self.path.removeprefix("/storage/").split("/", 1))
+        if not self.path.startswith("/storage/"):
+            return self._answer(b"no such page", 404)
+        key, path = (unquote(part) for part in self.path.split("?")[0].removeprefix("/storage/").split("/", 1))
         artifact = self.wandb.artifacts[key]
         if path == "manifest":
             return self._answer(artifact.manifest())
         path = path.removeprefix("files/")
         self.wandb.fetched.append(path)
+        if path in artifact.lost:
+            return self._answer(b"gone", 404)
         self._answer(artifact.served.get(path, artifact.files.get(path, b"")))
 
     def do_POST(self) -> None:
@@ -195,4 +203,4 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _url(self, key: str, path: str) -> str:
-        return f"{self.wandb.url}/storage/{quote(key, safe='')}/{quote(path, safe='')}"
+        return f"{self.wandb.url}/storage/{quote(key, safe='')}/{quote(path, safe='')}?signature=for_its_bearer"

@@ -27,7 +27,7 @@ def quick_check(monkeypatch):
     For tests of what is compared; that the repo's side runs alone, in a fresh process, has tests of its own.
     """
 
-    def quantities(repo, rows, settings, dtype, base_model=None):
+    def quantities(repo, rows, settings, dtype, base_model=None, round_foundation=True):
         assert dtype is None and base_model is None
         model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=torch.float32, **settings)
         return check_repo.quantities(model.eval(), rows)

@@ -182,7 +182,7 @@ def test_a_cached_artifact_that_was_damaged_is_fetched_again(server, tmp_path):
     assert content(folder) == TRAINING
 
 
-def test_a_hostile_artifact_leaves_nothing(server, repo, tmp_path):
+def test_a_hostile_or_damaged_artifact_leaves_nothing(server, repo, tmp_path):
     files, one = content(repo), {"digest": md5(b"q"), "size": 1}
     hostile = {
         "leaves": ({"../evil.txt": one}, "'../evil.txt'"),
@@ -199,13 +199,17 @@ def test_a_hostile_artifact_leaves_nothing(server, repo, tmp_path):
         files, served={"config.json": b"x" * len(files["config.json"])}
     )
     server.artifacts["guild/moe/empty:v0"] = Artifact({})
+    server.artifacts["guild/moe/lost:v0"] = Artifact(
+        {**files, "router.safetensors": b"r"}, lost=("router.safetensors",)
+    )
     pull = {"call": "pull", "output_dir": tmp_path / "out"}
-    actions = [{**pull, "artifact": f"guild/moe/{name}:v0"} for name in [*hostile, "empty", "changed"]]
-    *refused, empty, changed = run(tmp_path / "home", server.environment(tmp_path / "home"), actions, repo)
+    actions = [{**pull, "artifact": f"guild/moe/{name}:v0"} for name in [*hostile, "empty", "changed", "lost"]]
+    *refused, empty, changed, lost = run(tmp_path / "home", server.environment(tmp_path / "home"), actions, repo)
     for answer, (_, expected) in zip(refused, hostile.values(), strict=True):
         assert expected in error_line(answer)
     assert "holds no files" in error_line(empty)
     assert "config.json differs from what the manifest promises" in error_line(changed, "FailureError")
+    assert "404" in error_line(lost, "FailureError") and "for_its_bearer" not in lost["traceback"]
     assert {path.name for path in tmp_path.iterdir()} == {"home"} and not Path("/tmp/evil.txt").exists()
 
 

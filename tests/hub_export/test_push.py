@@ -197,8 +197,13 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, folders, 
     next(incomplete.glob("model-*2-of*")).unlink()
     hub.repos["guild/llama"] = type(hub.repos["guild/mixture"])()
     hub.repos["guild/llama"].commit("main", "llama", {"config.json": b'{"model_type": "llama"}'})
+    hub.repos["guild/mixture"].tags["v1"] = hub.repos["guild/mixture"].branches["main"]
     full = folders / "full"
+    card = shutil.copytree(full, tmp_path / "card")
+    (card / "README.md").write_text("---\ntags: [\n---\n\n# A mixture\n")
     cases = [
+        ({"repo": card, "hub_id": "guild/x"}, "README.md: the metadata"),
+        ({"repo": full, "hub_id": "guild/mixture", "revision": "v1"}, "is a tag of guild/mixture"),
         ({"repo": folders / "local_full", "hub_id": "guild/x"}, "a folder of this machine"),
         ({"repo": folders / "local_adapter", "hub_id": "guild/x"}, "--base_model"),
         (

@@ -108,7 +108,8 @@ def test_the_config_is_the_foundations_own(saved, foundation):
 
 
 def test_routed_figures_are_said_to_differ(saved):
-    assert "differs from training's own figures" in read(saved).notes[0]
+    for told in (read(saved).notes, read(saved).limits):
+        assert "routed figures differ from training's own figures" in told[0]
     assert read(saved).router.router_input == "experts_sum"
 
 
@@ -139,6 +140,7 @@ def test_a_trained_head_is_kept_and_serves_every_strategy(tied_foundation, tmp_p
     mixture = read(whole)
     assert mixture.foundation_config.tie_word_embeddings is False
     assert [note for note in mixture.notes if "lm_head.weight was trained" in note]
+    assert "base included" in mixture.limits[1]
     stored = load_file(whole / "model.safetensors")
     weights = mixture.foundation_weights
     assert torch.equal(weights["lm_head.weight"].read(), stored[f"{INSIDE}lm_head.weight"])
