@@ -39,7 +39,7 @@ def push(
 ) -> None:
     """Create or update a Hub repo that holds what the folder holds."""
     with progress() as tell:
-        from dylora_moe.hub_export.push import push as send
+        from dylora_moe.hub_export.hub_push import push as send
 
         result = send(repo, hub_id, private=private, revision=revision, progress=tell)
     if as_json:

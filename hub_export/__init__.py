@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .errors import DyloraMoeError, DyloraMoeWarning, FailureError, InputError
     from .exporter import ExportResult, export
     from .formats import Detection, detect
+    from .hub_push import PushResult, push
     from .inspection import Inspection, inspect
-    from .merge import MergeResult, merge
+    from .merging import MergeResult, merge
     from .mirror import mirror_pull, mirror_push
-    from .push import PushResult, push
     from .variant import VariantResult, make_variant
-    from .verify import Verification, verify
+    from .verification import Verification, verify
 
 _PLACES = {
     "CheckReport": "check",
@@ -31,20 +31,20 @@ _PLACES = {
     "FailureError": "errors",
     "InputError": "errors",
     "Inspection": "inspection",
+    "MergeResult": "merging",
+    "PushResult": "hub_push",
     "VariantResult": "variant",
+    "Verification": "verification",
     "detect": "formats",
+    "download_artifact": "artifacts",
     "export": "exporter",
     "inspect": "inspection",
     "make_variant": "variant",
-    "MergeResult": "merge",
-    "PushResult": "push",
-    "Verification": "verify",
-    "download_artifact": "artifacts",
-    "merge": "merge",
+    "merge": "merging",
     "mirror_pull": "mirror",
     "mirror_push": "mirror",
-    "push": "push",
-    "verify": "verify",
+    "push": "hub_push",
+    "verify": "verification",
 }
 
 

@@ -96,7 +96,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
         is_mixture = stored.get("model_type") == "dylora_moe"
         if not is_mixture:
             return AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(_not_loaded(reference, error)) from error
     raise InputError(f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model")
 
@@ -117,7 +117,7 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # damaged files and wrong fields make transformers fail in many ways
         raise InputError(_not_loaded(reference, error)) from error
     missing = sorted(map(str, info["missing_keys"]))
     if missing:

@@ -17,7 +17,7 @@ from typing import Any
 from .artifacts import cached, download_to, fetch_artifact
 from .errors import InputError
 from .exported_repo import FORMAT, is_exported_repo, is_replaceable
-from .push import is_hub_id
+from .hub_push import is_hub_id
 from .repo_files import RepoFiles, repo_files
 from .staging import check_output, staged_folder
 from .wandb_sdk import ArtifactName, check_ready, parse_name, sdk, wandb_errors

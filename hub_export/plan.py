@@ -185,7 +185,7 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
             architectures=["DyloraMoeForCausalLM"],
             **router,
         )
-    except ValueError as error:
+    except Exception as error:  # any wrong field may make a config class fail in its own way
         raise InputError(one_line(error, 500)) from error
 
 
@@ -198,5 +198,5 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
         return read_json(own)
     try:
         return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
-    except (OSError, ValueError, TypeError):
+    except Exception:  # it is missing, or damaged in any way
         return {} if model is None else model.generation_config.to_diff_dict()

@@ -28,13 +28,15 @@ def write_config_and_code(folder: Path, config: Any) -> None:
     save_code(folder)
 
 
-def write_generation_config(folder: Path, fields: dict[str, Any], strategy: str) -> None:
-    """`generation_config.json`: what the foundation's held, and the routing strategy.
+def write_generation_config(folder: Path, fields: dict[str, Any], strategy: str | None) -> None:
+    """`generation_config.json`: what the foundation's held, and the routing strategy; None: no such field.
 
     The mark that it was derived from a model config must go: with it, transformers drops unknown fields on reading.
     """
-    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
-    text = json.dumps({**fields, "routing_strategy": strategy}, indent=2, sort_keys=True)
+    fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "routing_strategy"}
+    if strategy is not None:
+        fields["routing_strategy"] = strategy
+    text = json.dumps(fields, indent=2, sort_keys=True)
     (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ no cache. Weights that differ from token to token are applied by hooks on PEFT's
 """
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -79,6 +80,14 @@ def build(base_config=None, experts=None, seed: int = 0, **config_fields) -> Dyl
     model = randomise(DyloraMoeForCausalLM(config), seed).eval()
     model.freeze_foundation()
     return model
+
+
+def save_layouts(model: DyloraMoeForCausalLM, folder: Path) -> None:
+    """`<folder>/full`, `<folder>/adapter` and the foundation of the second, `<folder>/foundation`."""
+    PeftLoop(model).peft.unload().save_pretrained(folder / "foundation")
+    model.config.base_model_name_or_path = str(folder / "foundation")
+    for layout in ("full", "adapter"):
+        model.save_pretrained(folder / layout, layout=layout)
 
 
 def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:

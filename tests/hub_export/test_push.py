@@ -21,7 +21,7 @@ SECRETS = [*TOKENS, "hf_nobody", "hf_broken"]
 # each line of stdout: what one push returned or how it failed, its traceback included
 PUSH = """
 import json, os, sys, traceback
-from dylora_moe.hub_export.push import push
+from dylora_moe.hub_export.hub_push import push
 for action in json.loads(sys.argv[1]):
     if action.pop("forget", False):
         os.environ.pop("HF_TOKEN", None)

@@ -53,3 +53,38 @@ def test_a_compiled_forward_equals_an_eager_one(recompilations, strategy):
     with torch.no_grad():
         found = compiled(ids, routing_strategy=strategy).logits
         torch.testing.assert_close(found, model(ids, routing_strategy=strategy).logits)
+
+
+def test_a_compiled_forward_without_a_strategy_takes_the_models(recompilations):
+    backend, _ = recompilations
+    model = build()
+    ids = torch.tensor(random_rows((7, 7)))
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids, routing_strategy="router").logits)
+        model.generation_config.routing_strategy = "single:1"
+        torch.testing.assert_close(compiled(ids).logits, model(ids, routing_strategy="single:1").logits)
+
+
+def test_compiled_guidance_uses_the_calls_strategy(recompilations):
+    backend, _ = recompilations
+    model = build()
+    ids = torch.tensor(random_rows((7,)))
+    arguments = {"guidance_scale": 2.0, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, routing_strategy="single:1", **arguments)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
+    assert torch.equal(model.generate(ids, routing_strategy="single:1", **arguments), expected)
+
+
+def test_compiled_training_has_the_same_gradients(recompilations):
+    backend, _ = recompilations
+    ids = torch.tensor(random_rows((7, 7)))
+    gradients = []
+    for compiled in (False, True):
+        model = build().train()
+        call = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        call(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

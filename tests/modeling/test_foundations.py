@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from helpers_models import PeftLoop, build, left_padded, random_rows
+from helpers_models import STRATEGIES, PeftLoop, build, left_padded, random_rows
+from peft import PeftModel
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -141,3 +142,57 @@ def test_foundation(name, tmp_path):
     assert cached.tolist() == model.generate(**batch, use_cache=False, **arguments).tolist()
     assert cached.tolist() == model.generate(**batch, cache_implementation="static", **arguments).tolist()
     assert cached[0, 9:].tolist() == loop.greedy(rows[0], "router", 0, 5)
+
+
+@pytest.mark.parametrize("name", FOUNDATIONS)
+def test_every_strategy_generates_and_experts_go_back_to_peft_and_to_plain_models(name, tmp_path):
+    model = mixture(name)
+    loop = PeftLoop(model)
+    rows = random_rows((7, 4), seed=3)
+    for strategy in STRATEGIES:
+        model.reset_round_robin()
+        arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+        found = model.generate(**left_padded(rows), routing_strategy=strategy, **arguments)[:, 7:].tolist()
+        assert found == [loop.greedy(row, strategy, turn, 3) for turn, row in enumerate(rows)], strategy
+    folder = model.save_adapters(tmp_path)[1]
+    ids = torch.tensor(rows[:1])
+    peft = PeftModel.from_pretrained(PeftLoop(model).peft.unload(), str(folder)).eval()
+    with torch.no_grad():
+        expected = model(ids, routing_strategy="single:1").logits
+        torch.testing.assert_close(model.merge_expert(1)(ids).logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(peft(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def longrope():
+    """Phi-3 with other positions after 16 tokens: there it drops its cache, and starts anew with all tokens."""
+    factors = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    base = transformers.Phi3Config(**GROUPED, **lengths, rope_scaling=factors)
+    targets = [f"model.layers.{layer}.self_attn.qkv_proj" for layer in range(2)]
+    return build(base, [{"name": name, "r": 2, "target_modules": targets} for name in ("one", "two")])
+
+
+def test_a_foundation_that_drops_its_cache_half_way():
+    model = longrope()
+    loop = PeftLoop(model)
+    rows = random_rows((12, 12), seed=1)
+    fields = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for strategy in STRATEGIES:
+        expected = [loop.greedy(row, strategy, turn, 8) for turn, row in enumerate(rows)]
+        for arguments in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            model.reset_round_robin()
+            found = model.generate(torch.tensor(rows), routing_strategy=strategy, **fields, **arguments)
+            assert found[:, 12:].tolist() == expected, (strategy, arguments)
+
+
+def test_arguments_that_only_the_foundation_knows():
+    model = mixture("gpt2, Conv1D")
+    ids = torch.tensor(random_rows((6,)))
+    fields = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    types = torch.full_like(ids, 9)
+    found = model.generate(ids, token_type_ids=types, routing_strategy="single:1", **fields).logits[0]
+    expected = model.merge_expert(1).generate(ids, token_type_ids=types, **fields).logits[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (found - model.generate(ids, routing_strategy="single:1", **fields).logits[0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="tokn"):
+        model.generate(ids, tokn=types, **fields)

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 from helpers_models import PAD, STRATEGIES, VOCABULARY, PeftLoop, build, left_padded, random_rows
-from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, TextStreamer
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, TextStreamer
 
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]  # repeats itself, so that prompt lookup finds candidates
@@ -183,9 +183,12 @@ def test_logits_to_keep(mixture, strategy):
         {"do_sample": True, "num_return_sequences": 2},
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 4},
+        {"assistant_model": True},
     ],
 )
 def test_the_routing_of_every_generated_token(mixture, loop, arguments):
+    if "assistant_model" in arguments:
+        arguments = {"assistant_model": assistant()}
     output = mixture.generate(
         torch.tensor([PROMPT]),
         routing_strategy="router",
@@ -198,6 +201,80 @@ def test_the_routing_of_every_generated_token(mixture, loop, arguments):
         assert len(logits) >= len(sequence) - len(PROMPT)
         expected = loop.router_logits(sequence[:-1])[len(PROMPT) - 1 :]
         torch.testing.assert_close(logits[: len(expected)], expected, atol=1e-4, rtol=0)
+
+
+def test_the_routing_of_padded_rows_that_end_at_different_times(mixture, loop):
+    rows = [PROMPT, PROMPT[:4]]
+    end = loop.greedy(PROMPT[:4], "router", 0, 3)[-1]
+    assert end not in loop.greedy(PROMPT, "router", 0, 4)
+    arguments = {"output_router_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    output = mixture.generate(**left_padded(rows), **{**PLAIN, "eos_token_id": end}, **arguments)
+    for row, sequence, logits in zip(rows, output.sequences.tolist(), output.router_logits, strict=True):
+        new = sequence[len(PROMPT) :]
+        new = new[: new.index(end) + 1] if end in new else new
+        expected = loop.router_logits(row + new[:-1])[len(row) - 1 :]
+        torch.testing.assert_close(logits[: len(new)], expected, atol=1e-4, rtol=0)
+
+
+def test_routing_is_asked_for_by_an_argument_else_a_handed_config_else_the_models_else_its_config():
+    model, ids = build(), torch.tensor([PROMPT])
+    fields = {**PLAIN, "do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 2}
+
+    def recorded(handed=None, **arguments) -> bool:
+        handed = GenerationConfig(**fields, **handed) if handed is not None else None
+        output = model.generate(ids, handed, **(fields if handed is None else {}), **arguments)
+        return output.get("router_logits") is not None
+
+    yes, no = {"output_router_logits": True}, {"output_router_logits": False}
+    assert (recorded(), recorded(yes), recorded(yes, **no), recorded(no, **yes)) == (False, True, False, True)
+    model.generation_config.output_router_logits = True
+    assert (recorded(), recorded({}), recorded(no), recorded(**no)) == (True, True, False, False)
+    model.generation_config.output_router_logits = None
+    model.config.output_router_logits = True
+    assert (recorded(), recorded(no), recorded(**no)) == (True, False, False)
+
+
+@pytest.mark.parametrize("filled_by", ["best", "round_robin"])
+def test_an_emptied_cache_chooses_experts_anew(filled_by):
+    model = build(seed=11)
+    fields = {**PLAIN, "do_sample": False, "eos_token_id": None, "routing_strategy": "best"}
+    for seed in range(4):
+        first, second = (torch.tensor(random_rows((7,), seed=number)) for number in (seed, seed + 50))
+        caches = []
+        for _ in range(2):
+            caches.append(model(first, routing_strategy=filled_by).past_key_values)
+            caches[-1].crop(-caches[-1].get_seq_length())
+        logits = model(second, past_key_values=caches[0], routing_strategy="best").logits
+        assert torch.equal(logits, model(second, routing_strategy="best").logits)
+        found = model.generate(second, past_key_values=caches[1], **fields)
+        assert found.tolist() == model.generate(second, **fields).tolist()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cache_that_is_multiplied_already(mixture, strategy):
+    ids = torch.tensor([PROMPT])
+    cache = mixture(ids, routing_strategy=strategy).past_key_values
+    cache.batch_repeat_interleave(3)
+    longer = torch.cat([ids, ids[:, :2]], dim=1)
+    arguments = {**PLAIN, "num_beams": 3, "num_return_sequences": 3, "do_sample": False, "routing_strategy": strategy}
+    mixture.reset_round_robin()
+    found = mixture.generate(longer, past_key_values=cache, **arguments)
+    if strategy == "best":  # which the shorter prompt chose
+        arguments["routing_strategy"] = f"single:{int(cache.layers[-1].expert_ids[0])}"
+    mixture.reset_round_robin()
+    assert found.tolist() == mixture.generate(longer, **arguments).tolist()
+
+
+def test_what_cannot_be_generated_is_refused_in_one_line(mixture):
+    ids = torch.tensor([PROMPT])
+    with pytest.raises(ValueError, match="assistant_early_exit"):
+        mixture.generate(ids, assistant_early_exit=1, **PLAIN)
+    for call in (mixture, mixture.generate):
+        with pytest.raises(ValueError, match="expert_ids"):
+            call(ids, routing_strategy="single:0", expert_ids=torch.tensor([1]))
+    for arguments in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant()}):
+        with pytest.raises(ValueError, match="batch"):  # transformers' own, for any model
+            mixture.generate(**left_padded([PROMPT, PROMPT[:4]]), **PLAIN, **arguments)
 
 
 def test_no_routing_where_no_router_is_read(mixture):

@@ -14,9 +14,9 @@ import torch
 
 from .errors import FailureError, InputError, one_line
 from .exported_repo import load_config
-from .formats import open_sources
 from .options import DTYPES
-from .side_files import make_readable
+from .side_files import make_readable, write_generation_config
+from .sources import resolve_sources
 from .staging import check_output, staged_folder
 from .tokenizer import has_tokenizer, load_tokenizer
 
@@ -58,13 +58,15 @@ def merge(
         InputError: no such expert, or an output folder that is not empty.
         FailureError: the merged model does not compute what the expert does.
     """
+    from transformers import GenerationConfig
+
     from dylora_moe.modeling import DyloraMoeForCausalLM
 
     tell = progress or (lambda message: None)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is not known; it can be {', '.join(DTYPES)}")
     check_output(Path(output_dir), False, _is_replaceable)
-    folder = open_sources(repo)[0].folder
+    folder = resolve_sources(repo)[0].folder
     config = load_config(folder)
     try:
         index = config.expert_index(expert)
@@ -85,10 +87,10 @@ def merge(
     merged.config.name_or_path = ""
     with staged_folder(Path(output_dir), False, _is_replaceable) as place:
         tell("writing the model")
-        # Routing strategies are fields that a plain model has no use for.
-        merged.generation_config.routing_strategy = None
-        merged.generation_config._from_model_config = False
+        fields = merged.generation_config.to_diff_dict()
+        merged.generation_config = GenerationConfig()
         merged.save_pretrained(place)
+        write_generation_config(place, fields, None)
         if has_tokenizer(folder):
             load_tokenizer(str(folder), None, False).save_pretrained(place)
         name = config.expert_names[index]

@@ -24,6 +24,7 @@ from .foundation_weights import skeleton, tied_names
 from .mixture import ReadOptions
 from .options import ExportOptions
 from .plan import make_plan
+from .sources import resolve_sources
 from .stored_tensors import StoredTensor, is_finite
 from .tensor_files import TensorFile, read_json
 from .tokenizer import has_tokenizer, load_tokenizer
@@ -76,7 +77,7 @@ def verify(
     Raises:
         InputError: it is no exported repo at all, or `against` cannot be read.
     """
-    folder = open_sources(repo)[0].folder
+    folder = resolve_sources(repo)[0].folder
     config = load_config(folder)
     result = Verification(folder)
     for look in (_files, _headers, _checksums, _code, _tokenizer):

@@ -1,0 +1,191 @@
+"""`verify` passes what is whole, and names what is not; `merge` gives an ordinary model."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from environments import make_environment, run_python
+from helpers_checkpoints import change_json, save_adapter, save_foundation
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dylora_moe.hub_export import InputError, export, merge, verify
+
+
+def findings(result):
+    return {finding.what: (finding.passed, finding.detail) for finding in result.findings}
+
+
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_a_whole_repo_passes(tmp_path, checkpoint, checked, layout):
+    repo = checked[0] if layout == "full" else tmp_path / "repo"
+    if layout == "adapter":
+        export(checkpoint, repo, layout=layout, verify=False)
+    result = verify(repo, against=checkpoint)
+    assert result.passed
+    found = findings(result)
+    assert list(found) == ["files", "safetensors", "checksums", "code", "tokenizer", "tensors", "logits"]
+    assert all(passed for passed, _ in found.values())
+    assert "strategy router" in found["files"][1] and "8 quantities" in found["logits"][1]
+
+
+def change_weights(repo, name, change):
+    path = next(repo.rglob(name))
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def set_nan(tensors):
+    tensors["foundation.model.norm.weight"][3] = float("nan")
+
+
+def write(name, text):
+    return lambda repo: (repo / name).write_text(text)
+
+
+def append(name, text):
+    return lambda repo: (repo / name).write_text((repo / name).read_text() + text)
+
+
+DAMAGES = {
+    "no generation config": (
+        lambda repo: (repo / "generation_config.json").unlink(),
+        "files",
+        "generation_config.json",
+    ),
+    "no tokenizer": (lambda repo: [path.unlink() for path in repo.glob("tokenizer*")], "files", "a tokenizer"),
+    "no such strategy": (write("generation_config.json", '{"routing_strategy": "single:7"}'), "files", "single:7"),
+    "a file of code is missing": (lambda repo: (repo / "cache_dylora_moe.py").unlink(), "code", "cache_dylora_moe.py"),
+    "code was changed": (append("router_dylora_moe.py", "import os\n"), "code", "+import os"),
+    "code was added": (write("more.py", "import os\n"), "code", "more.py is no file of this package's"),
+    "code elsewhere": (
+        lambda repo: change_json(repo / "config.json", auto_map={"AutoConfig": "eve/evil--config.Config"}),
+        "code",
+        "takes code from eve/evil",
+    ),
+    "not a number": (
+        lambda repo: change_weights(repo, "model.safetensors", set_nan),
+        "safetensors",
+        "model.norm.weight",
+    ),
+    "a tensor is missing": (
+        lambda repo: change_weights(repo, "model.safetensors", lambda t: t.pop("foundation.model.norm.weight")),
+        "safetensors",
+        "model.norm.weight of the foundation is missing",
+    ),
+    "a gate of another size": (
+        lambda repo: change_weights(
+            repo, "model.safetensors", lambda t: t.update({"router.gate.weight": torch.zeros(2, 32)})
+        ),
+        "headers",
+        "router.gate.weight is [2, 32]",
+    ),
+    "weights were exchanged": (
+        lambda repo: change_weights(repo, "model.safetensors", lambda t: t["router.gate.bias"].add_(1)),
+        "checksums",
+        "model.safetensors is not what was exported",
+    ),
+    "cut off": (
+        lambda repo: (repo / "model.safetensors").write_bytes((repo / "model.safetensors").read_bytes()[:-100]),
+        "headers",
+        "not a whole safetensors file",
+    ),
+    "a line of no checksum": (write("SHA256SUMS", "0123  /etc/passwd\n"), "checksums", "is not a checksum"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_is_wrong_is_named(repo, case):
+    damage, what, message = DAMAGES[case]
+    damage(repo)
+    result = verify(repo)
+    passed, detail = findings(result)[what]
+    assert not result.passed and passed is False and message in detail
+
+
+def test_other_numbers_than_the_sources(repo, checked, checkpoint):
+    change_weights(repo, "model.safetensors", lambda tensors: tensors["router.gate.bias"].add_(1))
+    found = findings(verify(repo, against=checkpoint))
+    assert found["tensors"] == (False, "the gate's bias is not the source's")
+    shutil.copyfile(checked[0] / "model.safetensors", repo / "model.safetensors")
+    change_weights(repo, "model.safetensors", lambda tensors: tensors["foundation.model.norm.weight"].mul_(1.1))
+    found = findings(verify(repo, against=checkpoint))
+    assert found["logits"][0] is False and "the logits of strategy base" in found["logits"][1]
+
+
+def test_foreign_code_is_run_only_if_trusted(tmp_path, repo, checkpoint):
+    mark = tmp_path / "ran"
+    append("modeling_dylora_moe.py", f"\nimport pathlib\npathlib.Path({str(mark)!r}).touch()\n")(repo)
+    found = findings(verify(repo, against=checkpoint))
+    assert not mark.exists() and found["logits"][0] is False and "--trust_remote_code" in found["logits"][1]
+    found = findings(verify(repo, against=checkpoint, trust_remote_code=True))
+    assert mark.exists() and found["logits"][0] is True and found["code"][0] is False
+
+
+def test_the_command(repo, checkpoint):
+    command = [sys.executable, "-m", "dylora_moe", "verify", str(repo)]
+    good = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert good.returncode == 0 and good.stdout.count("\nok") == 4, good.stdout + good.stderr
+    (repo / "router_dylora_moe.py").write_text("")
+    bad = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1 and json.loads(bad.stdout)["passed"] is False
+    none = subprocess.run([*command[:-1], str(checkpoint)], capture_output=True, text=True, check=False)
+    assert none.returncode == 2 and "is not an exported repo" in none.stderr and "Traceback" not in none.stderr
+
+
+MERGED = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.save(model(torch.arange(3, 13)[None]).logits.detach(), sys.argv[2])
+"""
+
+
+def test_a_merged_model_needs_no_code_and_equals_the_expert(tmp_path, checked):
+    result = merge(checked[0], expert="expert_1", output_dir=tmp_path / "merged")
+    assert result.difference < 1e-4 and result.expert == "expert_1" and result.dtype == "float32"
+    assert not list((tmp_path / "merged").glob("*.py"))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config
+    assert "routing_strategy" not in json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    home = tmp_path / "home"
+    home.mkdir()
+    python = make_environment(tmp_path / "env", ("transformers", "torch", "safetensors"))
+    run_python(python, MERGED, str(tmp_path / "merged"), str(home / "logits.pt"), home=home)
+    model = AutoModelForCausalLM.from_pretrained(checked[0], trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.arange(3, 13)[None], routing_strategy="single:1").logits
+    torch.testing.assert_close(torch.load(home / "logits.pt"), expected, atol=1e-4, rtol=0)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 97
+
+
+def test_merging_in_the_foundations_dtype(tmp_path):
+    foundation = save_foundation(tmp_path / "foundation", dtype=torch.bfloat16, tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", foundation, use_rslora=True, target_modules="all-linear")
+    export(adapter, tmp_path / "repo", layout="adapter", verify=False)
+    assert merge(tmp_path / "repo", expert=0, output_dir=tmp_path / "rounded").dtype == "bfloat16"
+    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "rounded" / "model.safetensors").values())
+    merge(tmp_path / "repo", expert="0", output_dir=tmp_path / "exact", dtype="float32")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact")
+    routed = AutoModelForCausalLM.from_pretrained(tmp_path / "repo", trust_remote_code=True, dtype=torch.float32)
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        expected = routed(ids, routing_strategy="single:0").logits
+        torch.testing.assert_close(exact(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_merged(tmp_path, checked, checkpoint):
+    for repo, expert, message in (
+        (checked[0], "nobody", "There is no expert named 'nobody'"),
+        (checked[0], "7", "out of range"),
+        (checkpoint, "expert_0", "is not an exported repo"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge(repo, expert=expert, output_dir=tmp_path / "out")
+    shutil.copytree(checked[0], tmp_path / "out")
+    with pytest.raises(InputError, match="not empty"):
+        merge(checked[0], expert="expert_0", output_dir=tmp_path / "out")
