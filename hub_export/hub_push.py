@@ -16,6 +16,7 @@ from typing import Any
 from .errors import InputError, one_line
 from .exported_repo import MODEL_TYPE
 from .hub_errors import find_token, hub_errors
+from .model_card import restate
 from .repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_files
 from .sources import HUB_ID
 from .tensor_files import read_json
@@ -258,10 +259,19 @@ def _stale(on_hub: list[str], content: RepoFiles) -> list[str]:
     )
 
 
+def _content(folder: Path, file: str, hub_id: str) -> str | bytes:
+    """The file's path; of the card, the text with the examples naming the repo as others will."""
+    if file != "README.md":
+        return str(folder / file)
+    return restate((folder / file).read_text(encoding="utf-8", errors="surrogateescape"), hub_id).encode(
+        "utf-8", errors="surrogateescape"
+    )
+
+
 def _commit(api: Any, folder: Path, hub_id: str, branch: str, files: list[str], deleted: list[str]) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[Any] = [CommitOperationAdd(file, str(folder / file)) for file in files]
+    operations: list[Any] = [CommitOperationAdd(file, _content(folder, file, hub_id)) for file in files]
     # is_folder: a path without a suffix, such as an expert's, must not be taken for one
     operations += [CommitOperationDelete(file, is_folder=False) for file in deleted]
     return api.create_commit(

@@ -23,6 +23,12 @@ from .results import BenchmarkResult
 BEGIN = "<!-- dylora-moe: generated from here; what stands outside these two marks is yours and is kept -->"
 END = "<!-- dylora-moe: generated up to here -->"
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n?", re.DOTALL)
+DATASETS = {  # on the Hub
+    "HumanEval": "openai/openai_humaneval",
+    "HumanEval+": "evalplus/humanevalplus",
+    "MBPP": "google-research-datasets/mbpp",
+    "MBPP+": "evalplus/mbppplus",
+}
 TAGS = ["dylora-moe", "lora", "mixture-of-experts", "custom_code"]
 
 
@@ -96,22 +102,26 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
-def restate(card: str, name: str, routing_strategy: str) -> str:
-    """The card of a repo as that of a variant: another name and default strategy, all else as it is."""
-    for pattern, text in (
-        (r"^# .*$", f"# {name}"),
-        (r"The default here is `[^`]*`", f"The default here is `{routing_strategy}`"),
-    ):
-        card = re.sub(pattern, lambda _, text=text: text, card, count=1, flags=re.MULTILINE)
-    card = re.sub(r'from_pretrained\("[^"]*"', lambda _: f'from_pretrained("{name}"', card)
-    return re.sub(r"--model \S+", lambda _: f"--model {name}", card)
+def restate(card: str, name: str, routing_strategy: str | None = None) -> str:
+    """The card of the same repo under another name, perhaps with another default strategy; what a person wrote stays."""
+    before, mark, rest = card.partition(BEGIN)
+    generated, end, after = rest.partition(END)
+    if not mark or not end:
+        return card
+    generated = re.sub(r"^# .*$", lambda _: f"# {name}", generated, count=1, flags=re.MULTILINE)
+    if routing_strategy is not None:
+        default = f"The default here is `{routing_strategy}`"
+        generated = re.sub(r"The default here is `[^`]*`", lambda _: default, generated, count=1)
+    generated = re.sub(r'from_pretrained\("[^"]*"', lambda _: f'from_pretrained("{name}"', generated)
+    generated = re.sub(r"--model \S+", lambda _: f"--model {name}", generated)
+    return before + mark + generated + end + after
 
 
 def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence[BenchmarkResult]) -> ModelCardData:
     evaluations = [
         EvalResult(
             task_type="text-generation",
-            dataset_type="evalplus/humanevalplus" if "HumanEval" in result.benchmark else "evalplus/mbppplus",
+            dataset_type=DATASETS[result.benchmark],
             dataset_name=result.benchmark,
             metric_type="pass@1",
             metric_value=round(result.value, 4),

@@ -245,7 +245,9 @@ def one_token_at_a_time(model: PeftModel, names: list[str], weights: torch.Tenso
         cache, logits = DynamicCache(config=model.config), []
         for token, shares in zip(row, row_weights.tolist(), strict=True):
             for layer, own in zip(layers, scales, strict=True):
-                layer.scaling.update({name: share * own[name] for name, share in zip(names, shares, strict=True) if name in own})
+                layer.scaling.update(
+                    {name: share * own[name] for name, share in zip(names, shares, strict=True) if name in own}
+                )
             logits.append(model(token.reshape(1, 1), past_key_values=cache).logits[0, 0])
         results.append(torch.stack(logits))
     for layer, own in zip(layers, scales, strict=True):

@@ -1,6 +1,7 @@
 """Subsets of experts, the layout `adapter`, PEFT folders and merged experts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +156,58 @@ def test_base_model_overrides_and_a_foundation_of_other_shapes_is_refused(saved)
         DyloraMoeForCausalLM.from_pretrained(folder / "adapter", base_model=str(folder / "other"))
     with pytest.raises(ValueError, match="holds its own foundation"):
         DyloraMoeForCausalLM.from_pretrained(folder / "full", base_model=str(folder / "moved"))
+
+
+def test_an_overriding_foundation_stays_the_models(saved):
+    _, folder = saved
+    other = AutoModelForCausalLM.from_pretrained(folder / "foundation")
+    other.model.layers[0].mlp.up_proj.weight.data.mul_(3)
+    other.save_pretrained(folder / "other")
+    loaded = DyloraMoeForCausalLM.from_pretrained(folder / "adapter", base_model=str(folder / "other"))
+    assert loaded.config.base_model_name_or_path == str(folder / "other")
+    assert loaded.config.base_model_revision is None
+    loaded.save_pretrained(folder / "again", layout="adapter")
+    same(loaded, DyloraMoeForCausalLM.from_pretrained(folder / "again"), ["base", "router"])
+
+
+def test_full_is_what_is_saved_unless_asked_otherwise(saved):
+    model, folder = saved
+    loaded = DyloraMoeForCausalLM.from_pretrained(folder / "adapter")
+    loaded.save_pretrained(folder / "again")
+    assert json.loads((folder / "again" / "config.json").read_text())["weights_layout"] == "full"
+    (folder / "foundation").rename(folder / "gone")
+    same(model, DyloraMoeForCausalLM.from_pretrained(folder / "again"), ["router"])
+
+
+def test_a_subset_of_layout_adapter_reads_no_other_experts_files(saved, monkeypatch):
+    from dylora_moe.modeling import layouts_dylora_moe
+
+    read = []
+    original = layouts_dylora_moe.load_file
+    monkeypatch.setattr(layouts_dylora_moe, "load_file", lambda path: read.append(Path(path)) or original(path))
+    DyloraMoeForCausalLM.from_pretrained(saved[1] / "adapter", experts=["third"])
+    assert [path.parent.name for path in read] == ["third", "adapter"]  # its file and the router's
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+def test_a_subset_of_a_variant(tmp_path, shards):
+    model = build()
+    model.save_pretrained(tmp_path)
+    model.half().save_pretrained(tmp_path, variant="fp16", **shards)
+    part = DyloraMoeForCausalLM.from_pretrained(tmp_path, variant="fp16", experts=["second"], dtype="auto")
+    assert part.dtype == torch.float16
+    same(part, DyloraMoeForCausalLM.from_pretrained(tmp_path, variant="fp16", dtype="auto"), ["base"])
+    with pytest.raises(OSError):
+        DyloraMoeForCausalLM.from_pretrained(tmp_path, variant="other", experts=["second"])
+
+
+def test_a_resized_model_is_saved_whole(saved):
+    model, folder = saved
+    model.resize_token_embeddings(103, mean_resizing=False)
+    with pytest.raises(ValueError, match="resized"):
+        model.save_pretrained(folder / "again", layout="adapter")
+    model.save_pretrained(folder / "again")
+    same(model, DyloraMoeForCausalLM.from_pretrained(folder / "again"), ["router"])
 
 
 def test_layout_adapter_needs_the_foundations_name(tmp_path):

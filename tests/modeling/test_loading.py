@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows
+from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows, save_layouts
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -67,6 +67,25 @@ def test_a_subset_with_a_device_map(saved, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_what_needs_the_weights_of_an_offloaded_model_is_refused(saved, tmp_path):
+    model, folder = saved
+    loaded = DyloraMoeForCausalLM.from_pretrained(
+        folder / "full", device_map=LAYER_ON_DISK, offload_folder=tmp_path / "offloaded"
+    )
+    for call in (
+        lambda: loaded.merge_expert(0),
+        lambda: loaded.expert_weights(0),
+        lambda: loaded.set_expert_weights(0, model.expert_weights(0)),
+        lambda: loaded.save_adapters(tmp_path / "adapters"),
+        lambda: loaded.save_pretrained(tmp_path / "adapter", layout="adapter"),
+        lambda: loaded.add_expert("fourth"),
+    ):
+        with pytest.raises(ValueError, match=r"layers\.1\..*offloaded"):
+            call()
+    loaded.save_pretrained(tmp_path / "whole")
+    same(model, DyloraMoeForCausalLM.from_pretrained(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, "auto"])
 def test_dtypes(saved, layout, dtype):
@@ -111,6 +130,30 @@ def test_torchao_int8_of_the_foundation_alone(saved, layout):
         expected = model(**BATCH, routing_strategy="single:1").logits
     assert 0 < (found - expected).abs().max() < 0.5
     loaded.generate(**BATCH, routing_strategy="router", **GREEDY)
+    with pytest.raises(ValueError, match="quantised"):
+        loaded.merge_expert(0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_models_are_saved_in_both_layouts(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    save_layouts(build(llama_config(hidden_size=128, intermediate_size=256)), tmp_path)
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)}
+    model = DyloraMoeForCausalLM.from_pretrained(tmp_path / "full", **quantised)
+    batch = {name: tensor.to(model.device) for name, tensor in BATCH.items()}
+    model.save_pretrained(tmp_path / "again", layout="adapter")
+    plain = DyloraMoeForCausalLM.from_pretrained(tmp_path / "again")
+    assert not hasattr(plain.config, "quantization_config")
+    again = DyloraMoeForCausalLM.from_pretrained(tmp_path / "again", **quantised)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    with pytest.raises(ValueError, match="quantised"):
+        model.merge_expert(0)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="saved quantised"):
+        DyloraMoeForCausalLM.from_pretrained(tmp_path / "whole", experts=["first"])
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -57,7 +57,6 @@ def test_beam_sampling_scores_its_sequences_as_a_naive_recomputation_does(mixtur
     for sequence, scores in zip(output.sequences.tolist(), found, strict=True):
         for step, score in enumerate(scores.tolist()):
             row = sequence[: len(PROMPT) + step]
-            # Each step's score is that of the whole beam before it was divided by the temperature.
             expected = naive_scores(loop, row, strategy, 0, 97)[sequence[len(PROMPT) + step]]
             assert score == pytest.approx(float(expected), abs=1e-3)
 

@@ -6,7 +6,8 @@ Everything is made in a temporary folder (about 3.5 GB): a Llama of 0.22B random
 rank 16 on all its linear layers, in bfloat16, too. They are exported in both layouts, without a router. Measured is the
 stock `AutoModelForCausalLM.from_pretrained` with its default arguments, the foundation alone beside the repos, each load
 in a process of its own, in an environment that has neither this package nor peft, after torch and Llama's code have been
-imported. The processes compute with one thread.
+imported. The processes compute with one thread. On a CPU transformers maps weights that need no conversion into memory and
+reads them when they are used, so the time until every weight has been read once is measured, too.
 Files are in the page cache: one round of loads is not counted. The rounds go through all repos in turn, so that whatever
 else the machine does hits all of them alike; given is the median.
 """
@@ -44,9 +45,13 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 assert importlib.util.find_spec("dylora_moe") is None and importlib.util.find_spec("peft") is None
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-seconds = time.perf_counter() - start
+loaded = time.perf_counter() - start
 assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-print(json.dumps({"seconds": seconds, "parameters": sum(parameter.numel() for parameter in model.parameters())}))
+for parameter in model.parameters():
+    parameter.data.reshape(-1).view(torch.uint8)[::4096].sum()  # every page of it
+touched = time.perf_counter() - start
+count = sum(parameter.numel() for parameter in model.parameters())
+print(json.dumps({"loaded": loaded, "touched": touched, "parameters": count}))
 """
 
 
@@ -108,25 +113,30 @@ def measure(work: Path, counts: list[int], runs: int) -> list[dict]:
             export(adapters[:count], repo, layout=layout, verify=False)
             rows.append({"experts": count, "layout": layout, "folder": repo})
     python = make_environment(work / "environment", ("torch", "transformers"))
-    seconds = [[] for _ in rows]
     for number in range(runs + 1):
         print(f"round {number} of {runs}" + (" (not counted)" if number == 0 else ""), file=sys.stderr)
-        for row, times in zip(rows, seconds, strict=True):
+        for row in rows:
             found = json.loads(run_python(python, LOAD, str(row["folder"]), home=work, stderr=False))
-            row["parameters"] = found["parameters"]
+            row["parameters"] = found.pop("parameters")
             if number > 0:
-                times.append(found["seconds"])
-    for row, times in zip(rows, seconds, strict=True):
-        row.update(bytes=size(row.pop("folder")), seconds=statistics.median(times), all_seconds=times)
+                row.setdefault("times", []).append(found)
+    for row in rows:
+        row["bytes"] = size(row.pop("folder"))
+        row.update({name: statistics.median(times[name] for times in row["times"]) for name in ("loaded", "touched")})
     return rows
 
 
 def print_table(rows: list[dict]) -> None:
-    print("| experts | layout | size on disk | load time | parameters |")
-    print("|---|---|---|---|---|")
+    print("| experts | layout | parameters | size on disk | load | load and read every weight |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
-        cells = [row["experts"] or "", row["layout"], f"{row['bytes'] / 1e6:.0f} MB", f"{row['seconds']:.2f} s"]
-        print("| " + " | ".join(map(str, [*cells, f"{row['parameters'] / 1e6:.0f}M"])) + " |")
+        cells = [
+            row["experts"] or "",
+            row["layout"],
+            f"{row['parameters'] / 1e6:.0f}M",
+            f"{row['bytes'] / 1e6:.0f} MB",
+        ]
+        print("| " + " | ".join([*map(str, cells), f"{row['loaded']:.2f} s", f"{row['touched']:.2f} s"]) + " |")
 
 
 def main() -> None:

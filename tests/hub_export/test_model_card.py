@@ -1,0 +1,139 @@
+"""The model card: facts, metadata that the Hub takes, results, and what a person wrote into it."""
+
+import json
+
+import pytest
+import yaml
+from helpers_checkpoints import save_adapters, save_final_checkpoint, save_foundation
+from huggingface_hub import ModelCard
+
+from dylora_moe.hub_export import InputError, export, make_variant
+from dylora_moe.hub_export.model_card import BEGIN, END, restate
+
+
+@pytest.fixture(scope="module")
+def licensed(tmp_path_factory):
+    """A foundation with a licence of its own kind in its card, and adapters on it."""
+    folder = tmp_path_factory.mktemp("licensed")
+    foundation = save_foundation(folder / "foundation")
+    metadata = {"license": "other", "license_name": "gentle", "license_link": "https://example.org/gentle"}
+    (foundation / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n# A foundation\n")
+    return save_adapters(folder, foundation)
+
+
+def card_of(repo):
+    return ModelCard.load(repo / "README.md")
+
+
+def test_metadata_and_facts(tmp_path, licensed):
+    export(licensed, tmp_path / "repo", verify=False)
+    card = card_of(tmp_path / "repo")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert (card.data.license, card.data.license_name) == ("other", "gentle")
+    assert card.data.license_link == "https://example.org/gentle"
+    assert {"dylora-moe", "lora", "mixture-of-experts", "custom_code"} <= set(card.data.tags)
+    assert card.data.base_model is None  # a folder of one machine
+    total = sum(parameter for parameter in _sizes(tmp_path / "repo"))
+    assert f"| 1 | `stabilised` | 8 | 6 (rsLoRA) | 7 | 3,712 | {3712 / total:.2%} |" in card.text
+    for part in ("its licence (gentle) applies", "| `uniform` |", "## Limits", 'from_pretrained("repo"'):
+        assert part in card.text
+    assert "`router`" not in card.text.split("## Limits")[0].split("## Routing strategies")[1]
+
+
+def _sizes(repo):
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(repo / "model.safetensors").items():
+        if ".lora_" not in name and not name.startswith("router."):
+            yield tensor.numel()
+
+
+def test_a_foundation_on_the_hub_is_named(tmp_path, foundation):
+    checkpoint = save_final_checkpoint(tmp_path / "final", "nobody/small-llama")
+    export(checkpoint, tmp_path / "repo", layout="adapter", verify=False)
+    card = card_of(tmp_path / "repo")
+    assert card.data.base_model == "nobody/small-llama" and card.data.license is None
+    assert "[nobody/small-llama](https://huggingface.co/nobody/small-llama)" in card.text
+    assert "is not part of this repo" in card.text and "share of the foundation" not in card.text
+
+
+def evalplus_results(path, passed, tasks=4):
+    status = {True: "pass", False: "fail"}
+    entries = {
+        f"HumanEval/{task}": [{"base_status": status[task < passed], "plus_status": status[task < passed - 1]}]
+        for task in range(tasks)
+    }
+    path.write_text(json.dumps({"date": "today", "hash": "0", "eval": entries}))
+    return path
+
+
+def test_results_become_a_model_index(tmp_path, licensed):
+    results = [
+        f"uniform={evalplus_results(tmp_path / 'a_eval_results.json', 3)}",
+        f"single:0={evalplus_results(tmp_path / 'b_eval_results.json', 2)}",
+    ]
+    export(licensed, tmp_path / "repo", results=results, verify=False)
+    card = card_of(tmp_path / "repo")
+    found = {(entry.metric_name, entry.dataset_name): entry.metric_value for entry in card.data.eval_results}
+    assert found == {
+        ("pass@1 (uniform, 4 tasks)", "HumanEval"): 0.75,
+        ("pass@1 (uniform, 4 tasks)", "HumanEval+"): 0.5,
+        ("pass@1 (single:0, 4 tasks)", "HumanEval"): 0.5,
+        ("pass@1 (single:0, 4 tasks)", "HumanEval+"): 0.25,
+    }
+    assert "| HumanEval+ | `uniform` | 50.0% | 4 |" in card.text
+
+
+@pytest.mark.parametrize("entry", ["router", "=x.json", "router={}/missing.json", "router={}/other.json"])
+def test_results_of_another_kind(tmp_path, licensed, entry):
+    (tmp_path / "other.json").write_text('{"eval": {"Sums/1": []}}')
+    with pytest.raises(InputError):
+        export(licensed, tmp_path / "repo", results=[entry.format(tmp_path)], verify=False)
+    assert not (tmp_path / "repo").exists()
+
+
+def test_what_a_person_wrote_survives_overwriting(tmp_path, licensed):
+    repo = tmp_path / "repo"
+    export(licensed, repo, verify=False)
+    readme = repo / "README.md"
+    text = readme.read_text()
+    text = text.replace("library_name: transformers", "library_name: transformers\nlanguage: en\ndatasets:\n- mine")
+    text = text.replace("- lora\n", "- lora\n- poetry\n")
+    text = text.replace(BEGIN, f"Mine, above.\n\n{BEGIN}").replace("uniform", "UNIFORM")
+    readme.write_text(text + "\n## Thanks\n\nMine, below.\n")
+    export(licensed, repo, overwrite=True, verify=False, routing_strategy="single:0")
+    card, text = card_of(repo), readme.read_text()
+    assert card.data.language == "en" and card.data.datasets == ["mine"] and "poetry" in card.data.tags
+    assert text.index("Mine, above.") < text.index(BEGIN) < text.index(END) < text.index("Mine, below.")
+    assert "UNIFORM" not in text and "The default here is `single:0`" in text
+    again = readme.read_text()
+    export(licensed, repo, overwrite=True, verify=False, routing_strategy="single:0")
+    assert readme.read_text() == again
+
+
+def test_a_card_that_somebody_wrote_whole_is_kept_below(tmp_path, licensed):
+    repo = tmp_path / "repo"
+    export(licensed, repo, verify=False)
+    (repo / "README.md").write_text("# All mine\n\nNo marks.\n")
+    export(licensed, repo, overwrite=True, verify=False)
+    text = (repo / "README.md").read_text()
+    assert text.index(END) < text.index("# All mine") and text.startswith("---\n")
+
+
+def test_a_variants_card_and_a_name(tmp_path, licensed):
+    export(licensed, tmp_path / "repo", verify=False)
+    readme = tmp_path / "repo" / "README.md"
+    readme.write_text(readme.read_text() + '\n# Mine\n\nfrom_pretrained("repo") --model repo\n')
+    make_variant(tmp_path / "repo", routing_strategy="base", output_dir=tmp_path / "variant")
+    text = (tmp_path / "variant" / "README.md").read_text()
+    assert "The default here is `base`" in text and 'from_pretrained("variant"' in text and "# variant" in text
+    assert text.endswith('# Mine\n\nfrom_pretrained("repo") --model repo\n')
+    assert "--model org/name " in restate(text, "org/name")
+
+
+def test_older_whole_models_say_that_routing_differs(tmp_path, foundation):
+    from helpers_checkpoints import save_whole_model
+
+    source = save_whole_model(tmp_path / "run" / "model", foundation)
+    export(source, tmp_path / "repo", verify=False)
+    assert "differ" in card_of(tmp_path / "repo").text.split("## Limits")[1]

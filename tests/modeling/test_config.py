@@ -1,0 +1,60 @@
+"""The config: fields that are the foundation's, flags that act, names that are refused."""
+
+import json
+
+import pytest
+import torch
+from helpers_models import build, llama_config, random_rows
+from transformers import AutoConfig, GPT2Config
+
+from dylora_moe.modeling import DyloraMoeConfig
+
+
+IDS = torch.tensor(random_rows((6,)))
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_sizes_and_special_tokens_are_the_foundations(tmp_path):
+    config = build().config
+    for name, value in {**SIZES, "pad_token_id": 2, "eos_token_id": 1, "bos_token_id": 0, "use_cache": True}.items():
+        assert getattr(config, name) == value == getattr(config.base_config, name)
+    assert config.max_position_embeddings == llama_config().max_position_embeddings
+    config.pad_token_id = 5
+    assert config.base_config.pad_token_id == 5
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert not set(fields) & {*SIZES, "pad_token_id", "use_cache"} and fields["base_config"]["pad_token_id"] == 5
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.pad_token_id == 5 and again.to_dict() == config.to_dict()
+    gpt2 = DyloraMoeConfig(GPT2Config(n_embd=32, n_layer=3, n_head=4))
+    assert (gpt2.hidden_size, gpt2.num_hidden_layers) == (32, 3)
+    assert not hasattr(DyloraMoeConfig(), "vocab_size")
+
+
+def test_flags_of_the_config_act():
+    model = build()
+    model.config.use_cache = False
+    assert model(IDS).past_key_values is None
+    model.config.output_hidden_states = True
+    assert len(model(IDS).hidden_states) == 3
+    assert model(IDS, output_hidden_states=False).hidden_states is None
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(model(IDS).attentions) == 2
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["a", "7"], ["1"]])
+def test_names_that_read_as_numbers_are_refused(names):
+    with pytest.raises(ValueError, match="digits alone"):
+        DyloraMoeConfig(expert_configs=[{"name": name} for name in names])
+
+
+def test_parts_of_module_names_are_refused_with_a_whole_one():
+    with pytest.raises(ValueError, match=r"Whole names .*'model\.layers\.0\.self_attn\.q_proj'"):
+        build(experts=[{"name": "a", "target_modules": ["q_proj"]}])
+
+
+def test_an_adapted_head_is_not_resized():
+    model = build(llama_config(tie_word_embeddings=False), [{"name": "a", "target_modules": ["lm_head"]}])
+    with pytest.raises(ValueError, match="adapt the head"):
+        model.resize_token_embeddings(103)
