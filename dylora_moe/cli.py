@@ -295,7 +295,8 @@ def _print_inspection(result: Any) -> None:
             size(expert.num_bytes),
             ", ".join(expert.dtypes),
         )
-    out.print(table)
+    if result.experts:
+        out.print(table)
     out.print("router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none"))
     if result.routing_strategy:
         out.print(f"default strategy: {result.routing_strategy}", markup=False)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .containment import contained
-from .errors import InputError
-from .mixture import Mixture, ReadOptions
+from .mixture import FoundationReference, Mixture, ReadOptions
+from .stored_tensors import of_file
 from .tensor_files import TensorFile, read_json
 from .whole_model import weight_files
 
@@ -42,12 +42,22 @@ def recognise(folder: Path) -> str | None:
 
 
 def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
-    """Nothing to describe.
-
-    Raises:
-        InputError: always; it says what can be done with such a folder.
-    """
-    raise InputError(
-        f"{folders[0]} is an ordinary model, with its adapters merged or without any ({reason}): it needs no export; load "
-        "it with AutoModelForCausalLM.from_pretrained, or benchmark it as it is"
+    """The model as it is, without experts; `problems` says that there is nothing to export."""
+    folder = folders[0]
+    config = read_json(folder / "config.json")
+    files = [TensorFile(path) for path in weight_files(folder)]
+    return Mixture(
+        format=FORMAT,
+        reason=reason,
+        folders=folders,
+        experts=[],
+        router=None,
+        foundation=FoundationReference(
+            name=config.get("base_model_name_or_path") or str(folder), named_in=folder / "config.json"
+        ),
+        problems=[
+            f"{folder} is an ordinary model, with its adapters merged or without any ({reason}): it needs no export; "
+            "load it with AutoModelForCausalLM.from_pretrained, or benchmark it as it is"
+        ],
+        foundation_weights={key: of_file(file, key) for file in files for key in file.keys()},  # noqa: SIM118
     )

@@ -1,11 +1,12 @@
 """What `inspect` says of each format, and of what is missing."""
 
 import json
+import shutil
 
 import pytest
 from helpers_checkpoints import change_json, layer_shapes
 
-from dylora_moe.hub_export import InputError, inspect
+from dylora_moe.hub_export import InputError, export, inspect
 
 
 FOUNDATION_PARAMETERS = 97 * 32 * 2 + 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32)
@@ -61,3 +62,21 @@ def test_what_is_missing_is_listed_and_not_raised(damaged):
 def test_an_unknown_folder(tmp_path):
     with pytest.raises(InputError, match="an empty folder"):
         inspect(tmp_path)
+
+
+def test_an_ordinary_model_needs_no_export(foundation, tmp_path):
+    found = inspect(foundation)
+    assert found.format == "merged model" and found.experts == [] and "needs no export" in found.missing[0]
+    assert found.foundation.num_parameters > 0 and found.reason.endswith("model_type llama")
+    with pytest.raises(InputError, match="needs no export"):
+        export(foundation, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_chosen_among_several_is_said(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-20")
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-100")
+    found = inspect(tmp_path / "run")
+    assert found.sources == [str(tmp_path / "run" / "checkpoint-100")] and "checkpoint-100" in found.notes[0]
+    found = inspect(tmp_path / "run", subfolder="checkpoint-20")
+    assert found.sources == [str(tmp_path / "run" / "checkpoint-20")]

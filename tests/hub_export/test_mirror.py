@@ -290,3 +290,26 @@ def test_a_pulled_repo_may_not_replace_another_folder(server, repo, tmp_path):
     refused, wrong = run(tmp_path / "home", server.environment(tmp_path / "home"), [pull, other], repo)
     assert "is not empty" in error_line(refused) and content(tmp_path / "mine") == {"thesis.txt": b"mine"}
     assert "is not an exported repo" in error_line(wrong) and not (tmp_path / "out").exists()
+
+
+def test_a_training_artifact_is_exported_on_the_way(server, checkpoint, foundation, tmp_path):
+    """By the command, with nothing injected; the choice among several checkpoints is told."""
+    files = {f"best_model/{path}": data for path, data in content(checkpoint).items()}
+    server.artifacts["guild/moe/run:v0"] = Artifact({**files, "checkpoint-5/config.json": b"{}"})
+    home = tmp_path / "home"
+    home.mkdir()
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
+    command = [sys.executable, "-m", "dylora_moe", "mirror", "pull", "guild/moe/run:v0", "-o", str(tmp_path / "repo")]
+    process = subprocess.run(
+        [*command, "--base_model", str(foundation)],
+        env={**keep, **server.environment(home), "HF_HUB_OFFLINE": "1"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "best_model" in process.stdout + process.stderr
+    config = json.loads((tmp_path / "repo" / "config.json").read_text())
+    assert [expert["name"] for expert in config["expert_configs"]] == ["expert_0", "expert_1", "expert_2"]
+    assert (tmp_path / "repo" / "model.safetensors").is_file()

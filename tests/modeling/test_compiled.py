@@ -70,10 +70,11 @@ def test_compiled_guidance_uses_the_calls_strategy(recompilations):
     backend, _ = recompilations
     model = build()
     ids = torch.tensor(random_rows((7,)))
-    arguments = {"guidance_scale": 2.0, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(ids, routing_strategy="single:1", **arguments)
+    arguments = {"guidance_scale": 2.0, "max_new_tokens": 1, "do_sample": False, "routing_strategy": "single:1"}
+    arguments.update(output_scores=True, return_dict_in_generate=True)
+    expected = model.generate(ids, **arguments).scores[0]
     model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
-    assert torch.equal(model.generate(ids, routing_strategy="single:1", **arguments), expected)
+    torch.testing.assert_close(model.generate(ids, **arguments).scores[0], expected)
 
 
 def test_compiled_training_has_the_same_gradients(recompilations):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers_models import build, llama_config, random_rows
-from transformers import AutoConfig, GPT2Config
+from transformers import GPT2Config
 
 from dylora_moe.modeling import DyloraMoeConfig
 
@@ -24,7 +24,7 @@ def test_sizes_and_special_tokens_are_the_foundations(tmp_path):
     config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert not set(fields) & {*SIZES, "pad_token_id", "use_cache"} and fields["base_config"]["pad_token_id"] == 5
-    again = AutoConfig.from_pretrained(tmp_path)
+    again = DyloraMoeConfig.from_pretrained(tmp_path)
     assert again.pad_token_id == 5 and again.to_dict() == config.to_dict()
     gpt2 = DyloraMoeConfig(GPT2Config(n_embd=32, n_layer=3, n_head=4))
     assert (gpt2.hidden_size, gpt2.num_hidden_layers) == (32, 3)

@@ -204,14 +204,15 @@ def test_the_routing_of_every_generated_token(mixture, loop, arguments):
 
 
 def test_the_routing_of_padded_rows_that_end_at_different_times(mixture, loop):
-    rows = [PROMPT, PROMPT[:4]]
-    end = loop.greedy(PROMPT[:4], "router", 0, 3)[-1]
-    assert end not in loop.greedy(PROMPT, "router", 0, 4)
+    rows = random_rows((10, 4))
+    end = loop.greedy(rows[1], "router", 0, 3)[-1]
+    assert end not in loop.greedy(rows[0], "router", 0, NEW)
     arguments = {"output_router_logits": True, "return_dict_in_generate": True, "do_sample": False}
     output = mixture.generate(**left_padded(rows), **{**PLAIN, "eos_token_id": end}, **arguments)
     for row, sequence, logits in zip(rows, output.sequences.tolist(), output.router_logits, strict=True):
-        new = sequence[len(PROMPT) :]
+        new = sequence[len(rows[0]) :]
         new = new[: new.index(end) + 1] if end in new else new
+        assert len(new) == (3 if row is rows[1] else NEW)
         expected = loop.router_logits(row + new[:-1])[len(row) - 1 :]
         torch.testing.assert_close(logits[: len(new)], expected, atol=1e-4, rtol=0)
 

@@ -50,7 +50,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(saved, tmp_path, layout):
     trainer = Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses[-1] > min(losses) + 0.1
+    assert losses[-1] > min(losses) + 0.01
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
