@@ -13,10 +13,11 @@ from .errors import InputError, one_line
 
 
 ARTIFACT = "wandb:"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"(?=.{1,96}\Z)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-# what training leaves behind and nothing here ever opens
-NEVER_NEEDED = ["optimizer.*", "training_args.bin", "rng_state*.pth", "scheduler.pt", "*.onnx", "*.h5", "*.msgpack"]
+# What training leaves behind and nothing here ever opens, at the top of a repo or in a folder of it.
+NAMES = ("optimizer.*", "training_args.bin", "rng_state*.pth", "scheduler.pt", "*.onnx", "*.h5", "*.msgpack")
+NEVER_NEEDED = [pattern for name in NAMES for pattern in (name, f"*/{name}")]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
         InputError: there is no such folder, nor a Hub repo or artifact of that name that can be had.
     """
     text = str(source)
-    if Path(text).exists():
+    if _exists(text):
         if revision is not None:
             raise InputError(f"--revision is for repos on the Hub; {text} is a folder of this machine")
         return Source(Path(text), Path(text).resolve().name)
@@ -56,6 +57,13 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
     if not HUB_ID.fullmatch(text):
         raise InputError(f"{text} does not exist")
     return Source(_download(text, revision), text.rsplit("/", 1)[-1])
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or a null byte
+        return False
 
 
 def resolve_sources(sources: str | Path | list[str | Path], revision: str | None = None) -> list[Source]:
