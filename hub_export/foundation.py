@@ -14,6 +14,7 @@ from torch import nn
 from .errors import InputError, one_line
 from .mixture import Expert, FoundationReference, Router
 from .sources import HUB_ID
+from .tensor_files import read_json
 
 
 def resolve_foundation(
@@ -50,9 +51,12 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
     if named_in is not None:
         starts += [named_in.resolve().parent, named_in.resolve().parent.parent]
     for start in starts:
-        folder = start / Path(name).expanduser()
-        if (folder / "config.json").is_file():
-            return folder.resolve()
+        try:
+            folder = start / Path(name).expanduser()
+            if (folder / "config.json").is_file():
+                return folder.resolve()
+        except (OSError, RuntimeError, ValueError):  # no path at all: too long, a null byte, nobody's home
+            return None
     return None
 
 
@@ -72,15 +76,28 @@ def at_hand(reference: FoundationReference) -> bool:
 
 def in_hub_cache(reference: FoundationReference) -> Path | None:
     """The folder in the Hub's cache that holds config and weights; None where they are not there, or not all."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(reference.name, revision=reference.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        config = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision or "main")
+    except (HFValidationError, ValueError):
         return None
-    complete = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return folder if complete and (folder / "config.json").is_file() else None
+    if not isinstance(config, str):  # it is not there, or known not to be on the Hub either
+        return None
+    return Path(config).parent if _has_all_weights(Path(config).parent) else None
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Loading a model takes some of a repo's files only, so that a snapshot need not be whole."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            return isinstance(weight_map, dict) and all((folder / str(file)).is_file() for file in weight_map.values())
+        if (folder / name).is_file():
+            return True
+    return False
 
 
 def load_foundation_config(reference: FoundationReference) -> Any:
