@@ -25,6 +25,7 @@ from .exported_repo import FORMAT as EXPORTED_REPO
 from .exported_repo import read as read_repo
 from .mixture import Mixture, ReadOptions
 from .options import ExportOptions
+from .own_code import link_with_own_code
 from .plan import Plan
 from .tensor_files import read_json
 from .writer import finest_dtype
@@ -163,9 +164,7 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
 
 def _expected_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions) -> dict:
     if mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        return _repo_quantities(
-            mixture.folders[0], rows, options.router_settings, options.torch_dtype, options.base_model
-        )
+        return _own_code_quantities(mixture, rows, options.router_settings, options)
     return _source_quantities(mixture, plan, rows, options)
 
 
@@ -194,14 +193,9 @@ def _own_code_quantities(
     mixture: Mixture, rows: torch.Tensor, settings: dict[str, Any], options: ExportOptions
 ) -> dict[str, torch.Tensor]:
     """What an exported repo computes by this package's code: its own could do anything."""
-    from dylora_moe.modeling.saving_dylora_moe import save_code
-
     repo = mixture.folders[0].resolve()
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
-        for path in repo.iterdir():
-            if path.suffix != ".py":
-                Path(directory, path.name).symlink_to(path.resolve())
-        save_code(directory)
+        link_with_own_code(repo, Path(directory))
         dtype, is_full = options.torch_dtype, options.layout == "full"
         return _repo_quantities(Path(directory), rows, settings, dtype, options.base_model, is_full)
 

@@ -89,8 +89,13 @@ def strangers(folder: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards that the index names, in order."""
-    return shards(folder, "model.safetensors")
+    """`model.safetensors`, or the shards that the index names, in order.
+
+    Raises:
+        InputError: a file is a link to somewhere else, or the index names what is no file of this folder.
+    """
+    inside(folder, folder / "model.safetensors.index.json")
+    return [inside(folder, path) for path in shards(folder, "model.safetensors")]
 
 
 def load_config(folder: Path):
@@ -103,6 +108,7 @@ def load_config(folder: Path):
 
     if not is_exported_repo(folder):
         raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
+    inside(folder, folder / "config.json")
     try:
         return DyloraMoeConfig.from_pretrained(folder)
     except Exception as error:  # any wrong field may make the config class fail in its own way
@@ -118,7 +124,7 @@ def stored_routing_strategy(folder: Path, config: Any) -> str:
     from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
     path = folder / "generation_config.json"
-    stored = read_json(path).get("routing_strategy") if path.is_file() else None
+    stored = read_json(inside(folder, path)).get("routing_strategy") if path.is_file() else None
     try:
         return str(resolve_routing_strategy(stored, config))
     except ValueError as error:

@@ -56,7 +56,11 @@ def recognise(folder: Path) -> str | None:
     if is_checkpoint and router.is_file() and "gate_state_dict" in read_state(contained(folder, router)):
         return f"{STATE} holds gate_state_dict"
     config = folder / "config.json"
-    if adapter_files(folder) and config.is_file() and read_json(config).get("model_type") == "dylora-moe":
+    if (
+        adapter_files(folder)
+        and config.is_file()
+        and read_json(contained(folder, config)).get("model_type") == "dylora-moe"
+    ):
         return "config.json has model_type dylora-moe, and there is peft_adapters/expert_<i>.pt"
     return None
 

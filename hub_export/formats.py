@@ -28,7 +28,9 @@ READERS: tuple[ModuleType, ...] = (
 )
 
 
-MALFORMED = (TypeError, AttributeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError, re.error)
+MALFORMED = (
+    TypeError, AttributeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError, OSError, re.error,
+)  # fmt: skip
 
 
 class UnknownFormatError(InputError):

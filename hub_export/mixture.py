@@ -117,6 +117,7 @@ class Mixture:
         foundation_config: the foundation's transformers config, where the source carries the foundation.
         foundation_weights: its tensors by their names in the foundation's own state dict, tied ones left out; None where
             the foundation is apart.
+        has_trained_foundation: whether some of those tensors are known to be other than the named foundation's.
         routing_strategy: the default strategy the source already has, if it has one.
         parts: where experts were appended to a mixture: that mixture, and what was appended.
     """
@@ -132,6 +133,7 @@ class Mixture:
     limits: list[str] = field(default_factory=list)
     foundation_config: Any = None
     foundation_weights: dict[str, StoredTensor] | None = None
+    has_trained_foundation: bool = False
     routing_strategy: str | None = None
     parts: list[Mixture] = field(default_factory=list)
 

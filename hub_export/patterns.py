@@ -19,22 +19,28 @@ try:
 except ImportError:  # before Python 3.11
     import sre_parse as parser
 
-LONGEST_NAME = 150  # of a module, in characters
-MOST_WAYS = 1e10
+LONGEST_NAME = 100  # of a module, in characters
+MOST_WAYS = 1e8
 LONGEST_PATTERN = 20_000
 ONE_CHARACTER = ("LITERAL", "NOT_LITERAL", "IN", "ANY")
 
 
-def check_pattern(pattern: str, what: str) -> None:
-    """Raises:
-    InputError: it is no regular expression, or one that may take forever; `what` says where it stands.
+def check_pattern(pattern: str, what: str, prefixed: bool = False) -> None:
+    """Refuse what may take forever on names of up to `LONGEST_NAME` characters.
+
+    Args:
+        what: where it stands.
+        prefixed: whether anything may stand before it, as in PEFT's `rank_pattern`.
+
+    Raises:
+        InputError: it is no regular expression, or one of too many ways.
     """
     try:
         steps, runs = _ways(parser.parse(pattern)) if len(pattern) <= LONGEST_PATTERN else (inf, 0)
     except (re.error, RecursionError, OverflowError) as error:
         raise InputError(f"{what} is no regular expression: {error}") from error
-    # one more run for the prefix that PEFT allows; where each of several runs ends is a choice of places in order
-    if steps * comb(LONGEST_NAME + runs + 1, runs + 1) > MOST_WAYS:
+    runs += prefixed
+    if steps * comb(LONGEST_NAME + runs, runs) > MOST_WAYS:  # where the runs end is a choice of places in order
         raise InputError(f"{what} is {pattern[:80]!r}, a regular expression that may take forever; simplify it")
 
 
@@ -62,7 +68,9 @@ def _ways_of(kind: str, value: Any) -> tuple[float, int]:
             return 1 + steps, runs
         if len(inside) == 1 and str(inside[0][0]) in ONE_CHARACTER:
             return 1, 1
-    return inf, 0  # a repeated group, a look around, a reference back
+    if kind in ("ASSERT", "ASSERT_NOT"):
+        return _ways(value[1])
+    return inf, 0  # a repeated group, a reference back
 
 
 def _alternatives(branches: list[Any], steps: list[float]) -> float:
@@ -73,9 +81,7 @@ def _alternatives(branches: list[Any], steps: list[float]) -> float:
         start = tuple(token[1] for token in branch) if _is_text(branch) else (branch[0][1],) if literal else ()
         by_start[start] = by_start.get(start, 0) + count
     # texts that another one is the beginning of can both match
-    return max(
-        sum(count for other, count in by_start.items() if start[: len(other)] == other) for start in by_start
-    )
+    return max(sum(count for other, count in by_start.items() if start[: len(other)] == other) for start in by_start)
 
 
 def _is_text(branch: Any) -> bool:

@@ -23,6 +23,7 @@ from . import adalora
 from .containment import contained
 from .errors import InputError
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, check_expert_names, natural_order
+from .patterns import LONGEST_NAME, check_pattern
 from .tensor_files import TensorFile, read_json
 from .training_run import number
 
@@ -175,6 +176,9 @@ def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
                 f"{path}: {field} is {value!r}, a field that may change what the adapter computes; it is not known"
             )
     number(config.get("lora_dropout") or 0.0, f"{path}: lora_dropout")
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        for pattern in _texts(config.get(field), field):  # not used here, but by PEFT in the check
+            check_pattern(pattern, f"{path}: {field}")
     if _is_adalora(config):
         adalora.check_config(path, config)
         return config
@@ -183,7 +187,15 @@ def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
     for field in ("rank_pattern", "alpha_pattern"):
         for key, value in (config.get(field) or {}).items():
             number(value, f"{path}: {field} of {key}")
+            check_pattern(key, f"{path}: a key of {field}", prefixed=True)
     return config
+
+
+def _texts(value: Any, field: str) -> list[str]:
+    """What PEFT takes as regular expressions: a text, and of the fields that may be lists only `layers_pattern`'s."""
+    if isinstance(value, str):
+        return [value]
+    return [text for text in value or () if isinstance(text, str)] if field == "layers_pattern" else []
 
 
 def _is_adalora(config: dict[str, Any]) -> bool:
@@ -290,6 +302,8 @@ def _by_pattern(pattern: dict[str, Any], module: str, otherwise: Any) -> Any:
 
     That is how PEFT reads `rank_pattern` and `alpha_pattern` (`peft.utils.get_pattern_key`).
     """
+    if pattern and len(module) > LONGEST_NAME:
+        raise InputError(f"{module[:LONGEST_NAME]}… is too long a name for rank_pattern and alpha_pattern")
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

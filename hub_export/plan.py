@@ -78,11 +78,7 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
         InputError: there is no foundation, or it is not the one that the experts were trained on.
     """
     carried = mixture.foundation_weights is not None
-    reference = mixture.foundation
-    if not carried or options.base_model is not None:
-        reference = resolve_foundation(mixture.foundation, options.base_model, options.base_revision)
-    if reference.name is None and options.layout == "adapter":
-        raise InputError("layout adapter leaves the foundation where it is; say where that is with --base_model")
+    reference = _reference(mixture, options)
     base_config = mixture.foundation_config if carried else _config_at_hand(mixture, reference, options)
     model = weights = None
     if base_config is not None:
@@ -96,6 +92,16 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
     config = _config(mixture, base_config, reference, options)
     config.dtype = options.torch_dtype or _main_dtype(weights) or getattr(base_config, "dtype", None)
     return Plan(reference, config, model, weights, _generation(mixture, reference, model))
+
+
+def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
+    """Where the foundation is named to be; for layout `full` of a source that carries it that need not be anywhere."""
+    try:
+        return resolve_foundation(mixture.foundation, options.base_model, options.base_revision)
+    except InputError:
+        if mixture.foundation_weights is None or options.base_model is not None or options.layout == "adapter":
+            raise
+        return mixture.foundation
 
 
 def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: ExportOptions) -> Any:
@@ -132,6 +138,8 @@ def _weights(
     if carried is not None and not is_replaced:
         return carried
     if not at_hand(reference) and (options.layout == "adapter" or carried is not None):
+        if carried is not None:
+            _warn_not_compared(mixture, reference)
         return None if options.layout == "adapter" else carried
     named = foundation_weights(reference, model)
     if carried is not None:
@@ -154,6 +162,24 @@ def _check_same(carried: dict[str, StoredTensor], named: dict[str, StoredTensor]
             )
 
 
+def _warn_not_compared(mixture: Mixture, reference: FoundationReference) -> None:
+    """The named foundation will be taken for the source's own.
+
+    Raises:
+        InputError: it is known to be another one.
+    """
+    if mixture.has_trained_foundation:
+        raise InputError(
+            f"training changed the source's own foundation, so that {reference.name} cannot stand in for it; leave out "
+            "--base_model and export with --layout full"
+        )
+    message = (
+        f"the source's own foundation could not be compared with {reference.name}, which is not at hand and will be taken "
+        "for it"
+    )
+    warnings.warn(message, DyloraMoeWarning, stacklevel=5)
+
+
 def _main_dtype(weights: dict[str, StoredTensor] | None) -> torch.dtype | None:
     """The dtype that most of the foundation is stored in."""
     sizes: dict[torch.dtype, int] = {}
@@ -169,6 +195,7 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
     if base_config is not None:
         base_config = copy.deepcopy(base_config)
         base_config._name_or_path = ""  # the folder it happened to be loaded from means nothing elsewhere
+        vars(base_config).pop("auto_map", None)  # code that nothing here runs, and those who load the repo should not
     router: dict[str, Any] = {"router_input": None}
     if mixture.router is not None:
         names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature", "router_aux_loss_coef")

@@ -34,7 +34,7 @@ def read_prompts(path: str | Path, mixture: Mixture) -> dict[str, list[str]]:
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"--router_prompts {path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"--router_prompts {path} must map each expert's name to a list of prompts")

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .containment import contained
 from .errors import DyloraMoeWarning, InputError, one_line
 from .foundation import at_hand
 from .mixture import FoundationReference, Mixture
@@ -13,6 +14,8 @@ from .options import ExportOptions
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".vocab")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -51,6 +54,10 @@ def find_tokenizer(
 
 def _common(folders: list[Path], trust_remote_code: bool) -> Any:
     """The first of several tokenizers that must agree on what each token is."""
+    for folder in folders:
+        for path in [*folder.glob("*.*"), *folder.glob("additional_chat_templates/*")]:
+            if path.suffix in TOKENIZER_SUFFIXES:
+                contained(folder, path)  # a chat template may be any text of this machine
     tokenizers = [load_tokenizer(str(folder), None, trust_remote_code) for folder in folders]
     first = tokenizers[0]
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
@@ -76,8 +83,13 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise many kinds, bare Exception among them
         raise InputError(
             f"the tokenizer of {name} cannot be read: {one_line(error)}; pass one with --tokenizer"
         ) from error
+    if not trust_remote_code:
+        # saved along, it would run for those who trust the repo
+        tokenizer.init_kwargs.pop("auto_map", None)
+        tokenizer._auto_map = None
+    return tokenizer

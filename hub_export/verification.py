@@ -180,7 +180,7 @@ def _code_files() -> dict[str, Path]:
 def _code(folder: Path, config: Any, result: Verification) -> None:
     """Every Python file is this package's, and `auto_map` names nothing that lies elsewhere."""
     ours, wrong = _code_files(), []
-    for name in sorted({path.name for path in folder.glob("*.py")} | ours.keys()):
+    for name in sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} | ours.keys()):
         inside(folder, folder / name)
         if name not in ours:
             wrong.append(f"{name} is no file of this package's")
@@ -194,10 +194,12 @@ def _code(folder: Path, config: Any, result: Verification) -> None:
 
 
 def _code_elsewhere(path: Path) -> list[str]:
+    from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
+
     entries = (read_json(path).get("auto_map") or {}) if path.is_file() else {}
     values = entries.values() if isinstance(entries, dict) else [entries]
     names = [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
-    return [f"{path.name} takes code from {name.partition('--')[0]}" for name in names if "--" in name]
+    return [f"{path.name} takes code from {name.partition('--')[0]}" for name in names if name not in AUTO_MAP.values()]
 
 
 def _difference(ours: Path, theirs: Path) -> str:

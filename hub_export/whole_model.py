@@ -131,6 +131,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         limits=limits,
         foundation_config=stored,
         foundation_weights=weights,
+        has_trained_foundation=len(limits) > 1,
     )
 
 

@@ -65,8 +65,8 @@ class DyloraMoeRouter(nn.Module):
 
 
 def balance_loss(weights: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean squared error between the mean routing weights over non-padding tokens and 1/N: that of DyLoRA-MoE's
-    training code, 1/N sum_i (mean_t w_ti - 1/N)^2, not the product of the Switch Transformer's.
+    """Mean squared error between the mean routing weights over non-padding tokens and 1/N: 1/N sum_i (mean_t w_ti -
+    1/N)^2. As weights sum to 1, it is the importance loss of https://arxiv.org/abs/1701.06538, section 4, over N^2.
 
     Args:
         weights: `[batch, sequence, num_experts]`.

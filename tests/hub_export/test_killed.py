@@ -69,7 +69,11 @@ KILLED = -9
 def run():
     """Runs a command in a forked process, to its end or until it is killed."""
     with subprocess.Popen(
-        [sys.executable, "-c", RUNNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", RUNNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert process.stdout.readline() == "ready\n"
 
@@ -83,7 +87,9 @@ def run():
         process.stdin.close()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork, and the exchange of two folders is Linux's")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs fork, and the exchange of two folders is Linux's"
+)
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment(run, checkpoint, tmp_path, layout, overwrite):

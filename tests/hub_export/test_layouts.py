@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers_checkpoints import change_json, save_adapter, save_foundation, snapshot
+from helpers_checkpoints import change_json, save_adapter, save_foundation, save_whole_model, snapshot
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -206,3 +206,24 @@ def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
     total = sum(path.stat().st_size for path in foundation.glob("*.safetensors"))
     assert total > 650e6 and size > 100e6
     assert rise < (2 * 100e6 + 500e6 if layout == "full" else 1.2 * size + 200e6)
+
+
+def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypatch):
+    """Known to differ: refused even where the named one is not at hand. A relative name becomes an absolute one."""
+    foundation = save_foundation(tmp_path / "run" / "foundation", tie_word_embeddings=True)
+    changed = save_whole_model(tmp_path / "run" / "changed", foundation, head="trained")
+    plain = save_whole_model(tmp_path / "run" / "plain", foundation)
+    tokenizer = str(foundation)
+    for source in (changed, plain):
+        change_json(source / "config.json", base_model_name_or_path="nobody/small-llama")
+    with pytest.raises(InputError, match="training changed the source's own foundation"):
+        export(changed, tmp_path / "light", tokenizer=tokenizer, layout="adapter")
+    with pytest.warns(DyloraMoeWarning, match="could not be compared with nobody/small-llama"):
+        result = export(plain, tmp_path / "light", tokenizer=tokenizer, layout="adapter")
+    assert not result.check.compared_logits
+    change_json(plain / "config.json", base_model_name_or_path="foundation")
+    monkeypatch.chdir(tmp_path / "run")
+    for layout in ("full", "adapter"):
+        export(plain, tmp_path / layout, tokenizer=tokenizer, layout=layout, verify=False)
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        assert config["base_model_name_or_path"] == str(foundation)

@@ -66,7 +66,8 @@ class Case:
     Attributes:
         reference: format, folders and foundation of the files that say what is right, for check_source.
         lora_alpha: where the source stores none.
-        names: expert to the name that one would choose it by.
+        options: of the export.
+        layouts: those that it can be exported to.
     """
 
     sources: list[Path]
@@ -122,12 +123,21 @@ def training_checkpoints(folder: Path, foundation: Path) -> dict[str, Case]:
 
 def peft_adapters(folder: Path, foundation: Path, adapters: list[Path]) -> dict[str, Case]:
     """LoRA, rsLoRA and patterns in one mixture; AdaLoRA alone and beside LoRA; what QLoRA runs write."""
+    patterned = save_adapter(
+        folder / "patterned",
+        foundation,
+        seed=7,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"v_proj": 2, r"layers\.1\.mlp\.down_proj": 6},
+        alpha_pattern={"layers.0.self_attn.q_proj": 3, "down_proj": 5},
+    )
     adaptive = save_adalora_adapter(folder / "adaptive", foundation)
     quantised = save_adapter(folder / "quantised", foundation, seed=2, dtype=torch.bfloat16)
     loftq = {"loftq_bits": 4, "loftq_iter": 1}
     change_json(quantised / "adapter_config.json", loftq_config=loftq, init_lora_weights="gaussian")
     made = {
-        "LoRA, rsLoRA, patterns": list(adapters),
+        "LoRA, rsLoRA, patterns": [*adapters, patterned],
         "AdaLoRA": [adaptive],
         "AdaLoRA beside LoRA": [adaptive, adapters[1]],
         "QLoRA": [quantised],
@@ -297,7 +307,8 @@ def test_a_final_checkpoint_by_peft_alone(cases, loaded, foundation):
             assert_close(found, expected)
 
 
-def test_adapters_by_peft_alone(loaded, adapters, foundation):
+def test_adapters_by_peft_alone(cases, loaded, foundation):
+    adapters = cases["LoRA, rsLoRA, patterns"].sources
     names = [folder.name for folder in adapters]
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(foundation), str(adapters[0]), adapter_name=names[0]

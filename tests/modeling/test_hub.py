@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers_models import build
@@ -20,9 +21,11 @@ def hub():
 def run(hub, home, code: str, *arguments: str, token: str | None = "hf_write") -> str:
     """The client reads `HF_ENDPOINT` when it is imported, hence a process of its own."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    # Tests that ran before in this process may have put their own folder of downloaded code on the path.
+    paths = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
     process = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**keep, **hub.environment(home, token), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**keep, **hub.environment(home, token), "PYTHONPATH": os.pathsep.join(paths)},
         cwd=home,
         capture_output=True,
         text=True,
