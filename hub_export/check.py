@@ -117,7 +117,7 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
     Raises:
         FailureError: one of the sides could not be computed.
     """
-    if plan.weights is None:
+    if plan.find_weights is None:
         return []
     config = read_json(repo / "config.json")
     rows = _random_rows(plan)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,15 +40,20 @@ class Plan:
         foundation: where it is named to be.
         config: the repo's config.
         skeleton: the foundation without weights; None where not even its config is at hand (layout `adapter` alone).
-        weights: its tensors by their own names; None where they are not at hand (layout `adapter` alone).
+        find_weights: gives its tensors by their own names; None where they are not at hand (layout `adapter` alone).
         generation: the fields of the repo's `generation_config.json`, the strategy apart.
     """
 
     foundation: FoundationReference
     config: Any
     skeleton: nn.Module | None
-    weights: dict[str, StoredTensor] | None
+    find_weights: Callable[[], dict[str, StoredTensor]] | None
     generation: dict[str, Any]
+
+    @cached_property
+    def weights(self) -> dict[str, StoredTensor] | None:
+        """The foundation's tensors; looked for when they are asked for, as a few foundations have to be loaded whole."""
+        return None if self.find_weights is None else self.find_weights()
 
     @property
     def transposed(self) -> frozenset[str]:
@@ -80,7 +87,7 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
     carried = mixture.foundation_weights is not None
     reference = _reference(mixture, options)
     base_config = mixture.foundation_config if carried else _config_at_hand(mixture, reference, options)
-    model = weights = None
+    model = find = None
     if base_config is not None:
         if getattr(base_config, "quantization_config", None) is not None:
             raise InputError(
@@ -88,10 +95,12 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
             )
         model = skeleton(base_config)
         _check_fit(mixture, model, reference)
-        weights = _weights(mixture, reference, model, options)
+        find = _find_weights(mixture, reference, model, options)
     config = _config(mixture, base_config, reference, options)
-    config.dtype = options.torch_dtype or _main_dtype(weights) or getattr(base_config, "dtype", None)
-    return Plan(reference, config, model, weights, _generation(mixture, reference, model))
+    plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
+    main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
+    config.dtype = options.torch_dtype or main_dtype or getattr(base_config, "dtype", None)
+    return plan
 
 
 def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
@@ -130,21 +139,26 @@ def _check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReferenc
     check_experts_fit(mixture.experts, model, name)
 
 
-def _weights(
+def _find_weights(
     mixture: Mixture, reference: FoundationReference, model: nn.Module, options: ExportOptions
-) -> dict[str, StoredTensor] | None:
-    carried = mixture.foundation_weights
-    is_replaced = carried is not None and (options.layout == "adapter" or options.base_model is not None)
-    if carried is not None and not is_replaced:
-        return carried
-    if not at_hand(reference) and (options.layout == "adapter" or carried is not None):
+) -> Callable[[], dict[str, StoredTensor]] | None:
+    """What gives the foundation's tensors: the source itself, or where the foundation is named to be.
+
+    Raises:
+        InputError: the named one would stand in for the source's own, and is another one.
+    """
+    carried, is_light = mixture.foundation_weights, options.layout == "adapter"
+    if carried is not None and not is_light and options.base_model is None:
+        return lambda: carried
+    if not at_hand(reference) and (is_light or carried is not None):
         if carried is not None:
             _warn_not_compared(mixture, reference)
-        return None if options.layout == "adapter" else carried
+        return None if is_light else lambda: carried
+    if carried is None:
+        return lambda: foundation_weights(reference, model)
     named = foundation_weights(reference, model)
-    if carried is not None:
-        _check_same(carried, named, reference)
-    return named
+    _check_same(carried, named, reference)
+    return lambda: named
 
 
 def _check_same(carried: dict[str, StoredTensor], named: dict[str, StoredTensor], reference: FoundationReference):

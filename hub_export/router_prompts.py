@@ -66,7 +66,7 @@ def router_from_prompts(mixture: Mixture, plan: Plan, tokenizer: Any, options: E
         InputError: the foundation or its tokenizer is not at hand.
     """
     prompts = read_prompts(options.router_prompts, mixture)
-    if plan.weights is None or tokenizer is None:
+    if plan.find_weights is None or tokenizer is None:
         raise InputError(
             f"--router_prompts needs the foundation {plan.foundation.name} and its tokenizer at hand, to compute hidden "
             "states; pass a folder with --base_model"

@@ -42,12 +42,12 @@ def load_torch_file(path: Path) -> Any:
     """
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             # files in torch's format from before 1.6 cannot be mapped
             if "mmap" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
@@ -59,6 +59,15 @@ def load_torch_file(path: Path) -> Any:
         raise InputError(
             f"{path} cannot be read: {one_line(error)}; the file is damaged or incomplete, copy it again"
         ) from error
+    _check_plain(path, content)
+    return content
+
+
+def _check_plain(path: Path, content: Any, depth: int = 2) -> None:
+    for key, value in content.items() if isinstance(content, dict) and depth else ():
+        _check_plain(path, value, depth - 1)
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized):
+            raise InputError(f"{path}: {key} is stored sparse or quantised, expected a plain tensor")
 
 
 class TensorFile:
