@@ -29,7 +29,7 @@ from dylora_moe.hub_export import export
 
 
 # more, by hand: DYLORA_MOE_FUZZ=500 pytest tests/hub_export/test_fuzz.py
-EXAMPLES = int(os.environ.get("DYLORA_MOE_FUZZ", "16"))
+EXAMPLES = int(os.environ.get("DYLORA_MOE_FUZZ", "20"))
 SOURCES = (
     "final", "earlier trainer", "trainer", "whole", "whole in bin shards", "adapters", "adalora", "full repo",
     "adapter repo",
