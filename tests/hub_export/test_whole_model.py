@@ -64,7 +64,7 @@ def test_a_plain_model_with_such_a_config_is_not_this_format(foundation, tmp_pat
     detection = detect(merged)
     assert detection.format == "merged model"
     assert "no adapter" in detection.reason and "model_type llama" in detection.reason
-    message = read_error(merged)
+    (message,) = read(merged).problems
     assert "needs no export" in message and "benchmark it as it is" in message
 
 
