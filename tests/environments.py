@@ -67,6 +67,11 @@ def run_python(python: Path, code: str, *arguments: str, home: Path, stderr: boo
     return process.stdout
 
 
+def python_path() -> str:
+    """This process's path for another one, without folders of downloaded code that tests before put on it."""
+    return os.pathsep.join(path for path in sys.path if not Path(path, "transformers_modules").is_dir())
+
+
 def build_wheel(directory: Path) -> Path:
     """A wheel of this repository."""
     root = Path(__file__).parents[1]

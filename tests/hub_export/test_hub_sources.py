@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from environments import python_path
 from helpers_checkpoints import change_json, snapshot
 from hub_server import Hub, Repo
 
@@ -31,7 +32,7 @@ def command(hub, home, *arguments, token="hf_write"):
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "-m", "dylora_moe", *map(str, arguments)],
-        env={**keep, **hub.environment(home, token), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**keep, **hub.environment(home, token), "PYTHONPATH": python_path()},
         cwd=home,
         capture_output=True,
         text=True,

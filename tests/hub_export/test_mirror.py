@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from environments import python_path
 from helpers_checkpoints import VOCABULARY, change_json, save_tokenizer
 from helpers_models import build
 from wandb_server import API_KEY, Artifact, WandbServer, md5
@@ -50,7 +51,7 @@ for action in json.loads(sys.argv[1]):
 def run(home: Path, environment: dict[str, str], actions: list[dict], repo: Path | None = None) -> list[dict]:
     home.mkdir(exist_ok=True)
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
-    environment = {**keep, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    environment = {**keep, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment}
     process = subprocess.run(
         [sys.executable, "-c", CALLS, json.dumps(actions, default=str), str(repo)],
         env=environment,
@@ -271,7 +272,7 @@ for left_by_runs in (False, True):
     process = subprocess.run(
         [sys.executable, "-c", code, str(repo)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         check=False,

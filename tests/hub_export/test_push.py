@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from environments import python_path
 from helpers_checkpoints import change_json, save_tokenizer
 from helpers_models import build
 from hub_server import TOKENS, Hub
@@ -47,7 +48,7 @@ for repo, revision in json.loads(sys.argv[1]):
 def python(hub, home, code: str, *arguments: str, token: str | None = "hf_write", **variables: str) -> str:
     home.mkdir(exist_ok=True)
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment = {**keep, **hub.environment(home, token), "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    environment = {**keep, **hub.environment(home, token), "PYTHONPATH": python_path(), **variables}
     process = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**environment, "OMP_NUM_THREADS": "1"},

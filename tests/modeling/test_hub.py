@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from environments import python_path
 from helpers_models import build
 from hub_server import Hub
 from safetensors.torch import load_file
@@ -21,11 +21,9 @@ def hub():
 def run(hub, home, code: str, *arguments: str, token: str | None = "hf_write") -> str:
     """The client reads `HF_ENDPOINT` when it is imported, hence a process of its own."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    # Tests that ran before in this process may have put their own folder of downloaded code on the path.
-    paths = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
     process = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**keep, **hub.environment(home, token), "PYTHONPATH": os.pathsep.join(paths)},
+        env={**keep, **hub.environment(home, token), "PYTHONPATH": python_path()},
         cwd=home,
         capture_output=True,
         text=True,
