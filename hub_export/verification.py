@@ -199,7 +199,9 @@ def _code_elsewhere(path: Path) -> list[str]:
     entries = (read_json(path).get("auto_map") or {}) if path.is_file() else {}
     values = entries.values() if isinstance(entries, dict) else [entries]
     names = [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
-    return [f"{path.name} takes code from {name.partition('--')[0]}" for name in names if name not in AUTO_MAP.values()]
+    return [
+        f"{path.name} takes code from {name.partition('--')[0]}" for name in names if name not in AUTO_MAP.values()
+    ]
 
 
 def _difference(ours: Path, theirs: Path) -> str:

@@ -183,7 +183,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         rows_per_prompt = max(num_beams, generation_config.num_return_sequences or 1)
         # Beams compete for one sequence, so they share an expert; sampled sequences of a prompt are sequences.
         sequences = batch_size if num_beams > 1 else batch_size * rows_per_prompt
-        turns = torch.arange(self._next_round_robin, self._next_round_robin + sequences, device=self.device)
+        turns = torch.arange(self._next_round_robin, self._next_round_robin + sequences)
         self._next_round_robin += sequences
         expert_ids = turns % self.config.num_experts
         return expert_ids.repeat_interleave(batch_size * rows_per_prompt // sequences)

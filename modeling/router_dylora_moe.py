@@ -49,8 +49,9 @@ class DyloraMoeRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence, hidden]` -> router logits `[batch, sequence, num_experts]`, float32."""
+        home = hidden_states if self.gate.weight.is_meta else self.gate.weight  # an offloaded gate comes to its input
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.gate(hidden_states.to(self.gate.weight.device, torch.float32))
+            return self.gate(hidden_states.to(home.device, torch.float32))
 
     def weights(self, router_logits: torch.Tensor, dense: bool) -> torch.Tensor:
         """Routing weights `[batch, sequence, num_experts]`, each token's summing to 1.

@@ -60,6 +60,26 @@ def test_automatic_device_map_in_bfloat16(tmp_path, layout):
     loaded.generate(**BATCH, routing_strategy="router", **GREEDY)
 
 
+@pytest.mark.parametrize("second", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_layers_on_two_devices(tmp_path, layout, second):
+    """A hand-written map: each device gets the experts of its layers, and the routing weights come to them."""
+    if second == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = build(seed=7)
+    PeftLoop(model).peft.unload().save_pretrained(tmp_path / "foundation")
+    model.config.base_model_name_or_path = str(tmp_path / "foundation")
+    model.save_pretrained(tmp_path / "repo", layout=layout)
+    places = {"foundation.model.layers.1": second, "foundation.model.norm": second, "foundation.lm_head": second}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "repo", trust_remote_code=True, device_map={"": "cuda:0", **places, "router": second}
+    )
+    devices = {str(layer.lora_A.device) for layer in loaded.expert_layers().values()}
+    assert devices == {"cuda:0", second} if second != "cpu" else len(devices) == 2
+    for strategy in STRATEGIES:
+        assert on_gpu(loaded, strategy) == on_gpu(model, strategy), strategy
+
+
 @pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_flash_attention(tmp_path, strategy, version):

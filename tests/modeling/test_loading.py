@@ -27,10 +27,7 @@ def saved(tmp_path_factory):
 def same(one, other) -> None:
     for strategy in STRATEGIES:
         with torch.no_grad():
-            left, right = (
-                model(**{k: v.to(model.device) for k, v in BATCH.items()}, routing_strategy=strategy).logits.cpu()
-                for model in (one, other)
-            )
+            left, right = (model(**BATCH, routing_strategy=strategy).logits.cpu() for model in (one, other))
         torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
         one.reset_round_robin(), other.reset_round_robin()
         tokens = [model.generate(**BATCH, routing_strategy=strategy, **GREEDY).tolist() for model in (one, other)]
@@ -48,8 +45,14 @@ LAYER_ON_DISK = {
 }
 
 
+# The first and the last weights that are read, so that the model itself lies nowhere.
+ENDS_ON_DISK = {**LAYER_ON_DISK, "foundation.model.embed_tokens": "disk", "router": "disk"}
+
+
 @pytest.mark.parametrize("layout", ["full", "sharded", "adapter"])
-@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, LAYER_ON_DISK], ids=["auto", "one", "disk"])
+@pytest.mark.parametrize(
+    "device_map", ["auto", {"": "cpu"}, LAYER_ON_DISK, ENDS_ON_DISK], ids=["auto", "one", "disk", "ends on disk"]
+)
 def test_device_maps(saved, tmp_path, layout, device_map):
     model, folder = saved
     loaded = DyloraMoeForCausalLM.from_pretrained(folder / layout, device_map=device_map, offload_folder=tmp_path)
