@@ -220,11 +220,22 @@ def verify(
         list[str] | None, typer.Option("--against", help="What it was exported from; repeatable for several adapters.")
     ] = None,
     base_model: Annotated[str | None, typer.Option("--base_model", help="The foundation, as given to export.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, as given to export.")] = None,
-    expert_names: Annotated[
-        list[str] | None, typer.Option("--expert_names", help="Names of the experts, as given to export.")
+    base_revision: Annotated[str | None, typer.Option("--base_revision", help="As given to export.")] = None,
+    router_input: Annotated[str | None, typer.Option("--router_input", help="As given to export.")] = None,
+    router_mode: Annotated[str | None, typer.Option("--router_mode", help="As given to export.")] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option("--num_experts_per_tok", help="As given to export.")
     ] = None,
+    router_temperature: Annotated[
+        float | None, typer.Option("--router_temperature", help="As given to export.")
+    ] = None,
+    router_prompts: Annotated[Path | None, typer.Option("--router_prompts", help="As given to export.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="As given to export.")] = None,
+    expert_names: Annotated[list[str] | None, typer.Option("--expert_names", help="As given to export.")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="As given to export.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="As given to export.")] = None,
     subfolder: Subfolder = None,
+    revision: Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust_remote_code", help="Run the repo's code even where it is not this package's.")
     ] = False,
@@ -238,9 +249,18 @@ def verify(
         against=against or None,
         trust_remote_code=trust_remote_code,
         base_model=base_model,
+        base_revision=base_revision,
+        router_input=router_input,
+        router_mode=router_mode,
+        num_experts_per_tok=num_experts_per_tok,
+        router_temperature=router_temperature,
+        router_prompts=router_prompts,
         lora_alpha=whole(lora_alpha),
         expert_names=split(expert_names),
+        tokenizer=tokenizer,
+        dtype=dtype,
         subfolder=subfolder,
+        revision=revision,
     )
     if as_json:
         print_json(result.to_dict())
@@ -272,6 +292,8 @@ def merge(
     else:
         out.print(f"{result.output_dir}: expert {result.expert} in {result.dtype}", markup=False)
         out.print(f"checked: its logits equal those of the expert, largest difference {result.difference:.1e}")
+        if result.dtype != "float32":
+            out.print(f"rounded to {result.dtype}, as it was written, they differ by {result.rounding:.1e}")
 
 
 cli_sharing.add_commands(app)

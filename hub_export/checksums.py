@@ -26,9 +26,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def covered_files(folder: Path) -> list[str]:
+    paths = {path for pattern in COVERED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
 def write_checksums(folder: Path) -> None:
-    names = sorted({path.relative_to(folder).as_posix() for pattern in COVERED for path in folder.glob(pattern)})
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in names if (folder / name).is_file()]
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in covered_files(folder)]
     (folder / FILE).write_text("".join(lines), encoding="utf-8")
 
 

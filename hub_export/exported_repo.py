@@ -80,6 +80,13 @@ def is_replaceable(folder: Path) -> bool:
 
 def strangers(folder: Path) -> list[str]:
     """What lies in a repo's folder and is nothing that an export writes; whoever replaces the repo would lose it."""
+    from .repo_files import may_be_stale, repo_files  # which ask this file what a repo is
+
+    try:
+        others = repo_files(folder).left_out
+        return [name for name in others if name not in (".gitattributes", "__pycache__/") and not may_be_stale(name)]
+    except InputError:  # not complete: looked at by names
+        pass
     found = []
     for path in sorted(folder.iterdir()):
         known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES
@@ -158,8 +165,14 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         ),
         foundation_config=config.base_config,
         foundation_weights=_foundation(weights) if is_full else None,
+        has_trained_foundation=getattr(config, "has_trained_foundation", False) is True,
+        limits=[str(limit) for limit in _as_list(getattr(config, "limits", None))],
         routing_strategy=stored_routing_strategy(folder, config),
     )
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _full_weights(folder: Path) -> dict[str, StoredTensor]:

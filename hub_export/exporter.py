@@ -11,6 +11,7 @@ foundation and experts.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +20,9 @@ from typing import Any
 
 from .checksums import write_checksums
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
-from .exported_repo import is_replaceable
+from .exported_repo import is_exported_repo, is_replaceable
 from .formats import open_sources, read_sources
-from .licence import foundation_licence
+from .licence import foundation_licence, stored_licence
 from .mixture import Mixture, ReadOptions, check_expert_names
 from .model_card import keep_edits, model_card
 from .options import ExportOptions, ExportResult
@@ -33,6 +34,10 @@ from .sources import Source
 from .staging import check_output, staged_folder
 from .tokenizer import find_tokenizer
 from .writer import write_adapter, write_full
+
+
+# What a person may have put into a repo, and an export never writes: overwriting keeps it.
+KEPT_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", ".gitattributes")
 
 
 def export(
@@ -81,16 +86,15 @@ def export(
     tell("reading the source")
     resolved = open_sources(sources, revision=chosen.revision, subfolder=chosen.subfolder)
     _refuse_inside(output, [source.folder for source in resolved])
-    mixture = read_mixture(resolved, chosen)
-    plan = make_plan(mixture, chosen)
+    for source in resolved:
+        if is_exported_repo(source.folder) and source.folder.resolve() in output.parents:
+            raise InputError(f"{output} lies in the repo {source.folder}, which is the source; choose another folder")
+    mixture, plan, tokenizer, tokenizer_origin = prepare(resolved, chosen, tell)
     _refuse_inside(output, [Path(name) for name in (plan.foundation.name, chosen.tokenizer) if name])
-    tokenizer, tokenizer_origin = find_tokenizer(chosen, mixture, plan.foundation)
     _warn_about_vocabulary(tokenizer, plan)
-    if chosen.router_prompts is not None:
-        tell("making a router from the prompts")
-        mixture.router = router_from_prompts(mixture, plan, tokenizer, chosen)
-        plan = make_plan(mixture, chosen)
-    strategy = _routing_strategy(mixture, chosen, plan.config)
+    strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
+    for scored in read_results(chosen.results):
+        _routing_strategy(scored.routing_strategy, plan.config)
     result = ExportResult(
         output_dir=output,
         format=mixture.format,
@@ -111,6 +115,26 @@ def export(
             result.check = _check(folder, mixture, resolved, plan, chosen)
         tell("putting the repo in its place")
     return result
+
+
+def prepare(
+    sources: list[Source], options: ExportOptions, tell: Callable[[str], None]
+) -> tuple[Mixture, Plan, Any, str | None]:
+    """What will be written: experts and router, foundation and config, the tokenizer and where it came from.
+
+    Raises:
+        InputError: what was given cannot be exported as it is.
+    """
+    mixture = read_mixture(sources, options)
+    plan = make_plan(mixture, options)
+    tokenizer, origin = find_tokenizer(options, mixture, plan.foundation)
+    if options.router_prompts is not None:
+        tell("making a router from the prompts")
+        if mixture.router is None and mixture.routing_strategy == "uniform":
+            mixture.routing_strategy = None  # what a mixture without a router starts with
+        mixture.router = router_from_prompts(mixture, plan, tokenizer, options)
+        plan = make_plan(mixture, options)
+    return mixture, plan, tokenizer, origin
 
 
 def _refuse_inside(output: Path, folders: list[Path]) -> None:
@@ -165,11 +189,16 @@ def _without_router(strategy: str | None) -> str | None:
     return None if strategy in ("router", "best") else strategy
 
 
-def _routing_strategy(mixture: Mixture, options: ExportOptions, config: Any) -> str:
+def _routing_strategy(strategy: str | None, config: Any) -> str:
+    """The strategy in canonical form, or the default.
+
+    Raises:
+        InputError: the mixture cannot do it.
+    """
     from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
     try:
-        return str(resolve_routing_strategy(options.routing_strategy or mixture.routing_strategy, config))
+        return str(resolve_routing_strategy(strategy, config))
     except ValueError as error:
         raise InputError(one_line(error, 2000)) from error
 
@@ -205,10 +234,13 @@ def _write(
         strategy,
         mixture,
         num_foundation_parameters=plan.num_foundation_parameters,
-        licence=foundation_licence(plan.foundation),
+        licence=foundation_licence(plan.foundation) or stored_licence(mixture),
         results=read_results(options.results),
     )
     (folder / "README.md").write_text(keep_edits(card, output / "README.md"), encoding="utf-8")
+    for name in KEPT_FILES:
+        if (output / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(output / name, folder / name)
     write_checksums(folder)
     make_readable(folder)
 

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from . import exported_repo, final_checkpoint, merged_model, peft_adapters, trainer_checkpoint, whole_model
 from .errors import InputError, one_line
+from .foundation import resolve_foundation
 from .mixture import Mixture, ReadOptions
 from .sources import Source, resolve_sources
 
@@ -106,14 +107,33 @@ def read_sources(sources: list[Source], options: ReadOptions) -> Mixture:
     notes = [source.note for source in sources if source.note is not None]
     if len(sources) > 1 and found[0].reader is exported_repo and found[1].reader is not exported_repo:
         old = _read_alike(sources[:1], found[:1], options)
-        new = _read_alike(
-            sources[1:], found[1:], replace(options, base_model=options.base_model or old.foundation.name)
-        )
+        new = _read_alike(sources[1:], found[1:], options)
+        if options.base_model is None:
+            _check_same_foundation(old, new)
         mixture = append_experts(old, new)
     else:
         mixture = _read_alike(sources, found, options)
     mixture.notes[:0] = notes
     return mixture
+
+
+def _check_same_foundation(old: Mixture, new: Mixture) -> None:
+    """Experts compute something else on another foundation, even where its shapes are the same.
+
+    Raises:
+        InputError: the two name different ones.
+    """
+    names = []
+    for mixture in (old, new):
+        try:
+            names.append(resolve_foundation(mixture.foundation, None, None).name)
+        except InputError:  # a folder of another machine, perhaps
+            names.append(mixture.foundation.name)
+    if names[1] and names[0] != names[1]:
+        raise InputError(
+            f"{new.folders[0]} was trained on {names[1]}, the experts of {old.folders[0]} on {names[0] or 'an unnamed one'}; "
+            "if they are the same model, say which with --base_model"
+        )
 
 
 def append_experts(old: Mixture, new: Mixture) -> Mixture:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .foundation import is_local
-from .mixture import FoundationReference
+from .mixture import FoundationReference, Mixture
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,23 @@ def foundation_licence(reference: FoundationReference) -> Licence | None:
         data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
         return None
+    return _of_card(data)
+
+
+def stored_licence(mixture: Mixture) -> Licence | None:
+    """What the card of an exported repo states, for when the foundation's own is not at hand."""
+    from huggingface_hub import ModelCard
+
+    path = mixture.folders[0] / "README.md"
+    if mixture.routing_strategy is None or not path.is_file():
+        return None
+    try:
+        return _of_card(ModelCard.load(path, ignore_metadata_errors=True).data)
+    except (OSError, ValueError):
+        return None
+
+
+def _of_card(data: Any) -> Licence | None:
     license = getattr(data, "license", None)
     if not isinstance(license, str):
         return None

@@ -14,6 +14,8 @@ import torch
 
 from .errors import FailureError, InputError, one_line
 from .exported_repo import load_config
+from .licence import foundation_licence
+from .mixture import FoundationReference
 from .options import DTYPES
 from .side_files import make_readable, write_generation_config
 from .sources import resolve_sources
@@ -27,13 +29,15 @@ RELATIVE_TOLERANCE = 1e-5
 
 @dataclass
 class MergeResult:
-    """What was written. `difference` is the largest one between its logits, in float32, and those of `single:`."""
+    """What was written. `difference` is the largest one between the logits of the sum, in float32, and those of
+    `single:`; `rounding` that of the files as they lie there, which a dtype of 16 bits makes larger."""
 
     output_dir: Path
     expert: str
     foundation: str | None
     dtype: str
     difference: float
+    rounding: float
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "output_dir": str(self.output_dir)}
@@ -58,7 +62,7 @@ def merge(
         InputError: no such expert, or an output folder that is not empty.
         FailureError: the merged model does not compute what the expert does.
     """
-    from transformers import GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -68,6 +72,8 @@ def merge(
     check_output(Path(output_dir), False, _is_replaceable)
     folder = resolve_sources(repo)[0].folder
     config = load_config(folder)
+    if folder.resolve() in Path(output_dir).resolve().parents:
+        raise InputError(f"{output_dir} lies in the repo {folder}; choose another output folder")
     try:
         index = config.expert_index(expert)
     except ValueError as error:
@@ -80,7 +86,9 @@ def merge(
     except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     tell("comparing the merged model with the expert")
-    difference = _difference(model, merged, index)
+    rows = _random_rows(model)
+    expected = _logits(model, rows, routing_strategy=f"single:{index}")
+    difference = _check(_logits(merged, rows), expected)
     del model
     merged.to(stored)
     merged.config.dtype = stored
@@ -96,12 +104,17 @@ def merge(
         name = config.expert_names[index]
         (place / "README.md").write_text(_card(Path(output_dir).resolve().name, name, config), encoding="utf-8")
         make_readable(place)
+        tell("loading what was written")
+        again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        found = _logits(again, rows)
+        rounding = _check(found, expected) if stored == torch.float32 else float((found - expected).abs().max())
     return MergeResult(
         output_dir=Path(output_dir).resolve(),
         expert=name,
         foundation=config.base_model_name_or_path,
         dtype=str(stored).removeprefix("torch."),
         difference=difference,
+        rounding=rounding,
     )
 
 
@@ -109,17 +122,23 @@ def _is_replaceable(folder: Path) -> bool:
     return False
 
 
+def _random_rows(model: Any) -> torch.Tensor:
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocab_size, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
-def _difference(model: Any, merged: Any, index: int) -> float:
-    """The largest difference of logits on random tokens, both in float32.
+def _logits(model: Any, rows: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    return model(rows, **arguments).logits
+
+
+def _check(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of logits in float32.
 
     Raises:
         FailureError: it is more than rounding.
     """
-    vocab_size = model.config.get_text_config().vocab_size
-    rows = torch.randint(0, vocab_size, (3, 8), generator=torch.Generator().manual_seed(0))
-    expected = model(rows, routing_strategy=f"single:{index}").logits
-    difference = float((merged(rows).logits - expected).abs().max())
+    difference = float((found - expected).abs().max())
     if not difference <= max(TOLERANCE, RELATIVE_TOLERANCE * float(expected.abs().max())):
         raise FailureError(f"the merged model's logits differ from those of the expert by {difference:.2g}")
     return difference
@@ -132,7 +151,15 @@ def _card(name: str, expert: str, config: Any) -> str:
 
     foundation = config.base_model_name_or_path
     base_model = foundation if is_hub_id(foundation) else None
-    data = ModelCardData(base_model=base_model, library_name="transformers", pipeline_tag="text-generation")
+    licence = foundation_licence(FoundationReference(foundation, config.base_model_revision))
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=None if licence is None else licence.license,
+        license_name=None if licence is None else licence.license_name,
+        license_link=None if licence is None else licence.license_link,
+    )
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"The {config.base_config.model_type} model `{Path(foundation or 'unnamed').name}` with the LoRA expert `{expert}` "

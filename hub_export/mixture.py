@@ -170,8 +170,8 @@ def check_expert_names(names: list[str], origins: list[Path]) -> None:
                 f"{name!r} (from {origin}) cannot be an expert's name: letters, digits, '_', '.', '+' and '-', not digits "
                 "alone; name the experts with --expert_names"
             )
-        if name in seen:
+        if name.casefold() in seen:  # folders of their names must differ on every file system
             raise InputError(
-                f"two experts are named {name!r} ({seen[name]} and {origin}); name them with --expert_names"
+                f"two experts are named {name!r} ({seen[name.casefold()]} and {origin}); name them with --expert_names"
             )
-        seen[name] = origin
+        seen[name.casefold()] = origin

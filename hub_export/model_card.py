@@ -6,7 +6,9 @@ knows nothing about weights.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from .results import BenchmarkResult
 BEGIN = "<!-- dylora-moe: generated from here; what stands outside these two marks is yours and is kept -->"
 END = "<!-- dylora-moe: generated up to here -->"
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n?", re.DOTALL)
+RECORD = re.compile(r"<!-- metadata that was generated, too: (.*) -->")
 DATASETS = {  # on the Hub
     "HumanEval": "openai/openai_humaneval",
     "HumanEval+": "evalplus/humanevalplus",
@@ -58,7 +61,9 @@ def model_card(
     body += [_router(config), _strategies(config, routing_strategy), _loading(name), _scoring(name)]
     body += [_results(results)] if results else []
     body += [_limits(config, mixture)]
-    return "\n\n".join([f"---\n{data.to_yaml()}\n---", BEGIN, *body, END]) + "\n"
+    fields = json.dumps(data.to_dict(), sort_keys=True).replace("--", "-\\u002d")  # no end of a comment
+    record = f"<!-- metadata that was generated, too: {fields} -->"
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", BEGIN, record, *body, END]) + "\n"
 
 
 def keep_edits(card: str, old: Path) -> str:
@@ -72,18 +77,28 @@ def keep_edits(card: str, old: Path) -> str:
     text = old.read_text(encoding="utf-8", errors="replace")
     fields, mine = _split(text)
     new_fields, generated = _split(card)
-    added = {key: value for key, value in fields.items() if key not in (*new_fields, "model-index", "base_model")}
-    tags = [tag for tag in _as_list(fields.get("tags")) if tag not in new_fields["tags"]]
+    recorded = _recorded(mine)
+    tags = [tag for tag in _as_list(fields.get("tags")) if tag not in (*new_fields["tags"], *recorded.get("tags", ()))]
     new_fields["tags"] += tags
-    before, after = "", ""
-    if BEGIN in mine and END in mine:
-        before, rest = mine.split(BEGIN, 1)
-        after = rest.rsplit(END, 1)[1]
-    elif mine.strip():
-        after = mine
-    front = yaml.safe_dump({**new_fields, **added}, sort_keys=False, allow_unicode=True).strip()
+    # What is not as it was generated, somebody wrote.
+    edited = {key: value for key, value in fields.items() if key != "tags" and recorded.get(key) != value}
+    before, _, rest = mine.partition(BEGIN)
+    _, end, after = rest.rpartition(END)
+    if not end:
+        before, after = "", mine
+    front = yaml.safe_dump({**new_fields, **edited}, sort_keys=False, allow_unicode=True).strip()
     parts = [f"---\n{front}\n---", before.strip(), generated.strip(), after.strip()]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _recorded(text: str) -> dict[str, Any]:
+    """The metadata that the export generated which wrote this card."""
+    match = RECORD.search(text)
+    try:
+        fields = json.loads(match.group(1)) if match else {}
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) and isinstance(fields.get("tags", []), list) else {}
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
@@ -113,7 +128,7 @@ def restate(card: str, name: str, routing_strategy: str | None = None) -> str:
         default = f"The default here is `{routing_strategy}`"
         generated = re.sub(r"The default here is `[^`]*`", lambda _: default, generated, count=1)
     generated = re.sub(r'from_pretrained\("[^"]*"', lambda _: f'from_pretrained("{name}"', generated)
-    generated = re.sub(r"--model \S+", lambda _: f"--model {name}", generated)
+    generated = re.sub(r"--model ('[^']*'|\S+)", lambda _: f"--model {shlex.quote(name)}", generated)
     return before + mark + generated + end + after
 
 
@@ -240,7 +255,7 @@ def _scoring(name: str) -> str:
     return f"""## Scoring with EvalPlus
 
 ```
-evalplus.evaluate --model {name} --dataset humaneval --backend hf --greedy --trust_remote_code
+evalplus.evaluate --model {shlex.quote(name)} --dataset humaneval --backend hf --greedy --trust_remote_code
 ```
 
 EvalPlus knows a model by its path and names its files after it, so each strategy to be compared needs a folder of its

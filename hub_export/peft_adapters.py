@@ -31,6 +31,8 @@ from .training_run import number
 FORMAT = "PEFT LoRA adapters"
 DESCRIPTION = "adapter_config.json with adapter_model.safetensors or adapter_model.bin, one or more such folders"
 
+# Older versions of PEFT match names by their beginning, so that what they save of expert_1 holds expert_10's, too.
+OTHER_ADAPTER = re.compile(r".+\.lora_[ABE]\.expert_\d+(\.weight)?")
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # of the folders that a training run saves its states under
 CHECKPOINT = re.compile(r"best_model|checkpoint-\d+")
@@ -216,7 +218,8 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
     if path is None:
         raise InputError(f"{folder} has adapter_config.json but neither {WEIGHT_FILES[0]} nor {WEIGHT_FILES[1]}")
     file = TensorFile(contained(root or folder, path))
-    keys = _matrix_keys(file, adalora.MATRIX if _is_adalora(config) else MATRIX)
+    pattern = adalora.MATRIX if _is_adalora(config) else MATRIX
+    keys = _matrix_keys(file, pattern, None if root is None else OTHER_ADAPTER)
     if not keys:
         raise InputError(f"{path} holds no LoRA matrices; the adapter was saved empty")
     if _is_adalora(config):
@@ -237,9 +240,10 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
     )
 
 
-def _matrix_keys(file: TensorFile, pattern: re.Pattern) -> dict[str, dict[str, str]]:
+def _matrix_keys(file: TensorFile, pattern: re.Pattern, passed_over: re.Pattern | None) -> dict[str, dict[str, str]]:
     """Module to {"A": key, "B": key}, for AdaLoRA also "E"; any other tensor is refused by what it is."""
-    strange = [key for key in file.keys() if pattern.fullmatch(key) is None]  # noqa: SIM118
+    names = [key for key in file.keys() if passed_over is None or passed_over.fullmatch(key) is None]  # noqa: SIM118
+    strange = [key for key in names if pattern.fullmatch(key) is None]
     if strange:
         # an adapted embedding comes with its whole weight; the former says more
         key = min(strange, key=lambda key: ".lora_" not in key)
@@ -247,7 +251,7 @@ def _matrix_keys(file: TensorFile, pattern: re.Pattern) -> dict[str, dict[str, s
             f"{file.path}: {key} is {_what_it_is(key)}; only lora_A and lora_B of linear layers can be exported"
         )
     keys: dict[str, dict[str, str]] = {}
-    for key in sorted(file.keys(), key=natural_order):
+    for key in sorted(names, key=natural_order):
         match = pattern.fullmatch(key)
         keys.setdefault(match["module"], {})[match["matrix"]] = key
     return keys

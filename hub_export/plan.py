@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .containment import contained
 from .errors import DyloraMoeWarning, InputError, one_line
 from .foundation import (
     at_hand,
@@ -225,6 +226,8 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
             weights_layout=options.layout,
             architectures=["DyloraMoeForCausalLM"],
             **router,
+            **({"has_trained_foundation": True} if mixture.has_trained_foundation else {}),
+            **({"limits": mixture.limits} if mixture.limits else {}),
         )
     except Exception as error:  # any wrong field may make a config class fail in its own way
         raise InputError(one_line(error, 500)) from error
@@ -235,8 +238,9 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
     from transformers import GenerationConfig
 
     own = mixture.folders[0] / "generation_config.json"
-    if mixture.foundation_weights is not None and own.is_file():
-        return read_json(own)
+    is_repo = mixture.routing_strategy is not None
+    if (is_repo or mixture.foundation_weights is not None) and own.is_file():
+        return read_json(contained(mixture.folders[0], own))
     try:
         return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
     except Exception:  # it is missing, or damaged in any way

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from .check import check_export
-from .checksums import FILE, read_checksums, sha256
+from .checksums import FILE, covered_files, read_checksums, sha256
 from .errors import DyloraMoeError, FailureError, InputError, one_line
 from .exported_repo import inside, load_config, read, stored_routing_strategy, weight_files
-from .exporter import read_mixture
+from .exporter import prepare
 from .formats import open_sources
 from .foundation import check_experts_fit, check_router_fits
 from .foundation_weights import skeleton, tied_names
 from .mixture import ReadOptions
 from .options import ExportOptions
-from .plan import make_plan
 from .sources import resolve_sources
 from .stored_tensors import StoredTensor, is_finite
 from .tensor_files import TensorFile, read_json
@@ -108,10 +107,10 @@ def _files(folder: Path, config: Any, result: Verification) -> None:
     for name in needed:
         inside(folder, folder / name)
     missing = [name for name in needed if not (folder / name).is_file()]
-    if not has_tokenizer(folder):
+    if not has_tokenizer(folder) and config.weights_layout == "full":
         missing.append("a tokenizer")
     strategy = stored_routing_strategy(folder, config)
-    detail = f"lacks {', '.join(missing)}" if missing else f"{len(needed)} files and a tokenizer; strategy {strategy}"
+    detail = f"lacks {', '.join(missing)}" if missing else f"{len(needed)} files; strategy {strategy}"
     result.add("files", not missing, detail)
 
 
@@ -164,10 +163,12 @@ def _checksums(folder: Path, config: Any, result: Verification) -> None:
         result.add("checksums", None, f"not compared: there is no {FILE}")
         return
     missing = [name for name in stored if not (folder / name).is_file()]
+    unlisted = [name for name in covered_files(folder) if name not in stored]
     changed = [
         name for name in stored if name not in missing and sha256(inside(folder, folder / name)) != stored[name]
     ]
     wrong = [f"{name} is missing" for name in missing] + [f"{name} is not what was exported" for name in changed]
+    wrong += [f"{name} was not exported" for name in unlisted]
     result.add("checksums", not wrong, "; ".join(wrong) if wrong else f"{len(stored)} files are what was exported")
 
 
@@ -228,7 +229,7 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
             return
     rows = None if config.base_config is None else config.get_text_config().vocab_size
     if rows is not None and len(tokenizer) > rows:
-        result.add("tokenizer", False, f"it has {len(tokenizer)} tokens, and the foundation embeds {rows}")
+        result.add("tokenizer", None, f"it has {len(tokenizer)} tokens, and the foundation embeds {rows}")
         return
     result.add("tokenizer", True, f"{len(tokenizer)} tokens; text goes there and back")
 
@@ -238,9 +239,10 @@ def _against(folder: Path, config: Any, against: Any, options: dict[str, Any], r
         chosen = ExportOptions(layout=config.weights_layout, **options)
     except TypeError as error:
         raise InputError(one_line(error)) from None
-    mixture = read_mixture(open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision), chosen)
+    sources = open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision)
+    mixture, plan, _, _ = prepare(sources, chosen, lambda message: None)
     try:
-        report = check_export(folder, mixture, make_plan(mixture, chosen), chosen)
+        report = check_export(folder, mixture, plan, chosen)
     except FailureError as error:
         result.add("tensors", False, str(error))
         return

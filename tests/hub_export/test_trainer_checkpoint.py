@@ -313,3 +313,18 @@ def test_checkpoints_of_one_adapter_are_not_several_experts(foundation, tmp_path
     assert "of no known format" in read_error(tmp_path / "run")
     save_adapter(tmp_path / "run" / "named", foundation)
     assert [expert.name for expert in read(tmp_path / "run").experts] == ["named"]
+
+
+def test_what_older_versions_of_peft_save_along_is_passed_over(foundation, tmp_path):
+    """They match names by their beginning: expert_1's file holds tensors of expert_10, under names of its own."""
+    folder = save_trainer_checkpoint(tmp_path / "checkpoint-1", foundation)
+    path = folder / "peft_adapters" / "expert_1" / "expert_1" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    extra = {
+        key.replace(".weight", ".expert_10.weight"): tensor for key, tensor in tensors.items() if not path.is_symlink()
+    }
+    save_file({**tensors, **extra}, path)
+    assert extra
+    assert set(read(folder).experts[1].layers) == {
+        key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors
+    }
