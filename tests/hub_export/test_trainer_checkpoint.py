@@ -320,11 +320,8 @@ def test_what_older_versions_of_peft_save_along_is_passed_over(foundation, tmp_p
     folder = save_trainer_checkpoint(tmp_path / "checkpoint-1", foundation)
     path = folder / "peft_adapters" / "expert_1" / "expert_1" / "adapter_model.safetensors"
     tensors = load_file(path)
-    extra = {
-        key.replace(".weight", ".expert_10.weight"): tensor for key, tensor in tensors.items() if not path.is_symlink()
-    }
+    extra = {key.replace(".weight", ".expert_10.weight"): tensor.clone() for key, tensor in tensors.items()}
     save_file({**tensors, **extra}, path)
-    assert extra
     assert set(read(folder).experts[1].layers) == {
         key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors
     }
