@@ -52,7 +52,7 @@ def test_overwrite_never_takes_other_things_along(sources, repo, tmp_path, other
 
 def test_a_foundation_inside_the_output_folder_is_not_replaced(sources, repo):
     inside = save_foundation(repo / "experts" / "foundation")
-    with pytest.raises(InputError, match="would be (lost|replaced)"):
+    with pytest.raises(InputError, match=r"would be (lost|replaced)"):
         export([sources[1]], repo, base_model=str(inside), overwrite=True, verify=False)
     assert (inside / "model.safetensors").is_file()
 
