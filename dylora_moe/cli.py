@@ -122,7 +122,9 @@ def export(
     routing_strategy: Annotated[
         str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
     ] = None,
-    router_input: Annotated[str | None, typer.Option("--router_input", help="base or experts_sum.")] = None,
+    router_input: Annotated[
+        str | None, typer.Option("--router_input", help="base, experts_sum, or none: no router.")
+    ] = None,
     router_mode: Annotated[str | None, typer.Option("--router_mode", help="auto, dense or sparse.")] = None,
     num_experts_per_tok: Annotated[
         int | None, typer.Option("--num_experts_per_tok", help="How many experts act on a token, if sparse.")

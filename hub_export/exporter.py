@@ -165,7 +165,9 @@ def read_mixture(sources: list[Source], options: ExportOptions) -> Mixture:
         for expert, name in zip(mixture.experts, options.expert_names, strict=True):
             expert.name = name
     check_expert_names([expert.name for expert in mixture.experts], [expert.origin for expert in mixture.experts])
-    if options.router_prompts is not None:
+    if options.drops_router:
+        mixture.router, mixture.routing_strategy = None, _without_router(mixture.routing_strategy)
+    elif options.router_prompts is not None:
         read_prompts(options.router_prompts, mixture)
     elif mixture.router is not None:
         mixture.router = replace(mixture.router, **options.router_settings)

@@ -49,12 +49,24 @@ class ExportOptions:
             raise InputError(f"--dtype {self.dtype} is not known; it can be auto, {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
             raise InputError(f"--layout {self.layout} is not known; it can be {' or '.join(LAYOUTS)}")
+        others = (self.router_mode, self.num_experts_per_tok, self.router_temperature, self.router_prompts)
+        if self.drops_router and any(value is not None for value in others):
+            raise InputError(
+                "--router_input none leaves the router out; leave out the other settings of a router, too"
+            )
 
     @property
     def router_settings(self) -> dict[str, Any]:
         """The router's settings that were given, by the names of the config's fields."""
         names = ("router_mode", "router_input", "num_experts_per_tok", "router_temperature")
+        if self.drops_router:
+            return {}
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def drops_router(self) -> bool:
+        """`--router_input none`: the mixture shall have no router, whatever the source has."""
+        return self.router_input == "none"
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -265,3 +265,12 @@ def test_killed_half_way_and_run_again(tmp_path, checkpoint, repo):
         export(checkpoint, output, overwrite=True, verify=False, routing_strategy="uniform")
         assert json.loads((output / "generation_config.json").read_text())["routing_strategy"] == "uniform"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_router_can_be_left_out(tmp_path, checkpoint, checked):
+    for index, source in enumerate((checkpoint, checked[0])):
+        result = export(source, tmp_path / str(index), router_input="none")
+        assert not result.router and result.routing_strategy == "uniform" and result.check.passed
+        assert read_json(tmp_path / str(index) / "config.json")["router_input"] is None
+        assert "router.gate.weight" not in load_file(tmp_path / str(index) / "model.safetensors")
+    assert "leave out" in export_error(checkpoint, tmp_path / "out", router_input="none", router_mode="dense")

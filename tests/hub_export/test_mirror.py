@@ -314,3 +314,16 @@ def test_a_training_artifact_is_exported_on_the_way(server, checkpoint, foundati
     config = json.loads((tmp_path / "repo" / "config.json").read_text())
     assert [expert["name"] for expert in config["expert_configs"]] == ["expert_0", "expert_1", "expert_2"]
     assert (tmp_path / "repo" / "model.safetensors").is_file()
+
+    command = [sys.executable, "-m", "dylora_moe", "inspect", "wandb:guild/moe/run:v0", "--json"]
+    process = subprocess.run(
+        [*command, "--base_model", str(foundation)],
+        env={**keep, **server.environment(home), "HF_HUB_OFFLINE": "1"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    found = json.loads(process.stdout)
+    assert found["format"] == "final checkpoint" and "best_model" in found["notes"][0] and not found["missing"]
