@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .containment import contained
 from .errors import InputError, one_line
 from .foundation_weights import weight_files as shards
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, Router
@@ -101,8 +102,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: a file is a link to somewhere else, or the index names what is no file of this folder.
     """
-    inside(folder, folder / "model.safetensors.index.json")
-    return [inside(folder, path) for path in shards(folder, "model.safetensors")]
+    contained(folder, folder / "model.safetensors.index.json")
+    return [contained(folder, path) for path in shards(folder, "model.safetensors")]
 
 
 def load_config(folder: Path):
@@ -115,7 +116,7 @@ def load_config(folder: Path):
 
     if not is_exported_repo(folder):
         raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
-    inside(folder, folder / "config.json")
+    contained(folder, folder / "config.json")
     try:
         return DyloraMoeConfig.from_pretrained(folder)
     except Exception as error:  # any wrong field may make the config class fail in its own way
@@ -131,7 +132,7 @@ def stored_routing_strategy(folder: Path, config: Any) -> str:
     from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
     path = folder / "generation_config.json"
-    stored = read_json(inside(folder, path)).get("routing_strategy") if path.is_file() else None
+    stored = read_json(contained(folder, path)).get("routing_strategy") if path.is_file() else None
     try:
         return str(resolve_routing_strategy(stored, config))
     except ValueError as error:
@@ -200,26 +201,12 @@ def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout `full`."""
     weights = {}
     for name in config.expert_names:
-        file = TensorFile(inside(folder, folder / "experts" / name / "adapter_model.safetensors"))
+        file = TensorFile(contained(folder, folder / "experts" / name / "adapter_model.safetensors"))
         weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
     if config.router_input is not None:
-        file = TensorFile(inside(folder, folder / "router.safetensors"))
+        file = TensorFile(contained(folder, folder / "router.safetensors"))
         weights.update({f"router.{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
     return weights
-
-
-def inside(folder: Path, path: Path) -> Path:
-    """The path, if it does not lead out of the folder; a snapshot in the Hub's cache is links to its blobs.
-
-    Raises:
-        InputError: it is a link to somewhere else.
-    """
-    target, home = path.resolve(), folder.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
-    if not target.is_relative_to(home):
-        raise InputError(f"{path} is a link that leads out of {folder}, and is not followed")
-    return path
 
 
 def _expert(folder: Path, config: Any, index: int, weights: dict[str, StoredTensor]) -> Expert:

@@ -6,7 +6,6 @@ exported on the way.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import cached, download_to, fetch_artifact
+from .checksums import sha256
 from .errors import InputError
 from .exported_repo import FORMAT, is_exported_repo, is_replaceable
 from .hub_push import is_hub_id
@@ -175,16 +175,8 @@ def _metadata(folder: Path, content: RepoFiles) -> dict[str, Any]:
         "experts": [expert["name"] for expert in config.get("expert_configs") or []],
         "foundation": None if is_local else foundation,
         "foundation_revision": config.get("base_model_revision"),
-        "sha256": {file: _sha256(folder / file) for file in content.weights()},
+        "sha256": {file: sha256(folder / file) for file in content.weights()},
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def mirror_pull(

@@ -22,7 +22,7 @@ import torch
 from . import adalora
 from .containment import contained
 from .errors import InputError
-from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, check_expert_names, natural_order
+from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, natural_order
 from .patterns import LONGEST_NAME, check_pattern
 from .tensor_files import TensorFile, read_json
 from .training_run import number
@@ -137,10 +137,6 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         problems=problems,
         notes=_notes([path for _, path in places]),
     )
-
-
-def check_names(experts: list[Expert]) -> None:
-    check_expert_names([expert.name for expert in experts], [expert.origin for expert in experts])
 
 
 def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import torch
 
 from .check import check_export
 from .checksums import FILE, covered_files, read_checksums, sha256
+from .containment import contained
 from .errors import DyloraMoeError, FailureError, InputError, one_line
-from .exported_repo import inside, load_config, read, stored_routing_strategy, weight_files
+from .exported_repo import load_config, read, stored_routing_strategy, weight_files
 from .exporter import prepare
 from .formats import open_sources
 from .foundation import check_experts_fit, check_router_fits
@@ -105,7 +106,7 @@ def _files(folder: Path, config: Any, result: Verification) -> None:
         needed += [f"experts/{expert}/{name}" for expert in config.expert_names for name in names]
         needed += ["router.safetensors"] if config.router_input is not None else []
     for name in needed:
-        inside(folder, folder / name)
+        contained(folder, folder / name)
     missing = [name for name in needed if not (folder / name).is_file()]
     if not has_tokenizer(folder) and config.weights_layout == "full":
         missing.append("a tokenizer")
@@ -127,7 +128,7 @@ def _headers(folder: Path, config: Any, result: Verification) -> None:
             wrong += _differences(mixture.foundation_weights, model)
     is_full = config.weights_layout == "full"
     paths = weight_files(folder) if is_full else [*folder.glob("experts/*/*.safetensors"), *folder.glob("router.*")]
-    files = [TensorFile(inside(folder, path)) for path in sorted(paths)]
+    files = [TensorFile(contained(folder, path)) for path in sorted(paths)]
     for file in files:
         for key in file.keys():  # noqa: SIM118
             if file.dtype(key).is_floating_point and not is_finite(_readable(file.read(key))):
@@ -165,7 +166,7 @@ def _checksums(folder: Path, config: Any, result: Verification) -> None:
     missing = [name for name in stored if not (folder / name).is_file()]
     unlisted = [name for name in covered_files(folder) if name not in stored]
     changed = [
-        name for name in stored if name not in missing and sha256(inside(folder, folder / name)) != stored[name]
+        name for name in stored if name not in missing and sha256(contained(folder, folder / name)) != stored[name]
     ]
     wrong = [f"{name} is missing" for name in missing] + [f"{name} is not what was exported" for name in changed]
     wrong += [f"{name} was not exported" for name in unlisted]
@@ -182,7 +183,7 @@ def _code(folder: Path, config: Any, result: Verification) -> None:
     """Every Python file is this package's, and `auto_map` names nothing that lies elsewhere."""
     ours, wrong = _code_files(), []
     for name in sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} | ours.keys()):
-        inside(folder, folder / name)
+        contained(folder, folder / name)
         if name not in ours:
             wrong.append(f"{name} is no file of this package's")
         elif not (folder / name).is_file():

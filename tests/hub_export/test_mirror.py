@@ -299,31 +299,25 @@ def test_a_training_artifact_is_exported_on_the_way(server, checkpoint, foundati
     server.artifacts["guild/moe/run:v0"] = Artifact({**files, "checkpoint-5/config.json": b"{}"})
     home = tmp_path / "home"
     home.mkdir()
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
-    command = [sys.executable, "-m", "dylora_moe", "mirror", "pull", "guild/moe/run:v0", "-o", str(tmp_path / "repo")]
-    process = subprocess.run(
-        [*command, "--base_model", str(foundation)],
-        env={**keep, **server.environment(home), "HF_HUB_OFFLINE": "1"},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "best_model" in process.stdout + process.stderr
+
+    def command(*arguments):
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
+        process = subprocess.run(
+            [sys.executable, "-m", "dylora_moe", *arguments, "--base_model", str(foundation)],
+            env={**keep, **server.environment(home), "HF_HUB_OFFLINE": "1"},
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    pulled = command("mirror", "pull", "guild/moe/run:v0", "-o", str(tmp_path / "repo"))
+    assert "best_model" in pulled.stdout + pulled.stderr
     config = json.loads((tmp_path / "repo" / "config.json").read_text())
     assert [expert["name"] for expert in config["expert_configs"]] == ["expert_0", "expert_1", "expert_2"]
     assert (tmp_path / "repo" / "model.safetensors").is_file()
 
-    command = [sys.executable, "-m", "dylora_moe", "inspect", "wandb:guild/moe/run:v0", "--json"]
-    process = subprocess.run(
-        [*command, "--base_model", str(foundation)],
-        env={**keep, **server.environment(home), "HF_HUB_OFFLINE": "1"},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    found = json.loads(process.stdout)
+    found = json.loads(command("inspect", "wandb:guild/moe/run:v0", "--json").stdout)
     assert found["format"] == "final checkpoint" and "best_model" in found["notes"][0] and not found["missing"]
