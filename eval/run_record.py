@@ -1,0 +1,202 @@
+"""What `run.json` in a benchmark's folder says of each samples file: where it came from, and whether it is still that.
+
+    {"format_version": 1, "runs": {"humaneval/NAME.jsonl": {…fields of Run…}, …}}
+
+Knows files and hashes. Knows nothing about how samples are made or scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dylora_moe.hub_export.errors import InputError
+
+
+RUN_FILE = "run.json"
+FORMAT_VERSION = 1
+
+# Fields that decide what the samples are: two runs that share a samples file must agree in all of them.
+DECISIVE = (
+    "model_sha256",
+    "model_revision",
+    "routing_strategy",
+    "benchmark",
+    "dataset_hash",
+    "task_ids",
+    "n_samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_new_tokens",
+    "dtype",
+    "attn_implementation",
+    "force_base_prompt",
+)
+
+
+@dataclass
+class Run:
+    """One samples file: a model under a strategy on a benchmark.
+
+    Attributes:
+        folder: the benchmark's folder; paths below are relative to it.
+        samples: EvalPlus's samples file, `<benchmark>/<identifier>.jsonl`; raw ones lie beside it as `.raw.jsonl`.
+        results: EvalPlus's result file, `<benchmark>/<identifier>_eval_results.json`; None until it is scored.
+        model: as the user gave it. `model_label` is what tables call it.
+        model_sha256: of the weights, config and tokenizer, or None where `model_revision`, a commit on the Hub, says it.
+        expert_names: empty for an ordinary model.
+        routing_strategy: in canonical form; None for an ordinary model.
+        benchmark: "humaneval" or "mbpp"; `mini` for the set with few plus inputs; `dataset_hash` is EvalPlus's.
+        task_ids: the tasks, in EvalPlus's order; `subset` says in words which these are, None for all.
+        scores: "pass@1", "plus_pass@1" and so on, fractions.
+        seconds: of generation, over all sessions that worked on it.
+    """
+
+    folder: Path
+    samples: str
+    model: str
+    model_label: str
+    benchmark: str
+    dataset_hash: str
+    task_ids: list[str]
+    n_samples: int
+    temperature: float
+    max_new_tokens: int
+    dtype: str
+    model_sha256: str | None = None
+    model_revision: str | None = None
+    model_format: str | None = None
+    expert_names: list[str] = field(default_factory=list)
+    backend: str = "hf"
+    routing_strategy: str | None = None
+    subset: str | None = None
+    mini: bool = False
+    top_p: float | None = None
+    seed: int | None = None
+    attn_implementation: str | None = None
+    force_base_prompt: bool = False
+    batch_size: int | None = None
+    device: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    samples_sha256: str | None = None
+    results: str | None = None
+    results_sha256: str | None = None
+    base_only: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples_path(self) -> Path:
+        return self.folder / self.samples
+
+    @property
+    def raw_samples_path(self) -> Path:
+        return self.samples_path.with_suffix(".raw.jsonl")
+
+    @property
+    def results_path(self) -> Path:
+        """Where the result file is, or will be."""
+        return self.folder / (self.results or self.samples.removesuffix(".jsonl") + "_eval_results.json")
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the samples are all there, and are those that were recorded."""
+        return self.samples_sha256 is not None and file_sha256(self.samples_path) == self.samples_sha256
+
+    @property
+    def has_results(self) -> bool:
+        """Whether it is scored, and neither samples nor results have changed since."""
+        return self.results is not None and self.has_samples and file_sha256(self.results_path) == self.results_sha256
+
+    def differences(self, other: Run) -> list[str]:
+        """`field: mine, other's` for each decisive field in which two runs differ."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in DECISIVE)
+        return [f"{name}: {_short(mine)}, {_short(theirs)}" for name, mine, theirs in pairs if mine != theirs]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["folder"]
+        return values
+
+
+def read_runs(folder: str | Path) -> list[Run]:
+    """What a benchmark's folder holds, in the order in which it was begun; nothing where there is no `run.json`.
+
+    Raises:
+        InputError: the file is damaged, or of a later version of this package.
+    """
+    folder = Path(folder)
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format_version"] > FORMAT_VERSION:
+            raise InputError(f"{path} was written by a later version of this package; update it, or choose another -o")
+        known = {entry.name for entry in fields(Run)}
+        return [
+            Run(folder=folder, **{name: value for name, value in values.items() if name in known})
+            for values in content["runs"].values()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); choose another -o") from error
+
+
+def write_run(run: Run) -> None:
+    """Put one run into its folder's `run.json`, at one stroke; other processes may do the same for theirs."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / RUN_FILE
+    with FileLock(str(path) + ".lock"):
+        runs = {other.samples: other for other in read_runs(run.folder)}
+        runs[run.samples] = run
+        content = {
+            "format_version": FORMAT_VERSION,
+            "runs": {samples: other.to_dict() for samples, other in runs.items()},
+        }
+        replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def find_run(runs: Sequence[Run], **wanted: Any) -> Run | None:
+    """The first run whose fields have these values, or None."""
+    return next((run for run in runs if all(getattr(run, name) == value for name, value in wanted.items())), None)
+
+
+def file_sha256(path: Path) -> str | None:
+    """The file's SHA-256, or None where there is no file."""
+    try:
+        with open(path, "rb") as file:
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            )
+    except FileNotFoundError:
+        return None
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a name of its own first, so that nobody ever sees half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
