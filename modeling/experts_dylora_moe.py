@@ -6,7 +6,7 @@ Knows how weights reach the layers during a pass. Knows nothing about how the we
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -63,6 +63,7 @@ class _PassInProgress(threading.local):
     def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
         self.active: ActiveExperts | None = None
         self.running = False  # a pass with the experts off is one too
+        self.add_update: Callable | None = None  # see `fuse_updates`
 
 
 # A thread-local object and no context variable: `torch.compile` traces the first and guards it for the calling thread.
@@ -83,6 +84,16 @@ def use_experts(active: ActiveExperts | None) -> Iterator[None]:
         yield
     finally:
         _pass_in_progress.active, _pass_in_progress.running = before
+
+
+@contextmanager
+def fuse_updates(add_update: Callable) -> Iterator[None]:
+    """Within the context, `add_update(layer, hidden_states, result, active)` is asked for a layer's result first."""
+    _pass_in_progress.add_update = add_update
+    try:
+        yield
+    finally:
+        _pass_in_progress.add_update = None
 
 
 def refuse_recomputation() -> None:
@@ -169,6 +180,10 @@ class DyloraMoeLinear(nn.Module):
         if active is None:
             refuse_recomputation()
             return result
+        if _pass_in_progress.add_update is not None:
+            fused = _pass_in_progress.add_update(self, hidden_states, result, active)
+            if fused is not None:
+                return fused
         if active.single is not None:
             rank, scale = self.layout[active.single]
             if rank == 0:
@@ -271,6 +286,7 @@ __all__ = [
     "ActiveExperts",
     "DyloraMoeLinear",
     "checkpoint_with_experts",
+    "fuse_updates",
     "linear_shape",
     "refuse_offloaded",
     "use_experts",

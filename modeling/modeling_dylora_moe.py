@@ -40,6 +40,14 @@ from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_stra
 from .saving_dylora_moe import SavingMixin
 
 
+try:
+    from .fast_decoding_dylora_moe import FastDecodingMixin
+except ImportError:  # that file may be left empty or out: generation is slower without, and gives the same tokens
+
+    class FastDecodingMixin:
+        pass
+
+
 logger = logging.get_logger(__name__)
 
 # A mixture-of-experts foundation understands this one too, and would add a balance loss of its own.
@@ -413,7 +421,7 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         )
 
 
-class DyloraMoeForCausalLM(DyloraMoePreTrainedModel, DyloraMoeGenerationMixin):
+class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMoeGenerationMixin):
     """The routed model with its language modeling head.
 
     Example:

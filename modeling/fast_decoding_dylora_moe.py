@@ -1,0 +1,631 @@
+"""Fast decoding on a GPU: the steps of greedy and sampled generation as CUDA graphs. This file is optional.
+
+Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays as it is, with its
+processors, criteria and streamers; only the model's forward of a decode step is replaced: the same modules run over
+buffers that stay where they are, recorded once as a graph and replayed at every token, and the experts' products are
+fewer and larger. Streams lie one after the other in the rows of the buffers, so that one pass can serve several.
+Knows nothing about prompts, which the ordinary path runs, or about choosing tokens.
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .cache_dylora_moe import RowExpertsLayer
+from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, fuse_updates, use_experts
+from .routed_pass_dylora_moe import RoutedPass
+from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
+
+
+DEVICES = ("cuda",)
+BUCKET = 256  # a session's capacity in tokens is a multiple of this
+MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
+ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
+KNOWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits", "synced_gpus", "streamer"}
+
+
+def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
+    """Why a call of `generate` decodes the ordinary way, or `None` where it may decode fast."""
+    if getattr(generation_config, "fast_decoding", None) is False:
+        return "switched off"
+    if model.device.type not in DEVICES:
+        return "another device"
+    foundation = model.foundation
+    cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+    strategy = model.routing_strategy(arguments["routing_strategy"])
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    reasons = {
+        "the model's forward was replaced, by a compiled one for instance": "forward" in vars(model),
+        "training": model.training,
+        "autocast": torch.is_autocast_enabled(model.device.type),
+        "arguments that it does not know": not KNOWN_ARGUMENTS.issuperset(
+            name for name, value in arguments.items() if value is not None
+        ),
+        "several processes in step": bool(arguments.get("synced_gpus")),
+        "attentions or hidden states": generation_config.output_attentions or generation_config.output_hidden_states,
+        "a prompt in chunks": generation_config.prefill_chunk_size is not None,
+        "no cache, one of another kind, or one that was handed in": type(cache) is not DynamicCache
+        or not arguments.get("use_cache")
+        or getattr(cache, "offloading", False)
+        or cache.get_seq_length() > 0
+        or any(type(layer) not in (DynamicLayer, RowExpertsLayer) for layer in cache.layers),
+        "a mask of another form": mask is not None and mask.dim() != 2,
+        "a strategy of another form": not (
+            strategy.name in ("router", "ensemble") or type(strategy).run is RoutingStrategy.run
+        ),
+        "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
+        "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
+        "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
+        "a foundation that prepares inputs or masks its own way": type(foundation).prepare_inputs_for_generation
+        is not GenerationMixin.prepare_inputs_for_generation
+        or hasattr(type(foundation), "create_masks_for_generate"),
+        "positions that depend on the length": str(rope.get("rope_type")) in ("dynamic", "longrope"),
+        "several devices, or offloaded": len({tensor.device for tensor in model.parameters()}) != 1,
+        "hooks on modules, which a graph does not call": any(
+            hasattr(module, "_hf_hook")
+            or any(map(_looks_on, module._forward_hooks.values()))
+            or module._forward_pre_hooks
+            for module in model.modules()
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _looks_on(hook: Callable) -> bool:
+    """Whether a hook does something by itself; transformers' own stay on a model and sleep until outputs are asked for."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+
+
+class FastDecodingMixin:
+    """What hands the decode steps of `generate` over. `fast_decoding=False`, an argument of `generate` or a field of the
+    generation config, switches it off."""
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        if "fast_decoding" in model_kwargs:
+            generation_config.fast_decoding = model_kwargs.pop("fast_decoding")
+        return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is not None:
+            generation_config.fast_decoding = False  # somebody else has a hold of that cache
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        before = _call.decoding
+        _call.decoding = None
+        if why_not(self, generation_config, kwargs) is None:
+            store = self.__dict__.setdefault("_decoding_sessions", SessionStore())
+            if store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
+                _call.decoding = Decoding(self, store, kwargs)
+        try:
+            output = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+            if _call.decoding is not None and generation_config.return_dict_in_generate:
+                _call.decoding.hand_back()
+            return output
+        finally:
+            if _call.decoding is not None:
+                store.lock.release()
+            _call.decoding = before
+
+    def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
+        return _decoding_of(self) is not None or super()._valid_auto_compile_criteria(*args, **kwargs)
+
+    def get_compiled_call(self, *args, **kwargs) -> Callable:
+        return _decoding_of(self) or super().get_compiled_call(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        decoding = _decoding_of(self)
+        if decoding is not None and decoding.session is not None:
+            return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+
+class _Call(threading.local):
+    def __init__(self):
+        self.decoding: Decoding | None = None
+
+
+_call = _Call()
+
+
+def _decoding_of(model) -> "Decoding | None":
+    decoding = _call.decoding
+    return decoding if decoding is not None and decoding.model is model else None
+
+
+class Decoding:
+    """One `generate` after its prompt: called where transformers would call the model, with one token a row.
+
+    Args:
+        model: the routed model.
+        store: its sessions; the caller holds the lock.
+        arguments: the model's arguments in this `generate`.
+    """
+
+    def __init__(self, model, store: "SessionStore", arguments: dict):
+        self.model, self.store = model, store
+        self.strategy = model.routing_strategy(arguments["routing_strategy"])
+        self.returns_routing = bool(arguments.get("output_router_logits"))
+        self.cache: DynamicCache = arguments["past_key_values"]
+        self.session: Session | None = None
+        self.length = 0
+
+    def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
+        if self.session is None:
+            self._start(input_ids, **arguments)
+        elif self.length == self.session.capacity:
+            self._grow()
+        self.session.input_ids.copy_(input_ids)
+        self.session.step()
+        self.length += 1
+        routing = self.session.router_logits if self.returns_routing else None
+        return MoeCausalLMOutputWithPast(
+            logits=self.session.logits,
+            past_key_values=self.cache,
+            router_logits=None if routing is None else routing.clone(),
+        )
+
+    def _start(self, input_ids, attention_mask=None, position_ids=None, expert_ids=None, **unused):
+        """Move what the prompt left in the cache to the buffers."""
+        self.length = self.cache.get_seq_length()
+        batch, layers = input_ids.shape[0], self.cache.layers[: self._num_layers()]
+        kept = [(layer.keys, layer.values) for layer in layers]
+        with torch.inference_mode(False), torch.no_grad():
+            self.session = self.store.session(self.model, self.strategy, batch, self.length + 1, kept)
+            self.store.products.read_stacks(self.session.single)
+            self.session.fill(kept, self.length)
+        for layer in layers:
+            layer.keys = layer.values = None  # twice would be a waste of memory
+        seen = torch.ones(batch, self.length, device=input_ids.device) if attention_mask is None else attention_mask
+        if position_ids is None:
+            position_ids = torch.full_like(input_ids, self.length)
+        self.session.place(self.length, seen[:, : self.length].bool(), position_ids[:, -1:], expert_ids)
+
+    def _grow(self):
+        old = self.session
+        kept = [(keys.clone(), values.clone()) for keys, values in old.streams()]
+        state = old.mask[: old.batch, 0, 0] == 0, old.positions[: old.batch] + 1, old.expert_ids.clone()
+        weights = old.weights.clone()
+        with torch.inference_mode(False), torch.no_grad():
+            self.session = self.store.session(self.model, self.strategy, old.batch, 2 * old.capacity, kept)
+            self.store.products.read_stacks(self.session.single)
+            self.session.fill(kept, self.length)
+        self.session.place(self.length, *state)
+        self.session.weights.copy_(weights)
+
+    def hand_back(self) -> None:
+        """Give the cache its keys and values back, for who gets it from `generate`."""
+        if self.session is None:
+            return
+        streams = [
+            (keys[..., : self.length, :].clone(), values[..., : self.length, :].clone())
+            for keys, values in self.session.streams()
+        ]
+        for layer, (keys, values) in zip(self.cache.layers, streams, strict=False):
+            layer.keys, layer.values = keys, values
+
+    def _num_layers(self) -> int:
+        return self.strategy.num_streams * self.model.num_layers_per_stream
+
+
+class SessionStore:
+    """The sessions of one model, the least recently used first, and the memory that their keys and values share."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sessions: OrderedDict[tuple, Session] = OrderedDict()
+        self.products = SharedProducts()
+        self.weights_at: int | None = None
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.arena: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo) -> "SessionStore":
+        return SessionStore()  # a copied model has weights of its own
+
+    def __reduce__(self):
+        return SessionStore, ()
+
+    def session(self, model, strategy: RoutingStrategy, batch: int, tokens: int, kept: list) -> "Session":
+        """A session that holds `tokens` tokens; `kept` are keys and values of the shapes to hold."""
+        where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in model.parameters()))
+        if where != self.weights_at:
+            self._forget()
+            self.weights_at = where
+        capacity = -(-tokens // BUCKET) * BUCKET
+        config = model.config.get_text_config()
+        key = (str(strategy), batch, capacity, config._attn_implementation, tuple(model._rank_layouts))
+        # What a graph has taken in besides: the router's settings, and how a foundation of experts runs them.
+        key += tuple(getattr(model.config, name) for name in ROUTER_SETTINGS)
+        key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
+        if key not in self.sessions:
+            rows = batch * strategy.num_streams
+            shapes = [
+                (rows, tensor.shape[1], capacity, tensor.shape[3])
+                for both in kept[: model.num_layers_per_stream]
+                for tensor in both
+            ]
+            tensors = self._tensors(shapes, kept[0][0])
+            while len(self.sessions) >= MAX_SESSIONS:
+                self.sessions.popitem(last=False)
+            layers = list(zip(tensors[::2], tensors[1::2], strict=True))
+            self.sessions[key] = Session(model, strategy, batch, layers, self.products, self.pool)
+        self.sessions.move_to_end(key)
+        return self.sessions[key]
+
+    def _tensors(self, shapes: list[tuple[int, ...]], like: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [math.prod(shape) for shape in shapes]
+        if self.arena is None or self.arena.numel() < sum(sizes) or self.arena.dtype != like.dtype:
+            self._forget()
+            self.arena = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
+        parts = self.arena[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _forget(self) -> None:
+        self.sessions.clear()
+        self.products.__init__()
+        self.arena = None
+
+
+class BufferLayer(CacheLayerMixin):
+    """Keys and values of one layer, `[rows, heads, capacity, size]`, written at one position that a tensor tells."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.index = keys, values, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        raise TypeError("The buffers are made before the first step.")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.index, key_states)
+        self.values.index_copy_(2, self.index, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.index
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.12
+
+
+class Session:
+    """Buffers for one strategy, `batch` rows and `capacity` tokens, and the steps that run in them.
+
+    Args:
+        layers: keys and values of every layer of the foundation, `[streams * batch, heads, capacity, size]`.
+        products: how expert layers add their updates.
+        pool: the memory that the graphs of all sessions share, since no two ever run at a time.
+    """
+
+    def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, products: "SharedProducts", pool):
+        self.model, self.strategy, self.batch, self.layers = model, strategy, batch, layers
+        self.products, self.pool = products, pool
+        self.capacity = capacity = layers[0][0].shape[2]
+        device, experts = model.device, model.config.num_experts
+        self.rows = batch * strategy.num_streams
+        self.single = strategy.expert if strategy.name == "single" else None
+        dtype = layers[0][0].dtype
+        self.closed = torch.finfo(dtype).min
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        self.input_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
+        self.mask = torch.full((self.rows, 1, 1, capacity), self.closed, dtype=dtype, device=device)
+        self.expert_ids = torch.zeros(batch, dtype=torch.long, device=device)
+        self.weights = torch.zeros(batch, 1, max(experts, 1), device=device)
+        self.agreed = torch.zeros((), dtype=torch.bool, device=device)
+        self.router_logits = torch.zeros_like(self.weights) if strategy.name == "router" else None
+        self.logits: torch.Tensor | None = None
+        self.hit_rate, self.steps, self.hits, self.guesses = 1.0, 0, 0, 0
+        steps = {"router": self._route_then_run, "ensemble": self._run_all}
+        self._whole = Stepper(self, steps.get(strategy.name, self._run))
+        self._guessed = self._again = None
+        if self._may_guess():
+            self._guessed, self._again = Stepper(self, self._run_guessed), Stepper(self, self._run_routed)
+
+    # The state
+
+    def streams(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of every layer of every stream, in the order of the ordinary cache."""
+        return [
+            (keys[start : start + self.batch], values[start : start + self.batch])
+            for start in range(0, self.rows, self.batch)
+            for keys, values in self.layers
+        ]
+
+    def fill(self, kept: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
+        for buffers, tensors in zip(self.streams(), kept, strict=True):
+            for buffer, tensor in zip(buffers, tensors, strict=True):
+                buffer[:, :, :length].copy_(tensor[:, :, :length])
+                buffer[:, :, length:].zero_()  # what lies behind a closed mask must be finite
+
+    def place(self, length: int, seen: torch.Tensor, positions: torch.Tensor, expert_ids: torch.Tensor | None) -> None:
+        """Set where the next token goes: after `length` tokens, of which `seen` `[batch, <= capacity]` are visible."""
+        streams = self.strategy.num_streams
+        self.index.fill_(length - 1)  # a step moves on first
+        self.mask.fill_(self.closed)
+        open_ = torch.where(seen, 0.0, self.closed).to(self.mask.dtype)
+        self.mask[:, 0, 0, : seen.shape[1]].copy_(open_.repeat(streams, 1))
+        self.positions.copy_((positions - 1).expand(self.batch, 1).repeat(streams, 1))
+        self.weights.zero_()
+        if expert_ids is not None:
+            self.expert_ids.copy_(expert_ids)
+
+    def _advance(self) -> None:
+        self.index.add_(1)
+        self.positions.add_(1)
+        self.mask.index_fill_(3, self.index, 0.0)
+
+    # The steps
+
+    def step(self) -> None:
+        """Compute `logits` `[batch, 1, vocabulary]` (and `router_logits`) after the tokens in `input_ids`."""
+        self.steps += 1
+        # Guessing pays while most guesses are right; where they are not, one in a while sees whether that has changed.
+        if self._guessed is None or (self.hit_rate < 0.45 and self.steps % 16):
+            self._whole()
+            return
+        self._guessed()
+        hit = bool(self.agreed)
+        self.hit_rate += (hit - self.hit_rate) / 8
+        self.guesses, self.hits = self.guesses + 1, self.hits + hit
+        if not hit:
+            self._again()
+
+    def _may_guess(self) -> bool:
+        return (
+            self.strategy.name == "router"
+            and not self.model.routes_densely
+            and self.model.config.num_experts_per_tok == 1
+            and not isinstance(self.model.get_output_embeddings(), DyloraMoeLinear)
+        )
+
+    def _pass(self, body, weights: int | torch.Tensor | None, first: int = 0, streams: int = 1):
+        """The body's output for streams from `first` on, the experts at `weights`."""
+        rows = slice(first * self.batch, (first + streams) * self.batch)
+        layers = [BufferLayer(keys[rows], values[rows], self.index) for keys, values in self.layers]
+        with use_experts(self.model.active_experts(weights)), self.products.in_use():
+            return body(
+                input_ids=self.input_ids.repeat(streams, 1),
+                attention_mask=self.mask[rows],
+                position_ids=self.positions[rows],
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+                return_dict=True,
+            )
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        if self.logits is None:
+            with torch.inference_mode(False):
+                self.logits = torch.zeros_like(logits)
+        self.logits.copy_(logits)
+
+    def _run(self) -> None:
+        """One pass under weights that the router has no say in."""
+        self._advance()
+        model, strategy = self.model, self.strategy
+        if strategy.chooses_row_experts:
+            weights = one_hot_rows(self.expert_ids, model.config.num_experts)
+        else:
+            weights = strategy.expert_weights(
+                RoutedPass(model, model.foundation, strategy, {"input_ids": self.input_ids})
+            )
+        self._keep(self._pass(model.foundation, weights).logits)
+
+    def _run_all(self) -> None:
+        """The ensemble's experts as one batch."""
+        self._advance()
+        count = self.strategy.num_experts
+        weights = torch.eye(count, device=self.weights.device).repeat_interleave(self.batch, dim=0).unsqueeze(1)
+        logits = self._pass(self.model.foundation, weights, streams=count).logits
+        each = F.log_softmax(logits.view(count, self.batch, *logits.shape[1:]), dim=-1, dtype=torch.float32)
+        self._keep(each.logsumexp(dim=0) - math.log(count))
+
+    def _route_then_run(self) -> None:
+        """The router's pass, then the routed one."""
+        self._advance()
+        self._route(self._pass(self.model.foundation_body, self._router_input(), first=0).last_hidden_state)
+        self._run_routed()
+
+    def _run_routed(self) -> None:
+        self._keep(self._pass(self.model.foundation, self.weights, first=1).logits)
+
+    def _run_guessed(self) -> None:
+        """Both passes as one batch, the routed rows under the last token's weights; `agreed` says if those were right."""
+        self._advance()
+        reading = torch.zeros_like(self.weights) if self._router_input() is None else torch.ones_like(self.weights)
+        hidden = []
+
+        def take_apart(module, args, output):
+            if _decoding_of(self.model) is None:  # another thread's pass
+                return output
+            hidden.append(output.last_hidden_state[: self.batch])
+            output.last_hidden_state = output.last_hidden_state[self.batch :]
+            return output
+
+        handle = self.model.foundation_body.register_forward_hook(take_apart)
+        try:
+            outputs = self._pass(self.model.foundation, torch.cat([reading, self.weights]), first=0, streams=2)
+        finally:
+            handle.remove()
+        self._keep(outputs.logits)
+        self._route(hidden[0])
+
+    def _route(self, hidden_states: torch.Tensor) -> None:
+        router_logits = self.model.router(hidden_states)
+        weights = self.model.router.weights(router_logits, dense=self.model.routes_densely)
+        self.agreed.copy_((weights == self.weights).all())
+        self.weights.copy_(weights)
+        self.router_logits.copy_(router_logits)
+
+    def _router_input(self) -> torch.Tensor | None:
+        return None if self.model.config.router_input == "base" else torch.ones_like(self.weights[:1])
+
+
+class Stepper:
+    """A step function, called as it is (no GPU), or recorded at its first call and replayed from then on."""
+
+    def __init__(self, session: Session, function: Callable[[], None]):
+        self.session, self.function = session, function
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.session.model.device.type != "cuda":
+            self.function()
+            return
+        if self.graph is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._record()
+        self.graph.replay()
+
+    def _record(self) -> None:
+        state = [self.session.index, self.session.positions, self.session.mask, self.session.weights]
+        before = [tensor.clone() for tensor in state]
+
+        def restore():
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+
+        with torch.cuda.device(self.session.model.device), fused_modules(self.session.model.foundation):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
+                    self.function()
+                    restore()
+                self.session.products.read_stacks(self.session.single)
+                self.function()
+                restore()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.session.pool, capture_error_mode="thread_local"):
+                self.function()
+            restore()
+        self.graph = graph
+
+
+class SharedProducts:
+    """The experts' updates with one product for the A of all layers that read the same tensor, and one for each B.
+
+    Which layers those are shows in a first pass; then `read_stacks` copies their A together, and does it again for each
+    `generate`, since training changes them in place.
+    """
+
+    def __init__(self):
+        # By the layer that reads the tensor first and the single expert that acts, or `None` where all do.
+        self.groups: dict[tuple[DyloraMoeLinear, int | None], list[DyloraMoeLinear]] = {}
+        self.stacks: dict[tuple[DyloraMoeLinear, int | None], torch.Tensor] = {}
+        self._finish()
+
+    @contextmanager
+    def in_use(self):
+        """Within the context, which is one pass, expert layers take their updates from here."""
+        with fuse_updates(self.add_update):
+            try:
+                yield
+            finally:
+                self._finish()
+
+    def _finish(self) -> None:
+        self.input: torch.Tensor | None = None
+        self.group: list[DyloraMoeLinear] = []
+        self.ranks: dict[DyloraMoeLinear, torch.Tensor] = {}
+        self.scales: dict[tuple, torch.Tensor] = {}
+
+    def read_stacks(self, single: int | None) -> None:
+        for key, group in self.groups.items():
+            if key[1] != single or len(group) < 2:
+                continue
+            parts = [layer.lora_A.detach()[_rows(layer, single)] for layer in group]
+            if key in self.stacks:
+                torch.cat(parts, out=self.stacks[key])
+            else:
+                self.stacks[key] = torch.cat(parts)
+
+    def add_update(self, layer, hidden_states, result, active: ActiveExperts) -> torch.Tensor | None:
+        """`result` with the layer's update added in place; `None` where the layer must do it itself."""
+        single = active.single
+        if single is not None and layer.layout[single][0] == 0:
+            return result
+        if hidden_states.dim() != 3 or not layer.lora_A.dtype == hidden_states.dtype == result.dtype:
+            return None
+        if self.input is not hidden_states:
+            self.input = hidden_states
+            self.group = self.groups.setdefault((layer, single), [layer])
+            stack = self.stacks.get((layer, single))
+            self.ranks = self._multiply([layer] if stack is None else self.group, stack, active)
+        if layer not in self.ranks:
+            if layer not in self.group:
+                self.group.append(layer)
+            self.ranks.update(self._multiply([layer], None, active))
+        scale = 1.0 if single is None else layer.layout[single][1]
+        result.view(-1, result.shape[-1]).addmm_(self.ranks[layer], layer.lora_B[_rows(layer, single)], alpha=scale)
+        return result
+
+    def _multiply(self, group: list[DyloraMoeLinear], stack: torch.Tensor | None, active: ActiveExperts) -> dict:
+        """Every layer's A times the input, `[batch, rank]`, scaled unless one expert alone acts."""
+        if stack is None:
+            stack = group[0].lora_A[_rows(group[0], active.single)]
+        ranks = F.linear(self.input, stack)
+        if active.single is None:
+            layouts = tuple(layer.layout for layer in group)
+            if layouts not in self.scales:
+                self.scales[layouts] = torch.cat([active.scales[layout] for layout in layouts], dim=-1)
+            ranks = ranks * self.scales[layouts]
+        sizes = [len(range(layer.lora_A.shape[0])[_rows(layer, active.single)]) for layer in group]
+        return dict(zip(group, ranks.view(-1, ranks.shape[-1]).split(sizes, dim=-1), strict=True))
+
+
+def _rows(layer: DyloraMoeLinear, single: int | None) -> slice:
+    return slice(None) if single is None else layer.rows(single)
+
+
+@contextmanager
+def fused_modules(foundation: nn.Module):
+    """Within the context, root mean square norms run as one kernel: those that on trial compute the same."""
+    with ExitStack() as stack:
+        for module in foundation.modules():
+            fused = _fused_norm(module)
+            if fused is not None:
+                module.forward = fused
+                stack.callback(module.__dict__.pop, "forward")
+        yield
+
+
+def _fused_norm(module: nn.Module) -> Callable | None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or "forward" in vars(module):
+        return None
+    if weight is None or weight.dim() != 1:
+        return None
+
+    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, weight.shape, weight, epsilon)
+
+    # No random numbers: sampling would draw others after them.
+    trial = torch.arange(4 * weight.shape[0], device=weight.device).sin().view(4, -1).to(weight.dtype)
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    return fused if torch.allclose(fused(trial), module(trial), rtol=tolerance, atol=tolerance) else None
+
+
+__all__ = ["FastDecodingMixin", "why_not"]
