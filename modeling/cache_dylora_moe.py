@@ -110,13 +110,8 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
 
 def new_cache(config: PreTrainedConfig, strategy: RoutingStrategy) -> Cache:
     """An empty dynamic cache with the layers of every stream; see `prepare_streams`."""
-    streams = [DynamicCache(config=config) for _ in range(strategy.num_streams)]
-    cache = streams[0]
-    for stream in streams[1:]:
-        cache.layers.extend(stream.layers)
-    if strategy.chooses_row_experts:
-        cache.layers.append(RowExpertsLayer())
-    cache.routing_strategy = str(strategy)
+    cache = DynamicCache(config=config)
+    prepare_streams(cache, len(cache.layers), strategy)
     return cache
 
 

@@ -6,7 +6,7 @@ Knows how weights reach the layers during a pass. Knows nothing about how the we
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -46,10 +46,8 @@ class ActiveExperts:
 
 def spread_over_ranks(weights: torch.Tensor, layout: RankLayout) -> torch.Tensor:
     """g of the formula above: `[..., num_experts]` -> `[..., sum of ranks]`."""
-    ranks = [rank for rank, _ in layout]
-    scales = [scale for _, scale in layout]
     if len(set(layout)) == 1:
-        return (weights * scales[0]).repeat_interleave(ranks[0], dim=-1)
+        return (weights * layout[0][1]).repeat_interleave(layout[0][0], dim=-1)
     parts = [
         (weights[..., index : index + 1] * scale).expand(*weights.shape[:-1], rank)
         for index, (rank, scale) in enumerate(layout)
@@ -63,7 +61,7 @@ class _PassInProgress(threading.local):
     def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
         self.active: ActiveExperts | None = None
         self.running = False  # a pass with the experts off is one too
-        self.add_update: Callable | None = None  # see `fuse_updates`
+        self.add_update = None  # of fast decoding: whether it added a layer's update
 
 
 # A thread-local object and no context variable: `torch.compile` traces the first and guards it for the calling thread.
@@ -84,16 +82,6 @@ def use_experts(active: ActiveExperts | None) -> Iterator[None]:
         yield
     finally:
         _pass_in_progress.active, _pass_in_progress.running = before
-
-
-@contextmanager
-def fuse_updates(add_update: Callable) -> Iterator[None]:
-    """Within the context, `add_update(layer, hidden_states, result, active)` is asked for a layer's result first."""
-    _pass_in_progress.add_update = add_update
-    try:
-        yield
-    finally:
-        _pass_in_progress.add_update = None
 
 
 def refuse_recomputation() -> None:
@@ -180,10 +168,8 @@ class DyloraMoeLinear(nn.Module):
         if active is None:
             refuse_recomputation()
             return result
-        if _pass_in_progress.add_update is not None:
-            fused = _pass_in_progress.add_update(self, hidden_states, result, active)
-            if fused is not None:
-                return fused
+        if _pass_in_progress.add_update and _pass_in_progress.add_update(self, hidden_states, result, active):
+            return result
         if active.single is not None:
             rank, scale = self.layout[active.single]
             if rank == 0:
@@ -200,12 +186,11 @@ class DyloraMoeLinear(nn.Module):
         if not self.training or not any(self.dropouts):
             return self._low_rank(hidden_states, slice(None), 0.0, scale)
         # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
-        updates = []
-        for expert, dropout in enumerate(self.dropouts):
-            rows = self.rows(expert)
-            if rows.start != rows.stop:
-                updates.append(self._low_rank(hidden_states, rows, dropout, scale[..., rows]))
-        return sum(updates)
+        return sum(
+            self._low_rank(hidden_states, self.rows(expert), dropout, scale[..., self.rows(expert)])
+            for expert, dropout in enumerate(self.dropouts)
+            if self.layout[expert][0] > 0
+        )
 
     def _low_rank(
         self, hidden_states: torch.Tensor, rows: slice, dropout: float, scale: float | torch.Tensor
@@ -286,7 +271,6 @@ __all__ = [
     "ActiveExperts",
     "DyloraMoeLinear",
     "checkpoint_with_experts",
-    "fuse_updates",
     "linear_shape",
     "refuse_offloaded",
     "use_experts",

@@ -7,23 +7,31 @@ fewer and larger. Streams lie one after the other in the rows of the buffers, so
 Knows nothing about prompts, which the ordinary path runs, or about choosing tokens.
 """
 
+import gc
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .cache_dylora_moe import RowExpertsLayer
-from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, fuse_updates, use_experts
+from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, _pass_in_progress, use_experts
 from .routed_pass_dylora_moe import RoutedPass
 from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
+
+
+try:
+    from .fast_kernels_dylora_moe import fused_modules
+except ImportError:  # no Triton, or that file was left empty or out: the foundation's modules run as they are
+
+    def fused_modules(*args):
+        return nullcontext()
 
 
 DEVICES = ("cuda",)
@@ -118,6 +126,26 @@ class FastDecodingMixin:
                 store.lock.release()
             _call.decoding = before
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        decoding = _decoding_of(self)
+        if decoding is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        copies = generation_config.num_return_sequences or 1
+        expert_ids = model_kwargs.get("expert_ids")
+        if expert_ids is not None and not torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids):
+            copies = 1
+        # A prompt's rows lie together, and one of them is enough.
+        names = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and copies > 1]
+        model_kwargs = {**model_kwargs, **{name: model_kwargs[name][::copies] for name in names}}
+        with decoding.store.products.in_use():
+            outputs = super()._prefill(input_ids[::copies], generation_config, model_kwargs, *args, **kwargs)
+        if copies > 1:
+            decoding.cache.batch_repeat_interleave(copies)
+            outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
+            if outputs.router_logits is not None:
+                outputs.router_logits = outputs.router_logits.repeat_interleave(copies, dim=0)
+        return outputs
+
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
         return _decoding_of(self) is not None or super()._valid_auto_compile_criteria(*args, **kwargs)
 
@@ -160,6 +188,7 @@ class Decoding:
         self.cache: DynamicCache = arguments["past_key_values"]
         self.session: Session | None = None
         self.length = 0
+        store.look_at_weights(model, self.strategy)
 
     def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
         if self.session is None:
@@ -183,7 +212,6 @@ class Decoding:
         kept = [(layer.keys, layer.values) for layer in layers]
         with torch.inference_mode(False), torch.no_grad():
             self.session = self.store.session(self.model, self.strategy, batch, self.length + 1, kept)
-            self.store.products.read_stacks(self.session.single)
             self.session.fill(kept, self.length)
         for layer in layers:
             layer.keys = layer.values = None  # twice would be a waste of memory
@@ -199,7 +227,6 @@ class Decoding:
         weights = old.weights.clone()
         with torch.inference_mode(False), torch.no_grad():
             self.session = self.store.session(self.model, self.strategy, old.batch, 2 * old.capacity, kept)
-            self.store.products.read_stacks(self.session.single)
             self.session.fill(kept, self.length)
         self.session.place(self.length, *state)
         self.session.weights.copy_(weights)
@@ -227,8 +254,7 @@ class SessionStore:
         self.sessions: OrderedDict[tuple, Session] = OrderedDict()
         self.products = SharedProducts()
         self.weights_at: int | None = None
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        self.arena: torch.Tensor | None = None
+        self._forget()
 
     def __deepcopy__(self, memo) -> "SessionStore":
         return SessionStore()  # a copied model has weights of its own
@@ -236,12 +262,17 @@ class SessionStore:
     def __reduce__(self):
         return SessionStore, ()
 
-    def session(self, model, strategy: RoutingStrategy, batch: int, tokens: int, kept: list) -> "Session":
-        """A session that holds `tokens` tokens; `kept` are keys and values of the shapes to hold."""
+    def look_at_weights(self, model, strategy: RoutingStrategy) -> None:
+        """Before a `generate`: graphs hold addresses of weights, and copies of some, which training changes in place."""
         where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in model.parameters()))
         if where != self.weights_at:
             self._forget()
             self.weights_at = where
+        with torch.inference_mode(False), torch.no_grad():
+            self.products.read_stacks(single_expert(strategy))
+
+    def session(self, model, strategy: RoutingStrategy, batch: int, tokens: int, kept: list) -> "Session":
+        """A session that holds `tokens` tokens; `kept` are keys and values of the shapes to hold."""
         capacity = -(-tokens // BUCKET) * BUCKET
         config = model.config.get_text_config()
         key = (str(strategy), batch, capacity, config._attn_implementation, tuple(model._rank_layouts))
@@ -274,7 +305,9 @@ class SessionStore:
     def _forget(self) -> None:
         self.sessions.clear()
         self.products.__init__()
-        self.arena = None
+        self.arena: torch.Tensor | None = None
+        # Another one, since a pool goes with the last graph in it.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
 
 class BufferLayer(CacheLayerMixin):
@@ -323,7 +356,6 @@ class Session:
         self.capacity = capacity = layers[0][0].shape[2]
         device, experts = model.device, model.config.num_experts
         self.rows = batch * strategy.num_streams
-        self.single = strategy.expert if strategy.name == "single" else None
         dtype = layers[0][0].dtype
         self.closed = torch.finfo(dtype).min
         self.index = torch.zeros(1, dtype=torch.long, device=device)
@@ -505,22 +537,36 @@ class Stepper:
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
-        with torch.cuda.device(self.session.model.device), fused_modules(self.session.model.foundation):
+        fused = fused_modules(self.session.model.foundation, self.session.index)
+        with torch.cuda.device(self.session.model.device), fused:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
                     self.function()
                     restore()
-                self.session.products.read_stacks(self.session.single)
+                self.session.products.read_stacks(single_expert(self.session.strategy))
                 self.function()
                 restore()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.session.pool, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(graph, pool=self.session.pool, capture_error_mode="thread_local"):
                 self.function()
             restore()
         self.graph = graph
+
+
+@contextmanager
+def no_collection():
+    """No garbage is collected within the context: an old graph that goes while another is recorded spoils that one."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class SharedProducts:
@@ -539,14 +585,15 @@ class SharedProducts:
     @contextmanager
     def in_use(self):
         """Within the context, which is one pass, expert layers take their updates from here."""
-        with fuse_updates(self.add_update):
-            try:
-                yield
-            finally:
-                self._finish()
+        _pass_in_progress.add_update = self.add_update
+        try:
+            yield
+        finally:
+            _pass_in_progress.add_update = None
+            self._finish()
 
     def _finish(self) -> None:
-        self.input: torch.Tensor | None = None
+        self.input: tuple[torch.Tensor, ActiveExperts] | None = None
         self.group: list[DyloraMoeLinear] = []
         self.ranks: dict[DyloraMoeLinear, torch.Tensor] = {}
         self.scales: dict[tuple, torch.Tensor] = {}
@@ -561,15 +608,17 @@ class SharedProducts:
             else:
                 self.stacks[key] = torch.cat(parts)
 
-    def add_update(self, layer, hidden_states, result, active: ActiveExperts) -> torch.Tensor | None:
-        """`result` with the layer's update added in place; `None` where the layer must do it itself."""
+    def add_update(self, layer, hidden_states, result, active: ActiveExperts) -> bool:
+        """Add the layer's update to `result` in place; false where the layer must do it itself."""
         single = active.single
         if single is not None and layer.layout[single][0] == 0:
-            return result
+            return True
         if hidden_states.dim() != 3 or not layer.lora_A.dtype == hidden_states.dtype == result.dtype:
-            return None
-        if self.input is not hidden_states:
-            self.input = hidden_states
+            return False
+        if self.input is None or self.input[0] is not hidden_states or self.input[1] is not active:
+            if self.input is not None and self.input[1] is not active:
+                self.scales = {}
+            self.input = (hidden_states, active)
             self.group = self.groups.setdefault((layer, single), [layer])
             stack = self.stacks.get((layer, single))
             self.ranks = self._multiply([layer] if stack is None else self.group, stack, active)
@@ -579,13 +628,13 @@ class SharedProducts:
             self.ranks.update(self._multiply([layer], None, active))
         scale = 1.0 if single is None else layer.layout[single][1]
         result.view(-1, result.shape[-1]).addmm_(self.ranks[layer], layer.lora_B[_rows(layer, single)], alpha=scale)
-        return result
+        return True
 
     def _multiply(self, group: list[DyloraMoeLinear], stack: torch.Tensor | None, active: ActiveExperts) -> dict:
         """Every layer's A times the input, `[batch, rank]`, scaled unless one expert alone acts."""
         if stack is None:
             stack = group[0].lora_A[_rows(group[0], active.single)]
-        ranks = F.linear(self.input, stack)
+        ranks = F.linear(self.input[0], stack)
         if active.single is None:
             layouts = tuple(layer.layout for layer in group)
             if layouts not in self.scales:
@@ -595,37 +644,12 @@ class SharedProducts:
         return dict(zip(group, ranks.view(-1, ranks.shape[-1]).split(sizes, dim=-1), strict=True))
 
 
+def single_expert(strategy: RoutingStrategy) -> int | None:
+    return strategy.expert if strategy.name == "single" else None
+
+
 def _rows(layer: DyloraMoeLinear, single: int | None) -> slice:
     return slice(None) if single is None else layer.rows(single)
-
-
-@contextmanager
-def fused_modules(foundation: nn.Module):
-    """Within the context, root mean square norms run as one kernel: those that on trial compute the same."""
-    with ExitStack() as stack:
-        for module in foundation.modules():
-            fused = _fused_norm(module)
-            if fused is not None:
-                module.forward = fused
-                stack.callback(module.__dict__.pop, "forward")
-        yield
-
-
-def _fused_norm(module: nn.Module) -> Callable | None:
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or "forward" in vars(module):
-        return None
-    if weight is None or weight.dim() != 1:
-        return None
-
-    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, weight.shape, weight, epsilon)
-
-    # No random numbers: sampling would draw others after them.
-    trial = torch.arange(4 * weight.shape[0], device=weight.device).sin().view(4, -1).to(weight.dtype)
-    tolerance = 4 * torch.finfo(weight.dtype).eps
-    return fused if torch.allclose(fused(trial), module(trial), rtol=tolerance, atol=tolerance) else None
 
 
 __all__ = ["FastDecodingMixin", "why_not"]

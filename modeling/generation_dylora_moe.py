@@ -134,9 +134,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The last place that sees the prompts before beams and return sequences multiply them.
         # Rows of a cache that was filled before have their experts, and are multiplied already.
-        known = (
-            model_kwargs.get("expert_ids") is not None or kept_experts(model_kwargs.get("past_key_values")) is not None
-        )
+        kept = kept_experts(model_kwargs.get("past_key_values"))
+        known = kept is not None or model_kwargs.get("expert_ids") is not None
         if model_kwargs.get("routing_strategy") == "best" and not known:
             model_kwargs["expert_ids"] = self._best_experts_of_prompts(input_ids, model_kwargs)
         return super()._expand_inputs_for_generation(

@@ -43,10 +43,7 @@ from .saving_dylora_moe import SavingMixin
 try:
     from .fast_decoding_dylora_moe import FastDecodingMixin
 except ImportError:  # that file may be left empty or out: generation is slower without, and gives the same tokens
-
-    class FastDecodingMixin:
-        pass
-
+    FastDecodingMixin = type("FastDecodingMixin", (), {})
 
 logger = logging.get_logger(__name__)
 

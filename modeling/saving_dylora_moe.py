@@ -24,6 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
+OPTIONAL = ("fast_decoding_dylora_moe.py", "fast_kernels_dylora_moe.py")
 
 
 class SavingMixin:
@@ -163,6 +164,8 @@ def save_code(directory: str | Path) -> None:
     for source in Path(__file__).parent.glob("*.py"):
         if source.parent.resolve() != Path(directory).resolve():
             shutil.copyfile(source, Path(directory) / source.name)
+    for name in OPTIONAL:
+        (Path(directory) / name).touch()  # empty if it was left out: the Hub's loader wants all that is imported
 
 
 __all__ = ["AUTO_MAP", "SavingMixin", "save_code"]

@@ -6,13 +6,11 @@ import pickle
 import pytest
 import torch
 from helpers_models import PAD, STRATEGIES, build, left_padded, llama_config, llama_experts, random_rows
-from transformers import DynamicCache, GPT2Config, MaxLengthCriteria, Qwen2Config, StoppingCriteria, TextStreamer
-
-import dylora_moe.modeling
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, Qwen2Config, StoppingCriteria
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
-from dylora_moe.modeling import fast_decoding_dylora_moe as fast  # noqa: E402
+from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 
 
 BATCH = left_padded(random_rows((9, 5, 7), seed=2))
@@ -43,6 +41,9 @@ def both(model, inputs=BATCH, seed=0, **arguments):
     return outputs
 
 
+QWEN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+QWEN_FIELDS += ("num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
+QWEN = {name: value for name, value in llama_config().to_dict().items() if name in QWEN_FIELDS}
 SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 20}
 
 
@@ -56,3 +57,208 @@ def test_tokens_equal_those_of_the_ordinary_path(steps, strategy, arguments):
         assert found.tolist() == ordinary.tolist()
     assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
     assert len(set(map(id, steps))) == 1
+
+
+@pytest.mark.parametrize("strategy", ["router", "best", "round_robin", "ensemble", "single:1"])
+def test_rows_that_end_at_different_times(steps, strategy):
+    model = build(seed=7)
+    free, _ = both(model, routing_strategy=strategy)
+    ends = sorted({row[9 + 3] for row in free.tolist()})
+    ordinary, found = both(model, routing_strategy=strategy, eos_token_id=ends[:2])
+    assert found.tolist() == ordinary.tolist()
+    assert steps and ordinary.shape[1] <= free.shape[1]
+
+
+class StopAt(StoppingCriteria):
+    """A criterion of the caller's that reads the text so far, as EvalPlus's do."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, 9:] == self.token).any(dim=1)
+
+
+def test_criteria_streamers_and_scores(steps):
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    free, _ = both(model, one)
+    stop = StopAt(int(free[0, 9 + 4]))
+    ordinary, found = both(model, one, stopping_criteria=[stop])
+    assert found.tolist() == ordinary.tolist() and found.shape[1] < free.shape[1]
+
+    class Streamer:
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen += value.flatten().tolist()
+
+        def end(self):
+            self.seen.append("end")
+
+    streamer = Streamer()
+    model.generate(**one, **GREEDY, streamer=streamer)
+    assert streamer.seen == [*free[0].tolist(), "end"]
+    wanted = {"output_scores": True, "output_logits": True, "output_router_logits": True}
+    ordinary, found = both(model, return_dict_in_generate=True, **wanted)
+    assert len(steps) > 20
+    for name in ("scores", "logits"):
+        for one_step, other in zip(ordinary[name], found[name], strict=True):
+            torch.testing.assert_close(other, one_step, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.router_logits, ordinary.router_logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
+    model = build(seed=7)
+    output = both(model, routing_strategy=strategy, return_dict_in_generate=True)[1]
+    again = {**BATCH, "input_ids": output.sequences}
+    again["attention_mask"] = torch.cat([BATCH["attention_mask"], torch.ones(3, 12, dtype=torch.long)], dim=1)
+    count = len(steps)
+    model.reset_round_robin()
+    arguments = {**GREEDY, "max_new_tokens": 3, "routing_strategy": strategy}
+    continued = model.generate(**again, past_key_values=output.past_key_values, **arguments)
+    assert len(steps) == count  # a cache that is handed in goes the ordinary way
+    model.reset_round_robin()
+    longer = model.generate(**BATCH, **{**arguments, "max_new_tokens": 15}, fast_decoding=False)
+    assert continued.tolist() == longer.tolist()
+
+
+def test_a_text_that_outgrows_its_buffers(steps, monkeypatch):
+    monkeypatch.setattr(fast, "BUCKET", 12)
+    model = build(seed=7)
+    for strategy in ("router", "best", "ensemble"):
+        ordinary, found = both(model, routing_strategy=strategy, max_new_tokens=40)
+        assert found.tolist() == ordinary.tolist()
+    assert len({session.capacity for session in steps}) == 3
+
+
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_guessing_is_given_up_where_it_loses_and_changes_no_token(steps, agreeing):
+    model = build(seed=7)
+    with torch.no_grad():
+        if agreeing:
+            model.router.gate.bias[1] = 1000.0
+        else:  # another expert from token to token
+            model.router.gate.weight.mul_(100)
+    ordinary, found = both(model, max_new_tokens=60, repetition_penalty=2.0)
+    assert found.tolist() == ordinary.tolist()
+    session = steps[-1]
+    if agreeing:
+        assert session.guesses == 59 and session.hits == 58  # the first has nothing to go by
+    else:
+        assert session.hits < session.guesses < 40
+
+
+@pytest.mark.parametrize(
+    "fields", [{"router_input": "experts_sum"}, {"router_mode": "dense"}, {"num_experts_per_tok": 2}]
+)
+def test_other_routers(steps, fields):
+    ordinary, found = both(build(seed=7, **fields), routing_strategy="router")
+    assert found.tolist() == ordinary.tolist() and steps
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_other_foundations(steps, kind, attention):
+    if kind == "gpt2":
+        sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+        base, names = GPT2Config(**sizes), ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"]
+    else:
+        base = Qwen2Config(**QWEN)
+        names = llama_experts()[0]["target_modules"]
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    model = build(base, experts, seed=5)
+    model.set_attn_implementation(attention)
+    for strategy in ("router", "ensemble", "single:1"):
+        ordinary, found = both(model, routing_strategy=strategy)
+        assert found.tolist() == ordinary.tolist()
+    assert steps
+
+
+def test_weights_that_change_between_calls(steps):
+    model = build(seed=7)
+    both(model)
+    with torch.no_grad():
+        for layer in model.expert_layers().values():
+            layer.lora_A.data.mul_(-1.5)  # in place, which leaves no trace
+    ordinary, found = both(model)
+    assert found.tolist() == ordinary.tolist()
+    model.add_expert("fourth", target_modules=llama_experts()[0]["target_modules"], r=4)
+    ordinary, found = both(model, routing_strategy="uniform")
+    assert found.tolist() == ordinary.tolist()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()
+
+
+def test_a_hundred_calls_keep_few_sessions_and_one_stretch_of_memory(steps):
+    model = build(seed=7)
+    sizes = set()
+    for call in range(100):
+        rows = random_rows((5,) * (1 + call % 11), seed=call)
+        strategy = STRATEGIES[call % len(STRATEGIES)]
+        model.generate(**left_padded(rows), routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 2})
+        store = model._decoding_sessions
+        sizes.add(store.arena.numel())
+    assert len(store.sessions) <= fast.MAX_SESSIONS
+    assert max(sizes) == max(key.layers[0][0].numel() * 2 * len(key.layers) for key in steps)
+
+
+def test_inside_inference_mode_and_then_outside(steps):
+    model = build(seed=7)
+    ordinary, _ = both(model)
+    with torch.inference_mode():
+        assert model.generate(**BATCH, **GREEDY).tolist() == ordinary.tolist()
+    assert model.generate(**BATCH, **GREEDY).tolist() == ordinary.tolist()
+    model.train()(BATCH["input_ids"], labels=BATCH["input_ids"]).loss.backward()
+
+
+ORDINARY = {
+    "switched off": {"fast_decoding": False},
+    "beams": {"num_beams": 2},
+    "no cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+    "a cache of the caller's": {"past_key_values": lambda model: DynamicCache(config=model.config)},
+    "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "a prompt in chunks": {"prefill_chunk_size": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_where_it_does_not_apply(steps, case):
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    arguments = {name: value(model) if callable(value) else value for name, value in ORDINARY[case].items()}
+    output = model.generate(**one, **GREEDY, **arguments)
+    assert not steps
+    if "num_beams" not in arguments:
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        assert sequences.tolist() == model.generate(**one, **GREEDY).tolist() and steps
+
+
+def test_what_else_goes_the_ordinary_way(steps):
+    model = build(seed=7)
+    model.generation_config.fast_decoding = False
+    model.generate(**BATCH, **GREEDY)
+    model.generation_config.fast_decoding = None
+    seen = []
+    hook = model.foundation.get_submodule("model.layers.0").register_forward_hook(lambda *args: seen.append(1))
+    model.generate(**BATCH, **GREEDY)
+    assert len(seen) == 2 * GREEDY["max_new_tokens"] and not steps  # a hook sees every pass
+    hook.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(**BATCH, **GREEDY)
+    assert not steps
+    sliding = build(Qwen2Config(**{**QWEN, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}))
+    assert sliding.generate(**BATCH, **GREEDY).shape == (3, 21) and not steps
+
+
+def test_a_repo_of_a_package_without_the_optional_files_loads(tmp_path):
+    model = build(seed=7)
+    model.save_pretrained(tmp_path)
+    for name in ("fast_decoding_dylora_moe.py", "fast_kernels_dylora_moe.py"):
+        (tmp_path / name).write_text("")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert "FastDecodingMixin" in {base.__name__ for base in type(loaded).__mro__}
+    assert not hasattr(loaded, "_decoding_sessions")
+    assert loaded.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()

@@ -1,4 +1,6 @@
-"""What only a GPU can show: the same tokens as on a CPU, offloaded and compiled caches, flash attention."""
+"""What only a GPU can show: the same tokens as on a CPU, offloaded and compiled caches, flash attention, graphs."""
+
+import threading
 
 import pytest
 import torch
@@ -100,3 +102,112 @@ def test_flash_attention(tmp_path, strategy, version):
     assert decoded[0].shape == decoded[1].shape
     real = batch["attention_mask"].bool()
     assert (flash - eager)[real].abs().mean() < 0.1 * eager[real].abs().mean()
+
+
+# Fast decoding
+
+
+def rows_on_gpu(seed: int, count: int = 25) -> dict[str, torch.Tensor]:
+    lengths = torch.randint(3, 40, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {name: rows.to("cuda") for name, rows in left_padded(random_rows(tuple(lengths), seed)).items()}
+
+
+def fast_and_ordinary(model, batch, seed=0, **arguments):
+    outputs = []
+    for wanted in (None, False):
+        model.reset_round_robin()
+        torch.manual_seed(seed)
+        outputs.append(model.generate(**batch, **{**GREEDY, "fast_decoding": wanted, **arguments}))
+    return outputs
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
+    """A hundred prompts in float32; a row may go another way only where two logits are as good as equal."""
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
+    model = build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
+    model.set_attn_implementation(attention)
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 16}
+    ties = 0
+    for seed in range(4):
+        found, expected = fast_and_ordinary(model, rows_on_gpu(seed), routing_strategy=strategy, **wanted)
+        length = found.sequences.shape[1] - 16
+        for row, (one, other) in enumerate(zip(found.sequences, expected.sequences, strict=True)):
+            different = (one != other).nonzero().flatten().tolist()
+            if different:
+                best = expected.logits[different[0] - length][row].topk(2).values
+                assert best[0] - best[1] < 1e-4
+                ties += 1
+    assert ties <= 2
+    assert all(
+        session._whole.graph or session._guessed.graph for session in model._decoding_sessions.sessions.values()
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_draw_the_same_samples(strategy):
+    model = build(seed=7).to("cuda")
+    arguments = {"do_sample": True, "num_return_sequences": 2, "top_k": 20, "routing_strategy": strategy}
+    for seed in range(3):
+        found, expected = fast_and_ordinary(model, rows_on_gpu(seed, 3), seed, **arguments)
+        assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_in_bfloat16_are_as_close_to_float32(strategy):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    exact = build(llama_config(**sizes), seed=7).to("cuda")
+    model = build(llama_config(**sizes), seed=7).to("cuda", torch.bfloat16)
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 2}
+    wanted |= {"routing_strategy": strategy, "suppress_tokens": list(range(1, 97))}  # the same token for all
+    errors = []
+    for seed in range(3):
+        batch = rows_on_gpu(seed)
+        truth = fast_and_ordinary(exact, batch, **wanted)[1].logits[1]
+        outputs = fast_and_ordinary(model, batch, **wanted)
+        errors.append([(output.logits[1] - truth).pow(2).mean().item() for output in outputs])
+    graphs, ordinary = torch.tensor(errors).mean(dim=0).sqrt().tolist()
+    assert graphs < 1.15 * ordinary
+
+
+def test_graphs_over_many_calls_take_no_more_memory():
+    model = build(seed=7).to("cuda")
+    used = []
+    for call in range(300):
+        batch = rows_on_gpu(call % 7, 1 + call % 3)
+        model.generate(**batch, **GREEDY, routing_strategy=STRATEGIES[call % len(STRATEGIES)])
+        if call % 100 == 99:
+            torch.cuda.synchronize()
+            used.append(torch.cuda.memory_allocated())
+    assert used[2] <= used[0] * 1.05
+
+
+def test_graphs_of_a_model_whose_weights_change_or_move():
+    model = build(seed=7).to("cuda")
+    for change in (
+        lambda: [layer.lora_A.data.mul_(-1.5) for layer in model.expert_layers().values()],
+        lambda: model.add_expert("fourth", target_modules=["model.layers.0.self_attn.q_proj"], r=4),
+        lambda: model.to("cpu").to("cuda"),
+    ):
+        change()
+        found, expected = fast_and_ordinary(model, rows_on_gpu(1, 3), routing_strategy="uniform")
+        assert found.tolist() == expected.tolist()
+
+
+def test_threads_that_decode_at_once_with_graphs():
+    model, found = build(seed=7).to("cuda"), {}
+    expected = {name: fast_and_ordinary(model, rows_on_gpu(1, 3), routing_strategy=name)[1] for name in STRATEGIES[:4]}
+
+    def work(strategy):
+        for _ in range(4):
+            tokens = model.generate(**rows_on_gpu(1, 3), **GREEDY, routing_strategy=strategy)
+            found.setdefault(strategy, []).append(tokens.tolist())
+
+    threads = [threading.Thread(target=work, args=(strategy,)) for strategy in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for strategy, tokens in expected.items():
+        assert found[strategy] == [tokens.tolist()] * 4

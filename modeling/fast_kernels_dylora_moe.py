@@ -1,0 +1,242 @@
+"""Kernels for one token a row, for the foundation's own modules to use while fast decoding records them. Optional, too.
+
+Attention over a long buffer of which only the beginning is filled, without repeating keys and values for every head that
+shares them, and rotary positions for queries and keys at once. Knows transformers' interfaces for both, and no model.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # said again in a `try`, or the Hub's loader would ask everybody to install it
+    raise
+
+
+ATTENTION = "dylora_moe_one_token"
+BLOCK = 32  # keys that a program of the attention kernel looks at together
+HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+
+
+@triton.jit
+def _attend_kernel(
+    query, key, value, mask, index, parts, sums, scale, heads, shared, size, splits,
+    query_row, query_head, key_row, key_head, key_token, value_row, value_head, value_token, mask_row,
+    SHARED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
+    length = tl.load(index) + 1
+    span = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+    start = split * span
+    stop = tl.minimum(start + span, length)
+    q, d, n = tl.arange(0, SHARED), tl.arange(0, SIZE), tl.arange(0, BLOCK)
+    real = (q < shared)[:, None] & (d < size)[None, :]
+    queries = tl.load(
+        query + row * query_row + (head * shared + q)[:, None] * query_head + d[None, :], mask=real, other=0.0
+    )
+    largest = tl.full([SHARED], float("-inf"), tl.float32)
+    total = tl.zeros([SHARED], tl.float32)
+    mixed = tl.zeros([SHARED, SIZE], tl.float32)
+    for first in range(start, stop, BLOCK):
+        token = first + n
+        here = token < stop
+        inside = here[:, None] & (d < size)[None, :]
+        keys = tl.load(key + row * key_row + head * key_head + token[:, None] * key_token + d, mask=inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        scores += tl.load(mask + row * mask_row + token, mask=here, other=0.0).to(tl.float32)[None, :]
+        scores = tl.where(here[None, :], scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new[:, None])
+        fade = tl.exp(largest - new)
+        values = tl.load(
+            value + row * value_row + head * value_head + token[:, None] * value_token + d, mask=inside, other=0.0
+        )
+        total = total * fade + tl.sum(weights, axis=1)
+        mixed = mixed * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        largest = new
+    slot = ((row * heads + head) * shared + q) * splits + split
+    tl.store(parts + slot[:, None] * size + d[None, :], mixed, mask=real)
+    tl.store(sums + slot * 2, largest, mask=q < shared)
+    tl.store(sums + slot * 2 + 1, total, mask=q < shared)
+
+
+@triton.jit
+def _combine_kernel(parts, sums, output, size, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    head, s, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, SIZE)
+    slot = head * splits + s
+    largest = tl.load(sums + slot * 2, mask=s < splits, other=float("-inf"))
+    fade = tl.exp(largest - tl.max(largest, axis=0))
+    total = tl.sum(fade * tl.load(sums + slot * 2 + 1, mask=s < splits, other=0.0), axis=0)
+    inside = (s < splits)[:, None] & (d < size)[None, :]
+    mixed = tl.load(parts + slot[:, None] * size + d[None, :], mask=inside, other=0.0)
+    mixed = tl.sum(tl.where(fade[:, None] > 0, mixed * fade[:, None], 0.0), axis=0) / total
+    tl.store(output + head * size + d, mixed.to(output.dtype.element_ty), mask=d < size)
+
+
+@triton.jit
+def _rotate_kernel(
+    query, key, cosine, sine, rotated, heads, all_heads, half,
+    query_row, query_head, key_row, key_head, angle_row, HALF: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0) // all_heads, tl.program_id(0) % all_heads
+    d = tl.arange(0, HALF)
+    real = d < half
+    if head < heads:
+        source = query + row * query_row + head * query_head
+    else:
+        source = key + row * key_row + (head - heads) * key_head
+    left = tl.load(source + d, mask=real, other=0.0).to(tl.float32)
+    right = tl.load(source + half + d, mask=real, other=0.0).to(tl.float32)
+    angle = row * angle_row + d
+    target = rotated + tl.program_id(0) * 2 * half + d
+    new_left = left * tl.load(cosine + angle, mask=real) - right * tl.load(sine + angle, mask=real)
+    new_right = right * tl.load(cosine + angle + half, mask=real) + left * tl.load(sine + angle + half, mask=real)
+    tl.store(target, new_left.to(rotated.dtype.element_ty), mask=real)
+    tl.store(target + half, new_right.to(rotated.dtype.element_ty), mask=real)
+
+
+def attend(query, key, value, mask, index: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of one token a row over the first `index + 1` tokens.
+
+    Args:
+        query: `[batch, heads, 1, size]`.
+        key, value: `[batch, key heads, capacity, size]`.
+        mask: to be added to the scores, `[batch, 1, 1, capacity]`.
+
+    Returns:
+        `[batch, 1, heads, size]`.
+    """
+    batch, heads, _, size = query.shape
+    key_heads, capacity = key.shape[1:3]
+    shared = heads // key_heads
+    splits = max(1, min(16, capacity // BLOCK, 256 // (batch * key_heads)))
+    parts = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
+    sums = torch.empty(batch * heads * splits, 2, dtype=torch.float32, device=query.device)
+    output = torch.empty(batch, 1, heads, size, dtype=query.dtype, device=query.device)
+    width = max(16, triton.next_power_of_2(size))
+    _attend_kernel[batch * key_heads, splits](
+        query, key, value, mask, index, parts, sums, scale, key_heads, shared, size, splits,
+        query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], mask.stride(0),
+        SHARED=max(16, triton.next_power_of_2(shared)), SIZE=width, BLOCK=BLOCK,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    _combine_kernel[(batch * heads,)](
+        parts, sums, output, size, splits, SPLITS=triton.next_power_of_2(splits), SIZE=width
+    )
+    return output
+
+
+def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions, halves against halves: `[batch, heads, 1, size]` of both, by `[batch or 1, 1, size]` of both."""
+    batch, heads, _, size = query.shape
+    all_heads = heads + key.shape[1]
+    rotated = torch.empty(batch, all_heads, 1, size, dtype=query.dtype, device=query.device)
+    _rotate_kernel[(batch * all_heads,)](
+        query, key, cosine, sine, rotated, heads, all_heads, size // 2,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), cosine.stride(0) if cosine.shape[0] > 1 else 0,
+        HALF=triton.next_power_of_2(size // 2),
+    )  # fmt: skip
+    return rotated[:, :heads], rotated[:, heads:]
+
+
+@contextmanager
+def fused_modules(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
+    """Within the context, the foundation's modules use the kernels wherever those compute what the modules would.
+
+    Norms and rotary functions are tried out; attention is what transformers' interface says, without extras.
+    """
+    with ExitStack() as stack:
+        for module in foundation.modules():
+            fused = _fused_norm(module)
+            if fused is not None:
+                module.forward = fused
+                stack.callback(module.__dict__.pop, "forward")
+        for code in {sys.modules[type(module).__module__] for module in foundation.modules()}:
+            original = getattr(code, "apply_rotary_pos_emb", None)
+            if original is not None and _rotates_halves(original, foundation):
+                code.apply_rotary_pos_emb = _one_token_or(original)
+                stack.callback(setattr, code, "apply_rotary_pos_emb", original)
+        configs = {id(m.config): m.config for m in foundation.modules() if hasattr(m, "config")}.values()
+        for config in configs:
+            name = config._attn_implementation
+            if name in ("sdpa", "eager"):
+                ALL_ATTENTION_FUNCTIONS.register(f"{ATTENTION}_{name}", _attention_or(name, index))
+                config._attn_implementation = f"{ATTENTION}_{name}"
+                stack.callback(setattr, config, "_attn_implementation", name)
+        yield
+
+
+def _attention_or(name: str, index: torch.Tensor) -> Callable:
+    """An attention function of transformers' interface; of implementation `name` where the kernel is not enough."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        extras = {extra for extra, wanted in kwargs.items() if wanted is not None} - HARMLESS
+        plain = (
+            attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1:3] == (1, 1)
+        )
+        if extras or not plain or query.shape[2] != 1 or key.shape[3] != value.shape[3] or query.stride(3) != 1:
+            own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
+            return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return attend(query, key, value, attention_mask, index, scale), None
+
+    return attention
+
+
+def _one_token_or(original: Callable) -> Callable:
+    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
+        same = q.dim() == cos.dim() + 1 == 4 and q.shape[2] == k.shape[2] == 1 and q.shape[3] == cos.shape[2]
+        if args or kwargs or not same or q.stride(3) != 1 or k.stride(3) != 1:
+            return original(q, k, cos, sin, *args, **kwargs)
+        return rotate(q, k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def _rotates_halves(function: Callable, foundation: nn.Module) -> bool:
+    weight = foundation.get_input_embeddings().weight
+    query, key = (_trial(2, heads, 1, 16, like=weight) for heads in (4, 2))
+    cosine, sine = (_trial(2, 1, 16, like=weight, start=start) for start in (5, 9))
+    try:
+        expected = function(query, key, cosine, sine)
+        return all(map(_close, rotate(query, key, cosine, sine), expected))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False  # a function of that name with another signature
+
+
+def _fused_norm(module: nn.Module) -> Callable | None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or "forward" in vars(module):
+        return None
+    if weight is None or weight.dim() != 1:
+        return None
+
+    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, weight.shape, weight, epsilon)
+
+    trial = _trial(4, weight.shape[0], like=weight)
+    return fused if _close(fused(trial), module(trial)) else None
+
+
+def _trial(*shape: int, like: torch.Tensor, start: int = 1) -> torch.Tensor:
+    """Numbers to try functions with; no random ones, since sampling would draw others afterwards."""
+    count = torch.Size(shape).numel()
+    return torch.arange(start, start + count, device=like.device).sin().view(shape).to(like.dtype)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    tolerance = 4 * torch.finfo(other.dtype).eps
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+__all__ = ["attend", "fused_modules", "rotate"]

@@ -1,0 +1,64 @@
+"""How much memory does a routed model take on a GPU, on top of its weights and the keys and values?
+
+    python tests/performance/memory.py --json memory.json
+
+GiB: the weights, the keys and values of all streams at the last token, and the peak of a whole `generate` (prompt of 256
+tokens, 128 new ones), ordinary and fast, also after 1,000 calls of many sizes.
+"""
+
+import argparse
+import gc
+
+import torch
+from workbench import foundation, generate, report, routed
+
+
+PROMPT, NEW, GIB = 256, 128, 2**30
+
+
+def peak(model, batch: int, **arguments) -> float:
+    generate(model, batch, PROMPT, NEW, **arguments)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    generate(model, batch, PROMPT, NEW, **arguments)
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    with report("Memory, GiB", parser) as (options, rows):
+        bytes_per_token = 28 * 2 * 2 * 128 * 2
+
+        def add(model, name: str, batch: int, streams: int, **arguments) -> None:
+            weights = sum(tensor.nbytes for tensor in model.parameters()) / GIB
+            caches = streams * batch * (PROMPT + NEW) * bytes_per_token / GIB
+            row = {"batch": batch, "model": name, "weights": weights, "caches": caches}
+            row["ordinary"] = peak(model, batch, **({**arguments, "fast_decoding": False} if arguments else {}))
+            row["fast"] = peak(model, batch, **arguments) if arguments else None
+            rows.append(row)
+            print(row, flush=True)
+
+        bare = foundation()
+        for batch in options.batches:
+            add(bare, "bare foundation", batch, 1)
+        del bare
+        model = routed(4)
+        for batch in options.batches:
+            for strategy, streams in (("single:0", 1), ("router", 2)):
+                add(model, strategy, batch, streams, routing_strategy=strategy)
+        for call in range(options.calls):
+            generate(model, 1 + call % 3, 16 + 37 * (call % 11), 4, routing_strategy=("router", "single:0")[call % 2])
+            if call + 1 in (options.calls // 10, options.calls):
+                torch.cuda.synchronize()
+                gc.collect()
+                rows.append(
+                    {"model": f"allocated after {call + 1} calls", "fast": torch.cuda.memory_allocated() / GIB}
+                )
+                print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
