@@ -5,6 +5,7 @@ shares them, and rotary positions for queries and keys at once. Knows transforme
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -21,7 +22,6 @@ except ImportError:  # said again in a `try`, or the Hub's loader would ask ever
     raise
 
 
-ATTENTION = "dylora_moe_one_token"
 BLOCK = 32  # keys that a program of the attention kernel looks at together
 HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 
@@ -159,33 +159,31 @@ def fused_modules(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
             if fused is not None:
                 module.forward = fused
                 stack.callback(module.__dict__.pop, "forward")
+        shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_or(shared, index)
+        stack.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
         for code in {sys.modules[type(module).__module__] for module in foundation.modules()}:
-            original = getattr(code, "apply_rotary_pos_emb", None)
-            if original is not None and _rotates_halves(original, foundation):
-                code.apply_rotary_pos_emb = _one_token_or(original)
-                stack.callback(setattr, code, "apply_rotary_pos_emb", original)
-        configs = {id(m.config): m.config for m in foundation.modules() if hasattr(m, "config")}.values()
-        for config in configs:
-            name = config._attn_implementation
-            if name in ("sdpa", "eager"):
-                ALL_ATTENTION_FUNCTIONS.register(f"{ATTENTION}_{name}", _attention_or(name, index))
-                config._attn_implementation = f"{ATTENTION}_{name}"
-                stack.callback(setattr, config, "_attn_implementation", name)
+            eager = getattr(code, "eager_attention_forward", None)
+            if eager is not None:
+                code.eager_attention_forward = _attention_or(eager, index)
+                stack.callback(setattr, code, "eager_attention_forward", eager)
+            rotary = getattr(code, "apply_rotary_pos_emb", None)
+            if rotary is not None and _rotates_halves(rotary, foundation):
+                code.apply_rotary_pos_emb = _one_token_or(rotary)
+                stack.callback(setattr, code, "apply_rotary_pos_emb", rotary)
         yield
 
 
-def _attention_or(name: str, index: torch.Tensor) -> Callable:
-    """An attention function of transformers' interface; of implementation `name` where the kernel is not enough."""
+def _attention_or(original: Callable, index: torch.Tensor) -> Callable:
+    """An attention function of transformers' interface: the kernel where it is enough, and in this thread alone."""
+    owner = threading.get_ident()
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         extras = {extra for extra, wanted in kwargs.items() if wanted is not None} - HARMLESS
-        plain = (
-            attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1:3] == (1, 1)
-        )
-        if extras or not plain or query.shape[2] != 1 or key.shape[3] != value.shape[3] or query.stride(3) != 1:
-            own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            function = ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
-            return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        fits = attention_mask is not None and attention_mask.is_floating_point() and query.shape[2] == 1
+        fits = fits and attention_mask.shape[1:3] == (1, 1) and key.shape[3] == value.shape[3] and query.stride(3) == 1
+        if extras or not fits or threading.get_ident() != owner:
+            return original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, attention_mask, index, scale), None
 

@@ -62,17 +62,19 @@ def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", **config_field
 
 @torch.no_grad()
 def route_alike(model: DyloraMoeForCausalLM, agreement: float | None) -> None:
-    """Bias the gate so that two random tokens get the same expert in that share of cases; `None`: no bias."""
+    """Bias the gate so that two random tokens get the same expert in that share of cases; `None`: all alike often."""
     gate = model.router.gate
     gate.bias.zero_()
+    ids = torch.randint(0, VOCABULARY, (16, 384), device=gate.weight.device)
+    logits = gate(model.foundation_body(ids).last_hidden_state[:, 256:].float()).flatten(0, 1)
+    gate.bias.copy_(-logits.mean(dim=0))
     if agreement is None:
         return
-    ids = torch.randint(0, VOCABULARY, (16, 128), device=gate.weight.device)
-    logits = gate(model.foundation_body(ids).last_hidden_state.float()).flatten(0, 1)
+    logits += gate.bias
     count = logits.shape[1]
     # With expert 0 in a share p of cases, two agree in p^2 + (1 - p)^2 / (N - 1) of them.
     share = max(p / 1000 for p in range(500, 1001) if (p / 1000) ** 2 + (1 - p / 1000) ** 2 / (count - 1) <= agreement)
-    gate.bias[0] = (logits[:, 1:].max(dim=-1).values - logits[:, 0]).quantile(share)
+    gate.bias[0] += (logits[:, 1:].max(dim=-1).values - logits[:, 0]).quantile(share)
 
 
 @torch.no_grad()
