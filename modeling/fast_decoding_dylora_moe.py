@@ -39,7 +39,8 @@ BUCKET = 256  # a session's capacity in tokens is a multiple of this
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
 KNOWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
-KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits", "synced_gpus", "streamer"}
+KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits"}
+OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer"}
 
 
 def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
@@ -56,7 +57,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "the model's forward was replaced, by a compiled one for instance": "forward" in vars(model),
         "training": model.training,
         "autocast": torch.is_autocast_enabled(model.device.type),
-        "arguments that it does not know": not KNOWN_ARGUMENTS.issuperset(
+        "arguments that it does not know": not (KNOWN_ARGUMENTS | OF_THE_LOOP).issuperset(
             name for name, value in arguments.items() if value is not None
         ),
         "several processes in step": bool(arguments.get("synced_gpus")),
@@ -109,7 +110,7 @@ class FastDecodingMixin:
             generation_config.fast_decoding = False  # somebody else has a hold of that cache
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _sample(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
         before = _call.decoding
         _call.decoding = None
         if why_not(self, generation_config, kwargs) is None:
@@ -117,7 +118,7 @@ class FastDecodingMixin:
             if store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
                 _call.decoding = Decoding(self, store, kwargs)
         try:
-            output = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+            output = super()._sample(input_ids, generation_config=generation_config, **kwargs)
             if _call.decoding is not None and generation_config.return_dict_in_generate:
                 _call.decoding.hand_back()
             return output
@@ -152,11 +153,12 @@ class FastDecodingMixin:
     def get_compiled_call(self, *args, **kwargs) -> Callable:
         return _decoding_of(self) or super().get_compiled_call(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        # `inputs_embeds` is named for transformers, which looks for it here.
         decoding = _decoding_of(self)
         if decoding is not None and decoding.session is not None:
             return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class _Call(threading.local):
