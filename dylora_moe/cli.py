@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dylora_moe import __version__, cli_sharing
+from dylora_moe import __version__, cli_eval, cli_sharing
 from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
@@ -299,6 +299,7 @@ def merge(
 
 
 cli_sharing.add_commands(app)
+cli_eval.add_commands(app)
 
 
 def _print_inspection(result: Any) -> None:
@@ -374,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             _quiet()
-            code = app(args=arguments, prog_name="dylora-moe", standalone_mode=False)
+            code = app(args=cli_eval.spread(arguments), prog_name="dylora-moe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
         err.print("interrupted")

@@ -237,33 +237,54 @@ def _describe(
     )
 
 
-def _score(run: Run, options: BenchmarkOptions, progress: Progress | None) -> Run:
-    """Score a run's samples, unless that was done and neither samples nor results have changed since."""
+def score_run(
+    run: Run,
+    *,
+    base_only: bool = False,
+    parallel: int | None = None,
+    sandbox: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Score a run's samples and record it, unless that was done and neither samples nor results have changed since.
+
+    Raises:
+        InputError, FailureError: as `score_samples`.
+    """
     from .scoring import pass_at_k, score_samples
 
-    if run.has_results and run.base_only <= options.base_only:
+    if run.has_results and run.base_only <= base_only:
         return run
-    what = f"scoring {run.model_label}, {run.routing_strategy}, {run.benchmark}"
     run.results_path.unlink(missing_ok=True)  # EvalPlus would take it for these samples'
     path = score_samples(
         run.samples_path,
         run.benchmark,
         task_ids=run.task_ids if run.subset else None,
         mini=run.mini,
-        base_only=options.base_only,
-        parallel=options.parallel,
-        sandbox=options.sandbox,
-        progress=None if progress is None else lambda done, total: progress(what, done, total),
+        base_only=base_only,
+        parallel=parallel,
+        sandbox=sandbox,
+        progress=progress,
     )
     scored = replace(
         run,
         results=path.relative_to(run.folder).as_posix(),
         results_sha256=file_sha256(path),
-        base_only=options.base_only,
+        base_only=base_only,
         scores=pass_at_k(path),
     )
     write_run(scored)
     return scored
+
+
+def _score(run: Run, options: BenchmarkOptions, progress: Progress | None) -> Run:
+    what = f"scoring {run.model_label}, {run.routing_strategy}, {run.benchmark}"
+    return score_run(
+        run,
+        base_only=options.base_only,
+        parallel=options.parallel,
+        sandbox=options.sandbox,
+        progress=None if progress is None else lambda done, total: progress(what, done, total),
+    )
 
 
 def _device_name(device: Any) -> str:
@@ -285,4 +306,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark"]
+if __name__ == "__main__":
+    import sys
+
+    from dylora_moe.cli import main
+
+    main(["benchmark", *sys.argv[1:]])
+
+
+__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]

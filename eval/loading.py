@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dylora_moe.hub_export import exported_repo, formats, merged_model
+from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer
 from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.version import __version__
@@ -118,14 +118,7 @@ class FoundModel:
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # each kind of tokenizer fails in its own way
-            raise InputError(
-                f"{self.source} has no tokenizer that can be loaded ({one_line(error)}); export it with --tokenizer"
-            ) from error
+        return tokenizer.load_tokenizer(str(self.folder), None, self.trust_remote_code)
 
     def load(
         self,
