@@ -53,7 +53,7 @@ class Plan:
 
     @cached_property
     def weights(self) -> dict[str, StoredTensor] | None:
-        """The foundation's tensors; looked for when they are asked for, as a few foundations have to be loaded whole."""
+        """The foundation's tensors; looked for when they are asked for, as that may mean to download them."""
         return None if self.find_weights is None else self.find_weights()
 
     @property
