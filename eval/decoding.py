@@ -66,6 +66,8 @@ def decode_rows(
     waiting = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     while waiting:
         batch, done = waiting[:batch_size], set()
+        if _padding_gives_nan(model):
+            batch = [row for row in batch if len(row.input_ids) == len(batch[0].input_ids)]
 
         def note(row: Row, tokens: list[int], done: set = done) -> None:
             finished(row, tokens)
@@ -85,6 +87,13 @@ def decode_rows(
         clear_device_cache()
         waiting = [row for row in waiting if (row.task_id, row.sample) not in done]
     return batch_size
+
+
+def _padding_gives_nan(model: Any) -> bool:
+    """Whether rows of unlike length cannot share a batch: the eager attention of transformers takes its softmax in
+    float32, in which the mask value of float64 is -inf, so that padding, which sees nothing, becomes NaN."""
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return model.dtype == torch.float64 and attention == "eager"
 
 
 def _decode_batch(
@@ -138,6 +147,10 @@ class _Loop:
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            if scores.isnan().any():
+                raise FailureError(
+                    f"the model's logits are NaN (at {self.rows[0].task_id} or beside it); try another --dtype"
+                )
             tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
             going_on = self._take(tokens.tolist(), end, max_new_tokens)
             if not going_on:

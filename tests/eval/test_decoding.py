@@ -157,6 +157,23 @@ def test_memory_that_does_not_suffice_for_one_row_is_said(model, tokenizer, monk
         decode(model, tokenizer, rows()[:1], routing_strategy="base")
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_double_precision(tokenizer, attention):
+    """transformers' eager attention makes NaN of padding in float64, for any model."""
+    model = build(seed=3).double()
+    model.set_attn_implementation(attention)
+    got = decode(model, tokenizer, rows(), 5, routing_strategy="router")
+    for row in rows():
+        assert got[row.task_id, 0] == alone(model, row, max_new_tokens=12, routing_strategy="router")
+
+
+def test_logits_that_are_no_numbers_are_an_error(tokenizer):
+    model = build(seed=3)
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    with pytest.raises(FailureError, match="NaN"):
+        decode(model, tokenizer, rows(), routing_strategy="base")
+
+
 @given(st.lists(st.integers(0, 6), max_size=40))
 @settings(max_examples=150, deadline=None)
 def test_the_last_tokens_tell_as_the_whole_text_does(tokenizer, tokens):
