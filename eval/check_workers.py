@@ -110,6 +110,7 @@ class _Worker:
 
     def __init__(self, folder: Path, number: int, sandbox: bool, stack: contextlib.ExitStack):
         self.log = folder / f"checks-{number}.log"
+        self.what = "the sandbox" if sandbox else "the process that checks programs"
         self.command = _command(folder, number, sandbox)
         self.folder = folder
         self._start()
@@ -122,7 +123,7 @@ class _Worker:
     def ask(self, check: Check) -> None:
         if not self.is_ready:
             if not self.process.stdout.readline():
-                raise FailureError(f"the process that checks programs does not start: {_last_line(self.log)}")
+                raise FailureError(f"{self.what} does not start: {_last_line(self.log)}")
             self.is_ready = True
         given = None if check.task is self.task else tuple(check.task)
         self.task, self.asked = check.task, time.monotonic()

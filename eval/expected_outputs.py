@@ -30,12 +30,10 @@ def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
         InputError: the kept file is damaged.
         FailureError: the cache cannot be written.
     """
-    from evalplus.data.utils import CACHE_DIR
-    from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS
-    from evalplus.evaluate import get_groundtruth
+    from evalplus import evaluate
 
-    tasks_not_none = MBPP_OUTPUT_NOT_NONE_TASKS if benchmark.name == "mbpp" else []
-    kept = Path(CACHE_DIR, f"{benchmark.dataset_hash}.pkl")
+    tasks_not_none = evaluate.MBPP_OUTPUT_NOT_NONE_TASKS if benchmark.name == "mbpp" else []
+    kept = Path(evaluate.CACHE_DIR, f"{benchmark.dataset_hash}.pkl")
     # EvalPlus names its file after the hash that it is told.
     partial = kept.with_name(f"{benchmark.dataset_hash}.partial.pkl")
     try:
@@ -43,10 +41,10 @@ def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
         # What EvalPlus prints, and what the reference solutions may, is none of this program's results.
         with FileLock(kept.with_suffix(".lock")), contextlib.redirect_stdout(sys.stderr):
             if kept.exists():
-                return get_groundtruth(benchmark.tasks, benchmark.dataset_hash, tasks_not_none)
+                return evaluate.get_groundtruth(benchmark.tasks, benchmark.dataset_hash, tasks_not_none)
             partial.unlink(missing_ok=True)  # of a process that was killed
             try:
-                outputs = get_groundtruth(benchmark.tasks, partial.stem, tasks_not_none)
+                outputs = evaluate.get_groundtruth(benchmark.tasks, partial.stem, tasks_not_none)
                 if benchmark.subset is None:
                     os.replace(partial, kept)
             finally:
