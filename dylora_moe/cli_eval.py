@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dylora_moe.cli_common import Json, err, out, print_json, split, whole
+from dylora_moe.cli_old_options import translate
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -93,7 +94,9 @@ def _with_shared_options(command: Callable) -> Callable:
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser understands."""
+    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser understands; and old
+    spellings as today's."""
+    arguments = translate(arguments)
     if not arguments or arguments[0].replace("_", "-") not in COMMANDS:
         return list(arguments)
     spelt: list[str] = []
