@@ -67,8 +67,8 @@ def _experts(summary: dict[str, Any], figures: dict[str, Any], kind: str) -> Tab
     caption = f"of {summary['num_tasks']} tasks, no expert solves {by_none} and every expert solves {by_all}"
     if figures["only_router"] is not None:
         caption += (
-            f"; the router solves {len(figures['only_router'])} that no expert solves alone, and not "
-            f"{len(figures['not_router'])} that one does"
+            f"; the router solves {len(figures['only_router'])} that no expert solves alone, and misses "
+            f"{len(figures['not_router'])} that some expert solves"
         )
     if summary["has_router"] and choices is None:
         caption += "; what the router chose is not known, as no routing-analysis of these samples is there"
@@ -104,7 +104,7 @@ def _gain(figures: dict[str, Any], kind: str) -> Table:
     table.add_row(
         "oracle: the best expert of every task", _percent(gain["oracle"]["pass@1"]), "-" if gain["note"] else "100%"
     )
-    name = f"best single: {best['strategy']}, chosen on {best['chosen_on']}"
+    name = f"best single: {', '.join([best['strategy'], *best['equals']])}, chosen on {best['chosen_on']}"
     table.add_row(name, _percent(best["pass@1"]), "-" if gain["note"] else "0%")
     for row in gain["reached"]:
         share = "-" if row["share"] is None else f"{row['share']:.0%}"

@@ -5,10 +5,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers_text import save_text_repo
 from rich.console import Console
 
 from dylora_moe.eval import expert_analysis as module
-from dylora_moe.eval.evalplus_data import Benchmark
+from dylora_moe.eval.evalplus_data import Benchmark, load_benchmark
 from dylora_moe.eval.expert_analysis import expert_analysis, print_expert_analysis
 from dylora_moe.eval.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import InputError
@@ -201,7 +202,10 @@ def test_what_is_printed(tmp_path):
     ):
         assert part in text
     said = " ".join(text.split())
-    assert "no expert solves 2 and every expert solves 1; the router solves 0 that no expert solves alone" in said
+    assert (
+        "no expert solves 2 and every expert solves 1; the router solves 0 that no expert solves alone, and misses 1"
+        in said
+    )
     assert "single:0 (best single)" in text
     assert text.rstrip().endswith(analysis.summary["verdict"]["text"].split()[-1])
 
@@ -402,3 +406,24 @@ def test_an_ordinary_model_is_refused(tmp_path, monkeypatch):
 def test_one_mixture_at_a_time(tmp_path):
     with pytest.raises(InputError, match=r"2 models are given.*--adapter_path"):
         expert_analysis(["a", "b"], output_dir=tmp_path)
+
+
+def test_a_real_model_from_nothing_and_again(tmp_path, monkeypatch, problems):
+    """Random weights solve nothing; what is made, what is read and what is made again is real."""
+    monkeypatch.setattr(module, "load_benchmark", load_benchmark)
+    repo = save_text_repo(tmp_path, length=10, verify=False)
+    options = {"output_dir": tmp_path / "out", "dtype": "float32", "max_new_tokens": 8, "limit": 2, "parallel": 1}
+    first = expert_analysis(repo, **options).summary
+    runs = {run.routing_strategy: run for run in read_runs(tmp_path / "out")}
+    assert sorted(runs) == sorted(first["runs"]) and len(runs) == 8
+    for strategy in first["tests"]["base"]["strategies"]:
+        assert strategy["pass@1"] == runs[strategy["strategy"]].scores["pass@1"]
+    for strategy in first["tests"]["plus"]["strategies"]:
+        assert strategy["pass@1"] == runs[strategy["strategy"]].scores["plus_pass@1"]
+    assert sum(first["router_choices"]["counts"]) == 2
+    assert sum(first["router_choices"]["mean_expert_shares"]) == pytest.approx(1)
+    runs["uniform"].samples_path.unlink()
+    times = {name: run.samples_path.stat().st_mtime_ns for name, run in runs.items() if name != "uniform"}
+    assert expert_analysis(repo, **options).summary == first
+    assert all(run.has_results for run in read_runs(tmp_path / "out"))  # the new result file has its own date
+    assert {name: runs[name].samples_path.stat().st_mtime_ns for name in times} == times
