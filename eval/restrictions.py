@@ -50,8 +50,7 @@ class _CapabilityHeader(ctypes.Structure):
 
 
 class _PathBeneath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))
+    _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))  # the kernel reads no further
 
 
 def limit_resources(cpu_seconds: int, processes: int | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -137,10 +138,6 @@ def _check_settings() -> None:
         from evalplus.eval import query_maximum_memory_bytes
     except ImportError as error:
         raise InputError("EvalPlus is not installed; pip install 'dylora-moe[eval]'") from error
-    try:
-        import resource
-    except ImportError as error:
-        raise InputError("programs can be checked on Linux and macOS only") from error
     wanted = query_maximum_memory_bytes()
     if wanted is None:
         return
