@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from .weight_conversion import UnknownConversion, by_model_name
 
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json")
-PICKLED = ("*.bin", "*.bin.index.json")
+PATTERNS = ("*.safetensors", "*.json")
+PICKLED = ("*.bin",)
+NOT_READ = ("*/*", "consolidated*")  # the same weights once more, in the form of those who made the model
 COMPLETE = "pass a complete one with --base_model"
 
 
@@ -115,9 +117,10 @@ def _folder(reference: FoundationReference) -> Path:
 
     network_errors = getattr(errors, "HTTPError", OSError)
     try:
-        folder = Path(snapshot_download(reference.name, revision=reference.revision, allow_patterns=list(PATTERNS)))
+        fetch = partial(snapshot_download, reference.name, revision=reference.revision, ignore_patterns=list(NOT_READ))
+        folder = Path(fetch(allow_patterns=list(PATTERNS)))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(reference.name, revision=reference.revision, allow_patterns=list(PICKLED))
+            fetch(allow_patterns=list(PICKLED))
         return folder
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
         raise InputError(

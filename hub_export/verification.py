@@ -7,6 +7,7 @@ looked at, and nothing about how one is made.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def verify(
     *,
     against: str | Path | list[str | Path] | None = None,
     trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Verification:
     """Look at a repo's files, headers, checksums, code and tokenizer, and compare it with a source.
@@ -72,11 +74,14 @@ def verify(
         repo: a folder or a Hub id.
         against: what it was exported from.
         trust_remote_code: run the repo's code even if it is not this package's.
+        progress: is told in a few words what happens next.
         options: what was chosen in that export over what the source says; see `export`.
 
     Raises:
         InputError: it is no exported repo at all, or `against` cannot be read.
     """
+    tell = progress or (lambda message: None)
+    tell("looking at the repo")
     folder = resolve_sources(repo)[0].folder
     config = load_config(folder)
     result = Verification(folder)
@@ -92,7 +97,7 @@ def verify(
                 "logits", False, "not compared: the repo's code is not this package's; --trust_remote_code runs it"
             )
         else:
-            _against(folder, config, against, options, result)
+            _against(folder, config, against, options, result, tell)
     return result
 
 
@@ -235,13 +240,22 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
     result.add("tokenizer", True, f"{len(tokenizer)} tokens; text goes there and back")
 
 
-def _against(folder: Path, config: Any, against: Any, options: dict[str, Any], result: Verification) -> None:
+def _against(
+    folder: Path,
+    config: Any,
+    against: Any,
+    options: dict[str, Any],
+    result: Verification,
+    tell: Callable[[str], None],
+) -> None:
     try:
         chosen = ExportOptions(layout=config.weights_layout, **options)
     except TypeError as error:
         raise InputError(one_line(error)) from None
+    tell("reading the source")
     sources = open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision)
-    mixture, plan, _, _ = prepare(sources, chosen, lambda message: None)
+    mixture, plan, _, _ = prepare(sources, chosen, tell)
+    tell("checking the repo against the source")
     try:
         report = check_export(folder, mixture, plan, chosen)
     except FailureError as error:
