@@ -227,8 +227,9 @@ def _select_rows(input_ids: torch.Tensor, model_kwargs: dict[str, Any], kept: to
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
             value = value[kept.to(value.device)]
         selected[name] = value
-    if selected.get("past_key_values") is not None:
-        selected["past_key_values"].batch_select_indices(kept)
+    for name in ("past_key_values", "cache"):  # the second from transformers 5.24 on
+        if selected.get(name) is not None:
+            selected[name].batch_select_indices(kept)
     return input_ids[kept], selected
 
 
