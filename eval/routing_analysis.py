@@ -26,6 +26,7 @@ from .evalplus_data import Benchmark, load_benchmark
 from .loading import FoundModel, LoadedModel, find_model
 from .routing_inputs import STRATEGY, Results, read_texts, run_of_router, runs_of
 from .routing_summary import RoutingSummary
+from .routing_tables import print_routing_analysis
 from .routing_trace import Trace, trace_texts
 from .run_record import Run, replace_text
 from .task_categories import categories_of
@@ -187,6 +188,9 @@ def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
             "router_input": config.router_input,
         },
     }
+
+
+__all__ = ["RoutingAnalysis", "print_routing_analysis", "routing_analysis"]
 
 
 if __name__ == "__main__":
