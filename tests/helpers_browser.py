@@ -42,7 +42,7 @@ class Browser:
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={self.folder}", "--window-size={},{}".format(*self.size)]
         # The protocol's places are the descriptors 3 and 4.
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command],
+            ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", *command],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
