@@ -1,6 +1,7 @@
 """The report opened from disk in Chromium: nothing is fetched, nothing complains, filters and panels do what they say."""
 
 import json
+import re
 
 import pytest
 from evalplus.data import humaneval
@@ -87,10 +88,10 @@ def test_every_task_is_in_the_heatmap_with_its_weights_and_verdicts(page, tasks)
         for (words, tip, look), share, alone in zip(row, task["expert_shares"], task["experts_passed"], strict=True):
             assert words.endswith("%✓" if alone else "%")
             assert abs(float(words.rstrip("%✓")) - 100 * share) < 0.51
-            assert f"mean weight {100 * share:.1f}%" in tip
+            assert abs(float(re.search(r"mean weight ([\d.]+)%", tip)[1]) - 100 * share) < 0.0501
             assert f"alone: {'solves it' if alone else 'fails'}" in tip
             assert f"router: {'solves it' if task['passed'] else 'fails'}" in tip
-            assert f"heat-{round(20 * share)}" in look.split()
+            assert abs(int(re.search(r"heat-(\d+)", look)[1]) - 20 * share) < 0.501
 
 
 def test_filters_leave_the_tasks_that_fit(page, tasks):
