@@ -20,7 +20,7 @@ from .foundation import is_local, load_foundation
 from .mixture import FoundationReference
 from .stored_tensors import StoredTensor, of_file, of_tensor, same_bits
 from .tensor_files import TensorFile, read_json
-from .weight_conversion import UnknownConversion, by_model_name
+from .weight_conversion import UnknownConversion, by_model_name, named_as_now
 
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -72,6 +72,28 @@ def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict
         if not any(pattern.search(name) for pattern in made_up):
             raise InputError(f"the foundation {reference.name} has no weights for {name}; {COMPLETE}")
     return _loaded_whole(reference, f"transformers makes up {missing[0]}, which it lacks") if missing else found
+
+
+def carried_weights(carried: dict[str, StoredTensor], model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
+    """The foundation that a source brings, by the model's own names.
+
+    Raises:
+        InputError: a tensor is missing, unknown, or of another shape than the model's.
+    """
+    found, unknown = named_as_now(carried, model)
+    if unknown:
+        raise InputError(
+            f"{folder} holds {unknown[0]}, which its foundation, a {model.config.model_type}, does not have"
+        )
+    tied = tied_names(model)
+    for name, tensor in model.state_dict().items():
+        if name not in found and name not in tied:
+            raise InputError(f"{folder} lacks {name} of its foundation; copy it again")
+        if name in found and found[name].shape != tuple(tensor.shape):
+            raise InputError(
+                f"{folder}: {name} of its foundation is {list(found[name].shape)}, its config says {list(tensor.shape)}"
+            )
+    return found
 
 
 def _loaded_whole(reference: FoundationReference, why: str | None) -> dict[str, StoredTensor]:

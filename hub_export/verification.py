@@ -29,6 +29,7 @@ from .sources import resolve_sources
 from .stored_tensors import StoredTensor, is_finite
 from .tensor_files import TensorFile, read_json
 from .tokenizer import has_tokenizer, load_tokenizer
+from .weight_conversion import named_as_now
 
 
 SAMPLES = ("def add(a, b):\n    return a + b\n", "x = {'key': [1, 2.5]}  # a comment\n", "naïve Σ 数 🙂")
@@ -150,9 +151,11 @@ def _headers(folder: Path, config: Any, result: Verification) -> None:
 
 def _differences(weights: dict[str, StoredTensor], model: Any) -> list[str]:
     tied = tied_names(model)
+    weights, unknown = named_as_now(weights, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     wrong = [f"{name} of the foundation is missing" for name in sorted(expected.keys() - weights.keys())]
-    wrong += [f"{name} is nothing that the foundation has" for name in sorted(weights.keys() - expected.keys())]
+    unknown += sorted(weights.keys() - expected.keys())
+    wrong += [f"{name} is nothing that the foundation has" for name in unknown]
     for name in sorted(weights.keys() & expected.keys()):
         if weights[name].shape != expected[name]:
             wrong.append(f"{name} is {list(weights[name].shape)}, and the foundation's is {list(expected[name])}")

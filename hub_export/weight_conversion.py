@@ -74,6 +74,26 @@ def by_model_name(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[di
     return found, unknown
 
 
+def named_as_now(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of a state dict by the model's names, and the names that it does not have.
+
+    A state dict has the names that the model had in the transformers that it was trained with, which may be an older one,
+    or those that it was saved under; transformers converts both as it does a checkpoint's. One that has all names of the
+    model is not converted.
+
+    Raises:
+        InputError: parts of one tensor do not fit together.
+    """
+    names = model.state_dict().keys()
+    unknown = [name for name in stored if name not in names]
+    if not unknown:
+        return dict(stored), []
+    try:
+        return by_model_name(stored, model)
+    except UnknownConversion:
+        return {name: tensor for name, tensor in stored.items() if name in names}, unknown
+
+
 def _assign(
     stored: dict[str, StoredTensor], model: nn.Module
 ) -> tuple[dict[str, StoredTensor], dict[str, Parts], list[str]]:

@@ -16,7 +16,7 @@ from .errors import InputError, one_line
 from .foundation import load_foundation_config, resolve_foundation
 from .mixture import FoundationReference, ReadOptions
 from .stored_tensors import StoredTensor, same_bits
-from .weight_conversion import UnknownConversion, by_model_name
+from .weight_conversion import named_as_now
 
 
 # what training adds to the foundation's own config, and what would name code elsewhere
@@ -84,7 +84,7 @@ def foundation_weights(
         for name, tensor in tensors.items()
         if name in names or not any(re.search(pattern, name) for pattern in ignored)
     }
-    found, unknown = _named_as_now(tensors, names, model)
+    found, unknown = named_as_now(tensors, model)
     if unknown:
         raise InputError(
             f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have; what it does "
@@ -101,24 +101,6 @@ def foundation_weights(
                 f"{folder}: {name} of the foundation is {list(tensor.shape)}, its config says {list(names[name])}"
             )
     return found
-
-
-def _named_as_now(
-    tensors: dict[str, StoredTensor], names: dict[str, Any], model: Any
-) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors by the model's names, and the names that it does not have.
-
-    A state dict has the names that the model had in the transformers that it was trained with, which may be an older one;
-    transformers converts those as it does a checkpoint's. One that has all names of today is of today, and is not
-    converted.
-    """
-    unknown = [name for name in tensors if name not in names]
-    if not unknown:
-        return dict(tensors), []
-    try:
-        return by_model_name(tensors, model)
-    except UnknownConversion:
-        return {name: tensor for name, tensor in tensors.items() if name in names}, unknown
 
 
 def _on_meta(folder: Path, config: Any) -> Any:

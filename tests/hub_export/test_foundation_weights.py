@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, conversion_mapping, core_model_loading
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from dylora_moe.hub_export import DyloraMoeWarning, InputError, export
+from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, verify
 from dylora_moe.hub_export.foundation import load_foundation, load_foundation_config
 from dylora_moe.hub_export.foundation_weights import foundation_weights, skeleton
 from dylora_moe.hub_export.mixture import FoundationReference
 from dylora_moe.hub_export.tensor_files import TensorFile
+from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
 SIZES = {
@@ -281,6 +282,28 @@ def test_a_state_dict_with_the_names_of_an_older_transformers(tmp_path):
     assert_same(mixture)
     change_file(whole / "model.safetensors", lambda tensors: tensors.pop(f"{inside}{STORED}3.w2.weight"))
     assert "down_proj of the foundation is [11, 32, 48], its config says [12, 32, 48]" in read_error(whole)
+
+
+def test_a_repo_that_was_saved_under_the_names_of_files(tmp_path):
+    """As a model that was put together in Python is saved: with a module for each of the foundation's own experts."""
+    folder = save_model(tmp_path / "base", "renamed and stacked: mixtral", head_dim=8)
+    targets = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
+    config = DyloraMoeConfig(
+        expert_configs=[{"name": "one", "r": 2, "lora_alpha": 4, "target_modules": targets}],
+        router_input=None,
+        base_model_name_or_path=str(folder),
+    )
+    model = DyloraMoeForCausalLM.from_foundation(AutoModelForCausalLM.from_pretrained(folder), config)
+    repo = tmp_path / "repo"
+    model.save_pretrained(repo)
+    save_tokenizer(repo)
+    (repo / "README.md").write_text("# A mixture\n")
+    assert f"foundation.{STORED}3.w2.weight" in load_file(repo / "model.safetensors")
+    assert verify(repo).passed
+    for layout in ("full", "adapter"):
+        assert export(repo, tmp_path / layout, layout=layout).check.passed
+    stacked = load_file(tmp_path / "full" / "model.safetensors")[f"foundation.{STACKED}down_proj"]
+    assert torch.equal(stacked, model.state_dict()[f"foundation.{STACKED}down_proj"])
 
 
 def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
