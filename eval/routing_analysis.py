@@ -45,7 +45,6 @@ SOURCE_OPTIONS = (
     "lora_alpha",
     "trust_remote_code",
 )
-LOAD_OPTIONS = ("dtype", "device_map", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ def routing_analysis(
     Args:
         model: a source, as for `benchmark`; None where `adapter_path` says it all.
         dataset: "humaneval" or "mbpp".
-        options: see `BenchmarkOptions`; `batch_size` is that of the traced texts, too.
+        options: see `BenchmarkOptions`; `batch_size` is that of the traced texts, too. Where there are completions
+            already, those that decide how they are made do not count: the trace is in the run's own dtype.
 
     Raises:
         InputError: a model without a router, or a source, an option or a folder that cannot be used.
@@ -105,14 +105,19 @@ def routing_analysis(
     if run is None:
         raise FailureError(f"{folder} holds no samples of {found.label}, though it was benchmarked; do that again")
     tell(f"loading {found.label}", 0, 0)
-    loaded = found.load(device=PartialState().device, **{name: getattr(chosen, name) for name in LOAD_OPTIONS})
+    loaded = found.load(
+        dtype=run.dtype,
+        device=PartialState().device,
+        device_map=chosen.device_map,
+        attn_implementation=chosen.attn_implementation,
+    )
     task_ids = [task_id for task_id in run.task_ids if task_id in tasks.tasks]
     texts = read_texts(run, tasks, task_ids, loaded.tokenizer)
     traces = trace_texts(loaded.model, loaded.tokenizer, texts, batch_size=chosen.batch_size)
     results = Results(run, runs, loaded.expert_names)
     traced = _trace(traces, tasks, results, loaded, folder / TASKS_FILE, lambda n: tell("routing", n, len(task_ids)))
     subset = tasks.subset or run.subset
-    summary = {**_description(run, loaded), "subset": subset, "dtype": chosen.dtype, "tests": results.tests, **traced}
+    summary = {**_description(run, loaded), "subset": subset, "tests": results.tests, **traced}
     replace_text(folder / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return RoutingAnalysis(folder, summary)
 
@@ -176,7 +181,7 @@ def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """Which samples were traced, and how the model that was loaded turns logits into weights."""
     dense = loaded.model.routes_densely
     config = loaded.model.config
-    named = ("model", "model_label", "benchmark", "mini", "samples", "samples_sha256", "n_samples")
+    named = ("model", "model_label", "benchmark", "mini", "samples", "samples_sha256", "n_samples", "dtype")
     return {
         "format_version": FORMAT_VERSION,
         **{name: getattr(run, name) for name in named},

@@ -141,7 +141,6 @@ def _leave_routing(folder, data, home, written, experts, mode, run) -> dict:
                 "n_samples",
             )
         },
-        "dtype": "float32",
         "expert_names": list(experts),
         "routing": {
             "mode": mode,

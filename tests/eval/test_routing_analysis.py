@@ -252,6 +252,13 @@ def test_part_of_a_larger_run_and_the_largest_run_there_is(repo, tmp_path, asked
     assert asked[0] == []
 
 
+def test_the_trace_is_in_the_dtype_of_the_run(repo, tmp_path, analysed):
+    leave_run(repo, tmp_path)
+    found = routing_analysis(repo, output_dir=tmp_path).summary
+    shares, expected = (summary["tokens"]["all"]["expert_shares"] for summary in (found, analysed.summary))
+    assert found["dtype"] == "float32" and shares == pytest.approx(expected, abs=1e-5)
+
+
 def test_of_several_samples_the_first_is_traced(repo, tmp_path):
     leave_run(repo, tmp_path, limit=2, n_samples=3, passed={1})
     result = analyse(repo, tmp_path)
