@@ -250,39 +250,37 @@ def test_one_process_computes_and_others_wait_for_it(cache, monkeypatch):
     assert len(waited) == 1
 
 
-def failed_tasks(samples, dataset, benchmark):
-    """Tasks that do not pass everything. EvalPlus's limits go by the clock, so that those get two more tries alone."""
-    left = dict(benchmark.tasks)
-    given = {sample["task_id"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
-    for attempt in range(3):
-        again = write_samples(samples.with_name(f"try-{attempt}.jsonl"), [given[task_id] for task_id in left])
-        chosen = None if attempt == 0 else list(left)
-        results = score_samples(again, dataset, task_ids=chosen, parallel=2 if attempt == 0 else 1)
-        entries = json.loads(results.read_text())["eval"]
-        left = {
-            task_id: entry
-            for task_id, (entry,) in entries.items()
-            if (entry["base_status"], entry["plus_status"]) != ("pass", "pass")
-        }
-        if not left:
-            break
-    return left
+def failed_tasks(samples, dataset):
+    """What EvalPlus says of the tasks that do not pass everything."""
+    entries = json.loads(score_samples(samples, dataset, parallel=2).read_text())["eval"]
+    statuses = {task_id: (entry["base_status"], entry["plus_status"]) for task_id, (entry,) in entries.items()}
+    return {task_id: found for task_id, found in statuses.items() if found != ("pass", "pass")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["humaneval", "mbpp"])
-def test_reference_solutions_pass_and_a_broken_one_alone_does_not(dataset, tmp_path):
+def test_reference_solutions_pass_and_a_broken_one_alone_does_not(dataset, tmp_path, monkeypatch):
     if REAL[dataset] is None:
         pytest.skip(f"{dataset.upper()}_OVERRIDE_PATH does not name the data")
-    benchmark = load_benchmark(dataset)
-    broken = list(benchmark.tasks)[17]
-    samples = {task_id: {"task_id": task_id, "solution": right(task)} for task_id, task in benchmark.tasks.items()}
+
+    def patient(benchmark):
+        """EvalPlus's limits go by the clock: ten times of what they are, against a busy machine.
+
+        Its limit of 60 seconds for all inputs stays, and Mbpp/599 needs it: not for a machine with three times its load.
+        """
+        outputs = expected_outputs(benchmark)
+        for output in outputs.values():
+            for kind in ("base_time", "plus_time"):
+                output[kind] = [10 * max(seconds, 0.25) for seconds in output[kind]]
+        return outputs
+
+    monkeypatch.setattr(scoring, "expected_outputs", patient)
+    tasks = load_benchmark(dataset).tasks
+    samples = {task_id: {"task_id": task_id, "solution": right(task)} for task_id, task in tasks.items()}
     whole = write_samples(tmp_path / "whole.jsonl", samples.values())
-    assert set(failed_tasks(whole, dataset, benchmark)) == NEVER_PASSED[dataset]
-    samples[broken]["solution"] += (
-        f"\ndef {benchmark.tasks[broken]['entry_point']}(*arguments):\n    return object()\n"
-    )
+    known = dict.fromkeys(NEVER_PASSED[dataset], ("fail", "fail"))
+    assert failed_tasks(whole, dataset) == known
+    broken = list(tasks)[17]
+    samples[broken]["solution"] += f"\ndef {tasks[broken]['entry_point']}(*arguments):\n    return object()\n"
     with_one_broken = write_samples(tmp_path / "broken.jsonl", samples.values())
-    failed = failed_tasks(with_one_broken, dataset, benchmark)
-    assert set(failed) == NEVER_PASSED[dataset] | {broken}
-    assert failed[broken]["base_status"] == failed[broken]["plus_status"] == "fail"
+    assert failed_tasks(with_one_broken, dataset) == {**known, broken: ("fail", "fail")}
