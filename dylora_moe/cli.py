@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dylora_moe import __version__, cli_sharing
+from dylora_moe import __version__, cli_eval, cli_sharing
 from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
@@ -92,11 +92,17 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
-    from dylora_moe import hub_export
+    with progress() as tell:
+        from dylora_moe import hub_export
 
-    result = hub_export.inspect(
-        sources, base_model=base_model, lora_alpha=whole(lora_alpha), subfolder=subfolder, revision=revision
-    )
+        result = hub_export.inspect(
+            sources,
+            progress=tell,
+            base_model=base_model,
+            lora_alpha=whole(lora_alpha),
+            subfolder=subfolder,
+            revision=revision,
+        )
     if as_json:
         print_json(result.to_dict())
     else:
@@ -244,26 +250,28 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Look at a repo's files, checksums, code and tokenizer, and compare it with what it was exported from."""
-    from dylora_moe import hub_export
+    with progress() as tell:
+        from dylora_moe import hub_export
 
-    result = hub_export.verify(
-        repo,
-        against=against or None,
-        trust_remote_code=trust_remote_code,
-        base_model=base_model,
-        base_revision=base_revision,
-        router_input=router_input,
-        router_mode=router_mode,
-        num_experts_per_tok=num_experts_per_tok,
-        router_temperature=router_temperature,
-        router_prompts=router_prompts,
-        lora_alpha=whole(lora_alpha),
-        expert_names=split(expert_names),
-        tokenizer=tokenizer,
-        dtype=dtype,
-        subfolder=subfolder,
-        revision=revision,
-    )
+        result = hub_export.verify(
+            repo,
+            progress=tell,
+            against=against or None,
+            trust_remote_code=trust_remote_code,
+            base_model=base_model,
+            base_revision=base_revision,
+            router_input=router_input,
+            router_mode=router_mode,
+            num_experts_per_tok=num_experts_per_tok,
+            router_temperature=router_temperature,
+            router_prompts=router_prompts,
+            lora_alpha=whole(lora_alpha),
+            expert_names=split(expert_names),
+            tokenizer=tokenizer,
+            dtype=dtype,
+            subfolder=subfolder,
+            revision=revision,
+        )
     if as_json:
         print_json(result.to_dict())
     else:
@@ -299,6 +307,7 @@ def merge(
 
 
 cli_sharing.add_commands(app)
+cli_eval.add_commands(app)
 
 
 def _print_inspection(result: Any) -> None:
@@ -374,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             _quiet()
-            code = app(args=arguments, prog_name="dylora-moe", standalone_mode=False)
+            code = app(args=cli_eval.spread(arguments), prog_name="dylora-moe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
         err.print("interrupted")

@@ -1,0 +1,51 @@
+"""Scoring with EvalPlus, and analysis of experts and routing.
+
+Names are imported when they are first used, so that `import dylora_moe.eval` is quick and needs no EvalPlus.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .benchmark import BenchmarkOptions, BenchmarkResult
+    from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
+    from .run_record import Run, read_runs
+    from .stock_evalplus import run_stock_evalplus
+
+_PLACES = {
+    "BenchmarkOptions": "benchmark",
+    "BenchmarkResult": "benchmark",
+    "PeftMoEDecoder": "peft_moe",
+    "Run": "run_record",
+    "evaluate": "peft_moe",
+    "read_runs": "run_record",
+    "register": "peft_moe",
+    "run_codegen": "peft_moe",
+    "run_stock_evalplus": "stock_evalplus",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])
+
+
+__all__ = [
+    "BenchmarkOptions",
+    "BenchmarkResult",
+    "PeftMoEDecoder",
+    "Run",
+    "evaluate",
+    "read_runs",
+    "register",
+    "run_codegen",
+    "run_stock_evalplus",
+]

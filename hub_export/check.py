@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -213,18 +214,20 @@ def _source_quantities(
         names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature")
         gate = {"weight": weight, "bias": bias, **{name: getattr(mixture.router, name) for name in names}}
     try:
-        source = reference(
-            mixture.format,
-            mixture.folders,
-            foundation or plan.foundation.name,
-            plan.foundation.revision,
-            options.lora_alpha,
-            options.router_settings,
-            options.torch_dtype,
-            round_foundation=options.layout == "full",
-        )
-        source.gate = gate or source.gate
-        return source.quantities(rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT has to say about its own files
+            source = reference(
+                mixture.format,
+                mixture.folders,
+                foundation or plan.foundation.name,
+                plan.foundation.revision,
+                options.lora_alpha,
+                options.router_settings,
+                options.torch_dtype,
+                round_foundation=options.layout == "full",
+            )
+            source.gate = gate or source.gate
+            return source.quantities(rows)
     except Exception as error:  # whatever PEFT says to files that the reader accepted
         raise FailureError(f"the source could not be recomputed with PEFT: {one_line(error)}") from error
 

@@ -34,4 +34,6 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The first line of another library's error, shortened, for use inside one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":") and len(lines) > 1:  # and what it announces
+        text = f"{text} {lines[1]}"
     return text if len(text) <= limit else text[: limit - 1] + "…"

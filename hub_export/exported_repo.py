@@ -29,6 +29,7 @@ FORMAT = "exported repo"
 DESCRIPTION = "config.json with model_type dylora_moe, model.safetensors or experts/"
 
 MODEL_TYPE = "dylora_moe"
+PEFT_PREFIX = "base_model.model."
 
 # Of what an export, or saving the model, leaves in a folder.
 REPO_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model", ".tiktoken")
@@ -153,6 +154,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     config = load_config(folder)
     is_full = config.weights_layout == "full"
     weights = _full_weights(folder) if is_full else _adapter_weights(folder, config)
+    _check_nothing_else(folder, config, weights)
     return Mixture(
         format=FORMAT,
         reason=reason,
@@ -181,11 +183,28 @@ def _full_weights(folder: Path) -> dict[str, StoredTensor]:
     weights = {key: of_file(file, key) for file in files for key in file.keys()}  # noqa: SIM118
     if not weights:
         raise InputError(f"{folder} has a config.json but no model.safetensors")
-    known = ("foundation.", "router.gate.")
-    strange = [key for key in weights if not key.startswith(known)]
-    if strange:
-        raise InputError(f"{folder}: {strange[0]} in its weights is nothing that an exported repo holds")
     return weights
+
+
+def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> None:
+    """What is not read here would be lost, and what it does is not known.
+
+    Raises:
+        InputError: names the first tensor that the config does not speak of.
+    """
+    known = {"router.gate.weight", "router.gate.bias"} if config.router_input is not None else set()
+    is_full = config.weights_layout == "full"
+    for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
+        form = "foundation.{}.lora_{}" if is_full else f"{name}/{PEFT_PREFIX}{{}}.lora_{{}}.weight"
+        known |= {form.format(module, matrix) for module in entry["target_modules"] for matrix in "AB"}
+    for key in weights:
+        is_foundations = is_full and key.startswith("foundation.") and not _is_stack(key)
+        if key not in known and not is_foundations:
+            raise InputError(f"{folder}: {key} in its weights is nothing that its config.json speaks of")
+
+
+def _is_stack(key: str) -> bool:
+    return key.rpartition(".")[2] in ("lora_A", "lora_B")
 
 
 def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -193,20 +212,37 @@ def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return {
         key.removeprefix("foundation.").replace(".base_layer.", "."): tensor
         for key, tensor in weights.items()
-        if key.startswith("foundation.") and key.rpartition(".")[2] not in ("lora_A", "lora_B")
+        if key.startswith("foundation.") and not _is_stack(key)
     }
 
 
 def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout `full`."""
     weights = {}
-    for name in config.expert_names:
-        file = TensorFile(contained(folder, folder / "experts" / name / "adapter_model.safetensors"))
+    for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
+        place = folder / "experts" / name
+        _check_adapter_config(contained(folder, place / "adapter_config.json"), entry)
+        file = TensorFile(contained(folder, place / "adapter_model.safetensors"))
         weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
     if config.router_input is not None:
         file = TensorFile(contained(folder, folder / "router.safetensors"))
         weights.update({f"router.{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
     return weights
+
+
+def _check_adapter_config(path: Path, entry: dict[str, Any]) -> None:
+    """PEFT goes by this file and the model by `config.json`, which must mean the same expert.
+
+    Raises:
+        InputError: it is damaged, or names the field that differs.
+    """
+    stored = read_json(path)
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"):
+        if stored.get(field) != entry[field]:
+            raise InputError(
+                f"{path}: {field} is {str(stored.get(field))[:80]}, config.json has {str(entry[field])[:80]} for "
+                f"{entry['name']}; one of the two was changed"
+            )
 
 
 def _expert(folder: Path, config: Any, index: int, weights: dict[str, StoredTensor]) -> Expert:
@@ -234,7 +270,7 @@ def _matrices(
         if config.weights_layout == "full":
             key, rows = f"foundation.{module}.lora_{matrix}", sum(rank for rank, _ in layout)
         else:
-            key, rows = f"{name}/base_model.model.{module}.lora_{matrix}.weight", rank
+            key, rows = f"{name}/{PEFT_PREFIX}{module}.lora_{matrix}.weight", rank
         if key not in weights:
             raise InputError(f"{folder}: config.json says that expert {name} adapts {module}, but {key} is missing")
         tensor = weights[key]

@@ -1,28 +1,33 @@
 """The foundation's tensors by the names that transformers gives them, left on disk until they are written.
 
-Files whose tensors transformers would rename or reshape on loading (mixture-of-experts models, mostly) are loaded whole
-by transformers instead. It knows nothing about experts or repos.
+Tensors that transformers renames or puts together on loading (mixture-of-experts models, mostly) are put together one at
+a time. It knows nothing about experts or repos.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import InputError, one_line
+from .errors import DyloraMoeWarning, InputError, one_line
 from .foundation import is_local, load_foundation
 from .mixture import FoundationReference
-from .stored_tensors import StoredTensor, of_file, of_tensor
+from .stored_tensors import StoredTensor, of_file, of_tensor, same_bits
 from .tensor_files import TensorFile, read_json
+from .weight_conversion import UnknownConversion, by_model_name, named_as_now
 
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json")
-PICKLED = ("*.bin", "*.bin.index.json")
+PATTERNS = ("*.safetensors", "*.json")
+PICKLED = ("*.bin",)
+NOT_READ = ("*/*", "consolidated*")  # the same weights once more, in the form of those who made the model
+COMPLETE = "pass a complete one with --base_model"
 
 
 def skeleton(base_config: Any) -> nn.Module:
@@ -52,12 +57,72 @@ def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict
     Raises:
         InputError: its files cannot be had, are damaged, or lack weights.
     """
-    stored = _by_model_name(_stored(_folder(reference)), model)
-    if stored is not None:
-        return stored
+    stored = _stored(_folder(reference))
+    if not stored:
+        return _loaded_whole(reference, None)  # whatever transformers finds there, or its error
+    try:
+        found, _ = by_model_name(stored, model)
+    except UnknownConversion as error:
+        return _loaded_whole(reference, f"how transformers converts its tensors cannot be found out ({error})")
+    _check_shapes(found, model, reference)
+    _leave_out_tied(found, tied_names(model))
+    missing = [name for name in model.state_dict() if name not in found and name not in tied_names(model)]
+    made_up = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name in missing:
+        if not any(pattern.search(name) for pattern in made_up):
+            raise InputError(f"the foundation {reference.name} has no weights for {name}; {COMPLETE}")
+    return _loaded_whole(reference, f"transformers makes up {missing[0]}, which it lacks") if missing else found
+
+
+def carried_weights(carried: dict[str, StoredTensor], model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
+    """The foundation that a source brings, by the model's own names.
+
+    Raises:
+        InputError: a tensor is missing, unknown, or of another shape than the model's.
+    """
+    found, unknown = named_as_now(carried, model)
+    if unknown:
+        raise InputError(
+            f"{folder} holds {unknown[0]}, which its foundation, a {model.config.model_type}, does not have"
+        )
+    tied = tied_names(model)
+    for name, tensor in model.state_dict().items():
+        if name not in found and name not in tied:
+            raise InputError(f"{folder} lacks {name} of its foundation; copy it again")
+        if name in found and found[name].shape != tuple(tensor.shape):
+            raise InputError(
+                f"{folder}: {name} of its foundation is {list(found[name].shape)}, its config says {list(tensor.shape)}"
+            )
+    return found
+
+
+def _loaded_whole(reference: FoundationReference, why: str | None) -> dict[str, StoredTensor]:
+    """The tensors of the loaded model, with a warning that this takes memory, and why it has to."""
+    if why is not None:
+        message = f"the foundation {reference.name} is loaded whole, which takes as much memory as it is large: {why}"
+        warnings.warn(message, DyloraMoeWarning, stacklevel=2)
     loaded = load_foundation(reference)
     tied = tied_names(loaded)
     return {name: of_tensor(tensor) for name, tensor in loaded.state_dict().items() if name not in tied}
+
+
+def _check_shapes(found: dict[str, StoredTensor], model: nn.Module, reference: FoundationReference) -> None:
+    for name, expected in model.state_dict().items():
+        if name in found and found[name].shape != tuple(expected.shape):
+            raise InputError(
+                f"the foundation {reference.name} stores {name} as {list(found[name].shape)}, its config says "
+                f"{list(expected.shape)}; {COMPLETE}"
+            )
+
+
+def _leave_out_tied(found: dict[str, StoredTensor], tied: dict[str, str]) -> None:
+    """Tied tensors once, by the name of the one that the others are tied to; both where they differ, as transformers
+    then does not tie them."""
+    for name, source in tied.items():
+        if name in found and source not in found:
+            found[source] = found.pop(name)
+        elif name in found and same_bits(found[name], found[source]):
+            del found[name]
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -74,9 +139,10 @@ def _folder(reference: FoundationReference) -> Path:
 
     network_errors = getattr(errors, "HTTPError", OSError)
     try:
-        folder = Path(snapshot_download(reference.name, revision=reference.revision, allow_patterns=list(PATTERNS)))
+        fetch = partial(snapshot_download, reference.name, revision=reference.revision, ignore_patterns=list(NOT_READ))
+        folder = Path(fetch(allow_patterns=list(PATTERNS)))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(reference.name, revision=reference.revision, allow_patterns=list(PICKLED))
+            fetch(allow_patterns=list(PICKLED))
         return folder
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
         raise InputError(
@@ -111,30 +177,3 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
             raise InputError(f"{index} names the shard {shard!r}, which is not in {folder}")
     return [folder / shard for shard in sorted(shards)]
-
-
-def _by_model_name(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str, StoredTensor] | None:
-    """The tensors under the model's own names, or None where files and model do not match one to one."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    found: dict[str, StoredTensor] = {}
-    for key, tensor in stored.items():
-        name = next((name for name in (key, prefix + key, key.removeprefix(prefix)) if name in expected), None)
-        if name is None:
-            if any(pattern.search(key) for pattern in ignored):
-                continue
-            return None
-        if name in found or tensor.shape != expected[name]:
-            return None
-        found[name] = tensor
-    tied = tied_names(model)
-    if any(name not in found and name not in tied for name in expected):
-        return None
-    for name, source in tied.items():
-        if source not in found:
-            return None
-        # Both in the file: transformers decides which one counts if they differ.
-        if name in found and not torch.equal(found.pop(name).read(), found[source].read()):
-            return None
-    return found

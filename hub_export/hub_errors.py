@@ -27,10 +27,15 @@ def find_token(token: str | None) -> str:
     token = token or get_token()
     if not token:
         raise InputError(f"no Hub token on this machine; {LOGIN}")
-    # a stray line break or letter would come back in the network library's message, token and all
+    check_token(token)
+    return token
+
+
+def check_token(token: str) -> None:
+    """Raises InputError if it cannot be one: a stray line break or letter would come back in the network library's
+    message, token and all."""
     if not re.fullmatch(r"[!-~]+", token):
         raise InputError(f"the Hub token holds characters that no token has; {LOGIN}")
-    return token
 
 
 def without(secret: str | None, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from .errors import InputError
 from .formats import open_sources, read_sources
 from .foundation import in_hub_cache, is_local, resolve_foundation
-from .mixture import Expert, Mixture, ReadOptions, Router
+from .foundation_weights import WEIGHT_NAMES, weight_files
+from .mixture import Expert, FoundationReference, Mixture, ReadOptions, Router
+from .sources import is_elsewhere
 from .tensor_files import TensorFile
 from .tokenizer import has_tokenizer
 
@@ -71,21 +74,28 @@ def inspect(
     lora_alpha: float | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Look at one or several sources without loading a model.
 
     Args:
-        sources: a folder or a Hub id; several only for PEFT adapters.
+        sources: a folder, a Hub id or `wandb:entity/project/name:version`; several only for PEFT adapters, which may
+            follow an exported repo.
         base_model, lora_alpha, revision, subfolder: as for `export`, to see whether an export would still lack something.
+        progress: is told when a source has to be fetched first, which may take long.
 
     Raises:
         InputError: of no known format, or damaged. What is merely missing is listed.
     """
+    asked = [sources] if isinstance(sources, str | Path) else sources
+    elsewhere = [str(source) for source in asked if is_elsewhere(source)]
+    if elsewhere and progress is not None:
+        progress(f"fetching {', '.join(elsewhere)}")
     resolved = open_sources(sources, revision=revision, subfolder=subfolder)
     mixture = read_sources(resolved, ReadOptions(lora_alpha=lora_alpha, base_model=base_model))
     missing = list(mixture.problems)
     foundation = _foundation(mixture, base_model, missing)
-    tokenizer = _tokenizer(mixture, foundation, missing)
+    tokenizer = _tokenizer(mixture, base_model, missing)
     return Inspection(
         sources=[str(source.folder) for source in resolved],
         format=mixture.format,
@@ -132,25 +142,36 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
         total = sum(tensor.num_parameters for tensor in mixture.foundation_weights.values())
         return FoundationSummary(reference.name, reference.revision, str(mixture.folders[0]), total)
     try:
-        found = resolve_foundation(reference, base_model, None)
+        found, folder = _place(reference, base_model)
     except InputError as error:
         missing.append(str(error))
         return FoundationSummary(base_model or reference.name, reference.revision, None, None)
-    folder = Path(found.name) if is_local(found) else in_hub_cache(found)
     if folder is None:
         missing.append(
             f"the foundation {found.name} is not on this machine; an export downloads it, or takes --base_model"
         )
         return FoundationSummary(found.name, found.revision, None, None)
-    files = sorted(folder.glob("*.safetensors"))
+    files = next((files for name in WEIGHT_NAMES if (files := weight_files(folder, name))), [])
     count = sum(_num_parameters(path) for path in files) if files else None
     return FoundationSummary(found.name, found.revision, str(folder), count)
 
 
-def _tokenizer(mixture: Mixture, foundation: FoundationSummary, missing: list[str]) -> str | None:
-    places = [*mixture.folders, *([Path(foundation.folder)] if foundation.folder else [])]
+def _place(reference: FoundationReference, base_model: str | None) -> tuple[FoundationReference, Path | None]:
+    """Where the foundation is named to be, and its folder on this machine, where there is one."""
+    found = resolve_foundation(reference, base_model, None)
+    return found, Path(found.name) if is_local(found) else in_hub_cache(found)
+
+
+def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> str | None:
+    """The folder that an export would take it from. A named foundation may have it where the source brings its own."""
+    try:
+        _, foundation = _place(mixture.foundation, base_model)
+        elsewhere = foundation is None  # from where an export downloads it
+    except InputError:
+        foundation, elsewhere = None, False
+    places = [*mixture.folders, *([foundation] if foundation else [])]
     found = next((folder for folder in places if has_tokenizer(folder)), None)
-    if found is None and foundation.folder is not None:
+    if found is None and not elsewhere:
         missing.append(f"no tokenizer in {', '.join(map(str, places))}; pass one with --tokenizer")
     return None if found is None else str(found)
 

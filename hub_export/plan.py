@@ -25,7 +25,7 @@ from .foundation import (
     load_foundation_config,
     resolve_foundation,
 )
-from .foundation_weights import foundation_weights, skeleton
+from .foundation_weights import carried_weights, foundation_weights, skeleton
 from .mixture import FoundationReference, Mixture
 from .options import ExportOptions
 from .stored_tensors import StoredTensor
@@ -53,7 +53,7 @@ class Plan:
 
     @cached_property
     def weights(self) -> dict[str, StoredTensor] | None:
-        """The foundation's tensors; looked for when they are asked for, as a few foundations have to be loaded whole."""
+        """The foundation's tensors; looked for when they are asked for, as that may mean to download them."""
         return None if self.find_weights is None else self.find_weights()
 
     @property
@@ -96,7 +96,8 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
             )
         model = skeleton(base_config)
         _check_fit(mixture, model, reference)
-        find = _find_weights(mixture, reference, model, options)
+        own = carried_weights(mixture.foundation_weights, model, mixture.folders[0]) if carried else None
+        find = _find_weights(mixture, own, reference, model, options)
     config = _config(mixture, base_config, reference, options)
     plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
     main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
@@ -141,14 +142,21 @@ def _check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReferenc
 
 
 def _find_weights(
-    mixture: Mixture, reference: FoundationReference, model: nn.Module, options: ExportOptions
+    mixture: Mixture,
+    carried: dict[str, StoredTensor] | None,
+    reference: FoundationReference,
+    model: nn.Module,
+    options: ExportOptions,
 ) -> Callable[[], dict[str, StoredTensor]] | None:
     """What gives the foundation's tensors: the source itself, or where the foundation is named to be.
+
+    Args:
+        carried: those that the source brings.
 
     Raises:
         InputError: the named one would stand in for the source's own, and is another one.
     """
-    carried, is_light = mixture.foundation_weights, options.layout == "adapter"
+    is_light = options.layout == "adapter"
     if carried is not None and not is_light and options.base_model is None:
         return lambda: carried
     if not at_hand(reference) and (is_light or carried is not None):

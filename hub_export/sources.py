@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError, one_line
+from .hub_errors import check_token
 
 
 ARTIFACT = "wandb:"
@@ -59,6 +60,12 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
     return Source(_download(text, revision), text.rsplit("/", 1)[-1])
 
 
+def is_elsewhere(source: str | Path) -> bool:
+    """Whether a source has to be fetched."""
+    text = str(source)
+    return not _exists(text) and (text.startswith(ARTIFACT) or HUB_ID.fullmatch(text) is not None)
+
+
 def _exists(text: str) -> bool:
     try:
         return Path(text).exists()
@@ -88,8 +95,9 @@ def resolve_sources(sources: str | Path | list[str | Path], revision: str | None
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, get_token, snapshot_download
 
+    check_token(get_token() or "none")
     # Its own name for the errors of the network library beneath, which is not the same one in every version.
     network_errors = getattr(errors, "HTTPError", OSError)
     try:

@@ -24,6 +24,7 @@ from .tensor_files import SAFETENSORS_DTYPES, TensorFile
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def of_file(file: TensorFile, key: str) -> StoredTensor:
 def of_tensor(tensor: torch.Tensor) -> StoredTensor:
     """A tensor that is in memory already."""
     return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two tensors are the same bit for bit, looked at a few rows at a time."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    ours, theirs = left.read(), right.read()
+    for start in range(0, left.shape[0], ROWS_AT_ONCE):
+        pieces = [tensor[start : start + ROWS_AT_ONCE].contiguous().view(torch.uint8) for tensor in (ours, theirs)]
+        if not torch.equal(*pieces):
+            return False
+    return True
 
 
 def is_finite(tensor: torch.Tensor, part: int = 1 << 20) -> bool:

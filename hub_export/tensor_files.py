@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import weakref
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Bytes. What was read of a file that is mapped into memory takes memory for as long as the file is mapped.
+MAPPED_AT_ONCE = 128 * 1024**2
 
 
 def load_torch_file(path: Path) -> Any:
@@ -80,6 +84,9 @@ class TensorFile:
         InputError: the file is missing, damaged, or not a flat dict of tensors.
     """
 
+    _mapped: ClassVar[weakref.WeakSet[TensorFile]] = weakref.WeakSet()
+    _read_of_mapped: ClassVar[int] = 0
+
     def __init__(self, path: Path):
         self.path = path
         self._tensors: dict[str, torch.Tensor] | None = None
@@ -87,6 +94,7 @@ class TensorFile:
             self._layout = self._read_header()
         else:
             self._tensors = self._load()
+            self._is_mapped = zipfile.is_zipfile(path)
             self._layout = {key: (tuple(value.shape), value.dtype) for key, value in self._tensors.items()}
 
     def _open(self):
@@ -137,17 +145,30 @@ class TensorFile:
         return self._layout[key][1]
 
     def read(self, key: str) -> torch.Tensor:
-        if self._tensors is not None:
-            return self._tensors[key]
+        if self.path.suffix != ".safetensors":
+            return self._of_pickle(key)
         with self._open() as file:
             return file.get_tensor(key)
 
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor; a safetensors file reads only these."""
-        if self._tensors is not None:
-            return self._tensors[key][start:stop]
+        if self.path.suffix != ".safetensors":
+            return self._of_pickle(key)[start:stop]
         with self._open() as file:
             return file.get_slice(key)[start:stop]
+
+    def _of_pickle(self, key: str) -> torch.Tensor:
+        """A tensor of a mapped file. Once much was read of all of them, they are let go, and mapped anew when needed."""
+        if TensorFile._read_of_mapped > MAPPED_AT_ONCE:
+            for file in TensorFile._mapped:
+                file._tensors = None
+            TensorFile._mapped, TensorFile._read_of_mapped = weakref.WeakSet(), 0
+        if self._tensors is None:
+            self._tensors = self._load()
+        if self._is_mapped:
+            TensorFile._mapped.add(self)
+            TensorFile._read_of_mapped += self._tensors[key].nbytes
+        return self._tensors[key]
 
 
 def read_json(path: Path) -> dict[str, Any]:

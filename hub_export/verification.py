@@ -7,6 +7,7 @@ looked at, and nothing about how one is made.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .sources import resolve_sources
 from .stored_tensors import StoredTensor, is_finite
 from .tensor_files import TensorFile, read_json
 from .tokenizer import has_tokenizer, load_tokenizer
+from .weight_conversion import named_as_now
 
 
 SAMPLES = ("def add(a, b):\n    return a + b\n", "x = {'key': [1, 2.5]}  # a comment\n", "naïve Σ 数 🙂")
@@ -64,6 +66,7 @@ def verify(
     *,
     against: str | Path | list[str | Path] | None = None,
     trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Verification:
     """Look at a repo's files, headers, checksums, code and tokenizer, and compare it with a source.
@@ -72,11 +75,14 @@ def verify(
         repo: a folder or a Hub id.
         against: what it was exported from.
         trust_remote_code: run the repo's code even if it is not this package's.
+        progress: is told in a few words what happens next.
         options: what was chosen in that export over what the source says; see `export`.
 
     Raises:
         InputError: it is no exported repo at all, or `against` cannot be read.
     """
+    tell = progress or (lambda message: None)
+    tell("looking at the repo")
     folder = resolve_sources(repo)[0].folder
     config = load_config(folder)
     result = Verification(folder)
@@ -92,7 +98,7 @@ def verify(
                 "logits", False, "not compared: the repo's code is not this package's; --trust_remote_code runs it"
             )
         else:
-            _against(folder, config, against, options, result)
+            _against(folder, config, against, options, result, tell)
     return result
 
 
@@ -145,9 +151,11 @@ def _headers(folder: Path, config: Any, result: Verification) -> None:
 
 def _differences(weights: dict[str, StoredTensor], model: Any) -> list[str]:
     tied = tied_names(model)
+    weights, unknown = named_as_now(weights, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     wrong = [f"{name} of the foundation is missing" for name in sorted(expected.keys() - weights.keys())]
-    wrong += [f"{name} is nothing that the foundation has" for name in sorted(weights.keys() - expected.keys())]
+    unknown += sorted(weights.keys() - expected.keys())
+    wrong += [f"{name} is nothing that the foundation has" for name in unknown]
     for name in sorted(weights.keys() & expected.keys()):
         if weights[name].shape != expected[name]:
             wrong.append(f"{name} is {list(weights[name].shape)}, and the foundation's is {list(expected[name])}")
@@ -237,13 +245,22 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
     result.add("tokenizer", True, f"{len(tokenizer)} tokens; text goes there and back")
 
 
-def _against(folder: Path, config: Any, against: Any, options: dict[str, Any], result: Verification) -> None:
+def _against(
+    folder: Path,
+    config: Any,
+    against: Any,
+    options: dict[str, Any],
+    result: Verification,
+    tell: Callable[[str], None],
+) -> None:
     try:
         chosen = ExportOptions(layout=config.weights_layout, **options)
     except TypeError as error:
         raise InputError(one_line(error)) from None
+    tell("reading the source")
     sources = open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision)
-    mixture, plan, _, _ = prepare(sources, chosen, lambda message: None)
+    mixture, plan, _, _ = prepare(sources, chosen, tell)
+    tell("checking the repo against the source")
     try:
         report = check_export(folder, mixture, plan, chosen)
     except FailureError as error:

@@ -15,12 +15,12 @@ import torch
 from .errors import InputError, one_line
 from .foundation import load_foundation_config, resolve_foundation
 from .mixture import FoundationReference, ReadOptions
-from .stored_tensors import StoredTensor
+from .stored_tensors import StoredTensor, same_bits
+from .weight_conversion import named_as_now
 
 
 # what training adds to the foundation's own config, and what would name code elsewhere
 NOT_THE_FOUNDATIONS = ("base_model_name_or_path", "auto_map", "_name_or_path", "checkpoint_type")
-ROWS_AT_ONCE = 4096
 # Buffers that older versions of transformers stored, and that are computed from the config.
 COMPUTED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
@@ -79,15 +79,17 @@ def foundation_weights(
     model = _on_meta(folder, config)
     names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), COMPUTED.pattern]
-    found = {}
-    for name, tensor in tensors.items():
-        if name in names:
-            found[name] = tensor
-        elif not any(re.search(pattern, name) for pattern in ignored):
-            raise InputError(
-                f"{folder} holds {name}, which a foundation of model_type {config.model_type} does not have; what it does "
-                "is not known"
-            )
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in names or not any(re.search(pattern, name) for pattern in ignored)
+    }
+    found, unknown = named_as_now(tensors, model)
+    if unknown:
+        raise InputError(
+            f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have; what it does "
+            "is not known"
+        )
     _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, adapted, notes)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     missing = [name for name in names if name not in found and name not in tied]
@@ -128,15 +130,3 @@ def _tie(
         notes.append(
             f"{name} {why}; it is kept, with tie_word_embeddings false, and serves every strategy, base included"
         )
-
-
-def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
-    """Whether two tensors are the same bit for bit, looked at a few rows at a time."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    ours, theirs = left.read(), right.read()
-    for start in range(0, left.shape[0], ROWS_AT_ONCE):
-        pieces = [tensor[start : start + ROWS_AT_ONCE].contiguous().view(torch.uint8) for tensor in (ours, theirs)]
-        if not torch.equal(*pieces):
-            return False
-    return True

@@ -10,8 +10,13 @@ from copy import deepcopy
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .routing_strategies_dylora_moe import RoutingStrategy
+
+
+# What transformers calls a cache among arguments and outputs; from 5.24 on, `cache`.
+CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RowExpertsLayer(CacheLayerMixin):
@@ -145,4 +150,4 @@ def kept_experts(cache: Cache | None) -> torch.LongTensor | None:
     return layer.expert_ids
 
 
-__all__ = ["RowExpertsLayer", "kept_experts", "new_cache", "prepare_streams", "row_experts", "stream_of"]
+__all__ = ["CACHE", "RowExpertsLayer", "kept_experts", "new_cache", "prepare_streams", "row_experts", "stream_of"]

@@ -64,7 +64,7 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     model_type = "dylora_moe"
     sub_configs = {"base_config": AutoConfig}  # noqa: RUF012  (spelt as transformers spells it)
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits"]  # noqa: RUF012
 
     def __init__(
         self,

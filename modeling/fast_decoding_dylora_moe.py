@@ -20,7 +20,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .cache_dylora_moe import RowExpertsLayer
+from .cache_dylora_moe import CACHE, RowExpertsLayer
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, _pass_in_progress, use_experts
 from .routed_pass_dylora_moe import RoutedPass
 from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
@@ -38,7 +38,7 @@ DEVICES = ("cuda",)
 BUCKET = 256  # a session's capacity in tokens is a multiple of this
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
-KNOWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+KNOWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits"}
 OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer"}
 
@@ -50,7 +50,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
     if model.device.type not in DEVICES:
         return "another device"
     foundation = model.foundation
-    cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+    cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     strategy = model.routing_strategy(arguments["routing_strategy"])
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     reasons = {
@@ -106,7 +106,7 @@ class FastDecodingMixin:
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(CACHE) is not None:
             generation_config.fast_decoding = False  # somebody else has a hold of that cache
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -187,7 +187,7 @@ class Decoding:
         self.model, self.store = model, store
         self.strategy = model.routing_strategy(arguments["routing_strategy"])
         self.returns_routing = bool(arguments.get("output_router_logits"))
-        self.cache: DynamicCache = arguments["past_key_values"]
+        self.cache: DynamicCache = arguments[CACHE]
         self.session: Session | None = None
         self.length = 0
         store.look_at_weights(model, self.strategy)
@@ -203,7 +203,7 @@ class Decoding:
         routing = self.session.router_logits if self.returns_routing else None
         return MoeCausalLMOutputWithPast(
             logits=self.session.logits,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             router_logits=None if routing is None else routing.clone(),
         )
 
@@ -442,7 +442,7 @@ class Session:
                 input_ids=self.input_ids.repeat(streams, 1),
                 attention_mask=self.mask[rows],
                 position_ids=self.positions[rows],
-                past_key_values=Cache(layers=layers),
+                **{self.model.cache_argument: Cache(layers=layers)},
                 use_cache=True,
                 return_dict=True,
             )

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .cache_dylora_moe import kept_experts, prepare_streams
+from .cache_dylora_moe import CACHE, kept_experts, prepare_streams
 
 
 class _Call(threading.local):
@@ -80,9 +80,9 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         if type(self.foundation).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
             prepare = self.foundation.prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if kwargs.get("past_key_values") is not None and inputs.get("past_key_values") is None:
+        if kwargs.get(CACHE) is not None and inputs.get(CACHE) is None:
             # Phi-3 drops its cache where its positions change. transformers 5.10 goes on from the last token even so.
-            kwargs.update(past_key_values=None, next_sequence_length=None)
+            kwargs.update({CACHE: None, "next_sequence_length": None})
             inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return {**inputs, **{name: kwargs[name] for name in ROUTING_ARGUMENTS if name in kwargs}}
 
@@ -134,8 +134,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The last place that sees the prompts before beams and return sequences multiply them.
         # Rows of a cache that was filled before have their experts, and are multiplied already.
-        kept = kept_experts(model_kwargs.get("past_key_values"))
-        known = kept is not None or model_kwargs.get("expert_ids") is not None
+        known = model_kwargs.get("expert_ids") is not None or kept_experts(model_kwargs.get(CACHE)) is not None
         if model_kwargs.get("routing_strategy") == "best" and not known:
             model_kwargs["expert_ids"] = self._best_experts_of_prompts(input_ids, model_kwargs)
         return super()._expand_inputs_for_generation(
@@ -168,7 +167,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
         )
         strategy = self.routing_strategy(model_kwargs["routing_strategy"])
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             # Now, since layers that join later miss what was set on the cache (offloading, recording for rollback).
             prepare_streams(cache, self.num_layers_per_stream, strategy)

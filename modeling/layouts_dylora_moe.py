@@ -151,15 +151,14 @@ def read_full(
     for path in _weight_files(location, variant, where):
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
-            module, _, kind = name.removeprefix("foundation.").rpartition(".")
+            module, _, kind = name.removeprefix("foundation.").replace(".base_layer.", ".").rpartition(".")
+            unused = not any(module in modules for modules in wanted)
             if name.startswith("router.gate."):
                 state[name] = file.get_tensor(name)[numbers]
             elif module in layouts and kind in ("lora_A", "lora_B"):
-                if any(module in modules for modules in wanted):
+                if not unused:
                     state[name] = _rows(file.get_slice(name), layouts[module], numbers)
-            elif module.removesuffix(".base_layer") in layouts and not any(
-                module.removesuffix(".base_layer") in modules for modules in wanted
-            ):
+            elif module in layouts and unused:
                 state[name.replace(".base_layer.", ".")] = file.get_slice(name)
             else:
                 state[name] = file.get_slice(name)

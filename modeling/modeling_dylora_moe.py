@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .cache_dylora_moe import new_cache, prepare_streams
+from .cache_dylora_moe import CACHE, new_cache, prepare_streams
 from .configuration_dylora_moe import DyloraMoeConfig
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, checkpoint_with_experts, refuse_offloaded
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
@@ -58,7 +58,7 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
     base_model_prefix = ""  # there is one, `foundation`, but its checkpoints and configs cannot stand in for ours
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  (spelt as transformers spells it)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012  (spelt as transformers spells it)
     _keep_in_fp32_modules_strict = ["router.gate"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -195,6 +195,7 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._foundation_arguments = frozenset(parameter.name for parameter in parameters)
+        self.cache_argument = "cache" if "cache" in self._foundation_arguments else "past_key_values"
 
     # Modules and weights
 
@@ -346,6 +347,10 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if expert_ids is not None and not strategy.chooses_row_experts:
             raise ValueError(f"`expert_ids` is for strategies that choose an expert per row; this is '{strategy}'.")
+        cache = inputs.pop("cache", None)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
         if self.training and self._recomputes_layers:
@@ -384,12 +389,7 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         expert_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """
-        Args:
-            output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where the
-                strategy reads them at these tokens (`router`; `best` at its prompt).
-            routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
-            expert_ids: each row's expert, `[batch]`, for strategies that choose one per row.
+        """Arguments as of `DyloraMoeForCausalLM.forward`.
 
         Raises:
             ValueError: an unknown strategy, one without hidden states, or a cache filled under another one.
@@ -407,14 +407,13 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
             **kwargs,
         )
         outputs = routed_pass.strategy.run(routed_pass)
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        routing_too = self.config.output_router_logits if output_router_logits is None else output_router_logits
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=routed_pass.past_key_values,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            router_logits=routed_pass.router_logits if output_router_logits else None,
+            router_logits=routed_pass.router_logits if routing_too else None,
+            **{CACHE: routed_pass.past_key_values},
         )
 
 
@@ -459,6 +458,7 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
     ) -> MoeCausalLMOutputWithPast:
         """
         Args:
+            past_key_values: the cache of all streams; or `cache`, as transformers calls it from 5.24 on.
             labels: `[batch, sequence]`, -100 where a token does not count.
             output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where the
                 strategy reads them at these tokens (`router`; `best` at its prompt).
@@ -489,11 +489,10 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
         )
         outputs = routed_pass.strategy.run(routed_pass)
         logits = outputs.logits
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        routing_too = self.config.output_router_logits if output_router_logits is None else output_router_logits
 
         aux_loss = None
-        if str(routed_pass.strategy) == "router" and (output_router_logits or labels is not None):
+        if str(routed_pass.strategy) == "router" and (routing_too or labels is not None):
             weights = self.router.weights(routed_pass.router_logits, dense=self.routes_densely)
             aux_loss = balance_loss(weights, routed_pass.token_mask)
         loss = None
@@ -504,10 +503,10 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=routed_pass.past_key_values,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            router_logits=routed_pass.router_logits if output_router_logits else None,
+            router_logits=routed_pass.router_logits if routing_too else None,
+            **{CACHE: routed_pass.past_key_values},
         )
 
     def _loss(

@@ -64,7 +64,7 @@ class RoutedPass:
         if self.past_key_values is None:
             return {"use_cache": False}
         num_layers = self.model.num_layers_per_stream
-        return {"past_key_values": stream_of(self.past_key_values, num_layers, stream), "use_cache": True}
+        return {self.model.cache_argument: stream_of(self.past_key_values, num_layers, stream), "use_cache": True}
 
     def read_router(self, stream: int | None) -> torch.Tensor:
         """Router logits `[batch, sequence, num_experts]` from a pass of the router's own, without gradients in the

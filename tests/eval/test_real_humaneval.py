@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_checkpoints import save_final_checkpoint, save_foundation
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
-
-from dylora_moe.hub_export import export
+from helpers_text import save_text_repo
 
 
 DATA = os.environ.get("HUMANEVAL_OVERRIDE_PATH")
@@ -51,40 +47,10 @@ print("TEXTS" + json.dumps(texts))
 """
 
 
-def save_text_tokenizer(folder: Path) -> int:
-    """A byte-level tokenizer that can spell any prompt; the number of its tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "<|endoftext|>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(["def add(a, b):\n    return a + b\n"] * 4, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    return tokenizer.get_vocab_size()
-
-
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory):
     """A routed model with random weights whose answers differ from prompt to prompt and end after some 60 tokens."""
-    folder = tmp_path_factory.mktemp("real")
-    vocabulary = save_text_tokenizer(folder / "checkpoint_tokenizer")
-    foundation = save_foundation(folder / "foundation", vocab_size=vocabulary, max_position_embeddings=4096)
-    save_text_tokenizer(foundation)
-    generation = GenerationConfig(
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, exponential_decay_length_penalty=(40, 1.2)
-    )
-    generation.save_pretrained(foundation)
-    checkpoint = save_final_checkpoint(folder / "checkpoint", foundation, tokenizer=False)
-    save_text_tokenizer(checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
-    export([checkpoint], folder / "repo")
-    return folder / "repo"
+    return save_text_repo(tmp_path_factory.mktemp("real"))
 
 
 def run(arguments: list[str], cwd: Path) -> str:

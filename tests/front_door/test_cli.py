@@ -120,6 +120,13 @@ def test_inspect_prints_text_or_json(run, checkpoint):
     assert [expert["name"] for expert in json.loads(out)["experts"]] == ["expert_0", "expert_1", "expert_2"]
 
 
+def test_verify_says_on_stderr_what_it_does_and_on_stdout_what_it_found(run, repo, checkpoint):
+    code, out, err = run("verify", repo, "--against", checkpoint, "--json")
+    assert code == 0 and json.loads(out)["passed"]
+    stages = ["looking at the repo", "reading the source", "checking the repo against the source"]
+    assert [line for line in err.splitlines() if line in stages] == stages
+
+
 def test_export_prints_what_it_made(run, checkpoint, tmp_path):
     code, out, _ = run(
         "export", checkpoint, "-o", tmp_path / "r", "--no-verify", "--expert-names", "a,b", "--expert_names", "c"

@@ -267,8 +267,7 @@ def be_other_pickle(data, path):
     torch.save(content, path)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-@settings(
+FUZZED = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize="DYLORA_MOE_FUZZ" not in os.environ,
@@ -276,6 +275,10 @@ def be_other_pickle(data, path):
     phases=[Phase.generate] if "DYLORA_MOE_FUZZ" not in os.environ else [Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@FUZZED
 @given(data=st.data())
 def test_damage_is_harmless_or_one_clear_error(name, sources, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -297,3 +300,90 @@ def test_damage_is_harmless_or_one_clear_error(name, sources, data):
         assert snapshot(root) == before
         code, stderr = run("inspect", root / "source")
         assert code in (0, 2) and "Traceback" not in stderr, stderr
+
+
+NEVER_OPENED = ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    found = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+    return sorted(path for path in found if path.name not in NEVER_OPENED)
+
+
+def change_matrices(data, source: Path, change) -> None:
+    """Apply `change` to the tensors of a file that holds LoRA matrices, and to the name of one of these."""
+    load, save = torch.load, torch.save
+    path = data.draw(st.sampled_from([path for path in weight_files(source) if "router" not in path.name]))
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file as load
+        from safetensors.torch import save_file as save
+    tensors = dict(load(path))
+    # but not those of a layer that AdaLoRA pruned away
+    matrices = [key for key, value in tensors.items() if (".lora_A" in key or ".lora_B" in key) and value.numel()]
+    key = data.draw(st.sampled_from(sorted(matrices)))
+    change(tensors, key)
+    save(tensors, path)
+
+
+def truncate(data, root, layout):
+    whose = [root / "source"]
+    carried = (root / "source" / "model.safetensors").exists() or list((root / "source").glob("pytorch_model*"))
+    if layout == "full" and not carried:
+        whose.append(root / "foundation")
+    path = data.draw(st.sampled_from([path for folder in whose for path in weight_files(folder)]))
+    path.write_bytes(path.read_bytes()[: data.draw(st.integers(0, path.stat().st_size - 1))])
+
+
+def be_of_another_shape(data, root, layout):
+    axis, size = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([1, 3, 500]))
+
+    def change(tensors, key):
+        shape = list(tensors[key].shape)
+        shape[axis] += size
+        tensors[key] = torch.ones(shape, dtype=tensors[key].dtype)
+
+    change_matrices(data, root / "source", change)
+
+
+def lose_an_expert(data, root, layout):
+    """Its file or folder where it has one of its own, else what it holds on every layer of a file."""
+    own = [
+        *root.glob("source/peft_adapters/expert_?*"),
+        *root.glob("source/experts/*"),
+        *root.glob("source/*/adapter_model.safetensors"),
+    ]
+    if own:
+        path = data.draw(st.sampled_from(sorted(own)))
+        return shutil.rmtree(path) if path.is_dir() else path.unlink()
+    change_matrices(data, root / "source", lambda tensors, key: tensors.pop(key))
+
+
+def have_another_key(data, root, layout):
+    name = data.draw(st.sampled_from(["extra", "model.embed_tokens.weight", "x.lora_magnitude_vector", "bias"]))
+    change_matrices(data, root / "source", lambda tensors, key: tensors.update({name: torch.ones(2)}))
+
+
+def be_wrong_json(data, root, layout):
+    found = {*root.glob("source/config.json"), *root.rglob("source/**/adapter_config.json")}
+    path = data.draw(st.sampled_from(sorted(found)))
+    text = path.read_text().rstrip()
+    kinds = [text[: data.draw(st.integers(0, len(text) - 1))], "[]", text + "}", text.replace(":", "=", 1), "\0"]
+    path.write_text(data.draw(st.sampled_from(kinds)))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@FUZZED
+@given(data=st.data())
+def test_what_cannot_be_exported_is_always_an_error(name, sources, data):
+    """Truncated weights, other shapes, missing experts, further keys, wrong JSON: never an export of something else."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        shutil.copytree(sources[name], root)
+        layout = data.draw(st.sampled_from(["full", "adapter"]), label="layout")
+        kinds = [truncate, be_of_another_shape, lose_an_expert, have_another_key, be_wrong_json]
+        data.draw(st.sampled_from(kinds), label="damage")(data, root, layout)
+        before = snapshot(root)
+        code, stderr = run("export", root / "source", "-o", Path(folder) / "out", "--layout", layout, "--no_verify")
+        errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+        assert code == 2 and errors == stderr.splitlines()[-1:] and "Traceback" not in stderr, stderr
+        assert os.listdir(folder) == ["root"] and snapshot(root) == before

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 from environments import python_path
-from helpers_checkpoints import change_json, snapshot
+from helpers_checkpoints import change_json, save_foundation, save_trainer_checkpoint, save_whole_model, snapshot
 from hub_server import Hub, Repo
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,13 @@ def hub(checkpoint, foundation, tmp_path_factory):
 
 
 def command(hub, home, *arguments, token="hf_write"):
+    return python(hub, home, "-m", "dylora_moe", *arguments, token=token)
+
+
+def python(hub, home, *arguments, token="hf_write"):
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "dylora_moe", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env={**keep, **hub.environment(home, token), "PYTHONPATH": python_path()},
         cwd=home,
         capture_output=True,
@@ -77,3 +82,65 @@ def test_what_cannot_be_had_is_one_line(hub, tmp_path, arguments, token, message
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and message in line and "Traceback" not in done.stderr
     assert not (tmp_path / "repo").exists() and "hf_write" not in done.stdout + done.stderr
+
+
+def test_every_format_is_read_from_the_hub(hub, foundation, checkpoint, adapters, checked, tmp_path):
+    """Where its files are links into the client's own cache."""
+    light = command(
+        hub, tmp_path, "export", checkpoint, "--layout", "adapter", "-o", tmp_path / "light", "--no_verify"
+    )
+    assert light.returncode == 0, light.stderr
+    folders = {
+        "final checkpoint": checkpoint,
+        "trainer checkpoint": save_trainer_checkpoint(tmp_path / "checkpoint-10", foundation),
+        "whole-model state dict": save_whole_model(tmp_path / "whole", foundation, shards=2),
+        "PEFT LoRA adapters": adapters[0].parent,
+        "exported repo": checked[0],
+        "exported repo, layout adapter": tmp_path / "light",
+        "merged model": foundation,
+    }
+    ids = {f"guild/format-{number}": name for number, name in enumerate(folders)}
+    for hub_id, name in ids.items():
+        hub.repos[hub_id] = Repo()
+        hub.repos[hub_id].commit("main", name, snapshot(folders[name]))
+    code = (
+        "import json, sys\nfrom dylora_moe.hub_export import inspect\n"
+        "for source in sys.argv[1:]:\n    print(json.dumps(inspect(source).to_dict()))"
+    )
+    done = python(hub, tmp_path, "-c", code, *ids)
+    assert done.returncode == 0, done.stderr
+    for line, (hub_id, name) in zip(done.stdout.splitlines(), ids.items(), strict=True):
+        found = json.loads(line)
+        assert found["format"] == name.partition(",")[0] and f"guild--{hub_id[6:]}" in found["sources"][0]
+        assert len(found["experts"]) == (0 if name == "merged model" else 3)
+
+
+def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
+    """Its config and weights are of that revision, in the repo and when it is loaded; nothing else of it is fetched."""
+    other = save_foundation(tmp_path / "other", intermediate_size=64)
+    extra = {"consolidated.safetensors": b"x", "original/model.safetensors": b"x", "pytorch_model.bin": b"x"}
+    hub.repos["guild/branched"] = Repo()
+    hub.repos["guild/branched"].commit("main", "another model", snapshot(other))
+    hub.repos["guild/branched"].commit("v1", "the one", {**snapshot(foundation), **extra})
+    named = ["--base_model", "guild/branched"]
+    wrong = command(hub, tmp_path, "export", checkpoint, *named, "-o", tmp_path / "wrong")
+    assert wrong.returncode == 2 and "this layer has 64 inputs" in wrong.stderr, wrong.stderr
+    before = len(hub.downloads())
+    for layout in ("full", "adapter"):
+        arguments = [*named, "--base-revision", "v1", "--layout", layout, "-o", tmp_path / layout, "--json"]
+        done = command(hub, tmp_path, "export", checkpoint, *arguments)
+        assert done.returncode == 0 and json.loads(done.stdout)["check"]["compared_logits"], done.stderr
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("guild/branched", "v1")
+    assert not set(extra) & set(hub.downloads()[before:])
+    expert = json.loads((tmp_path / "adapter" / "experts" / "expert_0" / "adapter_config.json").read_text())
+    assert (expert["base_model_name_or_path"], expert["revision"]) == ("guild/branched", "v1")
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    norm = load_file(foundation / "model.safetensors")["model.norm.weight"]
+    assert (weights["foundation.model.norm.weight"] == norm).all()
+
+
+def test_a_token_that_can_be_none_is_told_without_it(hub, tmp_path):
+    done = command(hub, tmp_path, "inspect", "guild/run", token="hf_s\u00e9cret")
+    assert done.returncode == 2 and "characters that no token has" in done.stderr, done.stderr
+    assert "cret" not in done.stdout + done.stderr

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
-from helpers_checkpoints import change_json, layer_shapes
+import torch
+from helpers_checkpoints import change_json, layer_shapes, save_final_checkpoint, save_whole_model
+from safetensors.torch import load_file
 
 from dylora_moe.hub_export import InputError, export, inspect
 
@@ -57,6 +59,29 @@ def test_what_is_missing_is_listed_and_not_raised(damaged):
     assert found.experts[0].lora_alpha is None
     assert found.memory["float32"]["total"] is None
     assert found.tokenizer is None
+
+
+def test_the_foundations_size_is_that_of_what_is_loaded(foundation, tmp_path):
+    """Of the pickled form, too, and not of weights that lie beside them in a form of somebody's own."""
+    base = shutil.copytree(foundation, tmp_path / "base")
+    source = save_final_checkpoint(tmp_path / "final", base)
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    assert inspect(source).foundation.num_parameters == FOUNDATION_PARAMETERS
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    for path in base.glob("*.safetensors"):
+        path.unlink()
+    assert inspect(source).foundation.num_parameters == FOUNDATION_PARAMETERS
+
+
+def test_a_source_that_brings_its_foundation_takes_the_tokenizer_of_the_named_one(foundation, tmp_path):
+    """As an export does, so that nothing is said to be missing which an export finds."""
+    source = save_whole_model(tmp_path / "whole", foundation)
+    found = inspect(source)
+    assert found.tokenizer == str(foundation) and found.missing == []
+    assert export(source, tmp_path / "out", verify=False).tokenizer == str(foundation)
+    change_json(source / "config.json", base_model_name_or_path=None)
+    (missing,) = inspect(source).missing
+    assert missing == f"no tokenizer in {source}; pass one with --tokenizer"
 
 
 def test_an_unknown_folder(tmp_path):

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers_checkpoints import change_json, save_adapter, save_foundation, save_whole_model, snapshot
+from helpers_memory import rise_of_peak_memory
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -173,19 +172,6 @@ def test_links_out_of_a_repo_are_not_followed(tmp_path, light):
     assert snapshot(tmp_path) == before
 
 
-MEMORY = """
-import resource, sys
-from dylora_moe.hub_export import export
-import transformers, dylora_moe.hub_export.check, dylora_moe.modeling.modeling_dylora_moe, transformers.models.llama.modeling_llama
-from transformers import AutoTokenizer, AutoModelForCausalLM
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-AutoTokenizer.from_pretrained(sys.argv[2])
-before = peak()
-export(sys.argv[1], sys.argv[3], verify=False, layout=sys.argv[4], max_shard_size="100MB")
-print(peak() - before)
-"""
-
-
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
     """A foundation of 800 MB and two experts of 60 MB each. The bounds are those that `docs/formats.md` states."""
@@ -201,8 +187,7 @@ def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
     for adapter in adapters:
         adapter.rename(source / adapter.name)
     size = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
-    command = [sys.executable, "-c", MEMORY, str(source), str(foundation), str(tmp_path / "out"), layout]
-    rise = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rise = rise_of_peak_memory(source, foundation, tmp_path / "out", layout, "llama")
     total = sum(path.stat().st_size for path in foundation.glob("*.safetensors"))
     assert total > 650e6 and size > 100e6
     assert rise < (2 * 100e6 + 500e6 if layout == "full" else 1.2 * size + 200e6)

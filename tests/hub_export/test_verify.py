@@ -1,6 +1,7 @@
 """`verify` passes what is whole, and names what is not; `merge` gives an ordinary model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,43 @@ def test_what_is_wrong_is_named(repo, case):
     result = verify(repo)
     passed, detail = findings(result)[what]
     assert not result.passed and passed is False and message in detail
+
+
+CHANGES = {
+    "foundation.model.norm.weight": (None, "lacks model.norm.weight of its foundation"),
+    "foundation.model.layers.1.self_attn.v_proj.base_layer.weight": (torch.ones(3, 3), "v_proj.weight of its foundation is [3, 3]"),
+    "foundation.model.extra.weight": (torch.ones(2), "holds model.extra.weight, which its foundation"),
+    "foundation.model.layers.0.mlp.up_proj.lora_A": (torch.ones(4, 32), "nothing that its config.json speaks of"),
+    "router.gate.scale": (torch.ones(3), "nothing that its config.json speaks of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_repo_that_is_not_whole_is_neither_verified_nor_exported(repo, tmp_path, name):
+    tensor, message = CHANGES[name]
+    change_weights(repo, "model.safetensors", lambda t: t.pop(name) if tensor is None else t.update({name: tensor}))
+    assert not verify(repo).passed
+    with pytest.raises(InputError, match=re.escape(message)):
+        export(repo, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_means_one_thing_to_peft_and_to_the_model(checkpoint, tmp_path):
+    """Its folder and the repo's config say the same, with the same tensors."""
+    repo = export(checkpoint, tmp_path / "repo", layout="adapter", verify=False).output_dir
+    config = repo / "experts" / "expert_1" / "adapter_config.json"
+    change_json(config, lora_alpha=4)
+    with pytest.raises(InputError, match=r"lora_alpha is 4, config\.json has 8 for expert_1"):
+        export(repo, tmp_path / "out")
+    passed, detail = findings(verify(repo))["headers"]
+    assert passed is False and "lora_alpha is 4" in detail
+    change_json(config, lora_alpha=8)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight"
+    change_weights(
+        repo / "experts" / "expert_1", "*.safetensors", lambda tensors: tensors.update({name: torch.ones(32)})
+    )
+    with pytest.raises(InputError, match=r"lora_magnitude_vector.* is nothing that its config\.json speaks of"):
+        export(repo, tmp_path / "out")
 
 
 def test_other_numbers_than_the_sources(repo, checked, checkpoint):

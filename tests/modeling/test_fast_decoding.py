@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, Qwen2Co
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
+from dylora_moe.modeling.cache_dylora_moe import CACHE
 
 
 BATCH = left_padded(random_rows((9, 5, 7), seed=2))
@@ -117,7 +118,7 @@ def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
     count = len(steps)
     model.reset_round_robin()
     arguments = {**GREEDY, "max_new_tokens": 3, "routing_strategy": strategy}
-    continued = model.generate(**again, past_key_values=output.past_key_values, **arguments)
+    continued = model.generate(**again, **{CACHE: output[CACHE]}, **arguments)
     assert len(steps) == count  # a cache that is handed in goes the ordinary way
     model.reset_round_robin()
     longer = model.generate(**BATCH, **{**arguments, "max_new_tokens": 15}, fast_decoding=False)
@@ -218,7 +219,7 @@ ORDINARY = {
     "beams": {"num_beams": 2},
     "no cache": {"use_cache": False},
     "a static cache": {"cache_implementation": "static"},
-    "a cache of the caller's": {"past_key_values": lambda model: DynamicCache(config=model.config)},
+    "a cache of the caller's": {CACHE: lambda model: DynamicCache(config=model.config)},
     "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
     "a prompt in chunks": {"prefill_chunk_size": 4},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},

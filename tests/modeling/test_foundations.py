@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from helpers_models import STRATEGIES, PeftLoop, build, left_padded, random_rows
+from helpers_models import STRATEGIES, PeftLoop, build, left_padded, random_rows, save_layouts
 from peft import PeftModel
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -161,6 +161,27 @@ def test_every_strategy_generates_and_experts_go_back_to_peft_and_to_plain_model
         expected = model(ids, routing_strategy="single:1").logits
         torch.testing.assert_close(model.merge_expert(1)(ids).logits, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(peft(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FOUNDATIONS)
+def test_layout_adapter_and_a_subset(name, tmp_path):
+    """The foundation's weights under the names of its own files, which mixtures of experts change on loading."""
+    model = mixture(name)
+    save_layouts(model, tmp_path)
+    adapter = DyloraMoeForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.tensor(random_rows((7, 7)))
+    with torch.no_grad():
+        for strategy in ("base", "router", "single:1"):
+            expected = model(ids, routing_strategy=strategy).logits
+            assert torch.equal(adapter(ids, routing_strategy=strategy).logits, expected), strategy
+        for layout in ("full", "adapter"):
+            part, information = DyloraMoeForCausalLM.from_pretrained(
+                tmp_path / layout, experts=["two"], output_loading_info=True
+            )
+            assert not information["missing_keys"] and not information["unexpected_keys"]
+            assert torch.equal(part(ids, routing_strategy="single:0").logits, expected)
+    whole, tied = ([m.get_input_embeddings().weight, m.get_output_embeddings().weight] for m in (model, adapter))
+    assert (whole[0] is whole[1]) == (tied[0] is tied[1])
 
 
 def longrope():

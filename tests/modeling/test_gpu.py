@@ -72,9 +72,13 @@ def test_layers_on_two_devices(tmp_path, layout, second):
     PeftLoop(model).peft.unload().save_pretrained(tmp_path / "foundation")
     model.config.base_model_name_or_path = str(tmp_path / "foundation")
     model.save_pretrained(tmp_path / "repo", layout=layout)
-    places = {"foundation.model.layers.1": second, "foundation.model.norm": second, "foundation.lm_head": second}
+    # Every part by its name: with a "" for the rest, accelerate's hooks undo the map, on any model.
+    first = ("foundation.model.embed_tokens", "foundation.model.rotary_emb", "foundation.model.layers.0")
+    last = ("foundation.model.layers.1", "foundation.model.norm", "foundation.lm_head", "router")
     loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "repo", trust_remote_code=True, device_map={"": "cuda:0", **places, "router": second}
+        tmp_path / "repo",
+        trust_remote_code=True,
+        device_map={**dict.fromkeys(first, "cuda:0"), **dict.fromkeys(last, second)},
     )
     devices = {str(layer.lora_A.device) for layer in loaded.expert_layers().values()}
     assert devices == {"cuda:0", second} if second != "cpu" else len(devices) == 2

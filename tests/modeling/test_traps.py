@@ -1,7 +1,9 @@
 """What goes wrong easily when a model is a mixture inside another model; one test or more for each such trap."""
 
 import ast
+import copy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import (
 
 import dylora_moe.modeling
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
+from dylora_moe.modeling.cache_dylora_moe import CACHE
 from dylora_moe.modeling.saving_dylora_moe import OPTIONAL
 
 
@@ -376,6 +379,26 @@ def test_a_cache_filled_under_another_strategy_is_refused(mixture):
         cache = mixture(ids, routing_strategy=strategy).past_key_values
         with pytest.raises(ValueError, match="cannot be continued"):
             mixture(ids[:, :1], routing_strategy=other, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cache_goes_by_either_name_and_nothing_warns(mixture, strategy):
+    """transformers 5.24 calls it `cache`, and older ones `past_key_values`."""
+    ids = torch.tensor(random_rows((6, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start = mixture(ids[:, :5], routing_strategy=strategy)
+        mixture.generate(ids, routing_strategy=strategy, max_new_tokens=2, **GREEDY)
+    cache = start[CACHE]
+    copies = copy.deepcopy(cache), copy.deepcopy(cache)
+    logits = [
+        mixture(ids[:, 5:], routing_strategy=strategy, **{name: value}).logits
+        for name, value in zip(("cache", "past_key_values"), copies, strict=True)
+    ]
+    assert torch.equal(*logits) and [copied.get_seq_length() for copied in copies] == [6, 6]
+    with pytest.raises(ValueError, match="two names"):
+        mixture(ids[:, 5:], routing_strategy=strategy, cache=cache, past_key_values=cache)
 
 
 def test_each_rows_expert_stays_with_the_row_of_a_cache(mixture):

@@ -1,0 +1,248 @@
+"""The commands that score and analyse: `benchmark`, `expert-analysis` and `routing-analysis`.
+
+Reads options, calls `dylora_moe.eval`, prints what it returns. It knows nothing about how anything is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dylora_moe.cli_common import Json, err, out, print_json, split, whole
+from dylora_moe.cli_old_options import translate
+
+
+# Options that take several values, as in `--benchmarks humaneval mbpp`.
+SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path")
+COMMANDS = ("benchmark", "expert-analysis", "routing-analysis")
+MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
+
+
+def _option(kind: Any, default: Any, name: str, text: str) -> inspect.Parameter:
+    kind = Annotated[kind, typer.Option(f"--{name}", help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+# What all three commands understand, and `BenchmarkOptions` takes.
+SHARED = (
+    _option(str | None, None, "base_model", "The foundation: a folder or a Hub id."),
+    _option(
+        list[str] | None, None, "adapter_path", "Adapter folders, an expert each; --model is then the foundation."
+    ),
+    _option(str | None, None, "backend", "hf: what transformers loads; peft_moe: what is exported first."),
+    _option(int, 1, "n_samples", "Samples a task."),
+    _option(float, 0.0, "temperature", "0: greedy."),
+    _option(bool, False, "greedy", "One sample a task at temperature 0."),
+    _option(int, 0, "seed", "Of sampling."),
+    _option(int, 32, "batch_size", "Halved where the memory does not suffice."),
+    _option(int, 768, "max_new_tokens", "A sample's length, in tokens."),
+    _option(str, "bfloat16", "dtype", "bfloat16, float16, float32 or float64."),
+    _option(str | None, None, "device_map", "auto: spread over the GPUs."),
+    _option(str, "eager", "attn_implementation", "eager, sdpa or flash_attention_2."),
+    _option(tuple[int, int] | None, None, "id_range", "LOW HIGH: tasks from LOW up to but not with HIGH."),
+    _option(int | None, None, "limit", "The first so many tasks."),
+    _option(bool, False, "mini", "The set with few plus inputs."),
+    _option(bool, False, "base_only", "Without the plus inputs."),
+    _option(int | None, None, "parallel", "Processes that score."),
+    _option(bool, False, "force_base_prompt", "No chat template."),
+    _option(bool, False, "sandbox", "Run generated programs inside bubblewrap."),
+    _option(float | None, None, "lora_alpha", "Alpha, where it is not stored."),
+    _option(str | None, None, "subfolder", "Which of several checkpoints."),
+    _option(str | None, None, "revision", "The model's revision on the Hub."),
+    _option(bool, False, "trust_remote_code", "Run code that a model's repo brings."),
+    _option(bool, False, "overwrite", "Throw away what another run left under the same name."),
+)
+
+Model = Annotated[list[str] | None, typer.Option("--model", help=f"{MODEL} Several may follow.")]
+Artifact = Annotated[
+    str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
+]
+Dataset = Annotated[str, typer.Option("--dataset", help="humaneval or mbpp.")]
+Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
+Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")]
+DEFAULT_FOLDER = Path("evalplus_results")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Registers the three commands."""
+    app.command()(_with_shared_options(benchmark))
+    app.command("expert-analysis")(_with_shared_options(expert_analysis))
+    app.command("routing-analysis")(_with_shared_options(routing_analysis))
+
+
+def _with_shared_options(command: Callable) -> Callable:
+    """A command whose `**options` are spelt out for the parser."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(**given)
+
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    run.__signature__ = inspect.Signature([*own, *SHARED])
+    return run
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser understands; and old
+    spellings as today's."""
+    arguments = translate(arguments)
+    if not arguments or arguments[0].replace("_", "-") not in COMMANDS:
+        return list(arguments)
+    spelt: list[str] = []
+    option, given = None, False
+    for argument in arguments:
+        if argument.startswith("-") and not argument.lstrip("-").replace(".", "").isdigit():
+            name = argument.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+            option, given = (argument if name in SEVERAL and "=" not in argument else None), False
+            spelt.append(argument)
+        else:
+            spelt += [option, argument] if option is not None and given else [argument]
+            given = True
+    return spelt
+
+
+def benchmark(
+    model: Model = None,
+    wandb_artifact: Artifact = None,
+    benchmarks: Annotated[
+        list[str] | None, typer.Option("--benchmarks", help="humaneval, mbpp; several may follow.")
+    ] = None,
+    routing_strategy: Annotated[
+        list[str] | None, typer.Option("--routing_strategy", help="Several may follow; else the repo's default.")
+    ] = None,
+    wandb_project: Project = None,
+    output_dir: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
+    with steps() as progress:
+        from dylora_moe.eval.benchmark import benchmark as run
+
+        result = run(
+            _models(model, wandb_artifact),
+            benchmarks=split(benchmarks) or ["humaneval"],
+            strategies=split(routing_strategy),
+            output_dir=output_dir,
+            progress=progress,
+            **_values(options),
+        )
+
+    def table(result: Any, console: Any) -> None:
+        from dylora_moe.eval.benchmark_table import benchmark_table
+
+        console.print(benchmark_table(result.runs))
+
+    _show(result, table, output_dir, wandb_project, as_json)
+
+
+def expert_analysis(
+    model: Model = None,
+    wandb_artifact: Artifact = None,
+    dataset: Dataset = "humaneval",
+    wandb_project: Project = None,
+    output_dir: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Say what each expert is good at, and whether the router is worth having; generates only what is missing."""
+    from dylora_moe.eval import expert_analysis as analysis
+
+    result = _analyse(analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    _show(result, analysis.print_expert_analysis, output_dir, wandb_project, as_json)
+
+
+def routing_analysis(
+    model: Model = None,
+    wandb_artifact: Artifact = None,
+    dataset: Dataset = "humaneval",
+    wandb_project: Project = None,
+    output_dir: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Say what the router does: weights, confidence, switches, balance, by task and by category."""
+    from dylora_moe.eval import routing_analysis as analysis
+
+    result = _analyse(analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    _show(result, analysis.print_routing_analysis, output_dir, wandb_project, as_json)
+
+
+def _analyse(analyse: Callable, models: list[str] | None, dataset: str, folder: Path, options: dict[str, Any]) -> Any:
+    if models is not None and len(models) > 1:
+        raise typer.BadParameter("takes one model", param_hint="--model")
+    model = models[0] if models else None
+    with steps() as progress:
+        return analyse(model, dataset=dataset, output_dir=folder, progress=progress, **_values(options))
+
+
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **options,
+        "adapter_path": split(options["adapter_path"]),
+        "lora_alpha": whole(options["lora_alpha"]),
+    }
+
+
+def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
+    artifacts = [] if artifact is None else [f"wandb:{artifact.removeprefix('wandb:')}"]
+    return [*(split(models) or []), *artifacts] or None
+
+
+def _show(result: Any, show: Callable, folder: Path, project: str | None, as_json: bool) -> None:
+    if not is_main_process():
+        return
+    from dylora_moe.eval.report import write_report
+
+    report = write_report(folder)
+    _log(folder, project)
+    if as_json:
+        print_json({**result.to_dict(), "report": str(report)})
+    else:
+        show(result, out)
+        out.print(f"report: {report}", markup=False)
+
+
+def _log(folder: Path, project: str | None) -> None:
+    if project is not None:
+        from dylora_moe.eval.wandb_tables import log_to_wandb
+
+        log_to_wandb(folder, project)
+
+
+def is_main_process() -> bool:
+    """False in all but one of the processes of `accelerate launch`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress on stderr: a bar for what is being done on a terminal, else a line for each."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        known: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total or None)
+                if not err.is_terminal and is_main_process():
+                    err.print(what, markup=False)
+            bars.update(known[what], completed=done, total=total or None)
+
+        yield tell
+
+
+__all__ = ["add_commands", "spread"]

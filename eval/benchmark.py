@@ -1,0 +1,317 @@
+"""Scores models with EvalPlus: every model x strategy x benchmark, each model loaded once.
+
+Knows the order of the work and what is recorded of it. Prompts, stops, trimming and scoring are EvalPlus's own; how
+samples come about and how they are scored are other files'.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dylora_moe.hub_export.errors import InputError, one_line
+
+from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
+from .loading import FoundModel, LoadedModel, find_model
+from .run_record import Run, file_sha256, write_run
+from .sampling_run import make_samples, samples_name
+
+
+DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
+RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
+
+# Called with what is being done, and how much of it.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class BenchmarkOptions:
+    """How samples are made and scored. Names and defaults are EvalPlus's where it has them.
+
+    Attributes:
+        n_samples: a task. More than one needs a temperature.
+        temperature: 0 is greedy. `greedy` says so too, and then n_samples is 1.
+        seed: of sampling; every sample draws from a generator of its own.
+        batch_size: halved where the memory does not suffice.
+        id_range: two task numbers, the second not with it; `limit`: the first so many of these.
+        mini: the set with few plus inputs; `base_only`: without plus inputs.
+        device_map: transformers' own, for models that need several GPUs.
+        parallel: processes that score; half the cores unless given.
+        sandbox: score inside bubblewrap.
+        overwrite: throw away what another run left under the same name.
+    """
+
+    base_model: str | None = None
+    adapter_path: Any = None
+    backend: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    lora_alpha: float | None = None
+    trust_remote_code: bool = False
+    n_samples: int = 1
+    temperature: float = 0.0
+    greedy: bool = False
+    seed: int = 0
+    batch_size: int = 32
+    max_new_tokens: int = 768
+    dtype: str = "bfloat16"
+    device_map: Any = None
+    attn_implementation: str | None = "eager"
+    id_range: Sequence[int] | None = None
+    limit: int | None = None
+    mini: bool = False
+    base_only: bool = False
+    force_base_prompt: bool = False
+    parallel: int | None = None
+    sandbox: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.greedy and (self.temperature or self.n_samples != 1):
+            raise InputError("--greedy makes one sample a task at temperature 0; leave out the others, or --greedy")
+        for name in ("n_samples", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.temperature < 0:
+            raise InputError(f"--temperature is {self.temperature}; it must not be negative")
+        if self.n_samples > 1 and self.temperature == 0:
+            raise InputError(
+                f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
+            )
+
+
+@dataclass
+class BenchmarkResult:
+    """The runs that were asked for, in the order model, benchmark, strategy; `folder` holds their files."""
+
+    folder: Path
+    runs: list[Run] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "runs": [run.to_dict() for run in self.runs]}
+
+
+def benchmark(
+    models: str | Path | Sequence[str | Path | None] | None,
+    *,
+    benchmarks: str | Sequence[str] = ("humaneval",),
+    strategies: str | Sequence[str] | None = None,
+    output_dir: str | Path = DEFAULT_FOLDER,
+    score: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> BenchmarkResult:
+    """Make and score the samples of every model x strategy x benchmark. What the folder holds already is not made again.
+
+    Under `accelerate launch` the processes share the tasks, and the first one scores.
+
+    Args:
+        models: sources; None where `adapter_path` and `base_model` say it all.
+        strategies: routing strategies; each model's own default unless given.
+        score: whether to score; otherwise only samples are made.
+        options: see `BenchmarkOptions`.
+
+    Raises:
+        InputError: an option, a source or a strategy that cannot be used, or a folder that holds another run.
+        FailureError: the work failed.
+    """
+    chosen = _options(options)
+    folder = Path(output_dir)
+    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
+    sets = [
+        load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
+        for name in dict.fromkeys(map(canonical_benchmark, names))
+    ]
+    wanted = [strategies] if isinstance(strategies, str) else strategies
+    # Everything that may be wrong is looked at before anything long begins.
+    found = [_find(model, chosen) for model in _as_list(models)]
+    plans = [(model, model.strategies(wanted)) for model in found]
+    state = _processes()
+    result = BenchmarkResult(folder)
+    for model, routing_strategies in plans:
+        result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, progress)
+    if score and state.is_main_process:
+        result.runs = [_score(run, chosen, progress) for run in result.runs]
+    return result
+
+
+def _options(options: dict[str, Any]) -> BenchmarkOptions:
+    unknown = sorted(set(options) - {entry.name for entry in fields(BenchmarkOptions)})
+    if unknown:
+        raise InputError(f"unknown options {', '.join(unknown)}")
+    return BenchmarkOptions(**options)
+
+
+def _as_list(models: Any) -> list[Any]:
+    if models is None or isinstance(models, str | Path):
+        return [models]
+    return list(models) or [None]
+
+
+def _find(source: Any, options: BenchmarkOptions) -> FoundModel:
+    names = ("base_model", "adapter_path", "backend", "revision", "subfolder", "lora_alpha", "trust_remote_code")
+    return find_model(source, **{name: getattr(options, name) for name in names})
+
+
+def _processes() -> Any:
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def _runs_of(
+    model: FoundModel,
+    strategies: Sequence[str],
+    sets: Sequence[Benchmark],
+    folder: Path,
+    options: BenchmarkOptions,
+    state: Any,
+    progress: Progress | None,
+) -> Iterator[Run]:
+    """The samples of one model, which is loaded when the first of them is missing, and forgotten at the end."""
+
+    @cache
+    def load() -> LoadedModel:
+        if progress is not None:
+            progress(f"loading {model.label}", 0, 0)
+        return model.load(
+            dtype=options.dtype,
+            device=state.device,
+            device_map=options.device_map,
+            attn_implementation=options.attn_implementation,
+        )
+
+    for data in sets:
+        for strategy in strategies:
+            run = _describe(model, strategy, data, folder, options, state)
+            what = f"{model.label}, {strategy}, {data.name}"
+            tell = None if progress is None else lambda done, total, what=what: progress(what, done, total)
+            yield make_samples(
+                run,
+                data,
+                model,
+                load,
+                batch_size=options.batch_size,
+                overwrite=options.overwrite,
+                state=state,
+                progress=tell,
+            )
+
+
+def _describe(
+    model: FoundModel, strategy: str, data: Benchmark, folder: Path, options: BenchmarkOptions, state: Any
+) -> Run:
+    sampled = options.temperature > 0
+    return Run(
+        folder=folder,
+        samples=samples_name(model.label, model.backend, strategy, data, options.temperature),
+        model=model.source,
+        model_label=model.label,
+        model_sha256=model.sha256,
+        model_revision=model.revision,
+        model_format=model.format,
+        expert_names=model.expert_names,
+        backend=model.backend,
+        routing_strategy=strategy,
+        benchmark=data.name,
+        mini=data.mini,
+        dataset_hash=data.dataset_hash,
+        task_ids=data.task_ids,
+        subset=data.subset,
+        n_samples=options.n_samples,
+        temperature=options.temperature,
+        top_p=0.95 if sampled else None,
+        seed=options.seed if sampled else None,
+        max_new_tokens=options.max_new_tokens,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        force_base_prompt=options.force_base_prompt,
+        batch_size=options.batch_size,
+        device=_device_name(state.device),
+        versions=_versions(),
+    )
+
+
+def score_run(
+    run: Run,
+    *,
+    base_only: bool = False,
+    parallel: int | None = None,
+    sandbox: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Score a run's samples and record it, unless that was done and neither samples nor results have changed since.
+
+    Raises:
+        InputError, FailureError: as `score_samples`.
+    """
+    from .scoring import pass_at_k, score_samples
+
+    if run.has_results and run.base_only <= base_only:
+        return run
+    run.results_path.unlink(missing_ok=True)  # EvalPlus would take it for these samples'
+    path = score_samples(
+        run.samples_path,
+        run.benchmark,
+        task_ids=run.task_ids if run.subset else None,
+        mini=run.mini,
+        base_only=base_only,
+        parallel=parallel,
+        sandbox=sandbox,
+        progress=progress,
+    )
+    scored = replace(
+        run,
+        results=path.relative_to(run.folder).as_posix(),
+        results_sha256=file_sha256(path),
+        base_only=base_only,
+        scores=pass_at_k(path),
+    )
+    write_run(scored)
+    return scored
+
+
+def _score(run: Run, options: BenchmarkOptions, progress: Progress | None) -> Run:
+    what = f"scoring {run.model_label}, {run.routing_strategy}, {run.benchmark}"
+    return score_run(
+        run,
+        base_only=options.base_only,
+        parallel=options.parallel,
+        sandbox=options.sandbox,
+        progress=None if progress is None else lambda done, total: progress(what, done, total),
+    )
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            found[name] = one_line(error)
+    return found
+
+
+if __name__ == "__main__":
+    import sys
+
+    from dylora_moe.cli import main
+
+    main(["benchmark", *sys.argv[1:]])
+
+
+__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]

@@ -1,0 +1,236 @@
+"""Decoding many prompts at once, each row as if it were alone: its own stop, its own random numbers.
+
+A decoding loop for `model.generate(custom_generate=…)`, so that caches, masks, positions and logits processors are
+those of transformers. Rows that are done leave the batch. Knows nothing about EvalPlus, files or routing strategies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from dylora_moe.hub_export.errors import FailureError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample to be made.
+
+    Attributes:
+        task_id, sample: what it is; they also seed its random numbers.
+        input_ids: the prompt's tokens.
+        expert_id: its expert, for the routing strategies that let the caller choose.
+    """
+
+    task_id: str
+    sample: int
+    input_ids: list[int]
+    expert_id: int | None = None
+
+
+# Called with a finished row and its new tokens, the end-of-sequence token among them.
+Finished = Callable[[Row, list[int]], None]
+
+
+def decode_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    finished: Finished,
+    *,
+    stop_strings: Sequence[str],
+    batch_size: int,
+    seed: int = 0,
+    **arguments: Any,
+) -> int:
+    """Generate for every row, batch by batch, and tell each as soon as it is done. Returns the batch size at the end.
+
+    Longest prompts first: rows of like length share a batch, and too large a batch shows at once. Where the memory does
+    not suffice the batch is halved and its unfinished rows begin anew.
+
+    Args:
+        stop_strings: a row is done at the token that completes one of them.
+        seed: of sampling. Each row draws from a generator of its own, made from (seed, task, sample), so that batches,
+            processes and interruptions change nothing.
+        arguments: of `model.generate`, the same for all rows.
+
+    Raises:
+        FailureError: the memory does not suffice for a single row.
+    """
+    waiting = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    while waiting:
+        batch, done = waiting[:batch_size], set()
+        if _padding_gives_nan(model):
+            batch = [row for row in batch if len(row.input_ids) == len(batch[0].input_ids)]
+
+        def note(row: Row, tokens: list[int], done: set = done) -> None:
+            finished(row, tokens)
+            done.add((row.task_id, row.sample))
+
+        try:
+            _decode_batch(model, tokenizer, batch, note, stop_strings, seed, arguments)
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if batch_size == 1:
+                raise FailureError(
+                    f"the memory does not suffice for {batch[0].task_id} alone, a prompt of {len(batch[0].input_ids)} "
+                    "tokens; use a smaller --max_new_tokens, another --dtype, or --device_map auto"
+                ) from error
+            batch_size = len(batch) // 2 or 1
+        clear_device_cache()
+        waiting = [row for row in waiting if (row.task_id, row.sample) not in done]
+    return batch_size
+
+
+def _padding_gives_nan(model: Any) -> bool:
+    """Whether rows of unlike length cannot share a batch: the eager attention of transformers takes its softmax in
+    float32, in which the mask value of float64 is -inf, so that padding, which sees nothing, becomes NaN."""
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return model.dtype == torch.float64 and attention == "eager"
+
+
+def _decode_batch(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    finished: Finished,
+    stop_strings: Sequence[str],
+    seed: int,
+    arguments: dict[str, Any],
+) -> None:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    length = max(len(row.input_ids) for row in rows)
+    padded = [[pad or 0] * (length - len(row.input_ids)) + row.input_ids for row in rows]
+    mask = [[0] * (length - len(row.input_ids)) + [1] * len(row.input_ids) for row in rows]
+    if rows[0].expert_id is not None:
+        arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
+    loop = _Loop(rows, finished, StopStrings(tokenizer, stop_strings), [row_generator(seed, row) for row in rows])
+    model.generate(
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        pad_token_id=pad,
+        custom_generate=loop,
+        **arguments,
+    )
+
+
+class _Loop:
+    """One batch's decoding loop, in the form that `generate` calls: see `GenerationMixin._sample`, its model."""
+
+    def __init__(
+        self,
+        rows: list[Row],
+        finished: Finished,
+        stop_strings: StopStrings,
+        generators: list[np.random.Generator],
+    ):
+        self.rows = list(rows)
+        self.finished = finished
+        self.stop_strings = stop_strings
+        self.generators = generators
+        self.new_tokens: list[list[int]] = [[] for _ in rows]
+
+    def __call__(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ) -> torch.LongTensor:
+        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        end = generation_config._eos_token_tensor
+        end = set() if end is None else set(end.reshape(-1).tolist())
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            if scores.isnan().any():
+                raise FailureError(
+                    f"the model's logits are NaN (at {self.rows[0].task_id} or beside it); try another --dtype"
+                )
+            tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
+            going_on = self._take(tokens.tolist(), end, max_new_tokens)
+            if not going_on:
+                return input_ids
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+            if len(going_on) < len(tokens):
+                kept = torch.tensor(going_on, device=input_ids.device)
+                input_ids, model_kwargs = _select_rows(input_ids, model_kwargs, kept)
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+            )
+            outputs = model(**inputs, return_dict=True)
+
+    def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
+        """Scores `[rows, vocabulary]` -> one token a row, `[rows]`."""
+        if not do_sample:
+            return scores.argmax(dim=-1)
+        # Where a row's random number falls in the running sum of its probabilities.
+        sums = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        drawn = torch.tensor([generator.random() for generator in self.generators], device=scores.device)
+        drawn = drawn.to(sums.dtype)[:, None] * sums[:, -1:]
+        return torch.searchsorted(sums, drawn, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
+
+    def _take(self, tokens: list[int], end: set[int], max_new_tokens: int) -> list[int]:
+        """Give every row its new token, tell those that are done, and return the places of the others."""
+        going_on = []
+        for place, token in enumerate(tokens):
+            new_tokens = self.new_tokens[place]
+            new_tokens.append(token)
+            if token in end or len(new_tokens) >= max_new_tokens or self.stop_strings.complete(new_tokens):
+                self.finished(self.rows[place], new_tokens)
+            else:
+                going_on.append(place)
+        for name in ("rows", "new_tokens", "generators"):
+            setattr(self, name, [getattr(self, name)[place] for place in going_on])
+        return going_on
+
+
+class StopStrings:
+    """Whether new tokens spell one of some strings, as EvalPlus asks: anywhere in the text of all of them, special
+    tokens included.
+
+    A string that was not there a token ago ends in the last tokens, so their text is looked at first. (A string with
+    tokens without text in it may be missed, and its row goes on; trimming cuts its text at the same place.)
+    """
+
+    SPARE_TOKENS = 8  # that spell nothing, or parts of one character
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.strings = tuple(strings)
+        self.window = max(map(len, self.strings), default=0) + self.SPARE_TOKENS
+
+    def complete(self, new_tokens: list[int]) -> bool:
+        tail = new_tokens[-self.window :]
+        return self._spelt(tail) and (len(tail) == len(new_tokens) or self._spelt(new_tokens))
+
+    def _spelt(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return any(string in text for string in self.strings)
+
+
+def row_generator(seed: int, row: Row) -> np.random.Generator:
+    """A random generator that belongs to one sample, whatever else is drawn."""
+    digest = hashlib.sha256(f"{seed}:{row.task_id}:{row.sample}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+
+
+def _select_rows(input_ids: torch.Tensor, model_kwargs: dict[str, Any], kept: torch.Tensor):
+    """Prompt, cache and everything else that goes by rows, without the rows that are done."""
+    batch = input_ids.shape[0]
+    selected = {}
+    for name, value in model_kwargs.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
+            value = value[kept.to(value.device)]
+        selected[name] = value
+    for name in ("past_key_values", "cache"):  # the second from transformers 5.24 on
+        if selected.get(name) is not None:
+            selected[name].batch_select_indices(kept)
+    return input_ids[kept], selected
+
+
+__all__ = ["Row", "StopStrings", "decode_rows", "row_generator"]

@@ -1,0 +1,112 @@
+"""EvalPlus's data sets as this package uses them: which tasks, of which version, under which name.
+
+Everything is read by EvalPlus's own functions. Knows nothing about models or samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dylora_moe.hub_export.errors import FailureError, InputError, one_line
+
+
+# What users write, and what EvalPlus calls it. Its two sets are HumanEval+ and MBPP+, with the base tests among them.
+BENCHMARKS = {"humaneval": "humaneval", "humanevalplus": "humaneval", "mbpp": "mbpp", "mbppplus": "mbpp"}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set of EvalPlus, or a stretch of it.
+
+    Attributes:
+        name: "humaneval" or "mbpp".
+        mini: with few plus inputs.
+        dataset_hash: of the file, by EvalPlus.
+        tasks: those that are asked, by their ids, in EvalPlus's order; its own dicts.
+        id_range: which these are, from the first number up to but not with the second, or None for all.
+        subset: the same in words, for tables and file names.
+    """
+
+    name: str
+    mini: bool
+    dataset_hash: str
+    tasks: dict[str, dict[str, Any]]
+    id_range: tuple[int, int] | None = None
+    subset: str | None = None
+
+    @property
+    def task_ids(self) -> list[str]:
+        return list(self.tasks)
+
+
+def canonical_benchmark(name: str) -> str:
+    """EvalPlus's name of a benchmark.
+
+    Raises:
+        InputError: it is not known; lists those that are.
+    """
+    try:
+        return BENCHMARKS[name.lower().replace("+", "plus").replace("_", "").replace("-", "")]
+    except KeyError:
+        raise InputError(f"unknown benchmark {name!r}; there are {', '.join(BENCHMARKS)}") from None
+
+
+def load_benchmark(
+    name: str, *, mini: bool = False, id_range: Sequence[int] | None = None, limit: int | None = None
+) -> Benchmark:
+    """Read a data set.
+
+    Args:
+        id_range: two task numbers; from the first up to but not with the second, as in EvalPlus.
+        limit: the first so many of these.
+
+    Raises:
+        InputError: the set is not known, a range is empty, or EvalPlus is not installed.
+        FailureError: the data cannot be had.
+    """
+    name = canonical_benchmark(name)
+    data = _evalplus_data()
+    get, get_hash = {
+        "humaneval": (data.get_human_eval_plus, data.get_human_eval_plus_hash),
+        "mbpp": (data.get_mbpp_plus, data.get_mbpp_plus_hash),
+    }[name]
+    try:
+        every, dataset_hash = get(mini=mini), get_hash(mini=mini)
+    except Exception as error:  # no network, a file that is not there, or not what it should be
+        raise FailureError(
+            f"EvalPlus's data set {name} cannot be had ({type(error).__name__}: {one_line(error)}); put the file on this "
+            f"machine and name it in {name.upper()}_OVERRIDE_PATH"
+        ) from error
+    tasks, chosen = _stretch(every, id_range, limit)
+    subset = None
+    if len(tasks) < len(every):
+        subset = f"tasks {chosen[0]} to {chosen[1] - 1}, {len(tasks)} of {len(every)}"
+    return Benchmark(name, mini, dataset_hash, tasks, chosen if subset else None, subset)
+
+
+def _evalplus_data() -> Any:
+    try:
+        from evalplus import data
+    except ImportError as error:
+        raise InputError("EvalPlus is not installed; pip install 'dylora-moe[eval]'") from error
+    return data
+
+
+def _stretch(
+    every: dict[str, dict], id_range: Sequence[int] | None, limit: int | None
+) -> tuple[dict[str, dict], tuple[int, int]]:
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}; it must be at least 1")
+    if id_range is not None and (len(id_range) != 2 or id_range[0] >= id_range[1]):
+        raise InputError(f"--id_range is {list(id_range)}; it takes two numbers, the lower one first")
+    numbers = {task_id: int(task_id.rpartition("/")[2]) for task_id in every}
+    low, high = id_range or (min(numbers.values()), max(numbers.values()) + 1)
+    kept = [task_id for task_id, number in numbers.items() if low <= number < high][:limit]
+    if not kept:
+        raise InputError(f"--id_range {low} {high} holds no task; the numbers run up to {max(numbers.values())}")
+    low, high = min(numbers[task_id] for task_id in kept), max(numbers[task_id] for task_id in kept) + 1
+    # A stretch of numbers, since that is what EvalPlus's own loop can be told.
+    tasks = {task_id: task for task_id, task in every.items() if low <= numbers[task_id] < high}
+    return tasks, (low, high)

@@ -1,0 +1,207 @@
+"""EvalPlus's own decoder and loop around a model that is asked in batches.
+
+EvalPlus asks one prompt at a time, and what it asks and what it makes of the answers (chat templates, stop strings,
+trimming, sanitising, its two files) lies inside its decoder and its loop. So these run twice, as they are, with a
+stand-in for the model: once that notes every question, and, when all answers are there, once that gives them.
+Knows nothing about how answers come about, or about routing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from evalplus import codegen as evalplus_codegen
+from evalplus.provider.base import DecoderBase
+from evalplus.provider.hf import HuggingFaceDecoder
+from evalplus.provider.utility import extra_eos_for_direct_completion
+from transformers import StoppingCriteriaList
+
+from .evalplus_data import Benchmark
+
+
+# How an answer to a chat prompt ends, in EvalPlus.
+END_OF_CODE_BLOCK = "\n```\n"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What EvalPlus asks for one task.
+
+    Attributes:
+        task_id: the task's.
+        input_ids: the prompt's tokens.
+        generation: the arguments of `generate`, those that EvalPlus decides (`do_sample`, `temperature`, `top_p`, …).
+    """
+
+    task_id: str
+    input_ids: list[int]
+    generation: dict[str, Any] = field(hash=False)
+
+
+class StandIn:
+    """Takes the place of a model inside EvalPlus's decoder: `answer` gets the prompt and the arguments of `generate`, and
+    returns the new tokens of one or more sequences, `[sequences, new tokens]`."""
+
+    def __init__(self, answer: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]):
+        self.answer = answer
+
+    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        return StoppingCriteriaList()
+
+    def generate(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        new_tokens = self.answer(input_ids, kwargs)
+        return torch.cat([input_ids.expand(new_tokens.shape[0], -1), new_tokens.to(input_ids)], dim=1)
+
+
+class PromptDecoder(HuggingFaceDecoder):
+    """EvalPlus's `HuggingFaceDecoder` around a model and a tokenizer that are loaded already.
+
+    Args:
+        model: anything with `generate` and `_get_stopping_criteria`.
+        arguments: further ones of `DecoderBase` (`batch_size`, `temperature`, `max_new_tokens`, …).
+    """
+
+    def __init__(
+        self, name: str, dataset: str, model: Any, tokenizer: Any, force_base_prompt: bool = False, **arguments: Any
+    ):
+        with quiet():
+            DecoderBase.__init__(self, name=name, **arguments)
+        self.device = torch.device("cpu")  # `generate` moves the prompt to where the model is
+        self.device_map = None
+        self.skip_special_tokens = True
+        self.force_base_prompt = force_base_prompt
+        self.tokenizer = tokenizer
+        self.model = model
+        # A list of this decoder's own: EvalPlus's decoder extends the one list of its module, so that MBPP after
+        # HumanEval would also stop at HumanEval's strings.
+        direct = self.is_direct_completion()
+        self.eos = [*self.eos, *(extra_eos_for_direct_completion(dataset) if direct else [END_OF_CODE_BLOCK])]
+
+
+def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Question], list[str]]:
+    """What EvalPlus would ask for every task of a benchmark, in its order, and the strings it would stop at.
+
+    Args:
+        decoder: `temperature`, `max_new_tokens`, `force_base_prompt`.
+    """
+    asked: list[tuple[list[int], dict[str, Any]]] = []
+
+    def note(input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        asked.append((input_ids[0].tolist(), arguments))
+        return input_ids[:, :0]
+
+    prompts = _decoder(benchmark, note, tokenizer, batch_size=1, **decoder)
+    with tempfile.TemporaryDirectory() as folder:
+        _run_loop(Path(folder) / "questions.jsonl", benchmark, prompts, n_samples=1)
+    ours = {"num_return_sequences", "pad_token_id", "stop_strings", "tokenizer"}  # decided anew for a batch
+    questions = [
+        Question(task_id, input_ids, {name: value for name, value in arguments.items() if name not in ours})
+        for task_id, (input_ids, arguments) in zip(benchmark.task_ids, asked, strict=True)
+    ]
+    return questions, prompts.eos
+
+
+def write_samples(
+    path: Path,
+    benchmark: Benchmark,
+    tokenizer: Any,
+    completions: dict[tuple[str, int], list[int]],
+    n_samples: int,
+    **decoder: Any,
+) -> None:
+    """Write EvalPlus's two files, `path` and the same with `.raw.jsonl`, by its own code; each at one stroke.
+
+    Args:
+        completions: the new tokens of every sample, by task id and number.
+        decoder: as for `ask`.
+    """
+    order = iter([(task_id, number) for task_id in benchmark.task_ids for number in range(n_samples)])
+
+    def give(input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        # One at a time, though EvalPlus asks for all: so none is padded.
+        return torch.tensor([completions[next(order)]], dtype=torch.long)
+
+    prompts = _decoder(benchmark, give, tokenizer, batch_size=n_samples, **decoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".samples-") as folder:
+        written = Path(folder) / path.name
+        _run_loop(written, benchmark, prompts, n_samples)
+        # The samples last: where they are, the raw ones are.
+        os.replace(written.with_suffix(".raw.jsonl"), path.with_suffix(".raw.jsonl"))
+        os.replace(written, path)
+
+
+def prompt_text(benchmark: Benchmark, task_id: str, tokenizer: Any, force_base_prompt: bool = False) -> str:
+    """The text that the model goes on from: the task's prompt, in a chat template where EvalPlus would use it."""
+    from evalplus.provider.utility import make_raw_chat_prompt
+
+    prompt = benchmark.tasks[task_id]["prompt"].strip() + "\n"
+    if force_base_prompt or tokenizer.chat_template is None:
+        return prompt
+    prefixes = chat_prefixes()
+    return make_raw_chat_prompt(prompt, prefixes["instruction_prefix"], prefixes["response_prefix"], tokenizer)
+
+
+def _decoder(benchmark: Benchmark, answer: Callable, tokenizer: Any, **arguments: Any) -> PromptDecoder:
+    return PromptDecoder(
+        "the model", benchmark.name, StandIn(answer), tokenizer, trust_remote_code=True, **chat_prefixes(), **arguments
+    )
+
+
+def _run_loop(path: Path, benchmark: Benchmark, decoder: PromptDecoder, n_samples: int) -> None:
+    greedy = decoder.temperature == 0
+    with quiet():
+        evalplus_codegen.codegen(
+            target_path=str(path),
+            model=decoder,
+            dataset=benchmark.name,
+            greedy=greedy,
+            n_samples=n_samples,
+            id_range=benchmark.id_range,
+            resume=False,
+        )
+
+
+@cache
+def chat_prefixes() -> dict[str, str]:
+    """`instruction_prefix` and `response_prefix`, the sentences around a chat prompt.
+
+    They are local to EvalPlus's `run_codegen`, so they are taken from the call in which it hands them on.
+    """
+    seen: dict[str, str] = {}
+
+    class Seen(Exception):
+        pass
+
+    def make_model(**arguments: Any) -> None:
+        seen.update({name: arguments[name] for name in ("instruction_prefix", "response_prefix")})
+        raise Seen
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(evalplus_codegen, "make_model", make_model),
+        contextlib.suppress(Seen),
+        quiet(),
+    ):
+        evalplus_codegen.run_codegen(model="none", dataset="humaneval", root=folder, backend="hf", greedy=True)
+    return seen
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """EvalPlus prints what it does; standard output is for results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+__all__: Sequence[str] = ["PromptDecoder", "Question", "ask", "prompt_text", "write_samples"]

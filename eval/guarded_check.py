@@ -1,0 +1,224 @@
+"""The process that checks samples: EvalPlus is imported once, and each sample is checked in a fork of its own.
+
+    checking process    (this file's `serve`; adopts orphans, ends whatever a sample leaves behind)
+      guard             (one a sample: own session, folder and empty environment; calls EvalPlus's check_correctness)
+        program         (EvalPlus's own child, once for the base and once for the plus tests; restricted as it is forked)
+
+It is started in an environment and, with a sandbox, in a file system without this package: from here it imports
+`restrictions` only. Questions come pickled on stdin, from the process that started it; answers go to stdout as a line of
+JSON each, since nothing that a program may have touched is ever unpickled. Knows nothing about samples files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .restrictions import adopt_orphans, become_user, confine, drop_privileges, end_with_parent, limit_resources
+
+
+# EvalPlus 0.3.1 gives the base and the plus tests so long each, and waits a little for the process to end.
+EVALPLUS_SECONDS = 60
+ENDING_SECONDS = 3
+# For the guard itself, on a busy machine.
+GRACE_SECONDS = 10
+# The only variable that EvalPlus reads in the process that it limits.
+KEPT_VARIABLE = "EVALPLUS_MAX_MEMORY_BYTES"
+
+
+class Task(NamedTuple):
+    """What samples of one task are checked against: EvalPlus's own problem and expected outputs."""
+
+    dataset: str
+    problem: Mapping[str, Any]
+    expected_output: Mapping[str, Any]
+    base_only: bool
+
+
+class AskerGone(Exception):
+    """The process that asks has ended."""
+
+
+def serve(folder: str, user: int | None, processes: int | None) -> None:
+    """Answer questions from stdin until it ends.
+
+    A question is pickled: (the fields of a Task, or None for the one before; the program's text). An answer is what `check_correctness` says
+    of it, `{"base": [status, details], "plus": [status, details]}`, or `{"lost": status, "reason": text}`.
+
+    Args:
+        folder: where samples get folders of their own.
+        user: to become, for a process that is root.
+        processes: how many this user may have once a program runs, or None for no limit.
+    """
+    if user is not None:
+        become_user(user)
+    adopt_orphans()
+    multiprocessing.set_start_method("fork")
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        _redirect(1)  # nothing that EvalPlus prints is an answer
+        import evalplus.evaluate  # noqa: F401
+
+        task = None
+        answer: dict = {"ready": True}
+        while True:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+            try:
+                given, program = pickle.load(sys.stdin.buffer)
+                task = Task(*given) if given else task
+                answer = _check(task, program, folder, processes)
+            except (EOFError, AskerGone):
+                return
+
+
+def allowed_seconds(times: Sequence[float]) -> float:
+    """How long EvalPlus lets a program run on inputs that the reference solution took so long for, at most."""
+    from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
+
+    limits = (max(DEFAULT_MIN_TIME_LIMIT, DEFAULT_GT_TIME_LIMIT_FACTOR * seconds) for seconds in times)
+    return min(EVALPLUS_SECONDS, sum(limits)) + ENDING_SECONDS
+
+
+def _check(task: Task, program: str, folder: str, processes: int | None) -> dict[str, Any]:
+    """One answer. When it returns, nothing that the program started is left, and neither is its folder."""
+    kinds = ("base",) if task.base_only else ("base", "plus")
+    seconds = [allowed_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as own:
+        reading, writing = os.pipe()
+        guard = os.fork()
+        if guard == 0:
+            os.close(reading)
+            _guard(task, program, own, writing, math.ceil(max(seconds)), processes)
+        os.close(writing)
+        try:
+            said = _read(reading, time.monotonic() + sum(seconds) + GRACE_SECONDS)
+        finally:
+            os.close(reading)
+            _end_all(guard)
+    if said is None:
+        return {"lost": "timeout", "reason": "the check did not end at its time limit"}
+    try:
+        answer = json.loads(said)
+        return {kind: answer[kind] for kind in kinds}
+    except (ValueError, KeyError, TypeError):
+        reason = said.decode("utf-8", errors="replace").strip() or "the checking process was ended"
+        return {"lost": "fail", "reason": reason[-300:]}
+
+
+def _read(descriptor: int, deadline: float) -> bytes | None:
+    """All that is written to a pipe until its last writer ends; None if that has not happened by the deadline."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.register(sys.stdin.fileno(), 0)  # the end of that comes unasked
+    chunks = []
+    while (left := deadline - time.monotonic()) > 0:
+        ready = dict(poll.poll(left * 1000))
+        if sys.stdin.fileno() in ready:
+            raise AskerGone
+        if descriptor in ready:
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return b"".join(chunks)
+            chunks.append(chunk)
+    return None
+
+
+def _end_all(guard: int) -> None:
+    """End the guard, its session, and what has left that: each is this process's child by now, or a child's child."""
+    if os.getpid() == 1:  # in a sandbox: all but this one, at one stroke, so that no fork gets away
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(guard, signal.SIGKILL)
+    os.waitpid(guard, 0)
+    while True:
+        try:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not ended:
+            _end_descendants()
+            time.sleep(0.001)
+
+
+def _end_descendants() -> None:
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, processes: int | None) -> None:
+    """Check one program and write what EvalPlus says; in the forked process, which ends here."""
+    try:
+        os.setsid()
+        end_with_parent()
+        for descriptor in range(3):
+            _redirect(descriptor)
+        memory = os.environ.get(KEPT_VARIABLE)
+        os.environ.clear()
+        if memory is not None:
+            os.environ[KEPT_VARIABLE] = memory
+        os.chdir(own)
+        tempfile.tempdir = own
+        os.register_at_fork(
+            after_in_child=functools.partial(_restrict, os.getpid(), writing, own, cpu_seconds, processes)
+        )
+        answer = _evalplus_check()(
+            task.dataset,
+            0,
+            task.problem,
+            program,
+            task.expected_output,
+            base_only=task.base_only,
+            fast_check=True,  # as evalplus.evaluate does
+        )
+        kinds = {kind: (answer[kind][0], list(answer[kind][1])) for kind in ("base", "plus") if kind in answer}
+        os.write(writing, json.dumps(kinds).encode())
+    except BaseException:
+        os.write(writing, traceback.format_exc(limit=-1).encode())
+    finally:
+        os._exit(0)
+
+
+def _evalplus_check() -> Callable[..., dict[str, Any]]:
+    from evalplus.evaluate import check_correctness
+
+    return check_correctness
+
+
+def _restrict(guard: int, writing: int, own: str, cpu_seconds: int, processes: int | None) -> None:
+    """Run in the process that EvalPlus forks for the program, before anything else."""
+    if os.getppid() != guard:
+        return  # a fork of the program's own: it has inherited everything
+    try:
+        end_with_parent()
+        limit_resources(cpu_seconds, processes)
+        drop_privileges()
+        confine(own)
+        os.close(writing)  # the answer is not the program's to give
+    except BaseException:
+        os.write(writing, traceback.format_exc(limit=-1).encode())
+        os._exit(1)
+
+
+def _redirect(descriptor: int) -> None:
+    """Have a standard stream lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

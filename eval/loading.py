@@ -1,0 +1,283 @@
+"""Any source that can be scored: where it is, what it is, and, once it is needed, the model itself.
+
+Exported repos and ordinary models are loaded as they are. Anything else that `export` reads (training checkpoints,
+adapters) is exported to a cache first, so that what is scored is what would be published.
+Knows nothing about benchmarks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer
+from dylora_moe.hub_export.checksums import sha256
+from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.version import __version__
+
+
+BACKENDS = ("hf", "peft_moe")
+CACHE_VARIABLE = "DYLORA_MOE_CACHE"
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+# What stands in a folder and changes nothing that a model computes.
+NO_PART_OF_A_MODEL = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "SHA256SUMS", ".gitattributes")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer. `expert_names` is empty for an ordinary model."""
+
+    model: Any
+    tokenizer: Any
+    label: str
+    expert_names: list[str]
+
+    @property
+    def is_mixture(self) -> bool:
+        return bool(self.expert_names)
+
+
+@dataclass
+class FoundModel:
+    """A source that was found, read or exported; nothing large is loaded.
+
+    Attributes:
+        source: as the user gave it; `label` is what tables and files call it.
+        folder: what is loaded.
+        format: what the source was, as `inspect` calls it.
+        backend: "hf" where it is loaded as it is, "peft_moe" where it was exported first.
+        revision: the commit, of a repo on the Hub.
+    """
+
+    source: str
+    label: str
+    folder: Path
+    format: str
+    backend: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_mixture(self) -> bool:
+        return exported_repo.is_exported_repo(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The mixture's config; only for a mixture."""
+        return exported_repo.load_config(self.folder)
+
+    @property
+    def expert_names(self) -> list[str]:
+        return self.config.expert_names if self.is_mixture else []
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of everything that decides what the model computes, its foundation's files included."""
+        parts = folder_sha256(self.folder)
+        if self.is_mixture and self.config.weights_layout == "adapter":
+            name, revision = self.config.base_model_name_or_path, self.config.base_model_revision
+            foundation = folder_sha256(Path(name)) if Path(name).is_dir() else f"{name}@{revision}"
+            parts = hashlib.sha256(f"{parts} {foundation}".encode()).hexdigest()
+        return parts
+
+    def strategies(self, wanted: Sequence[str] | None) -> list[str]:
+        """Routing strategies in canonical form, each once; without a wish the repo's default. An ordinary model has one,
+        `base`.
+
+        Raises:
+            InputError: one that this model cannot do; lists those that it can.
+        """
+        if not self.is_mixture:
+            others = [strategy for strategy in wanted or () if strategy != "base"]
+            if others:
+                raise InputError(
+                    f"{self.source} is an ordinary model without experts: routing strategy {others[0]!r} is for mixtures"
+                )
+            return ["base"]
+        from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
+
+        try:
+            wanted = list(wanted) if wanted else [self._default_strategy()]
+            return list(dict.fromkeys(str(resolve_routing_strategy(strategy, self.config)) for strategy in wanted))
+        except ValueError as error:
+            raise InputError(one_line(error, 2000)) from error
+
+    def _default_strategy(self) -> str | None:
+        path = self.folder / "generation_config.json"
+        return json.loads(path.read_text(encoding="utf-8")).get("routing_strategy") if path.is_file() else None
+
+    def load_tokenizer(self) -> Any:
+        """Raises InputError: there is none, or it cannot be read."""
+        return tokenizer.load_tokenizer(str(self.folder), None, self.trust_remote_code)
+
+    def load(
+        self,
+        *,
+        dtype: str = "bfloat16",
+        device: Any = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+    ) -> LoadedModel:
+        """The model with its weights.
+
+        Args:
+            dtype: one of `DTYPES`.
+            device: where it goes; not with `device_map`, which is transformers' own.
+
+        Raises:
+            InputError: an unknown dtype, or a model that transformers cannot load.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from dylora_moe.modeling import DyloraMoeForCausalLM
+
+        if dtype not in DTYPES:
+            raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
+        # A mixture runs this package's own code, and a repo's only for those who say so.
+        ours = self.is_mixture and not self.trust_remote_code
+        loader = DyloraMoeForCausalLM if ours else AutoModelForCausalLM
+        arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        if not ours:
+            arguments["trust_remote_code"] = self.trust_remote_code
+        for name, value in (("device_map", device_map), ("attn_implementation", attn_implementation)):
+            if value is not None:
+                arguments[name] = value
+        try:
+            model = loader.from_pretrained(self.folder, **arguments)
+        except (ValueError, OSError, ImportError) as error:
+            raise InputError(f"{self.source} cannot be loaded: {one_line(error)}") from error
+        if device is not None and device_map is None:
+            model = model.to(device)
+        return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)
+
+
+def find_model(
+    source: str | Path | None = None,
+    *,
+    base_model: str | None = None,
+    adapter_path: str | Path | Sequence[str | Path] | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    lora_alpha: float | None = None,
+    trust_remote_code: bool = False,
+) -> FoundModel:
+    """Find a source, and export it to the cache if it is not yet what transformers loads.
+
+    Args:
+        source: a folder, a Hub id or `wandb:entity/project/name:version`.
+        base_model: the foundation, where the source names none or not the right one.
+        adapter_path: adapter folders, one expert each; `source` is then the foundation unless `base_model` is.
+        backend: "hf" refuses what needs an export, "peft_moe" an ordinary model; None takes both.
+        lora_alpha: as for `export`.
+
+    Raises:
+        InputError: there is no such source, or it cannot be exported as it is.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"--backend is {backend!r}; there are {', '.join(BACKENDS)}")
+    if adapter_path is not None:
+        adapters = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
+        sources, base_model = [str(adapter) for adapter in adapters], base_model or (source and str(source))
+        given = "+".join(sources)
+    elif source is not None:
+        sources, given = [str(source)], str(source)
+    else:
+        raise InputError("no model is given; name one with --model, --adapter_path or --wandb_artifact")
+    resolved = formats.open_sources(sources, revision=revision, subfolder=subfolder)
+    reader = formats.detect(resolved[0].folder).reader
+    label = _label(sources, [found.name for found in resolved])
+    common = {"source": given, "label": label, "format": reader.FORMAT, "trust_remote_code": trust_remote_code}
+    commit = next((part for part in reversed(resolved[0].folder.parts) if COMMIT.fullmatch(part)), None)
+    if len(sources) == 1 and reader in (exported_repo, merged_model) and not (reader is exported_repo and base_model):
+        if backend == "peft_moe" and reader is merged_model:
+            raise InputError(f"{given} is an ordinary model without experts; leave out --backend, or use hf")
+        return FoundModel(folder=resolved[0].folder, backend=backend or "hf", revision=commit, **common)
+    if backend == "hf":
+        raise InputError(f"{given} is a {reader.FORMAT}, which transformers cannot load; use --backend peft_moe")
+    options = {"base_model": base_model, "lora_alpha": lora_alpha, "trust_remote_code": trust_remote_code}
+    folder = _exported(sources, resolved, options, revision, subfolder)
+    return FoundModel(folder=folder, backend="peft_moe", revision=commit, **common)
+
+
+def load_model(
+    source: str | Path | None = None,
+    *,
+    dtype: str = "bfloat16",
+    device: Any = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    **where: Any,
+) -> LoadedModel:
+    """`find_model` and `FoundModel.load` in one."""
+    found = find_model(source, **where)
+    return found.load(dtype=dtype, device=device, device_map=device_map, attn_implementation=attn_implementation)
+
+
+def _label(sources: list[str], names: list[str]) -> str:
+    """What tables and files call a source: a Hub id or artifact whole, a folder by its own name."""
+    parts = []
+    for text, name in zip(sources, names, strict=True):
+        whole = text.removeprefix("wandb:") if not Path(text).exists() else name
+        parts.append(re.sub(r"[^\w.+-]+", "-", whole.replace("/", "--")))
+    return "+".join(parts)
+
+
+def _exported(
+    sources: list[str],
+    resolved: list[Any],
+    options: dict[str, Any],
+    revision: str | None,
+    subfolder: str | None,
+) -> Path:
+    """The cached export of a source; made now if the source, the options or this package's version are new."""
+    from dylora_moe import hub_export
+
+    content = [folder_sha256(found.folder) for found in resolved]
+    key = hashlib.sha256(json.dumps([__version__, content, options], sort_keys=True, default=str).encode()).hexdigest()
+    folder = cache_folder() / key[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not exported_repo.is_exported_repo(folder):
+            mixture = formats.read_sources(
+                resolved, formats.ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
+            )
+            # A foundation that lies in the source may be one that training changed.
+            layout = "adapter" if mixture.foundation_weights is None else "full"
+            hub_export.export(sources, folder, layout=layout, revision=revision, subfolder=subfolder, **options)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where exports of sources are kept: `$DYLORA_MOE_CACHE`, else `dylora_moe/exports` in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "dylora_moe" / "exports")
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of every file's name and content, but for what a person may write beside a model and what training leaves behind
+    and nothing ever opens."""
+    from dylora_moe.hub_export.sources import NAMES
+
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if hidden or path.name in NO_PART_OF_A_MODEL or any(path.match(pattern) for pattern in NAMES):
+            continue
+        digest.update(f"{name.as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+__all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model"]

@@ -1,0 +1,212 @@
+"""The backend `peft_moe`: mixtures of LoRA experts in EvalPlus's own commands and functions, whatever they were saved as.
+
+    PeftMoEDecoder          EvalPlus's `hf` decoder on any source, under a routing strategy; one prompt at a time
+    run_codegen, evaluate   as EvalPlus's functions of these names, in batches
+    register                adds the backend to the EvalPlus in this process
+
+Works with EvalPlus 0.3.1 and with its main branch, where `make_model` takes further arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evalplus import codegen as evalplus_codegen
+from evalplus import evaluate as evalplus_evaluate
+from evalplus import provider
+
+from .benchmark import DEFAULT_FOLDER, benchmark, score_run
+from .evalplus_data import canonical_benchmark
+from .evalplus_decoder import PromptDecoder
+from .loading import find_model
+from .run_record import find_run, read_runs
+from .scoring import pass_at_k, score_samples
+
+
+BACKEND = "peft_moe"
+OWN_ARGUMENTS = ("base_model", "adapter_path", "routing_strategy", "lora_alpha", "revision", "subfolder")
+DECODER_ARGUMENTS = (
+    "batch_size",
+    "temperature",
+    "max_new_tokens",
+    "instruction_prefix",
+    "response_prefix",
+    "force_base_prompt",
+)
+
+
+class PeftMoEDecoder(PromptDecoder):
+    """EvalPlus's `HuggingFaceDecoder` on any source that this package reads.
+
+    Args:
+        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the foundation, with `adapter_path`.
+        dataset: "humaneval" or "mbpp".
+        routing_strategy: the repo's default unless given.
+        base_model, adapter_path, lora_alpha, revision, subfolder: see `find_model`.
+        dtype, attn_implementation, device_map: see `FoundModel.load`.
+        arguments: of EvalPlus's `DecoderBase`.
+
+    Raises:
+        InputError: a source or a strategy that cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        dataset: str,
+        *,
+        routing_strategy: str | None = None,
+        base_model: str | None = None,
+        adapter_path: str | Path | Sequence[str | Path] | None = None,
+        lora_alpha: float | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        dtype: str = "bfloat16",
+        attn_implementation: str = "eager",
+        device_map: Any = None,
+        trust_remote_code: bool = False,
+        **arguments: Any,
+    ):
+        from accelerate import PartialState
+
+        found = find_model(
+            name,
+            base_model=base_model,
+            adapter_path=adapter_path,
+            lora_alpha=lora_alpha,
+            revision=revision,
+            subfolder=subfolder,
+            trust_remote_code=trust_remote_code,
+        )
+        strategy = found.strategies(None if routing_strategy is None else [routing_strategy])[0]
+        loaded = found.load(
+            dtype=dtype,
+            device=PartialState().device,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+        )
+        if loaded.is_mixture:
+            loaded.model.generation_config.routing_strategy = strategy
+        super().__init__(
+            name or found.source,
+            dataset,
+            loaded.model,
+            loaded.tokenizer,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **arguments,
+        )
+        self.device = loaded.model.device
+        self.routing_strategy = strategy
+
+
+def run_codegen(
+    model: str | Path | None = None,
+    dataset: str = "humaneval",
+    root: str | Path = DEFAULT_FOLDER,
+    *,
+    bs: int | None = None,
+    routing_strategy: str | None = None,
+    version: str = "default",
+    resume: bool = True,
+    jsonl_fmt: bool = True,
+    base_url: str | None = None,
+    tp: int = 1,
+    evalperf_type: str | None = None,
+    **options: Any,
+) -> str:
+    """As EvalPlus's `run_codegen`, in batches; returns the path of the samples, whose name holds the strategy.
+
+    Args:
+        model: any source, see `PeftMoEDecoder`.
+        root: where EvalPlus's folders are made.
+        bs: batch size, of tasks as well as of samples.
+        options: see `BenchmarkOptions`.
+
+    Raises:
+        InputError: what cannot be used, EvalPlus's own options for other backends among it.
+    """
+    from dylora_moe.hub_export.errors import InputError
+
+    others = {
+        "version": version != "default",
+        "jsonl_fmt": not jsonl_fmt,
+        "base_url": base_url is not None,
+        "tp": tp != 1,
+        "evalperf_type": evalperf_type is not None,
+    }
+    refused = [name for name, given in others.items() if given]
+    if refused:
+        raise InputError(f"{', '.join(refused)} cannot be used with backend {BACKEND}")
+    result = benchmark(
+        model,
+        benchmarks=dataset,
+        strategies=routing_strategy,
+        output_dir=root,
+        score=False,
+        **{"overwrite": not resume, **({} if bs is None else {"batch_size": bs}), **options},
+    )
+    return str(result.runs[0].samples_path)
+
+
+def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, float]:
+    """Score samples as EvalPlus does. Results that these very samples already have are read, not made again.
+
+    Args:
+        samples: an EvalPlus samples file.
+        options: `base_only`, `parallel`, `sandbox`, `progress`; for files that `benchmark` did not make, `task_ids` and
+            `mini` as well, see `score_samples`.
+
+    Returns:
+        `{"pass@1": …, "plus_pass@1": …}` and so on for every k of 1, 10 and 100 with samples enough; fractions.
+
+    Raises:
+        InputError: no such file, or samples of other tasks.
+    """
+    samples = Path(samples)
+    recorded = find_run(read_runs(samples.parent.parent), samples=f"{samples.parent.name}/{samples.name}")
+    if recorded is not None and recorded.has_samples:
+        return score_run(recorded, **options).scores
+    return pass_at_k(score_samples(samples, canonical_benchmark(dataset), **options))
+
+
+def register() -> None:
+    """Let the EvalPlus in this process take `backend="peft_moe"`: `evalplus.provider.make_model` and
+    `evalplus.codegen.run_codegen` then accept `base_model`, `adapter_path`, `routing_strategy` and so on. Other backends
+    go where they went. Calling it again changes nothing."""
+    make_model = _with_backend(provider.make_model, _make_decoder)
+    codegen = _with_backend(evalplus_codegen.run_codegen, run_codegen)
+    provider.make_model = evalplus_codegen.make_model = make_model
+    evalplus_codegen.run_codegen = evalplus_evaluate.run_codegen = codegen
+
+
+def _with_backend(function: Any, ours: Any) -> Any:
+    """EvalPlus's function, but for calls with our backend."""
+    if getattr(function, "is_peft_moe", False):
+        return function
+
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("backend") != BACKEND:
+            return function(*args, **kwargs)
+        del given["backend"]
+        return ours(**given)
+
+    either.is_peft_moe = True
+    return either
+
+
+def _make_decoder(model: str | None = None, dataset: str = "humaneval", **arguments: Any) -> PeftMoEDecoder:
+    """`make_model` for our backend. EvalPlus passes every backend's arguments; those of others are left out."""
+    ours = (*OWN_ARGUMENTS, *DECODER_ARGUMENTS, "dtype", "attn_implementation", "device_map", "trust_remote_code")
+    return PeftMoEDecoder(model, dataset, **{name: value for name, value in arguments.items() if name in ours})
+
+
+__all__ = ["PeftMoEDecoder", "evaluate", "register", "run_codegen"]

@@ -1,0 +1,121 @@
+"""What a benchmark's folder holds, read for a report: runs and scores, expert analysis, routing analysis.
+
+Knows files, and whether what lies in them still belongs together. Knows nothing about pages, tables or pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dylora_moe.hub_export.errors import InputError
+
+from .run_record import Run, file_sha256, find_run, read_runs
+
+
+EXPERTS_FILE = "expert_analysis.json"
+ROUTING_FILE = "routing_analysis.json"
+ROUTING_TASKS_FILE = "routing_tasks.jsonl"
+FORMAT_VERSION = 1  # the latest of both analyses that is understood
+
+
+@dataclass
+class ReportContent:
+    """Everything a report is made of.
+
+    Attributes:
+        runs: those that are scored, in the order in which they were begun.
+        experts: the content of `expert_analysis.json`, or None.
+        routing: the content of `routing_analysis.json`, with results that have come since joined in, or None.
+        notes: what a reader must know of what is missing or no longer fits, a sentence each.
+    """
+
+    folder: Path
+    runs: list[Run] = field(default_factory=list)
+    experts: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def routing_lines(self) -> Iterator[dict[str, Any]]:
+        """The lines of `routing_tasks.jsonl`, one after the other; none where it is missing."""
+        path = self.folder / ROUTING_TASKS_FILE
+        if self.routing is None or not path.is_file():
+            return
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path}, line {number}, is damaged; run routing-analysis again") from error
+
+
+def read_folder(folder: str | Path) -> ReportContent:
+    """Raises InputError: there is nothing to report on, or a file is damaged."""
+    content = ReportContent(Path(folder))
+    for run in read_runs(content.folder):
+        if run.has_results:
+            content.runs.append(run)
+        else:
+            content.notes.append(f"{run.samples} is not part of this report: {_why(run)}.")
+    content.experts = _read(content.folder / EXPERTS_FILE, "expert-analysis")
+    content.routing = _read(content.folder / ROUTING_FILE, "routing-analysis")
+    if not content.runs and content.experts is None and content.routing is None:
+        raise InputError(f"{folder} holds no scored run and no analysis, so there is nothing to report on")
+    if content.experts is not None:
+        used = content.experts["runs"].values()
+        _note_changes(content, used, "The expert analysis", "expert-analysis")
+    if content.routing is not None:
+        _note_changes(content, [content.routing], "The routing analysis", "routing-analysis")
+        _join_results(content)
+    return content
+
+
+def _why(run: Run) -> str:
+    if not run.has_samples:
+        return (
+            "its samples are not complete"
+            if run.samples_sha256 is None
+            else "its samples changed after they were made"
+        )
+    return "it is not scored" if run.results is None else "its results changed after they were scored"
+
+
+def _read(path: Path, command: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); run {command} again") from error
+    if version > FORMAT_VERSION:
+        raise InputError(f"{path} was written by a later version of this package; update it")
+    return content
+
+
+def _note_changes(content: ReportContent, used: Any, what: str, command: str) -> None:
+    """A note where an analysis was made from samples that are no longer those in the folder."""
+    if any(file_sha256(content.folder / run["samples"]) != run["samples_sha256"] for run in used):
+        content.notes.append(f"{what} was made from samples that have changed since; run {command} again.")
+
+
+def _join_results(content: ReportContent) -> None:
+    """Put in what has been scored since the routing was traced: which tasks the router and each expert solve."""
+    from .routing_inputs import Results
+    from .routing_summary import agreement
+
+    routing = content.routing
+    run = find_run(content.runs, samples=routing["samples"], samples_sha256=routing["samples_sha256"])
+    if run is None:
+        return
+    results = Results(run, content.runs, routing["expert_names"])
+    for task in routing["tasks"]:
+        task["passed"] = results.passed(task["task_id"])
+        task["experts_passed"] = results.experts_passed(task["task_id"])
+    routing["tests"], routing["agreement"] = results.tests, agreement(routing["tasks"])
+
+
+__all__ = ["ReportContent", "read_folder"]

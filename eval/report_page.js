@@ -1,0 +1,287 @@
+// What moves in the report: the theme, the filters, the heatmap of tasks and the panel of one task.
+// All text from data is set as text, never as markup.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const PAGE = 200; // rows that are shown at once
+
+function element(name, properties = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key === "class") made.className = value;
+    else if (key in made && key !== "list") made[key] = value;
+    else made.setAttribute(key, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+// Theme: what the system says, until somebody chooses.
+byId("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme
+    ? root.dataset.theme === "dark"
+    : window.matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+});
+
+// Tooltip: for everything with `data-tip`, under the pointer and under the keyboard's focus.
+const tip = byId("tip");
+function showTip(target, x, y) {
+  tip.textContent = target.dataset.tip;
+  tip.hidden = false;
+  const box = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(6, Math.min(x + 14, window.innerWidth - box.width - 8))}px`;
+  tip.style.top = `${y + 18 + box.height > window.innerHeight ? Math.max(6, y - box.height - 12) : y + 18}px`;
+}
+const tipped = (event) => event.target instanceof Element && event.target.closest("[data-tip]");
+document.addEventListener("pointermove", (event) => {
+  const target = tipped(event);
+  if (target) showTip(target, event.clientX, event.clientY);
+  else tip.hidden = true;
+});
+document.addEventListener("focusin", (event) => {
+  const target = tipped(event);
+  if (!target || !target.matches(":focus-visible")) return;
+  const box = target.getBoundingClientRect();
+  showTip(target, box.left, box.bottom - 12);
+});
+document.addEventListener("focusout", () => (tip.hidden = true));
+document.addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
+
+if (data.routing) startTasks(data.routing);
+
+function startTasks(routing) {
+  const { experts, tasks } = routing;
+  const panels = new Map(Object.entries(routing.panels)); // no name of a task is a name of the language
+  const controls = Object.fromEntries(
+    ["category", "expert", "verdict", "order", "search"].map((name) => [name, byId(`filter-${name}`)]),
+  );
+  const rows = byId("task-rows");
+  const panel = byId("panel");
+  let shown = [];
+  let limit = PAGE;
+  let current = null;
+  let lit = null;
+
+  const label = (index) => `${index} ${experts[index]}`;
+  const percent = (share) => `${Math.round(100 * share)}%`;
+  const verdict = (passed) => {
+    if (passed === null) return "not scored";
+    if (passed === 1) return "solves it";
+    return passed === 0 ? "fails" : `solves it in ${percent(passed)} of its samples`;
+  };
+
+  const VERDICTS = {
+    "": () => true,
+    solved: (task) => task.passed > 0,
+    failed: (task) => task.passed === 0,
+    missed: (task) => task.passed === 0 && task.experts_passed !== null && Math.max(...task.experts_passed) > 0,
+    rescued: (task) => task.passed > 0 && task.experts_passed !== null && Math.max(...task.experts_passed) === 0,
+    misled: (task) =>
+      task.experts_passed !== null &&
+      task.chosen !== null &&
+      task.experts_passed[task.chosen] < Math.max(...task.experts_passed),
+  };
+  const ORDERS = {
+    "": () => 0,
+    unsure: (a, b) => (a.gate_confidence ?? 2) - (b.gate_confidence ?? 2),
+    sure: (a, b) => (b.gate_confidence ?? -1) - (a.gate_confidence ?? -1),
+    switches: (a, b) => (b.switches ?? -1) - (a.switches ?? -1),
+  };
+
+  function filter() {
+    const words = controls.search.value.trim().toLowerCase();
+    const passes = VERDICTS[controls.verdict ? controls.verdict.value : ""];
+    shown = tasks.filter(
+      (task) =>
+        (controls.category.value === "" || task.categories.includes(Number(controls.category.value))) &&
+        (controls.expert.value === "" || task.chosen === Number(controls.expert.value)) &&
+        passes(task) &&
+        task.id.toLowerCase().includes(words),
+    );
+    shown.sort(ORDERS[controls.order.value]);
+    limit = PAGE;
+    draw();
+  }
+
+  function draw() {
+    rows.replaceChildren(...shown.slice(0, limit).map(row));
+    const cells = rows.querySelectorAll("td[data-tip]");
+    if (cells.length) cells[0].tabIndex = 0;
+    byId("count").textContent = `${shown.length} of ${tasks.length} tasks`;
+    byId("more").hidden = shown.length <= limit;
+    byId("more").textContent = `Show more (${shown.length - limit} left)`;
+  }
+
+  function row(task) {
+    const open = element("button", { class: "link", type: "button" }, task.id);
+    open.addEventListener("click", () => select(task, true));
+    const made = element("tr", { class: task === current ? "current" : "" }, element("th", { scope: "row" }, open));
+    made.dataset.task = task.id;
+    experts.forEach((_, index) => made.append(cell(task, index)));
+    if (routing.tests) {
+      const passed = task.passed;
+      const mark = passed === null ? "-" : passed === 1 ? "✓" : passed === 0 ? "✗" : percent(passed);
+      const kind = passed === null ? "" : passed > 0 ? "pass" : "fail";
+      made.append(element("td", { class: kind, "aria-label": `router ${verdict(passed)}` }, mark));
+    }
+    const sure = task.gate_confidence === null ? "-" : percent(task.gate_confidence);
+    made.append(element("td", {}, sure), element("td", {}, task.switches === null ? "-" : task.switches.toFixed(0)));
+    return made;
+  }
+
+  function cell(task, index) {
+    if (task.shares === null) return element("td", { class: "shade" }, "-");
+    const share = task.shares[index];
+    const alone = task.experts_passed === null ? null : task.experts_passed[index];
+    const made = element("td", { class: `shade heat-${Math.round(20 * share)}`, tabIndex: -1 }, percent(share));
+    if (alone > 0) made.append(element("span", { class: "solves", "aria-hidden": "true" }, "✓"));
+    const lines = [`${task.id}, expert ${label(index)}`, `mean weight ${(100 * share).toFixed(1)}%`];
+    if (task.chosen === index) lines.push("leads this task");
+    lines.push(`alone: ${verdict(alone)}`, `router: ${verdict(task.passed)}`);
+    made.dataset.tip = lines.join("\n");
+    made.setAttribute("aria-label", lines.join(", "));
+    made.addEventListener("click", () => select(task, false));
+    return made;
+  }
+
+  // Arrow keys walk over the cells, of which one at a time can be reached by Tab; Enter opens the task.
+  rows.addEventListener("keydown", (event) => {
+    const here = event.target.closest("td[data-tip]");
+    if (!here) return;
+    const line = here.parentElement;
+    if (event.key === "Enter") {
+      select(tasks.find((task) => task.id === line.dataset.task), false);
+      return;
+    }
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    if (!step) return;
+    const to = rows.children[[...rows.children].indexOf(line) + step[0]];
+    const next = to && to.children[here.cellIndex + step[1]];
+    if (!next || !next.dataset.tip) return;
+    event.preventDefault();
+    here.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+
+  function select(task, focus) {
+    current = task;
+    for (const line of rows.children) line.classList.toggle("current", line.dataset.task === task.id);
+    panel.replaceChildren(...content(task));
+    panel.scrollTop = 0;
+    if (focus) panel.focus({ preventScroll: window.innerWidth > 1000 });
+  }
+
+  function content(task) {
+    const place = shown.indexOf(task);
+    const step = (by, text) => {
+      const button = element("button", { type: "button", disabled: !shown[place + by] }, text);
+      button.addEventListener("click", () => select(shown[place + by], false));
+      return button;
+    };
+    const heading = element("h3", {}, task.id);
+    const facts = element("dl");
+    const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
+    fact("categories", task.categories.map((index) => routing.categories[index]).join(", "));
+    fact("led by", task.chosen === null ? "nobody: the completion is empty" : label(task.chosen));
+    if (routing.tests) {
+      fact("router", verdict(task.passed));
+      if (task.experts_passed !== null) {
+        const able = experts.map((_, index) => index).filter((index) => task.experts_passed[index] > 0);
+        fact("experts that solve it alone", able.map(label).join(", ") || "none");
+      }
+    }
+    if (task.gate_confidence !== null) fact("gate's largest probability", `${percent(task.gate_confidence)} on average`);
+    if (task.switches !== null) fact("switches", `${task.switches.toFixed(1)} per 100 tokens`);
+    const top = element("header", {}, heading, element("div", {}, step(-1, "← previous"), " ", step(1, "next →")));
+    const tokens = panels.get(task.id);
+    if (!tokens) return [top, facts, element("p", { class: "note" }, routing.cut_note)];
+    return [top, facts, legend(tokens), code(task, tokens)];
+  }
+
+  // A click on an expert leaves its tokens alone in colour.
+  function legend(tokens) {
+    const used = [...new Set(tokens.experts)].sort((a, b) => a - b);
+    if (!used.includes(lit)) lit = null;
+    const list = element("ul", { class: "legend", "aria-label": "Experts" });
+    for (const index of used) {
+      const chip = element("button", { class: `chip ${look(index)}`, type: "button" }, element("span", {}, label(index)));
+      chip.setAttribute("aria-pressed", String(lit === index));
+      chip.addEventListener("click", () => {
+        lit = lit === index ? null : index;
+        for (const other of list.querySelectorAll(".chip")) other.setAttribute("aria-pressed", "false");
+        chip.setAttribute("aria-pressed", String(lit === index));
+        light(panel.querySelector("pre"));
+      });
+      list.append(element("li", {}, chip));
+    }
+    return list;
+  }
+
+  function light(pre) {
+    pre.classList.toggle("dim", lit !== null);
+    for (const token of pre.querySelectorAll(".token")) token.classList.toggle("lit", Number(token.dataset.expert) === lit);
+  }
+
+  const look = (index) => `expert-${index % routing.num_colors} line-${index % routing.num_lines}`;
+
+  function code(task, tokens) {
+    const pre = element("pre", { class: "code numbers", tabIndex: 0, "aria-label": `Code of ${task.id}` });
+    let before = null;
+    tokens.texts.forEach((text, place) => {
+      if (place === tokens.num_prompt_tokens) {
+        pre.append(element("span", { class: "boundary", role: "separator" }, "prompt above, completion below"));
+        before = null;
+      }
+      if (text === "") return;
+      const expert = tokens.experts[place];
+      const strength = (routing.shows_gate ? tokens.gate : tokens.weights)[place];
+      const inPrompt = place < tokens.num_prompt_tokens;
+      const span = element("span", {
+        class: `token ${look(expert)} strength-${Math.round(strength / 10)}${inPrompt ? " in-prompt" : ""}`,
+      });
+      span.dataset.expert = expert;
+      text.split(/(?<=\n)/).forEach((part) => {
+        if (!part.endsWith("\n")) span.append(part);
+        else span.append(part.slice(0, -1), element("span", { class: "end", "aria-hidden": "true" }, "↵"), "\n");
+      });
+      if (expert !== before) span.dataset.switch = expert;
+      before = expert;
+      span.dataset.tip = [
+        `${JSON.stringify(text)}, token ${place} (${inPrompt ? "prompt" : "completion"})`,
+        `expert ${label(expert)}`,
+        `weight ${tokens.weights[place]}%, gate's probability ${tokens.gate[place]}%`,
+      ].join("\n");
+      pre.append(span);
+    });
+    light(pre);
+    return pre;
+  }
+
+  for (const control of Object.values(controls)) {
+    if (control) control.addEventListener(control.type === "search" ? "input" : "change", filter);
+  }
+  byId("more").addEventListener("click", () => {
+    limit += PAGE;
+    draw();
+  });
+  byId("reset").addEventListener("click", () => {
+    for (const control of Object.values(controls)) if (control) control.value = "";
+    filter();
+  });
+  // The heatmaps of categories lead here.
+  for (const button of document.querySelectorAll("button[data-category]")) {
+    button.addEventListener("click", () => {
+      const index = routing.categories.indexOf(button.dataset.category);
+      controls.category.value = index < 0 ? "" : String(index);
+      filter();
+      byId("tasks").scrollIntoView();
+      controls.category.focus({ preventScroll: true });
+    });
+  }
+  filter();
+  if (shown.length) select(shown[0], false);
+}

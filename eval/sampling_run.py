@@ -1,0 +1,175 @@
+"""One samples file from beginning to end: what is asked, what is there already, what is missing, EvalPlus's files.
+
+Knows the order of these steps and how processes share them. Knows nothing about scores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from dylora_moe.hub_export.errors import FailureError, InputError
+
+from .decoding import Row, decode_rows
+from .evalplus_data import Benchmark
+from .evalplus_decoder import ask, write_samples
+from .loading import FoundModel, LoadedModel
+from .run_record import Run, file_sha256, read_runs, write_run
+from .sample_journal import SampleJournal
+
+
+# Called with the number of samples that are done, and of all.
+Progress = Callable[[int, int], None]
+
+
+def make_samples(
+    run: Run,
+    benchmark: Benchmark,
+    model: FoundModel,
+    load: Callable[[], LoadedModel],
+    *,
+    batch_size: int,
+    overwrite: bool = False,
+    state: Any = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Generate what is missing of a run's samples, and write EvalPlus's files and the record.
+
+    Args:
+        run: what is wanted; its folder may hold the same run, finished or not.
+        model: where the samples come from; `load` gives it loaded, and is not called when nothing is missing.
+        overwrite: throw away what another run left under the same name, instead of refusing.
+        state: accelerate's `PartialState` where several processes share the work.
+
+    Returns:
+        The run with its samples' hash, on every process.
+
+    Raises:
+        InputError: the folder holds another run, or other samples, under the same name.
+    """
+    tell = progress or (lambda done, total: None)
+    process, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    journal = SampleJournal(run.samples_path, process)
+    recorded = _claim(run, journal, overwrite) if process == 0 else None
+    _wait(state)
+    recorded = recorded or _recorded(run)
+    if recorded.has_samples:
+        _wait(state)
+        if process == 0:
+            journal.remove()  # left by a process that ended just then
+        return recorded
+    tokenizer = model.load_tokenizer()
+    decoder = {
+        "temperature": run.temperature,
+        "max_new_tokens": run.max_new_tokens,
+        "force_base_prompt": run.force_base_prompt,
+    }
+    questions, stop_strings = ask(benchmark, tokenizer, **decoder)
+    there = journal.read()
+    rows = _missing(run, questions, there)[process::processes]
+    _wait(state)  # nobody adds a sample before all have seen which are missing
+    started = time.monotonic()
+    if rows:
+        loaded = load()
+        journal.begin()
+        done = count(len(there) + 1)
+        tell(len(there), len(there) + len(rows))
+
+        def finished(row: Row, tokens: list[int]) -> None:
+            journal.add(row.task_id, row.sample, tokens)
+            tell(next(done), len(there) + len(rows))
+
+        decode_rows(
+            loaded.model,
+            tokenizer,
+            rows,
+            finished,
+            stop_strings=stop_strings,
+            batch_size=batch_size,
+            seed=run.seed or 0,
+            **questions[0].generation,
+            **({"routing_strategy": run.routing_strategy} if loaded.is_mixture else {}),
+        )
+    recorded.seconds = (recorded.seconds or 0.0) + time.monotonic() - started
+    _wait(state)
+    if process == 0:
+        _finish(recorded, benchmark, tokenizer, journal, decoder)
+    _wait(state)
+    return recorded if process == 0 else _recorded(run)
+
+
+def _claim(run: Run, journal: SampleJournal, overwrite: bool) -> Run:
+    """Record what is about to be made, or find that it was begun or finished before.
+
+    Raises:
+        InputError: something else has the name.
+    """
+    before = next((other for other in read_runs(run.folder) if other.samples == run.samples), None)
+    problem = None
+    if before is None and (run.samples_path.exists() or journal.paths()):
+        problem = "which no benchmark recorded"
+    elif before is not None and (differences := before.differences(run)):
+        problem = f"of another run ({'; '.join(differences)})"
+    elif before is not None and before.samples_sha256 is not None and not before.has_samples:
+        problem = "which changed since they were made" if run.samples_path.exists() else None
+    if problem is not None and not overwrite:
+        raise InputError(
+            f"{run.samples_path} holds samples {problem}; choose another -o, or throw them away with --overwrite"
+        )
+    if problem is None and before is not None and (before.samples_sha256 is None or before.has_samples):
+        return before
+    for path in (run.samples_path, run.raw_samples_path, run.results_path):
+        path.unlink(missing_ok=True)
+    journal.remove()
+    write_run(run)
+    return run
+
+
+def _recorded(run: Run) -> Run:
+    return next(other for other in read_runs(run.folder) if other.samples == run.samples)
+
+
+def _missing(run: Run, questions: list, there: dict) -> list[Row]:
+    """Rows that have no sample yet, in an order that spreads the long ones evenly over processes."""
+    rows = []
+    for place, question in enumerate(questions):
+        for sample in range(run.n_samples):
+            expert_id = None
+            if run.routing_strategy == "round_robin":
+                # The turn that each sample has in EvalPlus's own order.
+                expert_id = (place * run.n_samples + sample) % len(run.expert_names)
+            if (question.task_id, sample) not in there:
+                rows.append(Row(question.task_id, sample, question.input_ids, expert_id))
+    return sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+
+
+def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: SampleJournal, decoder: dict) -> None:
+    completions = journal.read()
+    lacking = recorded.n_samples * len(benchmark.tasks) - len(completions)
+    if lacking:
+        raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
+    write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
+    recorded.samples_sha256 = file_sha256(recorded.samples_path)
+    write_run(recorded)
+    journal.remove()  # last: what they held is safe now
+
+
+def _wait(state: Any) -> None:
+    if state is not None and state.num_processes > 1:
+        state.wait_for_everyone()
+
+
+def samples_name(label: str, backend: str, strategy: str, benchmark: Benchmark, temperature: float) -> str:
+    """EvalPlus's name of a samples file with the strategy in it, `<benchmark>/<identifier>.jsonl`."""
+    parts = [label, backend, strategy.replace(":", "-"), "temp", str(temperature)]
+    if benchmark.mini:
+        parts.append("mini")
+    if benchmark.id_range is not None:
+        parts += ["tasks", *map(str, benchmark.id_range)]
+    return (Path(benchmark.name) / ("_".join(parts) + ".jsonl")).as_posix()
+
+
+__all__ = ["make_samples", "samples_name"]

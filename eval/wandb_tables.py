@@ -1,0 +1,58 @@
+"""Logs a report's tables to Weights & Biases, as one run. Knows tables and the SDK, and nothing of what is in them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, sdk, wandb_errors
+
+from .report_content import read_folder
+from .report_tables import report_tables
+
+
+def log_to_wandb(folder: str | Path, project: str) -> str:
+    """Log every table of the folder's report, and the scores as the run's summary. Returns the run's name.
+
+    Args:
+        project: PROJECT or ENTITY/PROJECT.
+
+    Raises:
+        InputError: no SDK, no API key, another form of project, or a folder with nothing to report.
+        FailureError: W&B does not answer.
+    """
+    *entity, name = project.split("/")
+    if len(entity) > 1 or not all(NAME.fullmatch(part) for part in (*entity, name)):
+        raise InputError(f"--wandb_project is {project!r}; it has the form PROJECT or ENTITY/PROJECT")
+    tables = report_tables(read_folder(folder))
+    wandb = sdk()
+    with wandb_errors(project):
+        if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            check_ready(wandb)
+        settings = wandb.Settings(silent=True, console="off")
+        run = wandb.init(
+            project=name,
+            entity=entity[0] if entity else None,
+            job_type="evaluation",
+            settings=settings,
+            dir=str(folder),
+        )
+        try:
+            run.log(
+                {
+                    table.name: wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
+                    for table in tables.values()
+                }
+            )
+            for row in tables["scores"].records() if "scores" in tables else []:
+                where = f"{row['model']}/{row['routing strategy']}/{row['benchmark']}"
+                run.summary.update(
+                    {f"{where}/{name}": value for name, value in row.items() if "pass@" in name and value is not None}
+                )
+        finally:
+            run.finish()
+    return run.name
+
+
+__all__ = ["log_to_wandb"]

@@ -1,0 +1,154 @@
+"""What transformers makes of a checkpoint's tensors on loading: other names, several stacked into one, one cut into several.
+
+It asks transformers' own machinery (`transformers.core_model_loading`, which has no public form), on the meta device,
+which stored tensors make up each tensor of a model, and lets it do the same with their numbers when that is read. It
+knows nothing about files, and nothing of what the operations are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError, one_line
+from .stored_tensors import StoredTensor
+
+
+class UnknownConversion(Exception):
+    """This version of transformers does it in another way; no fault of the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The stored tensors that one operation takes together.
+
+    Attributes:
+        converter: transformers' `WeightConverter`; it is never used itself, as using it up is how it works.
+        target: the (first) tensor of the model that comes out of it.
+        members: each with the pattern that its name matched, in the order in which they are stacked.
+    """
+
+    converter: Any
+    target: str
+    members: list[tuple[str, str, StoredTensor]]
+
+    def convert(self, model: nn.Module, content: Callable[[StoredTensor], Any]) -> dict[str, torch.Tensor]:
+        """What comes out, by the model's names. `content` gives a tensor, or what will give one when it is called."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, key, tensor in self.members:
+            converter.add_tensor(self.target, key, pattern, content(tensor))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def describe(self) -> str:
+        keys = [key for _, key, _ in self.members]
+        return keys[0] if len(keys) == 1 else f"{len(keys)} tensors, {keys[0]} to {keys[-1]}"
+
+
+def by_model_name(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[dict[str, StoredTensor], list[str]]:
+    """A checkpoint's tensors by the model's names, made of their parts when they are read.
+
+    Args:
+        stored: by their names in the checkpoint.
+        model: a model of transformers, which needs no weights.
+
+    Returns:
+        The tensors that the model has a place for, whatever their shapes are, and the stored names that it has none for.
+
+    Raises:
+        InputError: parts of one tensor do not fit together.
+        UnknownConversion: how transformers converts cannot be found out.
+    """
+    try:
+        found, groups, unknown = _assign(stored, model)
+    except Exception as error:  # whatever may be named or called otherwise
+        raise UnknownConversion(one_line(error)) from error
+    for parts in groups.values():
+        for name, made in _outcome(parts, model).items():
+            found.setdefault(name, StoredTensor(tuple(made.shape), made.dtype, _reader(parts, model, name)))
+    return found, unknown
+
+
+def named_as_now(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of a state dict by the model's names, and the names that it does not have.
+
+    A state dict has the names that the model had in the transformers that it was trained with, which may be an older one,
+    or those that it was saved under; transformers converts both as it does a checkpoint's. One that has all names of the
+    model is not converted.
+
+    Raises:
+        InputError: parts of one tensor do not fit together.
+    """
+    names = model.state_dict().keys()
+    unknown = [name for name in stored if name not in names]
+    if not unknown:
+        return dict(stored), []
+    try:
+        return by_model_name(stored, model)
+    except UnknownConversion:
+        return {name: tensor for name, tensor in stored.items() if name in names}, unknown
+
+
+def _assign(
+    stored: dict[str, StoredTensor], model: nn.Module
+) -> tuple[dict[str, StoredTensor], dict[str, Parts], list[str]]:
+    """Tensors that are stored as the model has them, those that are put together, and the names it has no place for.
+
+    The same steps in the same order as in `convert_and_load_state_dict_in_model`.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, expected = model.base_model_prefix, model.state_dict()
+    found: dict[str, StoredTensor] = {}
+    groups: dict[str, Parts] = {}
+    unknown = []
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = rename_source_key(key, [], [], prefix, expected)
+        if name not in expected:
+            unknown.append(key)
+        elif pattern is None:
+            found.setdefault(name, stored[key])
+        else:
+            parts = groups.setdefault(name, Parts(by_pattern[pattern], name, []))
+            parts.members.append((pattern, key, stored[key]))
+    return found, groups, unknown
+
+
+def _outcome(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors of the shapes and dtypes that come out.
+
+    Raises:
+        InputError: the parts do not fit together.
+    """
+    try:
+        return parts.convert(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    except Exception:  # they do not fit, or an operation wants to see numbers
+        return _converted(parts, model)
+
+
+def _reader(parts: Parts, model: nn.Module, name: str) -> Callable[[], torch.Tensor]:
+    return lambda: _converted(parts, model)[name]
+
+
+def _converted(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
+    try:
+        return parts.convert(model, lambda tensor: tensor.read)
+    except InputError:
+        raise
+    except Exception as error:  # each operation fails in its own way
+        raise InputError(
+            f"{parts.target} cannot be made of {parts.describe()}: {one_line(error, 200)}; the files are incomplete, or of "
+            "another model"
+        ) from error

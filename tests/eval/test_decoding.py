@@ -1,0 +1,186 @@
+"""Decoding in batches: every row gets what it would get alone, whatever shares its batch."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dylora_moe.eval.decoding import Row, StopStrings, _Loop, decode_rows, row_generator
+from dylora_moe.hub_export.errors import FailureError
+
+
+LENGTHS = (9, 4, 6, 9, 3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One visible character a token."""
+    words = {chr(33 + index): index for index in range(VOCABULARY - 3)} | {"<e1>": 94, "<e2>": 95, "<e3>": 96}
+    inner = Tokenizer(models.WordLevel(words))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=chr(33 + PAD), eos_token=chr(34))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(seed=3)
+
+
+def rows(**fields) -> list[Row]:
+    prompts = random_rows(LENGTHS, seed=5)
+    return [Row(f"Task/{index}", 0, prompt, **fields) for index, prompt in enumerate(prompts)]
+
+
+def decode(model, tokenizer, rows, batch_size=3, stop_strings=(), **arguments):
+    got = {}
+    arguments = {"max_new_tokens": 12, "do_sample": False, "stop_strings": stop_strings, **arguments}
+    decode_rows(
+        model,
+        tokenizer,
+        rows,
+        lambda row, tokens: got.__setitem__((row.task_id, row.sample), tokens),
+        batch_size=batch_size,
+        **arguments,
+    )
+    return got
+
+
+def alone(model, row, **arguments):
+    ids = torch.tensor([row.input_ids])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=PAD, **arguments)
+    return output[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "round_robin"])
+def test_each_row_is_as_alone(model, tokenizer, strategy, batch_size):
+    got = decode(model, tokenizer, rows(), batch_size, routing_strategy=strategy)
+    for row in rows():
+        assert got[row.task_id, 0] == alone(model, row, max_new_tokens=12, routing_strategy=strategy)
+
+
+def test_round_robin_takes_the_expert_it_is_told(model, tokenizer):
+    told = [Row(row.task_id, 0, row.input_ids, expert_id=index % 3) for index, row in enumerate(rows())]
+    got = decode(model, tokenizer, told, routing_strategy="round_robin")
+    for row in told:
+        expected = alone(model, row, max_new_tokens=12, routing_strategy=f"single:{row.expert_id}")
+        assert got[row.task_id, 0] == expected
+
+
+def test_a_row_ends_at_its_own_stop_string_and_the_others_go_on(model, tokenizer):
+    whole = decode(model, tokenizer, rows(), routing_strategy="router", max_new_tokens=20, eos_token_id=None)
+    text = tokenizer.decode(whole["Task/1", 0][:5])
+    stop = text[2:5]
+    got = decode(
+        model, tokenizer, rows(), stop_strings=[stop], routing_strategy="router", max_new_tokens=20, eos_token_id=None
+    )
+    cut = 0
+    for row in rows():
+        key = (row.task_id, 0)
+        found = tokenizer.decode(whole[key]).find(stop)
+        expected = whole[key] if found < 0 else whole[key][: found + len(stop)]  # one character a token
+        assert got[key] == expected
+        cut += len(expected) < 20
+    assert cut
+
+
+def test_the_end_token_is_kept_and_ends_the_row(model, tokenizer):
+    whole = decode(model, tokenizer, rows(), routing_strategy="router", eos_token_id=None)
+    end = whole["Task/2", 0][3]
+    got = decode(model, tokenizer, rows(), routing_strategy="router", eos_token_id=end)
+    for key, tokens in whole.items():
+        assert got[key] == (tokens[: tokens.index(end) + 1] if end in tokens else tokens)
+    assert len(got["Task/2", 0]) <= 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_samples_do_not_depend_on_what_shares_the_batch(model, tokenizer, batch_size):
+    sampling = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "routing_strategy": "router", "seed": 4}
+    several = [Row(row.task_id, number, row.input_ids) for row in rows() for number in range(3)]
+    got = decode(model, tokenizer, several, batch_size, **sampling)
+    assert got == decode(model, tokenizer, several[::-1], 15, **sampling)
+    assert len({tuple(tokens) for tokens in got.values()}) > 10
+    assert got != decode(model, tokenizer, several, batch_size, **{**sampling, "seed": 5})
+
+
+def test_sampling_follows_the_probabilities():
+    scores = torch.tensor([0.5, 0.2, 0.3, 0.0]).log()
+    count = 4000
+    generators = [row_generator(0, Row("Task/0", number, [])) for number in range(count)]
+    loop = _Loop([None] * count, None, None, generators)
+    tokens = loop._choose(scores.expand(count, -1), do_sample=True)
+    shares = np.bincount(tokens.numpy(), minlength=4) / count
+    assert shares[3] == 0
+    assert np.abs(shares - [0.5, 0.2, 0.3, 0.0]).max() < 4 * (0.25 / count) ** 0.5
+
+
+def test_a_batch_that_is_too_large_is_halved_and_nothing_is_made_twice(model, tokenizer, monkeypatch):
+    sizes, made = [], []
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def limited(*args, **kwargs):
+        tokens = kwargs["input_ids"]
+        sizes.append(tokens.shape[0])
+        if tokens.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    expected = decode(model, tokenizer, rows(), 1, routing_strategy="router")
+    monkeypatch.setattr(model, "forward", limited)
+    got = {}
+
+    def finished(row, tokens):
+        made.append(row.task_id)
+        got[row.task_id, 0] = tokens
+
+    arguments = {"stop_strings": (), "max_new_tokens": 12, "do_sample": False, "routing_strategy": "router"}
+    left = decode_rows(model, tokenizer, rows(), finished, batch_size=5, **arguments)
+    assert left == 2 and max(sizes) == 5
+    assert got == expected and sorted(made) == sorted(set(made))
+
+
+def test_memory_that_does_not_suffice_for_one_row_is_said(model, tokenizer, monkeypatch):
+    @functools.wraps(model.forward)
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(FailureError, match="Task/0 alone"):
+        decode(model, tokenizer, rows()[:1], routing_strategy="base")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_double_precision(tokenizer, attention):
+    """transformers' eager attention makes NaN of padding in float64, for any model."""
+    model = build(seed=3).double()
+    model.set_attn_implementation(attention)
+    got = decode(model, tokenizer, rows(), 5, routing_strategy="router")
+    for row in rows():
+        assert got[row.task_id, 0] == alone(model, row, max_new_tokens=12, routing_strategy="router")
+
+
+def test_logits_that_are_no_numbers_are_an_error(tokenizer):
+    model = build(seed=3)
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    with pytest.raises(FailureError, match="NaN"):
+        decode(model, tokenizer, rows(), routing_strategy="base")
+
+
+@given(st.lists(st.integers(0, 6), max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_the_last_tokens_tell_as_the_whole_text_does(tokenizer, tokens):
+    strings = [tokenizer.decode([1, 2, 3]), tokenizer.decode([4, 4])]
+    stop = StopStrings(tokenizer, strings)
+    first = next(
+        (end for end in range(1, len(tokens) + 1) if any(s in tokenizer.decode(tokens[:end]) for s in strings)), None
+    )
+    found = next((end for end in range(1, len(tokens) + 1) if stop.complete(tokens[:end])), None)
+    assert found == first

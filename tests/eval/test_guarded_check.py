@@ -1,0 +1,321 @@
+"""Programs that nobody has read: each hostile one costs itself, and nothing and nobody else."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from dylora_moe.eval import check_workers, sandbox
+from dylora_moe.eval.check_workers import Check, Verdict, run_checks
+from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.restrictions import FILE_BYTES, landlock_version
+from dylora_moe.hub_export.errors import FailureError, InputError
+
+
+pytest.importorskip("evalplus")
+
+TASK = Task(
+    dataset="humaneval",
+    problem={"task_id": "HumanEval/0", "entry_point": "f", "atol": 0, "base_input": [[1], [2]], "plus_input": [[3]]},
+    expected_output={"base": [1, 2], "base_time": [0.0, 0.0], "plus": [3], "plus_time": [0.0]},
+    base_only=False,
+)
+SHORT = Task(
+    dataset="humaneval",
+    problem={"task_id": "HumanEval/1", "entry_point": "f", "atol": 0, "base_input": [[1]]},
+    expected_output={"base": [1], "base_time": [0.0]},
+    base_only=True,
+)
+RIGHT = "def f(x):\n    return x\n"
+
+# Each would be right if it could do what it tries: PATH is a file outside of its folder.
+HOSTILE = {
+    "loops": "while True:\n    pass\n",
+    "loops_within": "def f(x):\n    while True:\n        try:\n            x += 0\n        except BaseException:\n            pass\n",
+    "allocates": "def f(x):\n    return x if len(bytearray(10 * 2**30)) else x\n",
+    "deletes": "import os\ndef f(x):\n    os.remove(PATH)\n    return x\n",
+    "writes": "import os\nwhile True:\n    os.write(1, b'x' * 4096)\n    os.write(2, b'x' * 4096)\n",
+    "prints": "def f(x):\n    while True:\n        print('x')\n",
+    "fills_a_file": f"import os\ndef f(x):\n    file = os.open('a', os.O_CREAT | os.O_WRONLY)\n"
+    f"    for _ in range({FILE_BYTES // 2**20 + 1}):\n        assert os.write(file, bytes(2**20)) == 2**20\n    return x\n",
+    "kills_its_checker": "import os, posix\ndef f(x):\n    posix.kill(os.getppid(), 9)\n",
+    "leaves": "import os\nos._exit(0)\n",
+}
+# What EvalPlus's own guard does not keep from those who know it.
+EVASIVE = {
+    "unlinks": "import posix\ndef f(x):\n    posix.unlink(PATH)\n    return x\n",
+    "truncates": "import posix\ndef f(x):\n    posix.truncate(PATH, 0)\n    return x\n",
+    "moves": "import posix\ndef f(x):\n    posix.rename(PATH, PATH + '.moved')\n    return x\n",
+}
+# Right, and leaves a process behind that has left its session.
+ORPHAN = """
+import posix, time
+def f(x):
+    if posix.fork() == 0:
+        posix.setsid()
+        if posix.fork() == 0:
+            while True:
+                try:
+                    time.sleep(1000)
+                except BaseException:
+                    pass
+        posix._exit(0)
+    return x
+"""
+
+
+@functools.cache
+def sandbox_fails() -> str | None:
+    try:
+        ran = subprocess.run(
+            sandbox.sandboxed([sys.executable, "-I", "-c", ""], []), capture_output=True, text=True, check=False
+        )
+    except InputError as error:
+        return str(error)
+    return None if ran.returncode == 0 else f"bubblewrap does not work here: {ran.stderr.strip()}"
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "sandbox"])
+def sandboxed(request):
+    if request.param and sandbox_fails():
+        pytest.skip(sandbox_fails())
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path, monkeypatch):
+    """Every process of a test can be told by its command line, which forks keep. None may outlive the test."""
+    monkeypatch.setattr(check_workers, "_START", f"# {tmp_path}\n{check_workers._START}")
+    yield
+    assert processes(str(tmp_path)) == []
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(mark in part for part in process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def run(programs, task=SHORT, **options) -> list[Verdict]:
+    return run_checks([Check(task, program) for program in programs], workers=2, **options)
+
+
+def test_verdicts_are_in_order_and_say_where_a_program_failed(sandboxed):
+    wrong_second, unfinished = "def f(x):\n    return 1\n", "def f(x"
+    seen = []
+    verdicts = run(
+        [RIGHT, wrong_second, unfinished, RIGHT],
+        task=TASK,
+        sandbox=sandboxed,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert [verdict.base_status for verdict in verdicts] == ["pass", "fail", "fail", "pass"]
+    assert [verdict.plus_status for verdict in verdicts] == ["pass", "fail", "fail", "pass"]
+    assert [list(verdict.base_details) for verdict in verdicts] == [[1, 1], [1, 0], [], [1, 1]]
+    assert seen == [(number, 4) for number in range(1, 5)]
+
+
+def test_each_hostile_program_costs_itself_only(sandboxed, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    hostile = dict(HOSTILE)
+    if sandboxed or landlock_version() >= 3:
+        hostile |= EVASIVE
+    programs = [RIGHT]
+    for program in hostile.values():
+        programs += [f"PATH = {str(precious)!r}\n{program}", RIGHT]
+    statuses = [verdict.base_status for verdict in run(programs, sandbox=sandboxed)]
+    assert statuses[::2] == ["pass"] * (len(hostile) + 1)
+    assert "pass" not in dict(zip(hostile, statuses[1::2], strict=True)).values()
+    assert precious.read_text() == "kept"
+
+
+def test_what_a_program_leaves_running_is_ended(sandboxed):
+    # That nothing is left is checked after every test; EvalPlus itself says that it is right.
+    assert [verdict.base_status for verdict in run([ORPHAN, RIGHT], sandbox=sandboxed)] == ["pass", "pass"]
+
+
+def test_a_fork_bomb_in_the_sandbox():
+    if sandbox_fails():
+        pytest.skip(sandbox_fails())
+    # Bounded by itself, to begin with: right if it is kept from a hundred processes.
+    forks = """
+import posix, time
+def f(x):
+    for _ in range(100):
+        try:
+            if posix.fork() == 0:
+                time.sleep(5)
+                posix._exit(0)
+        except OSError:
+            return x
+"""
+    assert run([forks], sandbox=True)[0].base_status == "pass"
+    bomb = """
+import posix
+while True:
+    try:
+        posix.fork()
+    except BaseException:
+        pass
+"""
+    statuses = [verdict.base_status for verdict in run([RIGHT, bomb, RIGHT, RIGHT], sandbox=True)]
+    assert statuses == ["pass", "timeout", "pass", "pass"]
+
+
+def test_a_program_has_no_environment_and_little_of_everything_else(sandboxed, monkeypatch):
+    monkeypatch.setenv("TOKEN_OF_MINE", "secret")
+    monkeypatch.setenv("EVALPLUS_MAX_MEMORY_BYTES", str(1024**3))
+    # OMP_NUM_THREADS is EvalPlus's own doing.
+    program = f"""
+import io, os
+def f(x):
+    limits = {{line[:26].strip(): line[26:].split()[:2] for line in io.open("/proc/self/limits")}}
+    assert set(os.environ) <= {{"OMP_NUM_THREADS", "EVALPLUS_MAX_MEMORY_BYTES"}}, os.environ
+    assert os.listdir() == []
+    assert limits["Max file size"] == ["{FILE_BYTES}"] * 2
+    assert limits["Max open files"] == ["256"] * 2
+    assert limits["Max core file size"] == ["0"] * 2
+    assert limits["Max address space"] == ["{1024**3}"] * 2
+    assert int(limits["Max cpu time"][1]) <= 5
+    assert os.readlink("/proc/self/fd/1") == os.readlink("/proc/self/fd/2") == "/dev/null"
+    return x
+"""
+    assert run([program], sandbox=sandboxed)[0].base_status == "pass"
+
+
+# Looks for a secret in its own environment and in that of every process of this machine.
+SPY = """
+import io, os
+def f(x):
+    for process in ["self", *filter(str.isdigit, os.listdir("/proc"))]:
+        try:
+            if b"TOKEN_OF_MINE" in io.open(f"/proc/{process}/environ", "rb").read():
+                return x
+        except OSError:
+            pass
+    return x if "TOKEN_OF_MINE" in os.environ else None
+"""
+SPIED_ON = f"""
+import json, sys
+from dylora_moe.eval.check_workers import Check, run_checks
+from dylora_moe.eval.guarded_check import Task
+from evalplus.evaluate import check_correctness
+task, sandboxed = Task(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
+stock = check_correctness(task.dataset, 0, task.problem, {SPY!r}, task.expected_output, base_only=True)
+guarded = run_checks([Check(task, {SPY!r})], workers=1, sandbox=sandboxed)
+print(stock["base"][0], guarded[0].base_status)
+"""
+
+
+def test_a_secret_of_the_process_that_scores_is_not_found(sandboxed):
+    if not sandboxed and not landlock_version():
+        pytest.skip("this kernel has no Landlock, and environments can be read under /proc")
+    ran = subprocess.run(
+        [sys.executable, "-c", SPIED_ON, json.dumps(SHORT._asdict()), json.dumps(sandboxed)],
+        env={**os.environ, "TOKEN_OF_MINE": "secret"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.split() == ["pass", "fail"], ran.stderr
+
+
+def test_the_sandbox_has_no_network_and_no_files(tmp_path):
+    if sandbox_fails():
+        pytest.skip(sandbox_fails())
+    (tmp_path / "private").write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connects = f"""
+import socket
+def f(x):
+    socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), timeout=0.5)
+    return x
+"""
+        reads = f"import io\ndef f(x):\n    return x if io.open({str(tmp_path / 'private')!r}).read() else x\n"
+        verdicts = run([connects, reads, RIGHT], sandbox=True)
+    assert [verdict.base_status for verdict in verdicts] == ["fail", "fail", "pass"]
+
+
+def test_a_checking_process_that_ends_costs_its_one_program(sandboxed):
+    waits = "import time\ndef f(x):\n    time.sleep(0.9)\n    return x\n"
+
+    def kill_one():
+        # The checking process itself, and not bubblewrap around it, once it has forked for the program.
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "bwrap" not in process.name() and len(process.children(recursive=True)) == 2:
+                        return process.kill()
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    verdicts = run_checks([Check(SHORT, program) for program in (waits, RIGHT)], workers=1, sandbox=sandboxed)
+    killer.join()
+    assert verdicts[0][:4] == ("fail", [], None, [])
+    assert "ended" in verdicts[0].lost
+    assert verdicts[1] == ("pass", [1], None, [], None)
+
+
+def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(check_workers, "CHECK_SECONDS", 3)  # EvalPlus would take 7
+    verdicts = run([HOSTILE["loops"], RIGHT], task=TASK)
+    assert [verdict.base_status for verdict in verdicts] == ["fail", "pass"]
+    assert "did not answer" in verdicts[0].lost
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_when_scoring_is_ended_so_is_all_that_it_started(sandboxed, ending, tmp_path):
+    code = f"""
+import json, sys
+from dylora_moe.eval import check_workers
+from dylora_moe.eval.guarded_check import Task
+check_workers._START = "# {tmp_path}\\n" + check_workers._START
+check = check_workers.Check(Task(**json.loads(sys.argv[1])), "while True: pass")
+check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(SHORT._asdict()), json.dumps(sandboxed)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # This process; twice bubblewrap, a worker, a guard and a program.
+    wait_until(lambda: len(processes(f"# {tmp_path}")) == (9 if sandboxed else 7))
+    process.send_signal(ending)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -ending if ending == signal.SIGKILL else "KeyboardInterrupt" in errors
+    wait_until(lambda: not processes(f"# {tmp_path}"))
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_missing_bubblewrap_is_named(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="install it"):
+        run([RIGHT], sandbox=True)
+
+
+def test_a_checking_process_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setattr(check_workers, "_START", "raise RuntimeError('broken')")
+    with pytest.raises(FailureError, match="does not start: RuntimeError: broken"):
+        run([RIGHT])
