@@ -28,7 +28,7 @@ from .foundation import (
 from .foundation_weights import carried_weights, foundation_weights, skeleton
 from .mixture import FoundationReference, Mixture
 from .options import ExportOptions
-from .stored_tensors import StoredTensor
+from .stored_tensors import StoredTensor, same_numbers
 from .tensor_files import read_json
 from .writer import finest_dtype
 
@@ -178,7 +178,7 @@ def _check_same(carried: dict[str, StoredTensor], named: dict[str, StoredTensor]
     """
     for name in sorted(carried.keys() | named.keys()):
         mine, other = carried.get(name), named.get(name)
-        if mine is None or other is None or not torch.equal(mine.read(), other.read().to(mine.dtype)):
+        if mine is None or other is None or not same_numbers(mine, other):
             raise InputError(
                 f"the source's own {name} is not that of the foundation {reference.name}, which would stand in for it; "
                 "leave out --base_model and export with --layout full"
