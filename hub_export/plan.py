@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,6 +167,7 @@ def _find_weights(
         return None if is_light else lambda: carried
     if carried is None:
         return lambda: foundation_weights(reference, model)
+    load_foundation_config(reference)  # which those who load the repo will need
     named = foundation_weights(reference, model)
     _check_same(carried, named, reference)
     return lambda: named
@@ -242,14 +245,33 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
 
 
 def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Module | None) -> dict[str, Any]:
-    """What the source's own `generation_config.json` says, else the foundation's, else the foundation's config."""
+    """What the source's own `generation_config.json` says, else the foundation's, else the foundation's config.
+
+    Raises:
+        InputError: that file is damaged; what is not said would be another way to generate.
+    """
     from transformers import GenerationConfig
 
     own = mixture.folders[0] / "generation_config.json"
     is_repo = mixture.routing_strategy is not None
     if (is_repo or mixture.foundation_weights is not None) and own.is_file():
-        return read_json(contained(mixture.folders[0], own))
+        fields = read_json(contained(mixture.folders[0], own))
+        _generation_config(own, fields)
+        return fields
+    if is_local(reference):
+        path = Path(reference.name, "generation_config.json")
+        if path.is_file():
+            return _generation_config(path, read_json(path)).to_diff_dict()
+    else:
+        with suppress(Exception):  # it is missing, or not at hand
+            return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
+    return {} if model is None else model.generation_config.to_diff_dict()
+
+
+def _generation_config(path: Path, fields: dict[str, Any]) -> Any:
+    from transformers import GenerationConfig
+
     try:
-        return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
-    except Exception:  # it is missing, or damaged in any way
-        return {} if model is None else model.generation_config.to_diff_dict()
+        return GenerationConfig.from_dict(fields)
+    except Exception as error:  # any wrong field may make the class fail in its own way
+        raise InputError(f"{path} is not a valid generation config: {one_line(error)}") from error
