@@ -167,8 +167,8 @@ def _find_weights(
         return None if is_light else lambda: carried
     if carried is None:
         return lambda: foundation_weights(reference, model)
-    load_foundation_config(reference)  # which those who load the repo will need
-    named = foundation_weights(reference, model)
+    # By its own config, which those who load the repo will need; the source's may be of another one.
+    named = foundation_weights(reference, skeleton(load_foundation_config(reference)))
     _check_same(carried, named, reference)
     return lambda: named
 
