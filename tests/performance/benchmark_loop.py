@@ -22,10 +22,11 @@ from accelerate import PartialState
 from evalplus import codegen
 from evalplus.provider import base
 from evalplus.provider.hf import HuggingFaceDecoder
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dylora_moe.eval.benchmark import benchmark
+from dylora_moe.eval.evalplus_data import load_benchmark
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -33,18 +34,22 @@ SIZES = {"tiny": (64, 2, 4), "small": (1024, 12, 16)}  # hidden size, layers, he
 
 
 def save_repo(folder: Path, size: str) -> Path:
-    """A routed model with four experts, which answers differently to every prompt, and a tokenizer of bytes."""
+    """A routed model with four experts, which answers differently to every prompt, and a tokenizer of the prompts' own
+    text, so that their lengths are like those of a real one."""
     torch.manual_seed(0)
     hidden, layers, heads = SIZES[size]
-    alphabet = ["<s>", "<|endoftext|>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    special = ["<s>", "<|endoftext|>", "<pad>"]
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([task["prompt"] for task in load_benchmark("humaneval").tasks.values()], trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<pad>"
     ).save_pretrained(folder)
     foundation = LlamaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden,
         intermediate_size=int(2.75 * hidden),
         num_hidden_layers=layers,
@@ -142,6 +147,8 @@ def main() -> None:
         if not arguments.no_stock:
             stock = run_stock(folder / "repo", folder, arguments)
             same = (folder / "stock.raw.jsonl").read_bytes() == run.raw_samples_path.read_bytes()
+            lengths = [len(json.loads(line)["solution"]) for line in run.raw_samples_path.open()]
+            figures["mean_characters"] = sum(lengths) / len(lengths)
             figures.update(stock_seconds=stock, ratio=stock / run.seconds, same_files=same)
     for name, value in figures.items():
         print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
