@@ -9,7 +9,7 @@ Drawn by matplotlib without a display. Knows tables and colours. Knows nothing a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,7 @@ def write_figures(content: ReportContent, tables: dict[str, ReportTable]) -> lis
 
 
 @contextmanager
-def _style():
+def _style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from .errors import FailureError, one_line
 from .exported_repo import FORMAT as EXPORTED_REPO
 from .exported_repo import read as read_repo
+from .foundation import is_local
 from .mixture import Mixture, ReadOptions
 from .options import ExportOptions
 from .own_code import link_with_own_code
@@ -116,9 +117,10 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
     """Every quantity of the source against the repo's own code in a process of its own; none without a foundation.
 
     Raises:
+        InputError: the foundation's files are damaged, or not all there.
         FailureError: one of the sides could not be computed.
     """
-    if plan.find_weights is None:
+    if plan.weights is None:
         return []
     config = read_json(repo / "config.json")
     rows = _random_rows(plan)
@@ -167,7 +169,7 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
 
 def _expected_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions) -> dict:
     if mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        return _own_code_quantities(mixture, rows, options.router_settings, options)
+        return _own_code_quantities(mixture, plan, rows, options.router_settings, options)
     return _source_quantities(mixture, plan, rows, options)
 
 
@@ -177,7 +179,7 @@ def _appended_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, optio
     What they do together is something that neither part has.
     """
     old, new = mixture.parts
-    of_repo = _own_code_quantities(old, rows, {}, options)
+    of_repo = _own_code_quantities(old, plan, rows, {}, options)
     of_adapters = _source_quantities(new, plan, rows, options, plan.load_foundation())
     expected = {"base": of_repo["base"]}
     for index in range(len(old.experts)):
@@ -193,14 +195,16 @@ def _random_rows(plan: Plan) -> torch.Tensor:
 
 
 def _own_code_quantities(
-    mixture: Mixture, rows: torch.Tensor, settings: dict[str, Any], options: ExportOptions
+    mixture: Mixture, plan: Plan, rows: torch.Tensor, settings: dict[str, Any], options: ExportOptions
 ) -> dict[str, torch.Tensor]:
     """What an exported repo computes by this package's code: its own could do anything."""
     repo = mixture.folders[0].resolve()
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         link_with_own_code(repo, Path(directory))
         dtype, is_full = options.torch_dtype, options.layout == "full"
-        return _repo_quantities(Path(directory), rows, settings, dtype, options.base_model, is_full)
+        # what the repo calls by a name that is relative to its own folder is found here alone
+        base_model = plan.foundation.name if is_local(plan.foundation) else options.base_model
+        return _repo_quantities(Path(directory), rows, settings, dtype, base_model, is_full)
 
 
 def _source_quantities(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from .foundation import (
 from .foundation_weights import carried_weights, foundation_weights, skeleton
 from .mixture import FoundationReference, Mixture
 from .options import ExportOptions
-from .stored_tensors import StoredTensor
+from .stored_tensors import StoredTensor, same_numbers
 from .tensor_files import read_json
 from .writer import finest_dtype
 
@@ -165,7 +167,8 @@ def _find_weights(
         return None if is_light else lambda: carried
     if carried is None:
         return lambda: foundation_weights(reference, model)
-    named = foundation_weights(reference, model)
+    # By its own config, which those who load the repo will need; the source's may be of another one.
+    named = foundation_weights(reference, skeleton(load_foundation_config(reference)))
     _check_same(carried, named, reference)
     return lambda: named
 
@@ -178,7 +181,7 @@ def _check_same(carried: dict[str, StoredTensor], named: dict[str, StoredTensor]
     """
     for name in sorted(carried.keys() | named.keys()):
         mine, other = carried.get(name), named.get(name)
-        if mine is None or other is None or not torch.equal(mine.read(), other.read().to(mine.dtype)):
+        if mine is None or other is None or not same_numbers(mine, other):
             raise InputError(
                 f"the source's own {name} is not that of the foundation {reference.name}, which would stand in for it; "
                 "leave out --base_model and export with --layout full"
@@ -242,14 +245,33 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
 
 
 def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Module | None) -> dict[str, Any]:
-    """What the source's own `generation_config.json` says, else the foundation's, else the foundation's config."""
+    """What the source's own `generation_config.json` says, else the foundation's, else the foundation's config.
+
+    Raises:
+        InputError: that file is damaged; what is not said would be another way to generate.
+    """
     from transformers import GenerationConfig
 
     own = mixture.folders[0] / "generation_config.json"
     is_repo = mixture.routing_strategy is not None
     if (is_repo or mixture.foundation_weights is not None) and own.is_file():
-        return read_json(contained(mixture.folders[0], own))
+        fields = read_json(contained(mixture.folders[0], own))
+        _generation_config(own, fields)
+        return fields
+    if is_local(reference):
+        path = Path(reference.name, "generation_config.json")
+        if path.is_file():
+            return _generation_config(path, read_json(path)).to_diff_dict()
+    else:
+        with suppress(Exception):  # it is missing, or not at hand
+            return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
+    return {} if model is None else model.generation_config.to_diff_dict()
+
+
+def _generation_config(path: Path, fields: dict[str, Any]) -> Any:
+    from transformers import GenerationConfig
+
     try:
-        return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
-    except Exception:  # it is missing, or damaged in any way
-        return {} if model is None else model.generation_config.to_diff_dict()
+        return GenerationConfig.from_dict(fields)
+    except Exception as error:  # any wrong field may make the class fail in its own way
+        raise InputError(f"{path} is not a valid generation config: {one_line(error)}") from error

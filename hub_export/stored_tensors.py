@@ -1,4 +1,5 @@
-"""Tensors that stay where they are until they are written: copied one at a time, in memory no more than the largest.
+"""Tensors that stay where they are until they are written: copied one at a time, in memory no more than the largest,
+and of tensors that lie in files no more than a piece.
 
     safetensors: 8 bytes, the header's length (little-endian); the header, JSON; the tensors' bytes without gaps
     (https://huggingface.co/docs/safetensors). `safetensors.torch.save_file` wants all tensors of a file at once.
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -24,16 +26,22 @@ from .tensor_files import SAFETENSORS_DTYPES, TensorFile
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-ROWS_AT_ONCE = 4096
+PIECE = 16 * 1024**2  # bytes
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's shape and dtype, and a way to have it. `read` gives a new tensor or a view of a file at every call."""
+    """A tensor's shape and dtype, and a way to have it.
+
+    Attributes:
+        read: gives a new tensor or a view of a file at every call.
+        read_rows: gives the rows `start` to `stop` without the rest; None where there is no way to.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    read_rows: Callable[[int, int], torch.Tensor] | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -47,31 +55,38 @@ class StoredTensor:
         """The same numbers in another dtype, converted when read; None, and tensors of integers, stay as they are."""
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return StoredTensor(self.shape, dtype, lambda: self.read().to(dtype))
+        return replace(self.through(lambda content: content.to(dtype)), dtype=dtype)
+
+    def through(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StoredTensor:
+        """What `change` makes of it when it is read; of some rows or of all, which must come to the same."""
+        rows = self.read_rows
+        read_rows = None if rows is None else lambda start, stop: change(rows(start, stop))
+        return StoredTensor(self.shape, self.dtype, lambda: change(self.read()), read_rows)
 
     def transposed(self) -> StoredTensor:
         return StoredTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
 
     def rows(self, start: int, stop: int) -> StoredTensor:
         """Rows of a matrix."""
-        return StoredTensor((stop - start, *self.shape[1:]), self.dtype, lambda: self.read()[start:stop])
+        read_rows = self.read_rows or (lambda start, stop: self.read()[start:stop])
+        return StoredTensor((stop - start, *self.shape[1:]), self.dtype, lambda: read_rows(start, stop))
 
-
-@dataclass(frozen=True)
-class FileTensor(StoredTensor):
-    """A tensor in a file, of which rows can be had without the rest."""
-
-    file: TensorFile | None = None
-    key: str = ""
-
-    def rows(self, start: int, stop: int) -> StoredTensor:
-        read = lambda: self.file.read_rows(self.key, start, stop)  # noqa: E731
-        return StoredTensor((stop - start, *self.shape[1:]), self.dtype, read)
+    def pieces(self, rows: int | None = None) -> Iterator[torch.Tensor]:
+        """All of it in order, `rows` rows at a time: as many as make up 16 MB, if left out."""
+        if not self.shape:
+            yield self.read()
+            return
+        rows = rows or max(1, PIECE * self.shape[0] // max(1, self.num_bytes))
+        if self.read_rows is None:
+            yield from self.read().split(rows)
+            return
+        for start in range(0, self.shape[0], rows):
+            yield self.read_rows(start, min(start + rows, self.shape[0]))
 
 
 def of_file(file: TensorFile, key: str) -> StoredTensor:
     """One tensor of a file."""
-    return FileTensor(file.shape(key), file.dtype(key), lambda: file.read(key), file, key)
+    return StoredTensor(file.shape(key), file.dtype(key), partial(file.read, key), partial(file.read_rows, key))
 
 
 def of_tensor(tensor: torch.Tensor) -> StoredTensor:
@@ -80,15 +95,20 @@ def of_tensor(tensor: torch.Tensor) -> StoredTensor:
 
 
 def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
-    """Whether two tensors are the same bit for bit, looked at a few rows at a time."""
+    """Whether two tensors are the same bit for bit, looked at a piece at a time."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    ours, theirs = left.read(), right.read()
-    for start in range(0, left.shape[0], ROWS_AT_ONCE):
-        pieces = [tensor[start : start + ROWS_AT_ONCE].contiguous().view(torch.uint8) for tensor in (ours, theirs)]
-        if not torch.equal(*pieces):
-            return False
-    return True
+    pieces = zip(left.pieces(), right.pieces(), strict=True)
+    return all(torch.equal(*(piece.contiguous().view(torch.uint8) for piece in pair)) for pair in pieces)
+
+
+def same_numbers(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether the second tensor, in the dtype of the first, is equal to it; looked at a piece at a time."""
+    if left.shape != right.shape:
+        return False
+    rows = max(1, PIECE * left.shape[0] // max(1, left.num_bytes)) if left.shape else None
+    pieces = zip(left.pieces(rows), right.to(left.dtype).pieces(rows), strict=True)
+    return all(torch.equal(*pair) for pair in pieces)
 
 
 def is_finite(tensor: torch.Tensor, part: int = 1 << 20) -> bool:
@@ -97,7 +117,7 @@ def is_finite(tensor: torch.Tensor, part: int = 1 << 20) -> bool:
 
 
 def write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """One safetensors file, each tensor read, written and forgotten before the next.
+    """One safetensors file, each tensor read, written and forgotten before the next, piece by piece where it can be.
 
     Raises:
         InputError: a tensor is of a type that the format does not have, or is not what was announced.
@@ -121,13 +141,20 @@ def write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered.items():
-            content = tensor.read().detach()
-            if tuple(content.shape) != tensor.shape or content.dtype != tensor.dtype:
-                raise InputError(
-                    f"tensor {name} was announced as {tensor.dtype} {list(tensor.shape)} and is "
-                    f"{content.dtype} {list(content.shape)}"
-                )
-            file.write(memoryview(content.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            written = 0
+            for content in tensor.pieces():
+                if tuple(content.shape[1:]) != tensor.shape[1:] or content.dtype != tensor.dtype:
+                    raise _not_as_announced(name, tensor, content)
+                part = content.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                written += file.write(memoryview(part.numpy()))
+            if written != tensor.num_bytes:
+                raise _not_as_announced(name, tensor, content)
+
+
+def _not_as_announced(name: str, tensor: StoredTensor, content: torch.Tensor) -> InputError:
+    return InputError(
+        f"tensor {name} was announced as {tensor.dtype} {list(tensor.shape)} and is {content.dtype} {list(content.shape)}"
+    )
 
 
 def write_shards(folder: Path, tensors: dict[str, StoredTensor], max_shard_size: str) -> list[Path]:

@@ -34,8 +34,10 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Bytes. What was read of a file that is mapped into memory takes memory for as long as the file is mapped.
-MAPPED_AT_ONCE = 128 * 1024**2
+# Bytes. What was read of a file that is mapped into memory takes memory for as long as the file is mapped; mapping it
+# anew takes time, which many small files that are read in turn, such as experts, are not worth.
+MAPPED_AT_ONCE = 64 * 1024**2
+SMALL_FILE = 32 * 1024**2
 
 
 def load_torch_file(path: Path) -> Any:
@@ -85,7 +87,7 @@ class TensorFile:
     """
 
     _mapped: ClassVar[weakref.WeakSet[TensorFile]] = weakref.WeakSet()
-    _read_of_mapped: ClassVar[int] = 0
+    _read_of_mapped: ClassVar[float] = 0
 
     def __init__(self, path: Path):
         self.path = path
@@ -94,7 +96,7 @@ class TensorFile:
             self._layout = self._read_header()
         else:
             self._tensors = self._load()
-            self._is_mapped = zipfile.is_zipfile(path)
+            self._is_large = path.stat().st_size > SMALL_FILE and zipfile.is_zipfile(path)  # else it is not mapped
             self._layout = {key: (tuple(value.shape), value.dtype) for key, value in self._tensors.items()}
 
     def _open(self):
@@ -153,21 +155,24 @@ class TensorFile:
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor; a safetensors file reads only these."""
         if self.path.suffix != ".safetensors":
-            return self._of_pickle(key)[start:stop]
+            return self._of_pickle(key, (stop - start) / max(1, self.shape(key)[0]))[start:stop]
         with self._open() as file:
             return file.get_slice(key)[start:stop]
 
-    def _of_pickle(self, key: str) -> torch.Tensor:
-        """A tensor of a mapped file. Once much was read of all of them, they are let go, and mapped anew when needed."""
+    def _of_pickle(self, key: str, share: float = 1.0) -> torch.Tensor:
+        """A tensor of a mapped file, of which a share is about to be read.
+
+        Once much was read of all large ones together, they are let go, and mapped anew when needed.
+        """
         if TensorFile._read_of_mapped > MAPPED_AT_ONCE:
             for file in TensorFile._mapped:
                 file._tensors = None
             TensorFile._mapped, TensorFile._read_of_mapped = weakref.WeakSet(), 0
         if self._tensors is None:
             self._tensors = self._load()
-        if self._is_mapped:
+        if self._is_large:
             TensorFile._mapped.add(self)
-            TensorFile._read_of_mapped += self._tensors[key].nbytes
+            TensorFile._read_of_mapped += share * self._tensors[key].nbytes
         return self._tensors[key]
 
 

@@ -2,14 +2,14 @@
 
 It asks transformers' own machinery (`transformers.core_model_loading`, which has no public form), on the meta device,
 which stored tensors make up each tensor of a model, and lets it do the same with their numbers when that is read. It
-knows nothing about files, and nothing of what the operations are.
+knows nothing about files, and nothing of what the operations are, but that a row of a stack is made of as many tensors.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,22 @@ class Parts:
         made = converter.convert(self.target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether a row of what comes out is made of the member of that number, one for each pattern."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        first, *others = self.converter.operations
+        side_by_side = all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
+        return isinstance(first, MergeModulelist) and first.dim == 0 and side_by_side
+
+    def rows(self, start: int, stop: int) -> Parts:
+        """Those of some rows of a stack."""
+        of_pattern: dict[str, list[tuple[str, str, StoredTensor]]] = {}
+        for member in self.members:
+            of_pattern.setdefault(member[0], []).append(member)
+        return replace(self, members=[member for group in of_pattern.values() for member in group[start:stop]])
+
     def describe(self) -> str:
         keys = [key for _, key, _ in self.members]
         return keys[0] if len(keys) == 1 else f"{len(keys)} tensors, {keys[0]} to {keys[-1]}"
@@ -70,7 +86,7 @@ def by_model_name(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[di
         raise UnknownConversion(one_line(error)) from error
     for parts in groups.values():
         for name, made in _outcome(parts, model).items():
-            found.setdefault(name, StoredTensor(tuple(made.shape), made.dtype, _reader(parts, model, name)))
+            found.setdefault(name, _stored(parts, model, name, made))
     return found, unknown
 
 
@@ -138,8 +154,11 @@ def _outcome(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
         return _converted(parts, model)
 
 
-def _reader(parts: Parts, model: nn.Module, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: _converted(parts, model)[name]
+def _stored(parts: Parts, model: nn.Module, name: str, made: torch.Tensor) -> StoredTensor:
+    """What comes out under a name. `made` is of the same shape and dtype."""
+    read = lambda: _converted(parts, model)[name]  # noqa: E731
+    read_rows = lambda start, stop: _converted(parts.rows(start, stop), model)[name]  # noqa: E731
+    return StoredTensor(tuple(made.shape), made.dtype, read, read_rows if parts.is_stack else None)
 
 
 def _converted(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:

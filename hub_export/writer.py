@@ -143,11 +143,13 @@ def _gate(router: Router, mixture: Mixture) -> dict[str, StoredTensor]:
 def _finite(tensor: StoredTensor, name: str) -> StoredTensor:
     """The foundation is not ours to refuse; what is wrong with it is said."""
 
-    def read() -> torch.Tensor:
-        content = tensor.read()
-        if content.dtype in EXPERT_DTYPES and not is_finite(content):
+    told = []
+
+    def look(content: torch.Tensor) -> torch.Tensor:
+        if content.dtype in EXPERT_DTYPES and not told and not is_finite(content):
+            told.append(name)
             message = f"the foundation holds NaN or infinite numbers in {name}"
             warnings.warn(message, DyloraMoeWarning, stacklevel=2)
         return content
 
-    return StoredTensor(tensor.shape, tensor.dtype, read)
+    return tensor.through(look)

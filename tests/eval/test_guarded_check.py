@@ -290,6 +290,7 @@ check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2])
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(SHORT._asdict()), json.dumps(sandboxed)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # a killed process leaves its folder
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

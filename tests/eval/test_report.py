@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,13 @@ def test_the_page_is_one_file_whose_policy_allows_its_own_script_and_style_alone
         assert attributes.get("href", "#").startswith("#")
     assert len(page.all("script")) == 2
     assert not re.search(r"url\(|@import|https?:", "".join(text for tag, _, text in page.raw if tag == "style"))
+
+
+def test_what_the_page_is_made_of_is_part_of_the_package():
+    root = Path(report.__file__).parents[1]
+    listed = re.search(r'"dylora_moe.eval" = (\[.*jinja.*\])', (root / "pyproject.toml").read_text())[1]
+    others = {path.name for path in (root / "eval").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert set(json.loads(listed)) == others == {report.TEMPLATE, report.STYLE, report.SCRIPT}
 
 
 def test_tables_have_headings_and_controls_have_labels(page):

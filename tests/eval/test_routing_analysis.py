@@ -1,6 +1,7 @@
 """routing-analysis over the folder of a benchmark: what it reads, what it writes, and that its figures are those of the
 tokens it writes down."""
 
+import io
 import json
 import math
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 from evalplus.data import humaneval
 from helpers_checkpoints import save_tokenizer
 from helpers_models import PeftLoop, build
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from dylora_moe.demo.problems import write_dataset
@@ -17,7 +19,7 @@ from dylora_moe.eval import routing_analysis as module
 from dylora_moe.eval.evalplus_data import load_benchmark
 from dylora_moe.eval.evalplus_decoder import prompt_text
 from dylora_moe.eval.loading import find_model
-from dylora_moe.eval.routing_analysis import routing_analysis
+from dylora_moe.eval.routing_analysis import RoutingAnalysis, print_routing_analysis, routing_analysis
 from dylora_moe.eval.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.eval.task_categories import categories_of
 from dylora_moe.hub_export.errors import FailureError, InputError
@@ -193,6 +195,23 @@ def test_the_summary_is_what_lies_on_disk(analysed):
     assert sorted(path.name for path in analysed.output_dir.iterdir()) == [
         "humaneval", "routing_analysis.json", "routing_tasks.jsonl", "run.json", "run.json.lock"
     ]  # fmt: skip
+
+
+def test_the_set_is_printed(analysed):
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_routing_analysis(analysed, console)
+    printed = console.export_text()
+    completion = analysed.summary["tokens"]["completion"]
+    assert "mixture on humaneval, tasks 0 to 4, 5 of 24; routing: dense, all experts" in printed
+    for share in completion["expert_shares"]:
+        assert f"{share:.1%}" in printed
+    assert f"{completion['entropy']:.3f}" in printed and f"{completion['switches_per_100_tokens']:.1f}" in printed
+    agreement = analysed.summary["agreement"]
+    assert f"{agreement['chosen']:.1%} (" in printed and "33.3%" in printed
+    for agreement, words in ((None, "agreement: unknown"), ({"num_tasks": 0}, "no choice matters")):
+        other = RoutingAnalysis(analysed.output_dir, {**analysed.summary, "agreement": agreement})
+        print_routing_analysis(other, console)
+        assert words in console.export_text()
 
 
 @pytest.fixture

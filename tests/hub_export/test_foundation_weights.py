@@ -106,6 +106,9 @@ def assert_as_loaded(folder):
         content = tensor.read()
         assert (tensor.shape, tensor.dtype) == (tuple(content.shape), content.dtype), name
         assert content.dtype == expected[name].dtype and torch.equal(content, expected[name]), name
+        for rows in (1, 5, None):
+            pieces = list(tensor.pieces(rows))
+            assert torch.equal(torch.cat(pieces) if tensor.shape else pieces[0], content), name
     return tensors
 
 
@@ -146,6 +149,9 @@ def test_only_what_makes_up_a_tensor_is_read(tmp_path, monkeypatch, max_shard_si
     keys.clear()
     tensors[f"{STACKED}gate_up_proj"].read()
     assert sorted(keys) == sorted(f"{STORED}{expert}.{part}.weight" for expert in range(12) for part in ("w1", "w3"))
+    keys.clear()
+    tensors[f"{STACKED}gate_up_proj"].rows(3, 5).read()
+    assert sorted(keys) == sorted(f"{STORED}{expert}.{part}.weight" for expert in (3, 4) for part in ("w1", "w3"))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +313,7 @@ def test_a_repo_that_was_saved_under_the_names_of_files(tmp_path):
 
 
 def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
-    """800 MB in shards of 50 MB, most of it in stacks of 75 MB: the bound of `docs/formats.md`."""
+    """800 MB in shards of 50 MB, most of it in stacks of 75 MB, which are written expert by expert."""
     sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 7, "num_local_experts": 8}
     folder = save_model(tmp_path / "base", "renamed and stacked: mixtral", "50MB", **sizes)
     save_tokenizer(folder)
@@ -317,7 +323,7 @@ def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
     largest = max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert sum(stored) > 790e6 and len(stored) > 10 and largest < 101e6
     assert rise < 2 * largest + 500e6
-    assert rise < sum(stored) / 2, "it was loaded whole"
+    assert rise < 140e6, "a stack was made whole"
 
 
 PICKLES = """

@@ -305,6 +305,31 @@ def test_damage_is_harmless_or_one_clear_error(name, sources, data):
 NEVER_OPENED = ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth")
 
 
+def test_a_damaged_foundation_is_bad_input_to_an_export_that_leaves_it_where_it_is(sources, quick_check, tmp_path):
+    """Before the check fails on it, which would be a failure of ours."""
+    damages = {
+        "model.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "config.json": lambda path: path.write_text("{"),
+        "generation_config.json": lambda path: path.write_text("null"),
+    }
+    for name in ("final", "adapters", "full repo"):
+        for file, damage in damages.items():
+            root = shutil.copytree(sources[name], tmp_path / f"{name} {file}")
+            damage(root / "foundation" / file)
+            if (name, file) == ("full repo", "generation_config.json"):
+                continue  # it has its own
+            code, stderr = run("export", root / "source", "-o", root / "out", "--layout", "adapter")
+            assert code == 2 and stderr.splitlines()[-1].startswith("error:"), (name, file, stderr)
+            assert not (root / "out").exists()
+
+
+def test_a_repo_that_names_its_foundation_relatively_is_checked(sources, tmp_path):
+    """From its own folder; once more by the whole check, in a process of its own."""
+    root = shutil.copytree(sources["adapter repo"], tmp_path / "root")
+    for layout in ("full", "adapter"):
+        assert export(root / "source", tmp_path / layout, layout=layout).check.passed
+
+
 def weight_files(folder: Path) -> list[Path]:
     found = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
     return sorted(path for path in found if path.name not in NEVER_OPENED)

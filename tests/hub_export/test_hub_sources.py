@@ -121,7 +121,8 @@ def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
     extra = {"consolidated.safetensors": b"x", "original/model.safetensors": b"x", "pytorch_model.bin": b"x"}
     hub.repos["guild/branched"] = Repo()
     hub.repos["guild/branched"].commit("main", "another model", snapshot(other))
-    hub.repos["guild/branched"].commit("v1", "the one", {**snapshot(foundation), **extra})
+    card = b"---\nlicense: other\nlicense_name: gentle\n---\n"
+    hub.repos["guild/branched"].commit("v1", "the one", {**snapshot(foundation), **extra, "README.md": card})
     named = ["--base_model", "guild/branched"]
     wrong = command(hub, tmp_path, "export", checkpoint, *named, "-o", tmp_path / "wrong")
     assert wrong.returncode == 2 and "this layer has 64 inputs" in wrong.stderr, wrong.stderr
@@ -132,6 +133,8 @@ def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
         assert done.returncode == 0 and json.loads(done.stdout)["check"]["compared_logits"], done.stderr
         config = json.loads((tmp_path / layout / "config.json").read_text())
         assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("guild/branched", "v1")
+        written = (tmp_path / layout / "README.md").read_text()
+        assert "base_model: guild/branched\n" in written and "license_name: gentle\n" in written
     assert not set(extra) & set(hub.downloads()[before:])
     expert = json.loads((tmp_path / "adapter" / "experts" / "expert_0" / "adapter_config.json").read_text())
     assert (expert["base_model_name_or_path"], expert["revision"]) == ("guild/branched", "v1")

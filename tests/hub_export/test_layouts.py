@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 import torch
-from helpers_checkpoints import change_json, save_adapter, save_foundation, save_whole_model, snapshot
+from helpers_checkpoints import (
+    change_json,
+    random_gate,
+    save_adapter,
+    save_foundation,
+    save_tokenizer,
+    save_whole_model,
+    snapshot,
+    whole_model_tensors,
+)
 from helpers_memory import rise_of_peak_memory
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -191,6 +200,21 @@ def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
     total = sum(path.stat().st_size for path in foundation.glob("*.safetensors"))
     assert total > 650e6 and size > 100e6
     assert rise < (2 * 100e6 + 500e6 if layout == "full" else 1.2 * size + 200e6)
+
+
+def test_memory_stays_bounded_whatever_the_embeddings_size(tmp_path):
+    """A state dict of 620 MB, half of it the head, which is compared with the embedding, and both with the named
+    foundation; of all that, layout `adapter` keeps a few kB."""
+    foundation = save_foundation(tmp_path / "foundation", 512, vocab_size=150_000, tie_word_embeddings=True)
+    source = save_whole_model(tmp_path / "whole", foundation, num_experts=1, file="pytorch_model.bin")
+    tensors = whole_model_tensors(foundation, num_experts=1, rank=4, head="equal")
+    gate = {f"router.gate.{name}": value for name, value in random_gate(1, 512).items()}
+    torch.save({**tensors, **gate}, source / "pytorch_model.bin")
+    save_tokenizer(source)
+    rise = rise_of_peak_memory(source, foundation, tmp_path / "out", "adapter", "llama")
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / "experts").rglob("*.safetensors"))
+    assert (source / "pytorch_model.bin").stat().st_size > 600e6 and size < 1e6
+    assert rise < 1.2 * size + 200e6
 
 
 def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypatch):

@@ -19,13 +19,14 @@ from helpers_checkpoints import (
     save_final_checkpoint,
     save_foundation,
     save_router,
+    save_tokenizer,
     save_trainer_checkpoint,
     save_whole_model,
 )
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, MixtralForCausalLM
 
 from dylora_moe.hub_export import InputError, export
 from dylora_moe.hub_export.check_source import reference
@@ -142,7 +143,27 @@ def peft_adapters(folder: Path, foundation: Path, adapters: list[Path]) -> dict[
         "AdaLoRA beside LoRA": [adaptive, adapters[1]],
         "QLoRA": [quantised],
     }
-    return {name: Case(places, ("PEFT LoRA adapters", places, foundation)) for name, places in made.items()}
+    cases = {name: Case(places, ("PEFT LoRA adapters", places, foundation)) for name, places in made.items()}
+    experts = save_mixture_of_experts(folder / "mixtral")
+    places = [
+        save_adapter(folder / name, experts, seed=seed, target_modules=["v_proj", "o_proj"])
+        for seed, name in enumerate("ab")
+    ]
+    cases["LoRA on a mixture of experts"] = Case(places, ("PEFT LoRA adapters", places, experts))
+    return cases
+
+
+def save_mixture_of_experts(folder: Path) -> Path:
+    """A foundation that transformers stores in another form than it has it in memory."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=4, **sizes)
+    model = MixtralForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +217,7 @@ CASES = [
     "AdaLoRA",
     "AdaLoRA beside LoRA",
     "QLoRA",
+    "LoRA on a mixture of experts",
     "exported repo, full",
     "exported repo, adapter",
 ]

@@ -1,0 +1,143 @@
+"""The backend `peft_moe` in Python: raw checkpoints and adapters, and the EvalPlus in this process; and the examples."""
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import evalplus.codegen
+import evalplus.evaluate
+import evalplus.provider
+import pytest
+from helpers_checkpoints import save_adapters
+from helpers_text import save_text_checkpoint
+
+from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, register, run_codegen
+from dylora_moe.hub_export.errors import InputError
+
+
+pytestmark = pytest.mark.usefixtures("problems")
+
+STRATEGIES = ("router", "best", "single:1", "round_robin", "base")
+SMALL = {"dtype": "float32", "max_new_tokens": 24, "limit": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYLORA_MOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_text_checkpoint(tmp_path_factory.mktemp("text"), length=10)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    for module, name in (
+        (evalplus.provider, "make_model"),
+        (evalplus.codegen, "make_model"),
+        (evalplus.codegen, "run_codegen"),
+        (evalplus.evaluate, "run_codegen"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    register()
+    register()
+
+
+def example(name: str):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_five_strategies_of_a_raw_checkpoint_have_five_files(checkpoint, tmp_path):
+    paths = [
+        run_codegen(model=checkpoint, backend="peft_moe", routing_strategy=strategy, root=tmp_path, **SMALL)
+        for strategy in STRATEGIES
+    ]
+    assert len(set(paths)) == 5
+    raw = [Path(path).with_suffix(".raw.jsonl").read_text() for path in paths]
+    assert len(set(raw)) == 5
+    assert "single-1" in Path(paths[2]).name and "peft_moe" in Path(paths[2]).name
+    scores = evaluate(dataset="humaneval", samples=paths[0])
+    assert set(scores) == {"pass@1", "plus_pass@1"}
+    assert evaluate(dataset="humaneval", samples=paths[0]) == scores  # read, not made again
+    assert len(list(loading.cache_folder().glob("*/config.json"))) == 1  # exported once
+
+
+def test_adapters_on_a_foundation(checkpoint, tmp_path):
+    foundation = checkpoint.parent / "foundation"
+    adapters = save_adapters(tmp_path / "adapters", foundation)
+    path = run_codegen(
+        model=foundation, adapter_path=adapters, routing_strategy="single:stabilised", root=tmp_path / "out", **SMALL
+    )
+    assert Path(path).name.startswith("plain+stabilised+everywhere_peft_moe_single-1_")
+    assert len(Path(path).read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("backend", "message"), [("hf", "use --backend peft_moe"), ("vllm", "hf, peft_moe")])
+def test_other_backends_are_refused_for_a_checkpoint(checkpoint, tmp_path, backend, message):
+    with pytest.raises(InputError, match=message):
+        run_codegen(model=checkpoint, backend=backend, root=tmp_path, **SMALL)
+
+
+def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, registered):
+    ours = evalplus.codegen.run_codegen(
+        str(checkpoint), "humaneval", str(tmp_path), backend="peft_moe", routing_strategy="best", greedy=True, **SMALL
+    )
+    assert "_best_" in ours and len(Path(ours).read_text().splitlines()) == 4
+    assert inspect.signature(evalplus.provider.make_model).parameters["backend"]
+    with pytest.raises(Exception, match=r".*"):  # other backends go where they went: no such model
+        evalplus.provider.make_model(str(tmp_path / "nothing"), "hf", "humaneval")
+
+
+@pytest.mark.parametrize("main_branch", [False, True])
+def test_make_model_gives_a_decoder(checkpoint, registered, main_branch):
+    later = {"device_map": None, "gguf_file": None, "enable_prefix_caching": False} if main_branch else {}
+    decoder = evalplus.provider.make_model(
+        model=str(checkpoint),
+        backend="peft_moe",
+        dataset="humaneval",
+        batch_size=1,
+        temperature=0.0,
+        instruction_prefix=None,
+        response_prefix=None,
+        dtype="float32",
+        tp=1,
+        base_url=None,
+        routing_strategy="single:2",
+        **later,
+    )
+    assert isinstance(decoder, PeftMoEDecoder) and decoder.routing_strategy == "single:2"
+    decoder.max_new_tokens = 12
+    (text,) = decoder.codegen("def add(a, b):\n", do_sample=False, num_samples=1)
+    assert isinstance(text, str)
+    assert "\nclass " in decoder.eos
+    mbpp = evalplus.provider.make_model(str(checkpoint), "peft_moe", "mbpp", dtype="float32")
+    assert "\nclass " not in mbpp.eos and '\n"""' in mbpp.eos
+
+
+def test_the_examples_run(checkpoint, tmp_path, capsys):
+    few = ["--limit", "3", "--max_new_tokens", "16"]
+    scores = example("compare_strategies").main(
+        [str(checkpoint), "--strategies", "router", "base", *few, "--output_dir", str(tmp_path / "results")]
+    )
+    assert set(scores) == {"router", "base"}
+    example("is_the_router_worth_it").main([str(checkpoint), *few, "--output_dir", str(tmp_path / "worth")])
+    assert "router" in capsys.readouterr().out
+    assert (tmp_path / "worth" / "report.html").is_file()
+
+
+def test_samples_are_scored_anew(checkpoint, problems, tmp_path, capsys):
+    folder = tmp_path / "old"
+    path = Path(run_codegen(model=checkpoint, root=tmp_path / "new", dtype="float32", max_new_tokens=8))
+    folder.mkdir()
+    for name in ("one.jsonl", "two.jsonl"):
+        (folder / name).write_bytes(path.read_bytes())
+    scores = example("rescore_samples").main([str(folder), "--output_dir", str(tmp_path / "rescored")])
+    assert set(scores) == {"one.jsonl", "two.jsonl"}
+    assert "two.jsonl is the same file as one.jsonl" in capsys.readouterr().out
