@@ -21,6 +21,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_t
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     monkeypatch.setattr(fast, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
 
 
 @pytest.fixture
@@ -235,6 +236,15 @@ def test_where_it_does_not_apply(steps, case):
     if "num_beams" not in arguments:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         assert sequences.tolist() == model.generate(**one, **GREEDY).tolist() and steps
+
+
+def test_it_is_off_unless_it_is_asked_for(steps, monkeypatch):
+    monkeypatch.setattr(fast, "ON_BY_ITSELF", False)
+    model = build(seed=7)
+    model.generate(**BATCH, **GREEDY)
+    assert not steps
+    model.generate(**BATCH, **GREEDY, fast_decoding=True)
+    assert steps
 
 
 def test_what_else_goes_the_ordinary_way(steps):

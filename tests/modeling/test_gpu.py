@@ -1,6 +1,8 @@
 """What only a GPU can show: the same tokens as on a CPU, offloaded and compiled caches, flash attention, graphs."""
 
+import importlib
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +14,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 BATCH = left_padded(random_rows((9, 5, 7), seed=2))
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True)
+def fast_decoding_is_on(monkeypatch):
+    with suppress(ImportError):  # the optional file was taken out
+        monkeypatch.setattr(
+            importlib.import_module("dylora_moe.modeling.fast_decoding_dylora_moe"), "ON_BY_ITSELF", True
+        )
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
+from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM, fast_decoding_dylora_moe
 
+
+fast_decoding_dylora_moe.ON_BY_ITSELF = True  # which is what is measured
 
 RANK, VOCABULARY, LAYERS = 16, 151_936, 28
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
