@@ -202,8 +202,9 @@ def _own_code_quantities(
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         link_with_own_code(repo, Path(directory))
         dtype, is_full = options.torch_dtype, options.layout == "full"
-        # what the repo calls by a name that is relative to its own folder is found here alone
-        base_model = plan.foundation.name if is_local(plan.foundation) else options.base_model
+        base_model = options.base_model
+        if mixture.foundation_weights is None and is_local(plan.foundation):
+            base_model = plan.foundation.name  # the repo may call it by a name that is relative to its own folder
         return _repo_quantities(Path(directory), rows, settings, dtype, base_model, is_full)
 
 

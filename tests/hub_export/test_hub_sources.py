@@ -128,9 +128,10 @@ def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
     assert wrong.returncode == 2 and "this layer has 64 inputs" in wrong.stderr, wrong.stderr
     before = len(hub.downloads())
     for layout in ("full", "adapter"):
-        arguments = [*named, "--base-revision", "v1", "--layout", layout, "-o", tmp_path / layout, "--json"]
-        done = command(hub, tmp_path, "export", checkpoint, *arguments)
-        assert done.returncode == 0 and json.loads(done.stdout)["check"]["compared_logits"], done.stderr
+        arguments = [*named, "--base-revision", "v1", "--layout", layout, "-o", tmp_path / layout]
+        done = command(hub, tmp_path, "export", checkpoint, *arguments, *(["--no_verify"] if layout == "full" else []))
+        assert done.returncode == 0, done.stderr
+        assert ("8 quantities equal the source's" in done.stdout) == (layout == "adapter")
         config = json.loads((tmp_path / layout / "config.json").read_text())
         assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("guild/branched", "v1")
         written = (tmp_path / layout / "README.md").read_text()
