@@ -28,8 +28,9 @@ def quick_check(monkeypatch):
     """
 
     def quantities(repo, rows, settings, dtype, base_model=None, round_foundation=True):
-        assert dtype is None and base_model is None
-        model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=torch.float32, **settings)
+        assert dtype is None
+        where = {} if base_model is None else {"base_model": base_model}
+        model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=torch.float32, **where, **settings)
         return check_repo.quantities(model.eval(), rows)
 
     monkeypatch.setattr(check, "_repo_quantities", quantities)

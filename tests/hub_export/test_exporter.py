@@ -98,6 +98,7 @@ def test_weights_are_split_beyond_the_given_size(tmp_path, checkpoint, checked):
     )
 
 
+@pytest.mark.usefixtures("quick_check")
 def test_an_exported_repo_is_exported_again_with_other_settings(tmp_path, checked):
     repo, _ = checked
     result = export(
@@ -267,6 +268,7 @@ def test_killed_half_way_and_run_again(tmp_path, checkpoint, repo):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.usefixtures("quick_check")
 def test_a_router_can_be_left_out(tmp_path, checkpoint, checked):
     for index, source in enumerate((checkpoint, checked[0])):
         result = export(source, tmp_path / str(index), router_input="none")

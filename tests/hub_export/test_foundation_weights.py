@@ -312,6 +312,7 @@ def test_a_repo_that_was_saved_under_the_names_of_files(tmp_path):
     assert torch.equal(stacked, model.state_dict()[f"foundation.{STACKED}down_proj"])
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
     """800 MB in shards of 50 MB, most of it in stacks of 75 MB, which are written expert by expert."""
     sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 7, "num_local_experts": 8}

@@ -45,6 +45,7 @@ def python(hub, home, *arguments, token="hf_write"):
     )
 
 
+@pytest.mark.slow
 def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
     repo = tmp_path / "repo"
     done = command(hub, tmp_path, "export", "guild/run", "--revision", "good", "-o", repo, "--json")
@@ -115,6 +116,7 @@ def test_every_format_is_read_from_the_hub(hub, foundation, checkpoint, adapters
         assert len(found["experts"]) == (0 if name == "merged model" else 3)
 
 
+@pytest.mark.slow
 def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
     """Its config and weights are of that revision, in the repo and when it is loaded; nothing else of it is fetched."""
     other = save_foundation(tmp_path / "other", intermediate_size=64)

@@ -156,6 +156,7 @@ pathlib.Path(%r).write_text("hostile")
 """
 
 
+@pytest.mark.slow
 def test_a_repos_own_code_is_never_run(tmp_path, checked):
     """Neither by inspect nor by export and its check; the new repo has this package's code."""
     repo = shutil.copytree(checked[0], tmp_path / "repo")
@@ -181,6 +182,7 @@ def test_links_out_of_a_repo_are_not_followed(tmp_path, light):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
     """A foundation of 800 MB and two experts of 60 MB each. The bounds are those that `docs/formats.md` states."""
@@ -202,6 +204,7 @@ def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
     assert rise < (2 * 100e6 + 500e6 if layout == "full" else 1.2 * size + 200e6)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_whatever_the_embeddings_size(tmp_path):
     """A state dict of 620 MB, half of it the head, which is compared with the embedding, and both with the named
     foundation; of all that, layout `adapter` keeps a few kB."""

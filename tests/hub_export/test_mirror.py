@@ -293,6 +293,7 @@ def test_a_pulled_repo_may_not_replace_another_folder(server, repo, tmp_path):
     assert "is not an exported repo" in error_line(wrong) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_training_artifact_is_exported_on_the_way(server, checkpoint, foundation, tmp_path):
     """By the command, with nothing injected; the choice among several checkpoints is told."""
     files = {f"best_model/{path}": data for path, data in content(checkpoint).items()}

@@ -270,6 +270,7 @@ app(["push", sys.argv[1], "guild/by_command", "--private"], standalone_mode=Fals
     assert hub.repos["guild/by_command"].private
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_from_an_empty_a_damaged_and_an_offline_cache(hub, folders, pushed, model, tmp_path):
     import torch
 

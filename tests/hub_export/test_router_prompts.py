@@ -50,6 +50,7 @@ def with_all(model, adapters):
     return model.eval()
 
 
+@pytest.mark.usefixtures("quick_check")
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_gate_rows_are_normalised_mean_hidden_states(tmp_path, adapters, foundation, prompts, layout):
     result = export(adapters, tmp_path / "repo", router_prompts=prompts, layout=layout)
@@ -74,6 +75,7 @@ def test_it_is_deterministic_and_batches_change_nothing(tmp_path, adapters, prom
     torch.testing.assert_close(gates[0], gates[2], atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("quick_check")
 def test_settings_that_were_given_are_followed(tmp_path, adapters, foundation, prompts):
     result = export(
         adapters,
@@ -120,6 +122,7 @@ def single(repo, expert):
         return model(torch.arange(3, 13)[None], routing_strategy=f"single:{expert}").logits
 
 
+@pytest.mark.usefixtures("quick_check")
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_experts_are_appended_and_the_router_left_out(tmp_path, checked, adapters, layout):
     with pytest.warns(DyloraMoeWarning, match="knows 3 of 5 experts and is left out"):
@@ -133,6 +136,7 @@ def test_experts_are_appended_and_the_router_left_out(tmp_path, checked, adapter
     assert torch.equal(single(tmp_path / "repo", 1), single(checked[0], 1))
 
 
+@pytest.mark.usefixtures("quick_check")
 def test_a_kept_router_gets_rows_from_prompts(tmp_path, checked, adapters, foundation):
     """The mixture's gate reads all experts at once, so that its new rows do, too."""
     (tmp_path / "prompts.yaml").write_text(yaml.safe_dump({"plain": PROMPTS["plain"]}))
