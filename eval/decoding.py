@@ -7,6 +7,7 @@ those of transformers. Rows that are done leave the batch. Knows nothing about E
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,20 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from dylora_moe.hub_export.errors import FailureError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
+
+
+# Settings of a generation config for which a row has to be alone: they count padding, or remember the batch.
+ALONE = {
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+}
+# Rows cannot leave any other; what is computed is the same.
+GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,12 @@ def decode_rows(
         arguments: of `model.generate`, the same for all rows.
 
     Raises:
+        InputError: the model's generation config asks for beams.
         FailureError: the memory does not suffice for a single row.
     """
+    if _is_for_single_rows(model):
+        batch_size = 1
+    _warn_of_positions(model, rows, arguments.get("max_new_tokens", 0))
     waiting = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     while waiting:
         batch, done = waiting[:batch_size], set()
@@ -89,6 +107,29 @@ def decode_rows(
     return batch_size
 
 
+def _is_for_single_rows(model: Any) -> bool:
+    settings = model.generation_config
+    if (settings.num_beams or 1) > 1:
+        raise InputError(
+            f"the model's generation config asks for {settings.num_beams} beams (num_beams), which are not made in "
+            "batches; take it out"
+        )
+    values = ((getattr(settings, name, None), usual) for name, usual in ALONE.items())
+    # The states of a recurrent model are no cache of tokens: rows cannot leave it.
+    return getattr(model, "_is_stateful", False) or any(value not in (None, usual) for value, usual in values)
+
+
+def _warn_of_positions(model: Any, rows: Sequence[Row], max_new_tokens: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(row.input_ids) for row in rows), default=0) + max_new_tokens
+    if positions is not None and longest > positions:
+        message = (
+            f"the longest prompt with --max_new_tokens {max_new_tokens} takes {longest} tokens, and the model is made for "
+            f"{positions}"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+
+
 def _padding_gives_nan(model: Any) -> bool:
     """Whether rows of unlike length cannot share a batch: the eager attention of transformers takes its softmax in
     float32, in which the mask value of float64 is -inf, so that padding, which sees nothing, becomes NaN."""
@@ -105,17 +146,20 @@ def _decode_batch(
     seed: int,
     arguments: dict[str, Any],
 ) -> None:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     length = max(len(row.input_ids) for row in rows)
-    padded = [[pad or 0] * (length - len(row.input_ids)) + row.input_ids for row in rows]
+    # A row's own first token is one that the model knows, and that no penalty on tokens of the prompt takes amiss.
+    padded = [row.input_ids[:1] * (length - len(row.input_ids)) + row.input_ids for row in rows]
     mask = [[0] * (length - len(row.input_ids)) + [1] * len(row.input_ids) for row in rows]
+    if model.generation_config.cache_implementation not in GROWING_CACHES:
+        arguments = {**arguments, "cache_implementation": "dynamic"}
     if rows[0].expert_id is not None:
         arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
     loop = _Loop(rows, finished, StopStrings(tokenizer, stop_strings), [row_generator(seed, row) for row in rows])
     model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        pad_token_id=pad,
+        pad_token_id=tokenizer.eos_token_id,
+        num_return_sequences=1,
         custom_generate=loop,
         **arguments,
     )
@@ -143,6 +187,9 @@ class _Loop:
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         end = generation_config._eos_token_tensor
         end = set() if end is None else set(end.reshape(-1).tolist())
+        for processor in logits_processor:
+            if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
+                processor.prompt_ignore_length = None  # the padding of rows that may leave; it is harmless here
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)

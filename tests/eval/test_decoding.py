@@ -1,5 +1,6 @@
 """Decoding in batches: every row gets what it would get alone, whatever shares its batch."""
 
+import copy
 import functools
 
 import numpy as np
@@ -9,10 +10,23 @@ from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dylora_moe.eval.decoding import Row, StopStrings, _Loop, decode_rows, row_generator
-from dylora_moe.hub_export.errors import FailureError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
 
 LENGTHS = (9, 4, 6, 9, 3)
@@ -56,6 +70,14 @@ def alone(model, row, **arguments):
     ids = torch.tensor([row.input_ids])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=PAD, **arguments)
     return output[0, ids.shape[1] :].tolist()
+
+
+def ordinary(kind, config, **fields):
+    """A small model without experts."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    deviation = "init_std" if config is OPTConfig else "initializer_range"
+    return kind(config(**{**small, deviation: 0.3, "bos_token_id": 1, "eos_token_id": 2, **fields})).eval()
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
@@ -184,3 +206,93 @@ def test_the_last_tokens_tell_as_the_whole_text_does(tokenizer, tokens):
     )
     found = next((end for end in range(1, len(tokens) + 1) if stop.complete(tokens[:end])), None)
     assert found == first
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("repetition_penalty", 1.3),
+        ("min_length", 12),
+        ("no_repeat_ngram_size", 1),
+        ("min_new_tokens", 4),
+        ("guidance_scale", 1.5),
+        ("bad_words_ids", [[5, 6]]),
+    ],
+)
+def test_penalties_of_the_generation_config_count_no_padding(tokenizer, monkeypatch, setting, value):
+    """A `repetition_penalty` is in the generation config of many instruction-tuned models."""
+    model = build(seed=3)
+    plain = decode(model, tokenizer, rows(), 1, routing_strategy="base", eos_token_id=list(range(5, 40)))
+    monkeypatch.setattr(model.generation_config, setting, value)
+    arguments = {"max_new_tokens": 12, "routing_strategy": "base", "eos_token_id": list(range(5, 40))}
+    got = decode(model, tokenizer, rows(), 5, **arguments)
+    for row in rows():
+        assert got[row.task_id, 0] == alone(model, row, **arguments)
+    assert len({len(tokens) for tokens in got.values()}) > 1  # rows left the batch
+    if setting != "bad_words_ids":
+        assert got != plain
+
+
+def test_a_padding_token_that_the_model_does_not_know_is_not_used(model, tokenizer):
+    expected = decode(model, tokenizer, rows(), routing_strategy="router")
+    enlarged = copy.deepcopy(tokenizer)
+    enlarged.add_special_tokens({"pad_token": "<padding>"})
+    assert enlarged.pad_token_id == VOCABULARY
+    assert decode(model, enlarged, rows(), routing_strategy="router") == expected
+
+
+def test_beams_are_refused(tokenizer, monkeypatch):
+    model = build(seed=3)
+    monkeypatch.setattr(model.generation_config, "num_beams", 2)
+    with pytest.raises(InputError, match="num_beams"):
+        decode(model, tokenizer, rows(), routing_strategy="base")
+
+
+@pytest.mark.parametrize("implementation", ["static", "hybrid"])
+@pytest.mark.parametrize("kind", [MistralForCausalLM, None], ids=["ordinary", "mixture"])
+def test_a_static_cache_of_the_generation_config(tokenizer, monkeypatch, implementation, kind):
+    """`hybrid` stands in the generation config of Gemma 2 and 3."""
+    model = build(seed=3) if kind is None else ordinary(kind, MistralConfig, sliding_window=5, num_key_value_heads=2)
+    arguments = {"routing_strategy": "router"} if kind is None else {}
+    expected = decode(model, tokenizer, rows(), 5, eos_token_id=list(range(5, 40)), **arguments)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(cache_implementation=implementation))
+    assert decode(model, tokenizer, rows(), 5, eos_token_id=list(range(5, 40)), **arguments) == expected
+    assert len({len(tokens) for tokens in expected.values()}) > 1
+
+
+def test_a_recurrent_model_is_asked_row_by_row(tokenizer):
+    model = ordinary(MambaForCausalLM, MambaConfig)
+    arguments = {"max_new_tokens": 12, "eos_token_id": list(range(5, 40))}
+    got = decode(model, tokenizer, rows(), 5, **arguments)
+    assert got == {(row.task_id, 0): alone(model, row, **arguments) for row in rows()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "fields"),
+    [
+        (GPT2LMHeadModel, GPT2Config, {"n_positions": 64}),
+        (OPTForCausalLM, OPTConfig, {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+        (MistralForCausalLM, MistralConfig, {"sliding_window": 5, "num_key_value_heads": 2}),
+        (BloomForCausalLM, BloomConfig, {}),
+    ],
+    ids=["learned positions", "positions from an offset", "sliding window", "alibi"],
+)
+def test_padding_changes_nothing_for_ordinary_models(tokenizer, kind, config, fields):
+    model = ordinary(kind, config, **fields)
+    arguments = {"max_new_tokens": 12, "eos_token_id": list(range(5, 40))}
+    got = decode(model, tokenizer, rows(), 5, **arguments)
+    assert got == {(row.task_id, 0): alone(model, row, **arguments) for row in rows()}
+    assert len({tuple(tokens) for tokens in got.values()}) > 2
+
+
+def test_more_tokens_than_the_model_has_positions_are_said(model, tokenizer):
+    positions = model.config.get_text_config().max_position_embeddings
+    with pytest.warns(DyloraMoeWarning, match=f"made for {positions}"):
+        decode(
+            model,
+            tokenizer,
+            rows()[:1],
+            routing_strategy="base",
+            max_new_tokens=positions,
+            eos_token_id=list(range(VOCABULARY)),
+        )
