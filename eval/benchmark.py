@@ -6,9 +6,12 @@ samples come about and how they are scored are other files'.
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +20,14 @@ from typing import Any
 from dylora_moe.hub_export.errors import InputError, one_line
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
-from .loading import FoundModel, LoadedModel, find_model
+from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
 from .run_record import Run, file_sha256, write_run
 from .sampling_run import make_samples, samples_name
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
+# How long a process waits for the others, which may have longer samples: NCCL's own ten minutes are too few.
+PATIENCE = timedelta(days=7)
 RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
 
 # Called with what is being done, and how much of it.
@@ -77,8 +82,12 @@ class BenchmarkOptions:
         for name in ("n_samples", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0:
-            raise InputError(f"--temperature is {self.temperature}; it must not be negative")
+        if self.parallel is not None and self.parallel < 1:
+            raise InputError(f"--parallel is {self.parallel}; it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature is {self.temperature}; it must be a number, and not negative")
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
         if self.n_samples > 1 and self.temperature == 0:
             raise InputError(
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
@@ -129,8 +138,9 @@ def benchmark(
     ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
     # Everything that may be wrong is looked at before anything long begins.
-    found = [_find(model, chosen) for model in _as_list(models)]
+    found = tell_apart([_find(model, chosen) for model in _as_list(models)])
     plans = [(model, model.strategies(wanted)) for model in found]
+    _check_folder(folder, found)
     state = _processes()
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
@@ -161,7 +171,20 @@ def _find(source: Any, options: BenchmarkOptions) -> FoundModel:
 def _processes() -> Any:
     from accelerate import PartialState
 
-    return PartialState()
+    return PartialState(timeout=PATIENCE)
+
+
+def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:
+    for model in models:
+        # Its files would be the model's, whose hash says whether it is still the same.
+        if folder.resolve() in (model.folder.resolve(), Path(model.source).resolve()):
+            raise InputError(f"-o {folder} is the model's own folder; choose another, it may lie in it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {folder} cannot be made: {one_line(error)}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"-o {folder} cannot be written to")
 
 
 def _runs_of(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from .run_record import Run
+from .scoring import pass_at_k_of_tasks
 from .statistics import interval
 from .stock_evalplus import read_results
 
@@ -37,11 +38,8 @@ def pass_at_1_interval(run: Run, plus: bool = False) -> tuple[float, float]:
 def _cell(run: Run, column: str) -> str:
     if column not in run.scores:
         return ""
-    text = f"{100 * run.scores[column]:.1f} %"
-    if column.endswith("pass@1"):
-        low, high = pass_at_1_interval(run, plus=column.startswith("plus"))
-        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return text
+    low, high = interval(pass_at_k_of_tasks(run.results_path)[column])
+    return f"{100 * run.scores[column]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _order(name: str) -> tuple[int, bool]:

@@ -24,12 +24,15 @@ from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.version import __version__
 
+from .run_record import RUN_FILE
+
 
 BACKENDS = ("hf", "peft_moe")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # What stands in a folder and changes nothing that a model computes.
 NO_PART_OF_A_MODEL = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "SHA256SUMS", ".gitattributes")
+LONGEST_LABEL = 120  # bytes
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -154,8 +157,14 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
-            model = loader.from_pretrained(self.folder, **arguments)
+            if self.is_mixture:
+                model = loader.from_pretrained(self.folder, **arguments)
+            else:
+                model, report = loader.from_pretrained(self.folder, output_loading_info=True, **arguments)
+                _check_weights(self.source, report["missing_keys"])
         except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{self.source} cannot be loaded: {one_line(error)}") from error
         if device is not None and device_map is None:
             model = model.to(device)
@@ -225,13 +234,50 @@ def load_model(
     return found.load(dtype=dtype, device=device, device_map=device_map, attn_implementation=attn_implementation)
 
 
+def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
+    """The same models, each once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
+
+    Raises:
+        InputError: two models cannot be told apart by their paths.
+    """
+    once: dict[Path, FoundModel] = {}
+    for model in models:
+        once.setdefault(model.folder.resolve(), model)
+    models = list(once.values())
+    for label in {model.label for model in models}:
+        alike = [model for model in models if model.label == label]
+        if len(alike) == 1:
+            continue
+        for model in alike:
+            parent = Path(model.source).resolve().parent.name if Path(model.source).exists() else ""
+            model.label = f"{_plain(parent)}--{label}"
+        if len({model.label for model in alike}) < len(alike):
+            raise InputError(f"{alike[0].source} and {alike[1].source} have the same name; give each a run of its own")
+    return models
+
+
+def _check_weights(source: str, missing: Any) -> None:
+    """transformers fills in random numbers, and says so where few look."""
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"{source} lacks weights that its config asks for: {', '.join(names[:3])}{more}")
+
+
 def _label(sources: list[str], names: list[str]) -> str:
     """What tables and files call a source: a Hub id or artifact whole, a folder by its own name."""
     parts = []
     for text, name in zip(sources, names, strict=True):
         whole = text.removeprefix("wandb:") if not Path(text).exists() else name
-        parts.append(re.sub(r"[^\w.+-]+", "-", whole.replace("/", "--")))
-    return "+".join(parts)
+        parts.append(_plain(whole.replace("/", "--")))
+    label = "+".join(parts)
+    if len(label.encode()) > LONGEST_LABEL:  # file names end at 255 bytes
+        label = f"{parts[0][:40]}+{len(parts) - 1}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return label
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def _exported(
@@ -266,13 +312,17 @@ def cache_folder() -> Path:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Of every file's name and content, but for what a person may write beside a model and what training leaves behind
-    and nothing ever opens."""
+    """Of every file's name and content, but for what a person may write beside a model, what training leaves behind and
+    nothing ever opens, and folders of benchmarks."""
     from dylora_moe.hub_export.sources import NAMES
 
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    benchmarks = {path.parent for path in paths if path.name == RUN_FILE} - {folder}
+    for path in paths:
         name = path.relative_to(folder)
+        if benchmarks.intersection(path.parents):
+            continue
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
         if hidden or path.name in NO_PART_OF_A_MODEL or any(path.match(pattern) for pattern in NAMES):
             continue
@@ -280,4 +330,4 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model"]
+__all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model", "tell_apart"]

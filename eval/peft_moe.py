@@ -19,11 +19,13 @@ from evalplus import codegen as evalplus_codegen
 from evalplus import evaluate as evalplus_evaluate
 from evalplus import provider
 
+from dylora_moe.hub_export.errors import InputError
+
 from .benchmark import DEFAULT_FOLDER, benchmark, score_run
-from .evalplus_data import canonical_benchmark
+from .evalplus_data import canonical_benchmark, load_benchmark
 from .evalplus_decoder import PromptDecoder
 from .loading import find_model
-from .run_record import find_run, read_runs
+from .run_record import Run, find_run, read_runs
 from .scoring import pass_at_k, score_samples
 
 
@@ -77,6 +79,7 @@ class PeftMoEDecoder(PromptDecoder):
             name,
             base_model=base_model,
             adapter_path=adapter_path,
+            backend=BACKEND,
             lora_alpha=lora_alpha,
             revision=revision,
             subfolder=subfolder,
@@ -130,8 +133,6 @@ def run_codegen(
     Raises:
         InputError: what cannot be used, EvalPlus's own options for other backends among it.
     """
-    from dylora_moe.hub_export.errors import InputError
-
     others = {
         "version": version != "default",
         "jsonl_fmt": not jsonl_fmt,
@@ -165,13 +166,24 @@ def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, flo
         `{"pass@1": …, "plus_pass@1": …}` and so on for every k of 1, 10 and 100 with samples enough; fractions.
 
     Raises:
-        InputError: no such file, or samples of other tasks.
+        InputError: no such file, samples of other tasks, or of a benchmark that is not this one or not this version of it.
     """
     samples = Path(samples)
     recorded = find_run(read_runs(samples.parent.parent), samples=f"{samples.parent.name}/{samples.name}")
     if recorded is not None and recorded.has_samples:
+        _check_record(recorded, canonical_benchmark(dataset), options)
         return score_run(recorded, **options).scores
     return pass_at_k(score_samples(samples, canonical_benchmark(dataset), **options))
+
+
+def _check_record(run: Run, dataset: str, options: dict[str, Any]) -> None:
+    if run.benchmark != dataset:
+        raise InputError(f"{run.samples_path} holds samples of {run.benchmark}, not of {dataset}")
+    known = [name for name in ("task_ids", "mini") if name in options]
+    if known:
+        raise InputError(f"leave out {' and '.join(known)}: the record of {run.samples_path} says it")
+    if load_benchmark(dataset, mini=run.mini).dataset_hash != run.dataset_hash:
+        raise InputError(f"{run.samples_path} was made for another version of {dataset} than is on this machine")
 
 
 def register() -> None:

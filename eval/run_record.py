@@ -57,7 +57,7 @@ class Run:
         benchmark: "humaneval" or "mbpp"; `mini` for the set with few plus inputs; `dataset_hash` is EvalPlus's.
         task_ids: the tasks, in EvalPlus's order; `subset` says in words which these are, None for all.
         scores: "pass@1", "plus_pass@1" and so on, fractions.
-        seconds: of generation, over all sessions that worked on it.
+        seconds: of generation, without loading; None where it was interrupted.
     """
 
     folder: Path

@@ -8,7 +8,9 @@ writing is lost. Knows nothing about models or EvalPlus.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 from dylora_moe.hub_export.errors import InputError
@@ -58,11 +60,17 @@ class SampleJournal:
                 file.truncate(whole)
 
     def add(self, task_id: str, sample: int, tokens: list[int]) -> None:
-        """Put one sample on disk."""
+        """Put one sample on disk.
+
+        Raises:
+            OSError: the disk is full.
+        """
         line = json.dumps({"task_id": task_id, "sample": sample, "tokens": tokens}, separators=(",", ":"))
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+            content = line.encode() + b"\n"
+            if file.write(content) < len(content):  # and what comes next would be added to half a line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def remove(self) -> None:
         for path in self.paths():

@@ -6,10 +6,13 @@ Knows the order of these steps and how processes share them. Knows nothing about
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dylora_moe.hub_export.errors import FailureError, InputError
 
@@ -48,10 +51,27 @@ def make_samples(
         The run with its samples' hash, on every process.
 
     Raises:
-        InputError: the folder holds another run, or other samples, under the same name.
+        InputError: the folder holds another run, or other samples, under the same name, or another command is making
+            them just now.
     """
-    tell = progress or (lambda done, total: None)
     process, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    with _alone(run, process):
+        return _make(run, benchmark, model, load, batch_size, overwrite, state, process, processes, progress)
+
+
+def _make(
+    run: Run,
+    benchmark: Benchmark,
+    model: FoundModel,
+    load: Callable[[], LoadedModel],
+    batch_size: int,
+    overwrite: bool,
+    state: Any,
+    process: int,
+    processes: int,
+    progress: Progress | None,
+) -> Run:
+    tell = progress or (lambda done, total: None)
     journal = SampleJournal(run.samples_path, process)
     recorded = _claim(run, journal, overwrite) if process == 0 else None
     _wait(state)
@@ -71,9 +91,10 @@ def make_samples(
     there = journal.read()
     rows = _missing(run, questions, there)[process::processes]
     _wait(state)  # nobody adds a sample before all have seen which are missing
-    started = time.monotonic()
+    seconds = 0.0
     if rows:
         loaded = load()
+        started = time.monotonic()
         journal.begin()
         done = count(len(there) + 1)
         tell(len(there), len(there) + len(rows))
@@ -93,12 +114,34 @@ def make_samples(
             **questions[0].generation,
             **({"routing_strategy": run.routing_strategy} if loaded.is_mixture else {}),
         )
-    recorded.seconds = (recorded.seconds or 0.0) + time.monotonic() - started
+        seconds = time.monotonic() - started
+    recorded.seconds = None if there else seconds
     _wait(state)
     if process == 0:
         _finish(recorded, benchmark, tokenizer, journal, decoder)
     _wait(state)
     return recorded if process == 0 else _recorded(run)
+
+
+@contextmanager
+def _alone(run: Run, process: int) -> Iterator[None]:
+    """No other command makes the same samples file meanwhile. The operating system lets go of it for a killed process."""
+    if process:
+        yield  # the first process holds it for all of a command's
+        return
+    path = run.folder / ".locks" / f"{run.samples.replace('/', '-')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another command is making {run.samples_path} just now; wait for it, or choose another -o"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _claim(run: Run, journal: SampleJournal, overwrite: bool) -> Run:
@@ -108,18 +151,22 @@ def _claim(run: Run, journal: SampleJournal, overwrite: bool) -> Run:
         InputError: something else has the name.
     """
     before = next((other for other in read_runs(run.folder) if other.samples == run.samples), None)
+    differences = [] if before is None else before.differences(run)
     problem = None
-    if before is None and (run.samples_path.exists() or journal.paths()):
+    if not run.samples_path.exists() and not journal.paths():
+        pass  # a run that was begun, and ended before its first sample, binds nobody
+    elif before is None:
         problem = "which no benchmark recorded"
-    elif before is not None and (differences := before.differences(run)):
+    elif differences:
         problem = f"of another run ({'; '.join(differences)})"
-    elif before is not None and before.samples_sha256 is not None and not before.has_samples:
-        problem = "which changed since they were made" if run.samples_path.exists() else None
+    elif before.samples_sha256 is not None and not before.has_samples and run.samples_path.exists():
+        problem = "which changed since they were made"
     if problem is not None and not overwrite:
         raise InputError(
             f"{run.samples_path} holds samples {problem}; choose another -o, or throw them away with --overwrite"
         )
-    if problem is None and before is not None and (before.samples_sha256 is None or before.has_samples):
+    usable = before is not None and not differences and (before.samples_sha256 is None or before.has_samples)
+    if problem is None and usable:
         return before
     for path in (run.samples_path, run.raw_samples_path, run.results_path):
         path.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from multiprocessing import cpu_count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError, one_line
 
 from .check_workers import Check, Verdict, run_checks
@@ -104,6 +106,15 @@ def pass_at_k(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str
     Raises:
         InputError: the file is not an EvalPlus result file.
     """
+    return {name: float(np.mean(estimates)) for name, estimates in pass_at_k_of_tasks(results, ks).items()}
+
+
+def pass_at_k_of_tasks(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str, list[float]]:
+    """What `pass_at_k` is the mean of: each task's estimate, in the file's order.
+
+    Raises:
+        InputError: as `pass_at_k`.
+    """
     shares = read_results(results)
     entries = json.loads(Path(results).read_text(encoding="utf-8"))["eval"]
     from evalplus.eval import estimate_pass_at_k
@@ -117,7 +128,7 @@ def pass_at_k(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str
         counts = [round(share * count) for share, count in zip(passed, samples, strict=True)]
         for k in ks:
             if k <= min(samples):
-                scores[f"{name}@{k}"] = float(estimate_pass_at_k(samples, counts, k).mean())
+                scores[f"{name}@{k}"] = estimate_pass_at_k(samples, counts, k).tolist()
     return scores
 
 

@@ -1,16 +1,29 @@
 """The benchmark: what it asks and writes is what stock EvalPlus does, whatever the batch and however often it is killed."""
 
+import gc
+import inspect
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
-from helpers_text import save_text_repo
+from evalplus.codegen import run_codegen
+from evalplus.provider.hf import HuggingFaceDecoder
+from evalplus.provider.utility import EOS, extra_eos_for_direct_completion
+from helpers_text import save_text_repo, save_text_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.eval import benchmark as benchmark_module
+from dylora_moe.eval import sample_journal
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
+from dylora_moe.eval.evalplus_decoder import ask, prompt_text
+from dylora_moe.eval.loading import FoundModel, _label
 from dylora_moe.eval.run_record import read_runs
 from dylora_moe.eval.sample_journal import SampleJournal
 from dylora_moe.hub_export.errors import InputError
@@ -169,6 +182,8 @@ def test_what_is_recorded(repo, tmp_path):
         ({"id_range": (900, 950)}, "holds no task"),
         ({"benchmarks": "codeforces"}, "unknown benchmark"),
         ({"dtype": "int3"}, "--dtype"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"parallel": 0}, "--parallel"),
         ({"strategies": "single:9"}, "out of range"),
         ({"backend": "vllm"}, "hf, peft_moe"),
         ({"colour": "red"}, "unknown options colour"),
@@ -213,3 +228,163 @@ def test_two_processes_make_the_same_files_as_one(repo, tmp_path):
         assert theirs.raw_samples_path.read_bytes() == mine.raw_samples_path.read_bytes()
         assert theirs.scores  # scored once, by the first process
     assert ran.stdout.count("report:") == 1
+
+
+def test_a_run_that_ended_before_its_first_sample_binds_nobody(repo, tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded"):
+        benchmark(repo, output_dir=tmp_path, **{**SMALL, "attn_implementation": "no such attention"})
+    run = benchmark(repo, output_dir=tmp_path, **SMALL).runs[0]
+    assert read_runs(tmp_path) == [run] and run.attn_implementation == "eager"
+
+
+def test_two_commands_do_not_make_one_file_at_once(repo, tmp_path, monkeypatch):
+    """The second would throw away what the first is adding to, and take some of it for its own."""
+    add = SampleJournal.add
+    said = []
+
+    def meanwhile(self, *sample):
+        if not said:
+            with pytest.raises(InputError) as refused:
+                benchmark(repo, output_dir=tmp_path, overwrite=True, **{**SMALL, "dtype": "float32"})
+            said.append(str(refused.value))
+        add(self, *sample)
+
+    monkeypatch.setattr(SampleJournal, "add", meanwhile)
+    run = benchmark(repo, output_dir=tmp_path, **SMALL).runs[0]
+    assert "another command is making" in said[0]
+    assert run.has_samples and run.dtype == "float64"
+    assert benchmark(repo, output_dir=tmp_path, **SMALL).runs == [run]
+
+
+def test_a_full_disk_is_said_and_loses_nothing(repo, tmp_path, monkeypatch):
+    whole = benchmark(repo, output_dir=tmp_path / "whole", **SMALL)
+    writes = []
+
+    class Full(io.FileIO):
+        def write(self, content):
+            writes.append(content)
+            return super().write(content[:9] if len(writes) == 3 else content)  # what fitted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_journal, "open", lambda path, mode, buffering=-1: Full(path, "ab"), raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            benchmark(repo, output_dir=tmp_path / "full", **SMALL)
+    assert files(benchmark(repo, output_dir=tmp_path / "full", **SMALL)) == files(whole)
+
+
+def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(repo, model)
+    monkeypatch.chdir(model)
+    first = benchmark(".", **SMALL)
+    assert first.runs[0].model_label == "model"
+    assert benchmark(".", **SMALL).runs == first.runs  # its own results have not changed the model
+    with pytest.raises(InputError, match="model's own folder"):
+        benchmark(".", output_dir=".", **SMALL)
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(InputError, match="model_sha256"):
+        benchmark(".", **SMALL)
+
+
+def test_models_of_one_name_are_told_apart(repo, tmp_path):
+    folders = [tmp_path / name / "best_model" for name in ("run_a", "run_b")]
+    for folder in folders:
+        shutil.copytree(repo, folder)
+    runs = benchmark([*folders, folders[0]], strategies="base", output_dir=tmp_path / "out", **SMALL).runs
+    assert [run.model_label for run in runs] == ["run_a--best_model", "run_b--best_model"]
+
+
+def test_many_adapters_have_a_short_label():
+    names = [f"an_adapter_for_the_language_number_{number}" for number in range(20)]
+    labels = {_label(names[:count], names[:count]) for count in (18, 19, 20)}
+    assert len(labels) == 3 and max(map(len, labels)) <= 120
+
+
+def test_an_ordinary_model_without_all_its_weights_is_refused(repo, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(repo.parent / "foundation")
+    weights = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up" not in name}
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    save_text_tokenizer(tmp_path / "model")
+    with pytest.raises(InputError, match=r"lacks weights .*layers\.1\.mlp\.up_proj"):
+        benchmark(tmp_path / "model", output_dir=tmp_path / "out", **SMALL)
+
+
+def test_an_ordinary_model_is_run_once_as_base(repo, tmp_path):
+    """Its samples are those of strategy `base` of a mixture on it."""
+    options = {**SMALL, "force_base_prompt": True}  # the foundation has a chat template, the mixture none
+    foundation = repo.parent / "foundation"
+    ordinary = benchmark(foundation, output_dir=tmp_path, **options)
+    base = benchmark(repo, strategies="base", output_dir=tmp_path, **options)
+    assert [run.routing_strategy for run in ordinary.runs] == ["base"]
+    assert files(ordinary) == files(base)
+    with pytest.raises(InputError, match="ordinary model"):
+        benchmark(foundation, strategies=["router"], output_dir=tmp_path, **options)
+
+
+def test_a_model_is_forgotten_before_the_next_is_loaded(repo, tmp_path, monkeypatch):
+    loaded = []
+    load = FoundModel.load
+
+    def watched(self, **arguments):
+        gc.collect()
+        assert all(model() is None for model in loaded)
+        result = load(self, **arguments)
+        loaded.append(weakref.ref(result.model))
+        return result
+
+    monkeypatch.setattr(FoundModel, "load", watched)
+    benchmark([repo, repo.parent / "foundation"], output_dir=tmp_path, **SMALL)
+    assert len(loaded) == 2
+
+
+def test_what_cannot_be_a_folder_is_said_before_anything_long(repo, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(FoundModel, "load", None)
+    with pytest.raises(InputError, match=r"-o .*file cannot be made"):
+        benchmark(repo, output_dir=tmp_path / "file", **SMALL)
+
+
+CHAT = "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}<|endoftext|>{% endfor %}"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("force_base_prompt", [False, True])
+@pytest.mark.parametrize("template", [None, CHAT], ids=["base", "chat"])
+def test_the_questions_are_those_of_evalplus_own_decoder(repo, problems, template, force_base_prompt, temperature):
+    """Built here without this package: EvalPlus's class, its prompt function and its two sentences."""
+    tokenizer = AutoTokenizer.from_pretrained(repo)
+    tokenizer.chat_template = template
+    stock = HuggingFaceDecoder.__new__(HuggingFaceDecoder)
+    asked = []
+
+    class Model:
+        _get_stopping_criteria = None
+
+        def generate(self, input_ids, **arguments):
+            asked.append((input_ids[0].tolist(), arguments))
+            return input_ids
+
+    vars(stock).update(
+        eos=list(EOS), tokenizer=tokenizer, model=Model(), device="cpu", force_base_prompt=force_base_prompt
+    )
+    vars(stock).update(temperature=temperature, batch_size=1, max_new_tokens=40, skip_special_tokens=True)
+    source = inspect.getsource(run_codegen)
+    for name in ("instruction_prefix", "response_prefix"):
+        setattr(stock, name, re.search(f'{name} = "(.*)"', source)[1])
+    direct = template is None or force_base_prompt
+    stock.eos += extra_eos_for_direct_completion("humaneval") if direct else ["\n```\n"]
+    data = load_benchmark("humaneval", limit=3)
+    for task in data.tasks.values():
+        stock.codegen(task["prompt"].strip() + "\n", do_sample=temperature > 0, num_samples=1)
+
+    decoder = {"temperature": temperature, "max_new_tokens": 40, "force_base_prompt": force_base_prompt}
+    questions, stops = ask(data, tokenizer, **decoder)
+    assert [question.input_ids for question in questions] == [input_ids for input_ids, _ in asked]
+    for question, (_, arguments) in zip(questions, asked, strict=True):
+        assert question.generation == {
+            name: value for name, value in arguments.items() if name not in ("num_return_sequences", "pad_token_id")
+        }
+    assert stops == stock.eos
+    text = tokenizer.decode(questions[0].input_ids)
+    assert (stock.instruction_prefix in text) == (not direct)
+    assert text == prompt_text(data, "HumanEval/0", tokenizer, force_base_prompt)
