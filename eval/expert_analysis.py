@@ -241,15 +241,15 @@ def _categories(run: Run) -> dict[str, list[str]]:
     return {task_id: categories_of(data.tasks[task_id]) for task_id in run.task_ids}
 
 
-def _router_choices(run: Run, folder: Path, trace: Callable[[], Any] | None) -> dict[str, Any] | None:
+def _router_choices(run: Run, folder: Path, trace: Callable[[str], Any] | None) -> dict[str, Any] | None:
     """`chosen`, by task, and `expert_shares`, from the routing analysis of this run's samples; made if it is missing.
 
     Args:
-        trace: makes the routing analysis; None if that cannot be, and then neither may be known.
+        trace: makes the routing analysis of a samples file; None if that cannot be, and then neither may be known.
     """
     content = _routing_analysis_of(run, folder)
     if content is None and trace is not None:
-        trace()
+        trace(run.samples)
         content = _routing_analysis_of(run, folder)
     if content is None:
         return None
@@ -276,11 +276,16 @@ def _routing_analysis_of(run: Run, folder: Path) -> dict[str, Any] | None:
 
 
 def _trace_router(
-    source: str | None, dataset: str, folder: Path, options: dict[str, Any], progress: Progress | None
+    source: str | None,
+    dataset: str,
+    folder: Path,
+    options: dict[str, Any],
+    progress: Progress | None,
+    samples: str,
 ) -> None:
     from .routing_analysis import routing_analysis
 
-    routing_analysis(source, dataset=dataset, output_dir=folder, progress=progress, **options)
+    routing_analysis(source, dataset=dataset, output_dir=folder, samples=samples, progress=progress, **options)
 
 
 def _count_choices(choices: Mapping[str, Any], run: Run, categories: Mapping[str, list[str]]) -> dict[str, Any]:

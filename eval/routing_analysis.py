@@ -71,6 +71,7 @@ def routing_analysis(
     *,
     dataset: str = "humaneval",
     output_dir: str | Path = DEFAULT_FOLDER,
+    samples: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> RoutingAnalysis:
@@ -84,6 +85,7 @@ def routing_analysis(
     Args:
         model: a source, as for `benchmark`; None where `adapter_path` says it all.
         dataset: "humaneval" or "mbpp".
+        samples: which completions, as `run.json` names their file, where the folder may hold several that would do.
         options: see `BenchmarkOptions`; `batch_size` is that of the traced texts, too. Where there are completions
             already, those that decide how they are made do not count: the trace is in the run's own dtype.
 
@@ -98,10 +100,10 @@ def routing_analysis(
     if not (found.is_mixture and found.config.has_router):
         raise InputError(f"{found.source} has no router, so there is no routing to analyse")
     tasks = load_benchmark(dataset, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
-    run, runs = _completions(found, tasks, folder)
+    run, runs = _completions(found, tasks, folder, samples)
     if run is None:
         benchmark(model, benchmarks=tasks.name, strategies=STRATEGY, output_dir=folder, progress=progress, **options)
-        run, runs = _completions(found, tasks, folder)
+        run, runs = _completions(found, tasks, folder, samples)
     if run is None:
         raise FailureError(f"{folder} holds no samples of {found.label}, though it was benchmarked; do that again")
     tell(f"loading {found.label}", 0, 0)
@@ -122,10 +124,12 @@ def routing_analysis(
     return RoutingAnalysis(folder, summary)
 
 
-def _completions(found: FoundModel, tasks: Benchmark, folder: Path) -> tuple[Run | None, list[Run]]:
+def _completions(
+    found: FoundModel, tasks: Benchmark, folder: Path, samples: str | None
+) -> tuple[Run | None, list[Run]]:
     """The run to be analysed, if there is one, and every run of this model on this data."""
     runs = runs_of(found, tasks, folder)
-    return run_of_router(runs, tasks), runs
+    return run_of_router([run for run in runs if samples in (None, run.samples)], tasks), runs
 
 
 def _trace(

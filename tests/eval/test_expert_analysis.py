@@ -344,9 +344,9 @@ class Made:
         progress("making", 1, 1)
         return SimpleNamespace(runs=runs)
 
-    def routing_analysis(self, model, *, dataset, output_dir, progress, **options):
+    def routing_analysis(self, model, *, dataset, output_dir, samples, progress, **options):
         self.calls.append(("routing_analysis", model, dataset, options))
-        run = next(run for run in read_runs(output_dir) if run.routing_strategy == "router")
+        run = next(run for run in read_runs(output_dir) if run.samples == samples)
         progress("tracing", 1, 1)
         write_routing_analysis(output_dir, run)
 
@@ -380,6 +380,14 @@ def test_a_routing_analysis_that_is_there_is_used(tmp_path, monkeypatch):
     made = Made(monkeypatch, tmp_path)
     expert_analysis("./mixture", output_dir=tmp_path, progress=lambda *what: None)
     assert [call[0] for call in made.calls] == ["find_model", "benchmark"]
+
+
+def test_of_several_runs_of_the_router_its_own_is_traced(tmp_path, monkeypatch):
+    """Greedy completions, say, beside sampled ones."""
+    write_scored_run(tmp_path, "router", SOLVED["router"], model_label="another")
+    Made(monkeypatch, tmp_path)
+    found = expert_analysis("./mixture", output_dir=tmp_path, progress=lambda *what: None).summary
+    assert found["router_choices"]["counts"] == [4, 3]
 
 
 def test_without_a_router_nothing_is_asked_of_it(tmp_path, monkeypatch):

@@ -271,6 +271,14 @@ def test_part_of_a_larger_run_and_the_largest_run_there_is(repo, tmp_path, asked
     assert asked[0] == []
 
 
+def test_the_run_that_is_named(repo, tmp_path, asked):
+    leave_run(repo, tmp_path, limit=4)
+    sampled = leave_run(repo, tmp_path, limit=3, n_samples=2)
+    found = analyse(repo, tmp_path, limit=3, samples=sampled.samples).summary
+    assert (found["samples"], found["num_tasks"], found["n_samples"]) == (sampled.samples, 3, 2)
+    assert asked[0] == []
+
+
 def test_the_trace_is_in_the_dtype_of_the_run(repo, tmp_path, analysed):
     leave_run(repo, tmp_path)
     found = routing_analysis(repo, output_dir=tmp_path).summary
