@@ -88,6 +88,22 @@ def test_each_row_is_as_alone(model, tokenizer, strategy, batch_size):
         assert got[row.task_id, 0] == alone(model, row, max_new_tokens=12, routing_strategy=strategy)
 
 
+@pytest.mark.parametrize("eos_token_id", [None, 1, 5, [5, 1]], ids=str)
+def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_transformers_reads_it(model, tokenizer, eos_token_id):
+    """Chat templates end every message with one; the model's own may be another than the tokenizer's."""
+    model = copy.copy(model)
+    model.generation_config = copy.copy(model.generation_config)
+    model.generation_config.eos_token_id = eos_token_id
+    asked = [Row(row.task_id, 0, [*row.input_ids[:2], tokenizer.eos_token_id, *row.input_ids[2:]]) for row in rows()]
+    for strategy in ("router", "best"):
+        got = decode(model, tokenizer, asked, routing_strategy=strategy)
+        for row in asked:
+            ids = torch.tensor([row.input_ids])
+            arguments = {"max_new_tokens": 12, "do_sample": False, "routing_strategy": strategy}
+            expected = model.generate(ids, pad_token_id=tokenizer.eos_token_id, **arguments)[0, ids.shape[1] :]
+            assert got[row.task_id, 0] == expected.tolist()
+
+
 def test_round_robin_takes_the_expert_it_is_told(model, tokenizer):
     told = [Row(row.task_id, 0, row.input_ids, expert_id=index % 3) for index, row in enumerate(rows())]
     got = decode(model, tokenizer, told, routing_strategy="round_robin")
