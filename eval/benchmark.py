@@ -121,7 +121,7 @@ def benchmark(
 
     Args:
         models: sources; None where `adapter_path` and `base_model` say it all.
-        strategies: routing strategies; each model's own default unless given.
+        strategies: routing strategies, of mixtures; each one's own default unless given.
         score: whether to score; otherwise only samples are made.
         options: see `BenchmarkOptions`.
 
@@ -132,16 +132,19 @@ def benchmark(
     chosen = _options(options)
     folder = Path(output_dir)
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
-    sets = [
-        load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
-        for name in dict.fromkeys(map(canonical_benchmark, names))
-    ]
+    state = _processes()
+    with state.local_main_process_first():  # what EvalPlus downloads is written in place: nobody may read half of it
+        sets = [
+            load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
+            for name in dict.fromkeys(map(canonical_benchmark, names))
+        ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
     # Everything that may be wrong is looked at before anything long begins.
     found = tell_apart([_find(model, chosen) for model in _as_list(models)])
-    plans = [(model, model.strategies(wanted)) for model in found]
+    mixtures = any(model.is_mixture for model in found)
+    # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
+    plans = [(model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found]
     _check_folder(folder, found)
-    state = _processes()
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
         result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, progress)

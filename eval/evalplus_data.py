@@ -5,6 +5,8 @@ Everything is read by EvalPlus's own functions. Knows nothing about models or sa
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +75,8 @@ def load_benchmark(
         "mbpp": (data.get_mbpp_plus, data.get_mbpp_plus_hash),
     }[name]
     try:
-        every, dataset_hash = get(mini=mini), get_hash(mini=mini)
+        with contextlib.redirect_stdout(sys.stderr):  # the first time EvalPlus downloads it, and says so
+            every, dataset_hash = get(mini=mini), get_hash(mini=mini)
     except Exception as error:  # no network, a file that is not there, or not what it should be
         raise FailureError(
             f"EvalPlus's data set {name} cannot be had ({type(error).__name__}: {one_line(error)}); put the file on this "

@@ -240,19 +240,22 @@ def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
     Raises:
         InputError: two models cannot be told apart by their paths.
     """
-    once: dict[Path, FoundModel] = {}
-    for model in models:
-        once.setdefault(model.folder.resolve(), model)
+    once: dict[Path | str, FoundModel] = {}
+    for model in models:  # by where they are: two checkpoints may well hold the same
+        once.setdefault(Path(model.source).resolve() if Path(model.source).exists() else model.source, model)
     models = list(once.values())
-    for label in {model.label for model in models}:
+    for label in sorted({model.label for model in models}):
         alike = [model for model in models if model.label == label]
         if len(alike) == 1:
             continue
         for model in alike:
             parent = Path(model.source).resolve().parent.name if Path(model.source).exists() else ""
             model.label = f"{_plain(parent)}--{label}"
-        if len({model.label for model in alike}) < len(alike):
-            raise InputError(f"{alike[0].source} and {alike[1].source} have the same name; give each a run of its own")
+    first: dict[str, FoundModel] = {}
+    for model in models:
+        other = first.setdefault(model.label, model)
+        if other is not model:
+            raise InputError(f"{other.source} and {model.source} have the same name; give each a run of its own")
     return models
 
 

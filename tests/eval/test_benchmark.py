@@ -1,6 +1,7 @@
 """The benchmark: what it asks and writes is what stock EvalPlus does, whatever the batch and however often it is killed."""
 
 import gc
+import gzip
 import inspect
 import io
 import json
@@ -10,23 +11,27 @@ import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 from evalplus.codegen import run_codegen
+from evalplus.data import humaneval
+from evalplus.data import utils as data_utils
 from evalplus.provider.hf import HuggingFaceDecoder
 from evalplus.provider.utility import EOS, extra_eos_for_direct_completion
-from helpers_text import save_text_repo, save_text_tokenizer
+from helpers_text import save_text_checkpoint, save_text_repo, save_text_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval import sample_journal
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.evalplus_decoder import ask, prompt_text
-from dylora_moe.eval.loading import FoundModel, _label
+from dylora_moe.eval.evalplus_decoder import ask, prompt_text, write_samples
+from dylora_moe.eval.loading import FoundModel, _label, find_model, tell_apart
 from dylora_moe.eval.run_record import read_runs
 from dylora_moe.eval.sample_journal import SampleJournal
-from dylora_moe.hub_export.errors import InputError
+from dylora_moe.eval.scoring import pass_at_k, score_samples
+from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
 
 
 pytestmark = pytest.mark.usefixtures("problems")
@@ -294,6 +299,19 @@ def test_models_of_one_name_are_told_apart(repo, tmp_path):
     assert [run.model_label for run in runs] == ["run_a--best_model", "run_b--best_model"]
 
 
+def test_checkpoints_that_hold_the_same_are_scored_each_and_names_that_come_to_be_the_same_are_refused(tmp_path):
+    folders = [tmp_path / name for name in ("a/best_model", "b/best_model", "a--best_model", "checkpoint-9")]
+    checkpoint = save_text_checkpoint(tmp_path / "text", length=10)
+    for folder in folders:
+        shutil.copytree(checkpoint, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
+        found = [find_model(folder) for folder in folders]
+    assert [model.label for model in tell_apart([found[0], found[3], found[0]])] == ["best_model", "checkpoint-9"]
+    with pytest.raises(InputError, match=r"a/best_model and .*a--best_model have the same name"):
+        tell_apart(found)
+
+
 def test_many_adapters_have_a_short_label():
     names = [f"an_adapter_for_the_language_number_{number}" for number in range(20)]
     labels = {_label(names[:count], names[:count]) for count in (18, 19, 20)}
@@ -319,6 +337,9 @@ def test_an_ordinary_model_is_run_once_as_base(repo, tmp_path):
     assert files(ordinary) == files(base)
     with pytest.raises(InputError, match="ordinary model"):
         benchmark(foundation, strategies=["router"], output_dir=tmp_path, **options)
+    both = benchmark([repo, foundation], strategies=["router", "base"], output_dir=tmp_path, **options).runs
+    assert [run.routing_strategy for run in both] == ["router", "base", "base"]
+    assert both[2].samples_path == ordinary.runs[0].samples_path
 
 
 def test_a_model_is_forgotten_before_the_next_is_loaded(repo, tmp_path, monkeypatch):
@@ -342,6 +363,36 @@ def test_what_cannot_be_a_folder_is_said_before_anything_long(repo, tmp_path, mo
     monkeypatch.setattr(FoundModel, "load", None)
     with pytest.raises(InputError, match=r"-o .*file cannot be made"):
         benchmark(repo, output_dir=tmp_path / "file", **SMALL)
+
+
+def test_a_sample_that_evalplus_cannot_sanitize_ends_nothing(repo, tmp_path):
+    """Stock EvalPlus ends there, and would again and again."""
+    tokenizer = AutoTokenizer.from_pretrained(repo)
+    data = load_benchmark("humaneval", limit=2)
+    deep = "    return 1" + "+1" * 4000
+    texts = dict(zip(data.task_ids, (deep, "    return 'é漢🎉'\n"), strict=True))
+    tokens = {(task_id, 0): tokenizer.encode(text, add_special_tokens=False) for task_id, text in texts.items()}
+    decoder = {"temperature": 0.0, "max_new_tokens": 9000, "force_base_prompt": True}
+    with pytest.warns(DyloraMoeWarning, match="cannot sanitize"):
+        write_samples(tmp_path / "samples.jsonl", data, tokenizer, tokens, 1, **decoder)
+    for task_id, line in zip(data.task_ids, lines(tmp_path / "samples.jsonl"), strict=True):
+        assert line["solution"].endswith(texts[task_id].rstrip())
+    path = score_samples(tmp_path / "samples.jsonl", "humaneval", task_ids=data.task_ids)
+    assert pass_at_k(path)["pass@1"] == 0.0
+
+
+def test_what_evalplus_says_when_it_downloads_is_no_result(repo, tmp_path, problems, monkeypatch, capsys):
+    def download(url, path):
+        print("100% [......]")
+        Path(path).write_bytes(gzip.compress(problems.read_bytes()))
+
+    monkeypatch.setattr(humaneval, "HUMANEVAL_OVERRIDE_PATH", None)
+    for module in (humaneval, data_utils):
+        monkeypatch.setattr(module, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_utils.wget, "download", download)
+    assert len(load_benchmark("humaneval").tasks) == 24
+    said = capsys.readouterr()
+    assert said.out == "" and "Downloading" in said.err
 
 
 CHAT = "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}<|endoftext|>{% endfor %}"

@@ -121,6 +121,21 @@ def test_make_model_gives_a_decoder(checkpoint, registered, main_branch):
     assert "\nclass " not in mbpp.eos and '\n"""' in mbpp.eos
 
 
+def test_the_loop_of_the_main_branch(checkpoint, tmp_path, monkeypatch):
+    """There it takes the tasks themselves, and no version."""
+    release = evalplus.codegen.codegen
+    first, second = ({"root": tmp_path / name, "routing_strategy": "best", **SMALL} for name in ("first", "second"))
+    expected = Path(run_codegen(model=checkpoint, **first))
+
+    def later(target_path, model, dataset, greedy=False, n_samples=1, id_range=None, resume=True, num_ctx=None):
+        name = next(iter(dataset)).partition("/")[0].lower()  # `.items()`, as there, and not a name
+        release(target_path, model, name, greedy, n_samples, id_range, resume=resume)
+
+    monkeypatch.setattr(evalplus.codegen, "codegen", later)
+    found = Path(run_codegen(model=checkpoint, **second))
+    assert found.read_bytes() == expected.read_bytes() and found.name == expected.name
+
+
 def test_the_examples_run(checkpoint, tmp_path, capsys):
     few = ["--limit", "3", "--max_new_tokens", "16"]
     scores = example("compare_strategies").main(
