@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from dylora_moe.hub_export.errors import FailureError
 
+from .folder_removal import remove_folder
 from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, Task
-from .sandbox import PROCESSES, sandbox_user, sandboxed
+from .sandbox import PROCESSES, WRITABLE, sandbox_user, sandboxed
 
 
 # No check may take longer, whatever it does to the process that checks it, which has a shorter limit of its own.
@@ -84,7 +85,8 @@ def run_checks(
     verdicts: dict[int, Verdict] = {}
     waiting = iter(range(len(checks)))
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora-moe-checks-")))
+        folder = Path(tempfile.mkdtemp(prefix="dylora-moe-checks-"))
+        stack.callback(remove_folder, folder)
         selector = stack.enter_context(selectors.DefaultSelector())
         idle = [_Worker(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))]
         busy: dict[_Worker, int] = {}
@@ -132,12 +134,13 @@ class _Worker:
             self.process.stdin.flush()
 
     def answer(self) -> Verdict:
-        """What it says of what it was asked. If it has ended, or is overdue, that is said, and the next one started."""
+        """What it says of what it was asked. If it has ended or is overdue, that is said; then the next one is started."""
         has_plus = not self.task.base_only
         try:
             said = json.loads(b"" if self.is_overdue else self.process.stdout.readline())
         except ValueError:
-            said = {"lost": "fail", "reason": "the process that checks it ended or did not answer"}
+            said = {"lost": "fail", "reason": "the process that checks it ended or did not answer", "last": True}
+        if "last" in said:
             self.end()
             self._start()
         self.asked = None
@@ -175,7 +178,8 @@ def _command(folder: Path, number: int, sandbox: bool) -> list[str]:
     packages = [path for path in sys.path if Path(path).name in PACKAGE_FOLDERS and Path(path).is_dir()]
     settings = {
         "packages": packages,
-        "folder": "/tmp" if sandbox else str(folder),
+        "folder": WRITABLE[0] if sandbox else str(folder),
+        "private": WRITABLE if sandbox else [],
         "user": sandbox_user(number) if sandbox else None,
         "processes": PROCESSES if sandbox else None,
     }

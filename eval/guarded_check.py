@@ -5,8 +5,9 @@
         program         (EvalPlus's own child, once for the base and once for the plus tests; restricted as it is forked)
 
 It is started in an environment and, with a sandbox, in a file system without this package: from here it imports
-`restrictions` only. Questions come pickled on stdin, from the process that started it; answers go to stdout as a line of
-JSON each, since nothing that a program may have touched is ever unpickled. Knows nothing about samples files.
+`restrictions` and `folder_removal` only. Questions come pickled on stdin, from the process that started it; answers go to
+stdout as a line of JSON each, since nothing that a program may have touched is ever unpickled. Knows nothing about
+samples files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import resource
 import select
 import signal
 import sys
@@ -25,9 +27,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from .restrictions import adopt_orphans, become_user, confine, drop_privileges, end_with_parent, limit_resources
+from .folder_removal import remove_folder
+from .restrictions import (
+    adopt_orphans,
+    become_user,
+    confine,
+    drop_privileges,
+    end_first,
+    end_with_parent,
+    limit_resources,
+)
 
 
 # EvalPlus 0.3.1 gives the base and the plus tests so long each, and waits a little for the process to end.
@@ -37,6 +49,8 @@ ENDING_SECONDS = 3
 GRACE_SECONDS = 10
 # The only variable that EvalPlus reads in the process that it limits.
 KEPT_VARIABLE = "EVALPLUS_MAX_MEMORY_BYTES"
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+SHARED_MEMORY = Path("/proc/sysvipc/shm")
 
 
 class Task(NamedTuple):
@@ -52,17 +66,20 @@ class AskerGone(Exception):
     """The process that asks has ended."""
 
 
-def serve(folder: str, user: int | None, processes: int | None) -> None:
-    """Answer questions from stdin until it ends.
+def serve(folder: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
+    """Answer questions from stdin until it ends, or until a program has changed what the next one would run in.
 
-    A question is pickled: (the fields of a Task, or None for the one before; the program's text). An answer is what `check_correctness` says
-    of it, `{"base": [status, details], "plus": [status, details]}`, or `{"lost": status, "reason": text}`.
+    A question is pickled: (the fields of a Task, or None for the one before; the program's text). An answer is what
+    `check_correctness` says of it, `{"base": [status, details], "plus": [status, details]}`, or `{"lost": status,
+    "reason": text}`; with `"last": true` if this process ends with it.
 
     Args:
         folder: where samples get folders of their own.
+        private: folders that nobody else writes to, in a sandbox; then shared memory is nobody else's either.
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
     """
+    end_first()
     if user is not None:
         become_user(user)
     adopt_orphans()
@@ -71,11 +88,15 @@ def serve(folder: str, user: int | None, processes: int | None) -> None:
         _redirect(1)  # nothing that EvalPlus prints is an answer
         import evalplus.evaluate  # noqa: F401
 
-        task = None
+        task, state = None, _state(private)
         answer: dict = {"ready": True}
         while True:
+            if _state(private) != state:
+                answer["last"] = True
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
+            if "last" in answer:
+                return
             try:
                 given, program = pickle.load(sys.stdin.buffer)
                 task = Task(*given) if given else task
@@ -96,18 +117,18 @@ def _check(task: Task, program: str, folder: str, processes: int | None) -> dict
     """One answer. When it returns, nothing that the program started is left, and neither is its folder."""
     kinds = ("base",) if task.base_only else ("base", "plus")
     seconds = [allowed_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as own:
-        reading, writing = os.pipe()
-        guard = os.fork()
-        if guard == 0:
-            os.close(reading)
-            _guard(task, program, own, writing, math.ceil(max(seconds)), processes)
-        os.close(writing)
-        try:
-            said = _read(reading, time.monotonic() + sum(seconds) + GRACE_SECONDS)
-        finally:
-            os.close(reading)
-            _end_all(guard)
+    own = tempfile.mkdtemp(dir=folder)
+    reading, writing = os.pipe()
+    guard = os.fork()
+    if guard == 0:
+        _guard(task, program, own, writing, math.ceil(max(seconds)), processes)
+    os.close(writing)
+    try:
+        said = _read(reading, time.monotonic() + sum(seconds) + GRACE_SECONDS)
+    finally:
+        os.close(reading)
+        _end_all(guard)
+        remove_folder(own)
     if said is None:
         return {"lost": "timeout", "reason": "the check did not end at its time limit"}
     try:
@@ -170,6 +191,9 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
         end_with_parent()
         for descriptor in range(3):
             _redirect(descriptor)
+        # Above all where the checking process answers: a line from a program would be taken for the next one's verdict.
+        os.closerange(3, writing)
+        os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
         memory = os.environ.get(KEPT_VARIABLE)
         os.environ.clear()
         if memory is not None:
@@ -194,6 +218,19 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
         os.write(writing, traceback.format_exc(limit=-1).encode())
     finally:
         os._exit(0)
+
+
+def _state(private: Sequence[str]) -> list[Any]:
+    """What a program can change that outlives it and that the next one would be checked under.
+
+    Whoever has the same user id may set the limits and the priority of another process.
+    """
+    state: list[Any] = [[resource.getrlimit(limit) for limit in LIMITS], os.getpriority(os.PRIO_PROCESS, 0)]
+    if sys.platform == "linux":
+        state += [os.sched_getaffinity(0), os.sched_getscheduler(0)]
+    if private:
+        state += [SHARED_MEMORY.read_text(), *(sorted(os.listdir(folder)) for folder in private)]
+    return state
 
 
 def _evalplus_check() -> Callable[..., dict[str, Any]]:

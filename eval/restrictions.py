@@ -135,6 +135,12 @@ def _allow(rules: int, path: str | Path, allowed: int) -> None:
         os.close(descriptor)
 
 
+def end_first() -> None:
+    """Have the kernel end this process, and what it starts, before all others when the machine's memory runs out."""
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def end_with_parent() -> None:
     """Have this process killed when its parent ends, however that ends."""
     if sys.platform == "linux":

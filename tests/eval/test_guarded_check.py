@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -49,7 +50,20 @@ HOSTILE = {
     f"    for _ in range({FILE_BYTES // 2**20 + 1}):\n        assert os.write(file, bytes(2**20)) == 2**20\n    return x\n",
     "kills_its_checker": "import os, posix\ndef f(x):\n    posix.kill(os.getppid(), 9)\n",
     "leaves": "import os\nos._exit(0)\n",
+    "nests_folders": "import os, posix\ndef f(x):\n    for _ in range(2000):\n        posix.mkdir('d')\n        posix.chdir('d')\n",
+    "locks_its_folder": "import os, posix\ndef f(x):\n    os.makedirs('a/b')\n    os.symlink(PATH, 'a/link')\n"
+    "    for name in ('a/b', 'a', '.'):\n        posix.chmod(name, 0)\n",
+    "answers_for_others": "import os\ndef f(x):\n    for descriptor in range(3, 256):\n        try:\n"
+    """            os.write(descriptor, b'{"base": ["fail", []]}\\n')\n        except OSError:\n            pass\n""",
 }
+# Leaves the process that checks, its guard's parent, a limit under which no other program could be checked. Passes if so.
+LIMITS_ITS_CHECKER = """
+import ctypes, io, posix
+def f(x):
+    checker = int(io.open(f"/proc/{posix.getppid()}/stat").read().rsplit(")", 1)[1].split()[1])
+    low = (ctypes.c_uint64 * 2)(2**20, 2**20)
+    return x if ctypes.CDLL(None).prlimit(checker, RLIMIT, low, None) == 0 else None
+"""
 # What EvalPlus's own guard does not keep from those who know it.
 EVASIVE = {
     "unlinks": "import posix\ndef f(x):\n    posix.unlink(PATH)\n    return x\n",
@@ -147,6 +161,35 @@ def test_what_a_program_leaves_running_is_ended(sandboxed):
     assert [verdict.base_status for verdict in run([ORPHAN, RIGHT], sandbox=sandboxed)] == ["pass", "pass"]
 
 
+@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_a_checker_that_was_changed_checks_no_other(sandboxed, limit):
+    changes = LIMITS_ITS_CHECKER.replace("RLIMIT", str(limit))
+    verdicts = run_checks([Check(SHORT, program) for program in (changes, RIGHT, RIGHT)], workers=1, sandbox=sandboxed)
+    assert [verdict.base_status for verdict in verdicts] == ["pass", "pass", "pass"]
+
+
+def test_what_outlives_a_program_in_the_sandbox_is_not_there_for_the_next(monkeypatch):
+    if sandbox_fails():
+        pytest.skip(sandbox_fails())
+    # As on a kernel without Landlock, where all of /tmp can be written to.
+    unconfined = "import checking.guarded_check\nchecking.guarded_check.confine = lambda folder: False\nserve("
+    monkeypatch.setattr(check_workers, "_START", check_workers._START.replace("serve(", unconfined))
+    leaves_memory = (
+        "import ctypes\ndef f(x):\n    return x if ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0 else None\n"
+    )
+    leaves_file = "import os\ndef f(x):\n    os.mkdir('/tmp/left')\n    os.mkdir('/dev/shm/left')\n    return x\n"
+    finds_nothing = """
+import io, os
+def f(x):
+    assert len(os.listdir("/tmp")) == 1 and os.listdir("/dev/shm") == []
+    assert len(io.open("/proc/sysvipc/shm").readlines()) == 1
+    return x
+"""
+    programs = [leaves_memory, finds_nothing, leaves_file, finds_nothing]
+    verdicts = run_checks([Check(SHORT, program) for program in programs], workers=1, sandbox=True)
+    assert [verdict.base_status for verdict in verdicts] == ["pass"] * 4
+
+
 def test_a_fork_bomb_in_the_sandbox():
     if sandbox_fails():
         pytest.skip(sandbox_fails())
@@ -190,6 +233,7 @@ def f(x):
     assert limits["Max core file size"] == ["0"] * 2
     assert limits["Max address space"] == ["{1024**3}"] * 2
     assert int(limits["Max cpu time"][1]) <= 5
+    assert io.open("/proc/self/oom_score_adj").read().strip() == "1000"
     assert os.readlink("/proc/self/fd/1") == os.readlink("/proc/self/fd/2") == "/dev/null"
     return x
 """
