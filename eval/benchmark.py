@@ -130,6 +130,8 @@ def benchmark(
         FailureError: the work failed.
     """
     chosen = _options(options)
+    if score:
+        _check_settings(chosen)
     folder = Path(output_dir)
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     state = _processes()
@@ -172,9 +174,20 @@ def _find(source: Any, options: BenchmarkOptions) -> FoundModel:
 
 
 def _processes() -> Any:
+    """accelerate's state. Processes on CPUs know of each other only if it is told that they are on CPUs."""
+    import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState(timeout=PATIENCE)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def _check_settings(options: BenchmarkOptions) -> None:
+    from .scoring import check_settings
+
+    check_settings(options.sandbox)
 
 
 def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:

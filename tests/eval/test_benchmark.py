@@ -10,9 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
+import psutil
 import pytest
 from evalplus.codegen import run_codegen
 from evalplus.data import humaneval
@@ -23,7 +25,7 @@ from helpers_text import save_text_checkpoint, save_text_repo, save_text_tokeniz
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.eval import benchmark as benchmark_module
-from dylora_moe.eval import sample_journal
+from dylora_moe.eval import sample_journal, sandbox
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
 from dylora_moe.eval.evalplus_decoder import ask, prompt_text, write_samples
@@ -66,6 +68,13 @@ print(codegen.run_codegen(
     model=sys.argv[1], dataset="humaneval", root=sys.argv[2], greedy=True, backend="hf", id_range=[0, 6],
     trust_remote_code=True, dtype="float64"))
 """
+
+
+def test_a_missing_bubblewrap_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="needs bubblewrap, and there is no bwrap here; install it"):
+        benchmark(tmp_path / "no model", sandbox=True, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_files_are_those_of_stock_evalplus(repo, tmp_path):
@@ -201,30 +210,41 @@ def test_wrong_options_end_in_one_line_and_leave_nothing(repo, tmp_path, options
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_two_processes_make_the_same_files_as_one(repo, tmp_path):
-    arguments = ["--dtype", "float64", "--max_new_tokens", "40", "--limit", "5", "--batch_size", "2"]
-    arguments += ["--n_samples", "2", "--temperature", "0.7", "--routing_strategy", "router", "round_robin"]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
+def test_two_processes_one_of_which_is_killed_make_the_same_files_as_one(repo, tmp_path):
+    """The launcher's flag for several processes is named after GPUs; there are none here."""
+    arguments = [
+        "--model",
+        str(repo),
+        "--dtype",
+        "float64",
+        "--max_new_tokens",
+        "40",
+        "--limit",
+        "12",
+        "--batch_size",
         "2",
-        "--num_machines",
-        "1",
     ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    ran = subprocess.run(
-        [*command, "-m", "dylora_moe.eval.benchmark", "--model", str(repo), *arguments, "-o", str(tmp_path / "two")],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    options = {"dtype": "float64", "max_new_tokens": 40, "limit": 5, "n_samples": 2, "temperature": 0.7}
+    arguments += ["--n_samples", "2", "--temperature", "0.7", "--routing_strategy", "router", "round_robin"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "dylora_moe.eval.benchmark", *arguments, "-o", str(tmp_path / "two")]
+
+    def start():
+        with open(tmp_path / "output", "wb") as output:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **streams)
+
+    launcher = start()
+    while len(list((tmp_path / "two").rglob("*.partial-[01].jsonl"))) < 2:
+        assert launcher.poll() is None, (tmp_path / "output").read_text()[-3000:]
+        time.sleep(0.02)
+    second = [worker for worker in psutil.Process(launcher.pid).children() if worker.environ()["RANK"] == "1"]
+    second[0].kill()
+    assert launcher.wait(120) != 0
+    (run,) = read_runs(tmp_path / "two")
+    assert not run.has_samples
+    assert start().wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
+    options = {"dtype": "float64", "max_new_tokens": 40, "limit": 12, "n_samples": 2, "temperature": 0.7}
     one = benchmark(repo, strategies=["router", "round_robin"], output_dir=tmp_path / "one", score=False, **options)
     two = read_runs(tmp_path / "two")
     assert [run.samples for run in two] == [run.samples for run in one.runs]
@@ -232,7 +252,7 @@ def test_two_processes_make_the_same_files_as_one(repo, tmp_path):
         assert theirs.samples_path.read_bytes() == mine.samples_path.read_bytes()
         assert theirs.raw_samples_path.read_bytes() == mine.raw_samples_path.read_bytes()
         assert theirs.scores  # scored once, by the first process
-    assert ran.stdout.count("report:") == 1
+    assert (tmp_path / "output").read_text().count("report:") == 1
 
 
 def test_a_run_that_ended_before_its_first_sample_binds_nobody(repo, tmp_path):
