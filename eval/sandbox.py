@@ -32,12 +32,7 @@ def sandboxed(command: Sequence[str], readable: Iterable[str | Path]) -> list[st
     Raises:
         InputError: bubblewrap is not installed.
     """
-    bubblewrap = shutil.which("bwrap")
-    if bubblewrap is None:
-        raise InputError(
-            "the sandbox needs bubblewrap, and there is no bwrap here; install it (Debian, Ubuntu, Fedora: the package "
-            "bubblewrap), or leave out --sandbox"
-        )
+    bubblewrap = find_bubblewrap()
     options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     options += ["--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"]
     if os.geteuid() == 0:
@@ -57,6 +52,17 @@ def sandboxed(command: Sequence[str], readable: Iterable[str | Path]) -> list[st
         options += ["--ro-bind", path, path]
     options += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
     return [bubblewrap, *options, "--", *command]
+
+
+def find_bubblewrap() -> str:
+    """Raises InputError: it is not installed."""
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise InputError(
+            "the sandbox needs bubblewrap, and there is no bwrap here; install it (Debian, Ubuntu, Fedora: the package "
+            "bubblewrap), or leave out --sandbox"
+        )
+    return bubblewrap
 
 
 def sandbox_user(number: int) -> int | None:

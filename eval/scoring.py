@@ -27,6 +27,7 @@ from .check_workers import Check, Verdict, run_checks
 from .evalplus_data import Benchmark, load_benchmark
 from .expected_outputs import expected_outputs
 from .guarded_check import Task
+from .sandbox import find_bubblewrap
 from .stock_evalplus import PASS, read_results
 
 
@@ -71,7 +72,7 @@ def score_samples(
     """
     samples = Path(samples)
     results = _results_path(samples)
-    _check_settings()
+    check_settings(sandbox)
     whole = load_benchmark(dataset, mini=mini)
     benchmark = _part(whole, task_ids)
     programs = _read_samples(samples, benchmark)
@@ -141,8 +142,14 @@ def _results_path(samples: Path) -> Path:
     return samples.with_name(samples.name.removesuffix(SUFFIX) + "_eval_results.json")
 
 
-def _check_settings() -> None:
-    """Refuse settings under which EvalPlus would fail every program, right ones too."""
+def check_settings(sandbox: bool) -> None:
+    """Refuse what would keep every sample from being scored, or have EvalPlus fail right programs too.
+
+    Raises:
+        InputError: EvalPlus or bubblewrap is not installed, or a variable or a limit is in the way.
+    """
+    if sandbox:
+        find_bubblewrap()
     if TIME_VARIABLE in os.environ:
         raise InputError(f"{TIME_VARIABLE} is set, which EvalPlus 0.3.1 cannot compare with a number; unset it")
     try:

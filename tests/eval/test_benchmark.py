@@ -25,7 +25,7 @@ from helpers_text import save_text_checkpoint, save_text_repo, save_text_tokeniz
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.eval import benchmark as benchmark_module
-from dylora_moe.eval import sample_journal, sandbox
+from dylora_moe.eval import sample_journal
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
 from dylora_moe.eval.evalplus_decoder import ask, prompt_text, write_samples
@@ -68,13 +68,6 @@ print(codegen.run_codegen(
     model=sys.argv[1], dataset="humaneval", root=sys.argv[2], greedy=True, backend="hf", id_range=[0, 6],
     trust_remote_code=True, dtype="float64"))
 """
-
-
-def test_a_missing_bubblewrap_is_named_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match="needs bubblewrap, and there is no bwrap here; install it"):
-        benchmark(tmp_path / "no model", sandbox=True, output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_files_are_those_of_stock_evalplus(repo, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 
 from dylora_moe.demo.problems import load_problems
 from dylora_moe.eval import expected_outputs as expected_outputs_module
-from dylora_moe.eval import scoring
+from dylora_moe.eval import sandbox, scoring
+from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.check_workers import Verdict
 from dylora_moe.eval.evalplus_data import load_benchmark
 from dylora_moe.eval.expected_outputs import expected_outputs
@@ -164,6 +165,13 @@ def test_what_else_cannot_be_scored_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("EVALPLUS_TIMEOUT_PER_TASK", "30")
     with pytest.raises(InputError, match="EVALPLUS_TIMEOUT_PER_TASK is set"):
         score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
+
+
+def test_a_missing_bubblewrap_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="needs bubblewrap, and there is no bwrap here; install it"):
+        benchmark(tmp_path / "no model", sandbox=True, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("problems", "cache")
