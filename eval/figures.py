@@ -344,7 +344,8 @@ def draw_code(axes: Axes, code: RoutedCode, width: float) -> None:
         for index in experts
     ]
     axes.legend(handles=look, loc="upper left", bbox_to_anchor=(0, 0), ncols=min(8, len(look)), fontsize=8)
-    axes.set_title(f"{code.task_id}: which expert leads at every token (stronger: {code.strength_label})")
+    cut = f", its first {len(lines)} lines" if code.is_cut else ""
+    axes.set_title(f"{code.task_id}{cut}: which expert leads at every token (stronger: {code.strength_label})")
 
 
 # Columns that `_draw_pairs` shows of a table.

@@ -37,7 +37,8 @@ class ReportTable:
 
     def write_csv(self, path: Path) -> None:
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+            # With its own row ends, those of RFC 4180, a lone carriage return in a cell is put in quotes, too.
+            writer = csv.writer(file)
             writer.writerow(self.columns)
             writer.writerows(self.rows)
 

@@ -12,7 +12,8 @@ from .report_content import ReportContent
 from .report_tables import ReportTable
 
 
-MOST_LINES = 24  # of a task that a picture shows
+MOST_LINES = 24  # of a task that is picked for a picture, if there is one
+MOST_ROWS, MOST_COLUMNS = 48, 110  # of a picture
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,26 @@ class RoutedCode:
     strength_label: str
 
     def lines(self) -> list[list[RoutedToken]]:
-        """Tokens by line of the text; one that runs over several lines is cut at their ends."""
+        """Tokens by line of the text, as far as `MOST_ROWS` reach; one that runs over several lines is cut at their ends,
+        and a line of more than `MOST_COLUMNS` goes on in the next row."""
         lines: list[list[RoutedToken]] = [[]]
+        column = 0
         for token in self.tokens:
             for part in token.text.splitlines(keepends=True):
-                lines[-1].append(RoutedToken(part, *_rest(token)))
-                if part.endswith(("\n", "\r")):
-                    lines.append([])
+                while part and len(lines) <= MOST_ROWS:
+                    piece, part = part[: MOST_COLUMNS - column], part[MOST_COLUMNS - column :]
+                    lines[-1].append(RoutedToken(piece, *_rest(token)))
+                    column += len(piece)
+                    if piece.endswith(("\n", "\r")) or column == MOST_COLUMNS:
+                        lines.append([])
+                        column = 0
         return lines if lines[-1] or len(lines) == 1 else lines[:-1]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text goes on after these lines."""
+        shown = sum(len(token.text) for line in self.lines() for token in line)
+        return shown < sum(len(token.text) for token in self.tokens)
 
     def boundary_rows(self) -> list[int]:
         """The number of the first line of the completion, where it begins a line; else nothing."""
@@ -96,7 +109,8 @@ def example(content: ReportContent) -> RoutedCode | None:
     found, best = None, None
     passed = {task["task_id"]: task["passed"] for task in content.routing["tasks"]} if content.routing else {}
     for line in content.routing_lines():
-        short = "".join(line["tokens"]).count("\n") <= MOST_LINES
+        lengths = [len(part) for part in "".join(line["tokens"]).split("\n")]
+        short = len(lengths) <= MOST_LINES + 1 and max(lengths) < MOST_COLUMNS
         completion = line["completion"] or {"argmax_shares": []}
         leading = sum(share >= 0.1 for share in completion["argmax_shares"])
         rank = (short, bool(line["completion"]), passed.get(line["task_id"]) == 1, leading)

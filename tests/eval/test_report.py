@@ -20,7 +20,8 @@ from PIL import Image
 from dylora_moe.eval import palette, report
 from dylora_moe.eval.report import render, write_report
 from dylora_moe.eval.report_content import read_folder
-from dylora_moe.eval.report_tables import report_tables, scores
+from dylora_moe.eval.report_tables import ReportTable, report_tables, scores
+from dylora_moe.eval.routed_code import RoutedCode, RoutedToken
 from dylora_moe.eval.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.eval.statistics import interval
 from dylora_moe.hub_export.errors import InputError
@@ -320,10 +321,35 @@ def test_every_picture_has_its_data_beside_it(made):
         assert min(picture.shape) > 150 and 0.005 < (picture < 200).mean() < 0.9, path
 
 
+def test_any_text_comes_back_from_csv(tmp_path):
+    cells = ["\r", "a\rb", "\n", '",', "\x00\u2028", "\u202e", ""]
+    ReportTable("t", "", ["token", "number"], [[cell, 1] for cell in cells]).write_csv(tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["token", *cells]
+
+
 def test_pictures_are_the_same_for_the_same_data(made, folder):
     write_report(folder)
     for path in sorted((made / "figures").iterdir()):
         assert (folder / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_picture_shows_the_beginning_of_a_long_text():
+    def picture(text):
+        pieces = [piece for piece in re.split(r"(\W)", text) if piece]
+        return RoutedCode("t", [RoutedToken(piece, 0, 1.0, 1.0, False, 1.0) for piece in pieces], ["e"], "")
+
+    def shown(code):
+        return ["".join(token.text for token in line) for line in code.lines()]
+
+    short = picture("a = 1\n\nb = 2\n")
+    assert shown(short) == ["a = 1\n", "\n", "b = 2\n"] and not short.is_cut
+    wide = picture("x" * 250 + " y\nz")
+    assert shown(wide) == ["x" * 110, "x" * 110, "x" * 30 + " y\n", "z"] and not wide.is_cut
+    for text in ("x\n" * 3000, "word " * 20000, "x" * 100_000):
+        code = picture(text)
+        assert code.is_cut and len(code.lines()) == 48
+        assert text.startswith("".join(shown(code))) and max(map(len, shown(code))) <= 110
 
 
 def test_pictures_of_a_large_dense_mixture(folder, tmp_path):
