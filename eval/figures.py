@@ -8,6 +8,7 @@ Drawn by matplotlib without a display. Knows tables and colours. Knows nothing a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ DPI = 144
 MUTED = "#6b7075"
 ROW_HEIGHT = 0.3  # inches
 MOST_LABELS = 60
+MOST_SLANTED = 16
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
@@ -99,11 +101,13 @@ def _figure(table: ReportTable) -> Any:
     draw = DRAWINGS[table.name]
     rows = 8 if draw is _draw_confidence else min(len(table.rows), MOST_LABELS)
     height = 1.2 + ROW_HEIGHT * max(rows, 4) * (2 if draw is _draw_pairs else 1)
+    width = 8.0
     if draw is _draw_heat:
         start, end = HEAT_COLUMNS[table.name](table.columns)
         names = _short_names(table.columns[start:end])
-        height += 0.05 * max(map(len, names)) if _are_slanted(names) else 0.0
-    figure = _new(8.0, height)
+        height += {0: 0.0, 35: 0.05, 90: 0.08}[_slant(names)] * max(map(len, names))
+        width = max(width, 2.5 + 0.19 * len(names))
+    figure = _new(width, height)
     draw(figure.add_subplot(), table)
     return figure
 
@@ -255,13 +259,16 @@ def _draw_heat(axes: Axes, table: ReportTable) -> None:
     axes.imshow(values, cmap=_shades(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     _rows(axes, [f"{row[0]} ({row[1]})" if start == 2 else str(row[0]) for row in rows])
     short = _short_names(columns)
-    slanted = _are_slanted(short)
+    slant = _slant(short)
+    room = 72 * axes.bbox.width / axes.figure.dpi
     axes.set_xticks(
         range(len(columns)),
         short,
-        rotation=35 if slanted else 0,
-        ha="left" if slanted else "center",
+        rotation=slant,
+        ha="left" if slant else "center",
+        va="center" if slant == 90 else "baseline",
         rotation_mode="anchor",
+        fontsize=min(9.0, 0.85 * room / len(columns)) if slant == 90 else 9.0,
     )
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -277,8 +284,11 @@ def _short_names(columns: list[str]) -> list[str]:
     return [name.removeprefix("weight ") for name in columns]
 
 
-def _are_slanted(names: list[str]) -> bool:
-    return sum(map(len, names)) > 70
+def _slant(names: list[str]) -> int:
+    """In degrees, so that names of columns do not lie over each other."""
+    if len(names) > MOST_SLANTED:
+        return 90
+    return 35 if sum(map(len, names)) > 70 else 0
 
 
 def _shades() -> Any:
@@ -297,7 +307,15 @@ def _figure_of_code(code: RoutedCode) -> Any:
 
 def code_height(code: RoutedCode, width: float) -> float:
     """Inches that a task's code takes at a width, with title and legend."""
-    return 1.0 + len(code.lines()) * _line_height(code, width)
+    labels = list(code.leading().values())
+    legend = 0.2 * math.ceil(len(labels) / _legend_columns(labels, width))
+    return 0.8 + legend + len(code.lines()) * _line_height(code, width)
+
+
+def _legend_columns(labels: list[str], width: float) -> int:
+    """How many entries of a legend fit beside each other."""
+    entry = 0.6 + 0.075 * max(map(len, labels), default=0)
+    return max(1, min(8, len(labels), int(width / entry)))
 
 
 def _line_height(code: RoutedCode, width: float) -> float:
@@ -338,12 +356,12 @@ def draw_code(axes: Axes, code: RoutedCode, width: float) -> None:
     for row in code.boundary_rows():
         axes.axhline(row, color=MUTED, linewidth=0.8, linestyle="--")
         axes.text(columns, row, "prompt above, completion below", fontsize=6.5, color=MUTED, ha="right", va="bottom")
-    experts = sorted({token.expert for line in lines for token in line})
+    leading = code.leading()
     look = [
-        Patch(facecolor=expert_color(index), alpha=STRONGEST["light"], label=f"{index} {code.expert_names[index]}")
-        for index in experts
+        Patch(facecolor=expert_color(index), alpha=STRONGEST["light"], label=label) for index, label in leading.items()
     ]
-    axes.legend(handles=look, loc="upper left", bbox_to_anchor=(0, 0), ncols=min(8, len(look)), fontsize=8)
+    columns = _legend_columns(list(leading.values()), width)
+    axes.figure.legend(handles=look, loc="outside lower left", ncols=columns, fontsize=8)
     cut = f", its first {len(lines)} lines" if code.is_cut else ""
     axes.set_title(f"{code.task_id}{cut}: which expert leads at every token (stronger: {code.strength_label})")
 

@@ -66,6 +66,11 @@ class RoutedCode:
                 return [row] if row else []
         return []
 
+    def leading(self) -> dict[int, str]:
+        """The experts that lead in these lines, with what they are called."""
+        experts = sorted({token.expert for line in self.lines() for token in line})
+        return {index: f"{index} {self.expert_names[index]}" for index in experts}
+
     def table(self) -> ReportTable:
         rows = [
             [
