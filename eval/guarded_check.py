@@ -50,7 +50,8 @@ GRACE_SECONDS = 10
 # The only variable that EvalPlus reads in the process that it limits.
 KEPT_VARIABLE = "EVALPLUS_MAX_MEMORY_BYTES"
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
-SHARED_MEMORY = Path("/proc/sysvipc/shm")
+# System V's shared memory, messages and semaphores, which no process's end frees.
+LASTING = [Path("/proc/sysvipc", kind) for kind in ("shm", "msg", "sem")]
 
 
 class Task(NamedTuple):
@@ -229,7 +230,7 @@ def _state(private: Sequence[str]) -> list[Any]:
     if sys.platform == "linux":
         state += [os.sched_getaffinity(0), os.sched_getscheduler(0)]
     if private:
-        state += [SHARED_MEMORY.read_text(), *(sorted(os.listdir(folder)) for folder in private)]
+        state += [*(path.read_text() for path in LASTING), *(sorted(os.listdir(folder)) for folder in private)]
     return state
 
 

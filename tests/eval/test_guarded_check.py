@@ -174,20 +174,19 @@ def test_what_outlives_a_program_in_the_sandbox_is_not_there_for_the_next(monkey
     # As on a kernel without Landlock, where all of /tmp can be written to.
     unconfined = "import checking.guarded_check\nchecking.guarded_check.confine = lambda folder: False\nserve("
     monkeypatch.setattr(check_workers, "_START", check_workers._START.replace("serve(", unconfined))
-    leaves_memory = (
-        "import ctypes\ndef f(x):\n    return x if ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0 else None\n"
-    )
+    lasting = "import ctypes\ndef f(x):\n    return x if ctypes.CDLL(None).{} >= 0 else None\n"
+    leaves_memory, leaves_messages = map(lasting.format, ("shmget(0, 4096, 0o1600)", "msgget(0, 0o1600)"))
     leaves_file = "import os\ndef f(x):\n    os.mkdir('/tmp/left')\n    os.mkdir('/dev/shm/left')\n    return x\n"
     finds_nothing = """
 import io, os
 def f(x):
     assert len(os.listdir("/tmp")) == 1 and os.listdir("/dev/shm") == []
-    assert len(io.open("/proc/sysvipc/shm").readlines()) == 1
+    assert [len(io.open(f"/proc/sysvipc/{kind}").readlines()) for kind in ("shm", "msg")] == [1, 1]
     return x
 """
-    programs = [leaves_memory, finds_nothing, leaves_file, finds_nothing]
+    programs = [leaves_memory, finds_nothing, leaves_messages, finds_nothing, leaves_file, finds_nothing]
     verdicts = run_checks([Check(SHORT, program) for program in programs], workers=1, sandbox=True)
-    assert [verdict.base_status for verdict in verdicts] == ["pass"] * 4
+    assert [verdict.base_status for verdict in verdicts] == ["pass"] * 6
 
 
 def test_a_fork_bomb_in_the_sandbox():
