@@ -355,7 +355,7 @@ def test_an_ordinary_model_is_run_once_as_base(repo, tmp_path):
     assert both[2].samples_path == ordinary.runs[0].samples_path
 
 
-def test_a_model_is_forgotten_before_the_next_is_loaded(repo, tmp_path, monkeypatch):
+def test_a_model_is_loaded_once_and_forgotten_before_the_next(repo, tmp_path, monkeypatch):
     loaded = []
     load = FoundModel.load
 
@@ -367,7 +367,8 @@ def test_a_model_is_forgotten_before_the_next_is_loaded(repo, tmp_path, monkeypa
         return result
 
     monkeypatch.setattr(FoundModel, "load", watched)
-    benchmark([repo, repo.parent / "foundation"], output_dir=tmp_path, **SMALL)
+    several = {"strategies": ["router", "single:1"], **SMALL}
+    benchmark([repo, repo.parent / "foundation"], output_dir=tmp_path, **several)
     assert len(loaded) == 2
 
 

@@ -2,6 +2,10 @@
 
 import importlib.util
 import inspect
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import evalplus.codegen
@@ -10,6 +14,7 @@ import evalplus.provider
 import pytest
 from helpers_checkpoints import save_adapters
 from helpers_text import save_text_checkpoint
+from wandb_server import Artifact, WandbServer
 
 from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, register, run_codegen
 from dylora_moe.hub_export.errors import InputError
@@ -77,6 +82,30 @@ def test_adapters_on_a_foundation(checkpoint, tmp_path):
     )
     assert Path(path).name.startswith("plain+stabilised+everywhere_peft_moe_single-1_")
     assert len(Path(path).read_text().splitlines()) == 4
+
+
+def test_the_command_takes_a_wandb_artifact_as_it_takes_the_folder(checkpoint, tmp_path):
+    """And its standard output is JSON alone."""
+    pytest.importorskip("wandb.sdk", reason="the SDK is optional")
+    files = {path.relative_to(checkpoint): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
+    options = ["--routing_strategy", "best", "--dtype", "float32", "--max_new_tokens", "24", "--limit", "4", "--json"]
+    command = [sys.executable, "-m", "dylora_moe.eval.benchmark", *options, "-o", str(tmp_path / "out")]
+    with WandbServer() as server:
+        server.artifacts["guild/moe/text:v0"] = Artifact({f"best_model/{name}": data for name, data in files.items()})
+        ran = subprocess.run(
+            [*command, "--wandb_artifact", "guild/moe/text:v0"],
+            env={**keep, "OMP_NUM_THREADS": "1", **server.environment(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    (run,) = json.loads(ran.stdout)["runs"]
+    assert run["samples"].startswith("humaneval/guild--moe--text-v0_peft_moe_best_")
+    expected = run_codegen(model=checkpoint, routing_strategy="best", root=tmp_path / "folder", **SMALL)
+    assert (tmp_path / "out" / run["samples"]).read_bytes() == Path(expected).read_bytes()
 
 
 @pytest.mark.parametrize(("backend", "message"), [("hf", "use --backend peft_moe"), ("vllm", "hf, peft_moe")])
