@@ -70,6 +70,12 @@ def read_folder(folder: str | Path) -> ReportContent:
     if content.routing is not None:
         _note_changes(content, [content.routing], "The routing analysis", "routing-analysis")
         _join_results(content)
+    if content.experts is not None and content.routing is not None:
+        compared = content.experts["runs"].get("router", {}).get("samples")
+        if content.routing["samples"] != compared:
+            content.notes.append(
+                f"The routing analysis is of {content.routing['samples']}, which the expert analysis does not compare."
+            )
     return content
 
 

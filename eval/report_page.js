@@ -66,6 +66,9 @@ function startTasks(routing) {
   let lit = null;
 
   const label = (index) => `${index} ${experts[index]}`;
+  // What is not seen, or turns the text around, by its number.
+  const spelt = (text) =>
+    JSON.stringify(text).replace(/\p{Cf}/gu, (sign) => `\\u${sign.codePointAt(0).toString(16).padStart(4, "0")}`);
   const percent = (share) => `${Math.round(100 * share)}%`;
   const verdict = (passed) => {
     if (passed === null) return "not scored";
@@ -251,7 +254,7 @@ function startTasks(routing) {
       if (expert !== before) span.dataset.switch = expert;
       before = expert;
       span.dataset.tip = [
-        `${JSON.stringify(text)}, token ${place} (${inPrompt ? "prompt" : "completion"})`,
+        `${spelt(text)}, token ${place} (${inPrompt ? "prompt" : "completion"})`,
         `expert ${label(expert)}`,
         `weight ${tokens.weights[place]}%, gate's probability ${tokens.gate[place]}%`,
       ].join("\n");

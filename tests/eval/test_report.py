@@ -276,6 +276,16 @@ def test_what_no_longer_belongs_together_is_said(folder):
         assert sentence in page.text
 
 
+def test_analyses_of_different_samples_are_told_apart(folder):
+    assert read_folder(folder).notes == []
+    routing = json.loads((folder / "routing_analysis.json").read_text())
+    other = next(run for run in read_runs(folder) if run.routing_strategy == "best")
+    routing |= {"samples": other.samples, "samples_sha256": other.samples_sha256}
+    (folder / "routing_analysis.json").write_text(json.dumps(routing))
+    (note,) = read_folder(folder).notes
+    assert note == f"The routing analysis is of {other.samples}, which the expert analysis does not compare."
+
+
 @pytest.mark.parametrize("name", ["expert_analysis.json", "routing_analysis.json"])
 @pytest.mark.parametrize(
     ("content", "words"), [("{", "is damaged"), ("[]", "is damaged"), ('{"format_version": 2}', "later version")]
@@ -403,6 +413,9 @@ COLOR_VISION = {
     ),
     "deuteranopia": np.array(
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
     ),
 }
 TO_XYZ = np.array(

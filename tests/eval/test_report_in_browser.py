@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
 
 ATTACK = "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\">"
 
+TURNED = "x = 1 # \u202e turned around \u2066 and more\n"
+
 
 def write_page(folder, **arguments):
     leave_folder(folder, **arguments)
@@ -32,7 +34,8 @@ def write_page(folder, **arguments):
 def folder(tmp_path_factory, problems_file):
     before = humaneval.HUMANEVAL_OVERRIDE_PATH
     humaneval.HUMANEVAL_OVERRIDE_PATH = str(problems_file)
-    yield write_page(tmp_path_factory.mktemp("page"), completions={"HumanEval/2": ATTACK})
+    hostile = {"HumanEval/2": ATTACK, "HumanEval/5": TURNED}
+    yield write_page(tmp_path_factory.mktemp("page"), completions=hostile)
     humaneval.HUMANEVAL_OVERRIDE_PATH = before
 
 
@@ -185,6 +188,18 @@ def test_numbers_stand_where_the_expert_changes_and_colours_differ(page, folder)
         assert number == (str(expert) if changes else None)
     looks = {(expert, color, line) for expert, _, color, line in found}
     assert len(looks) == len({color for _, color, _ in looks}) == len({line for _, _, line in looks}) == 3
+
+
+def test_text_that_turns_the_line_around_turns_nothing(page):
+    open_task(page, "HumanEval/5")
+    found = page.evaluate(
+        "[...document.querySelectorAll('#panel .token:not(.in-prompt)')].map((token) => [token.textContent,"
+        " token.getBoundingClientRect().left, token.dataset.tip])"
+    )
+    places = [place for _, place, _ in found[:-1]]
+    assert len(places) > 10 and places == sorted(places)
+    (tip,) = [tip for words, _, tip in found if words == "\u202e"]
+    assert tip.startswith('"\\u202e", token ')
 
 
 def test_an_expert_of_the_legend_is_brought_out(page):
