@@ -230,7 +230,8 @@ def _state(private: Sequence[str]) -> list[Any]:
     if sys.platform == "linux":
         state += [os.sched_getaffinity(0), os.sched_getscheduler(0)]
     if private:
-        state += [*(path.read_text() for path in LASTING), *(sorted(os.listdir(folder)) for folder in private)]
+        state += [path.read_text() for path in LASTING if path.exists()]
+        state += [sorted(os.listdir(folder)) for folder in private]
     return state
 
 

@@ -6,6 +6,7 @@ a bare interpreter in a sandbox can use it, and knows nothing about what is run.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -136,8 +137,11 @@ def _allow(rules: int, path: str | Path, allowed: int) -> None:
 
 
 def end_first() -> None:
-    """Have the kernel end this process, and what it starts, before all others when the machine's memory runs out."""
-    if sys.platform == "linux":
+    """Have the kernel end this process, and what it starts, before all others when the machine's memory runs out.
+
+    Where it does not let itself be told, nothing is done.
+    """
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
