@@ -15,7 +15,7 @@ from dylora_moe.hub_export.errors import InputError
 from .evalplus_data import Benchmark
 from .loading import FoundModel
 from .routing_trace import Text
-from .run_record import DECISIVE, Run, read_runs
+from .run_record import DECISIVE, Run, file_sha256, read_runs
 from .stock_evalplus import read_results
 
 
@@ -50,10 +50,14 @@ def read_texts(run: Run, tasks: Benchmark, task_ids: list[str], tokenizer: Any) 
     """The prompt of each task, as the model was given it, and its first completion, in the order of the samples' file.
 
     Raises:
-        InputError: the raw samples are missing, damaged, or do not begin with the prompt.
+        InputError: the raw samples are missing, damaged, not those that were recorded, or do not begin with the prompt.
     """
     from .evalplus_decoder import prompt_text
 
+    if run.raw_samples_sha256 not in (None, file_sha256(run.raw_samples_path)):
+        raise InputError(
+            f"{run.raw_samples_path} changed since it was written; delete {run.samples_path}, and both are made again"
+        )
     direct = run.force_base_prompt or tokenizer.chat_template is None
     waiting = set(task_ids)
     for task_id, solution in _raw_samples(run.raw_samples_path):

@@ -88,6 +88,7 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
     samples_sha256: str | None = None
+    raw_samples_sha256: str | None = None
     results: str | None = None
     results_sha256: str | None = None
     base_only: bool = False

@@ -200,6 +200,7 @@ def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: Sample
         raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
     write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
     recorded.samples_sha256 = file_sha256(recorded.samples_path)
+    recorded.raw_samples_sha256 = file_sha256(recorded.raw_samples_path)
     write_run(recorded)
     journal.remove()  # last: what they held is safe now
 

@@ -91,6 +91,7 @@ def leave_run(
     for path in (run.samples_path, run.raw_samples_path):
         path.write_text("".join(json.dumps(line) + "\n" for line in raw))
     run.samples_sha256 = file_sha256(run.samples_path)
+    run.raw_samples_sha256 = file_sha256(run.raw_samples_path)
     if passed is not None:
         statuses = {task_id: "pass" if number in passed else "fail" for number, task_id in enumerate(data.task_ids)}
         tasks = {
@@ -331,13 +332,28 @@ def test_base_tests_count_where_there_are_no_others(repo, tmp_path):
         (lambda path: path.write_text(path.read_text().replace("import", "export")), "does not begin with"),
     ],
 )
-def test_raw_samples_that_are_not_what_they_should_be_are_an_error(repo, tmp_path, spoil, words):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_raw_samples_that_are_not_what_they_should_be_are_an_error(repo, tmp_path, spoil, words, recorded):
+    """Those of a run that an earlier version recorded are known by their form alone."""
     run = leave_run(repo, tmp_path, limit=2)
+    if recorded:
+        words = "changed since it was written; delete .*router_2_1.jsonl"
+    else:
+        run.raw_samples_sha256 = None
+        write_run(run)
     spoil(run.raw_samples_path)
     with pytest.raises(InputError, match=words):
         analyse(repo, tmp_path)
     assert not (tmp_path / "routing_analysis.json").exists()
     assert not list(tmp_path.glob("routing_tasks*"))
+
+
+def test_another_text_in_the_raw_samples_is_not_traced(repo, tmp_path):
+    """It was not what was scored."""
+    path = leave_run(repo, tmp_path, limit=2).raw_samples_path
+    path.write_text(path.read_text().replace("return a", "return b"))
+    with pytest.raises(InputError, match="changed since it was written"):
+        analyse(repo, tmp_path)
 
 
 def test_a_model_without_a_router_is_refused(tmp_path):
