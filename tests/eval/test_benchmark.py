@@ -21,9 +21,12 @@ from evalplus.data import humaneval
 from evalplus.data import utils as data_utils
 from evalplus.provider.hf import HuggingFaceDecoder
 from evalplus.provider.utility import EOS, extra_eos_for_direct_completion
+from helpers_checkpoints import snapshot
 from helpers_text import save_text_checkpoint, save_text_repo, save_text_tokenizer
+from hub_server import Hub, Repo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dylora_moe.cli import main
 from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval import sample_journal
 from dylora_moe.eval.benchmark import benchmark
@@ -176,6 +179,47 @@ def test_what_is_recorded(repo, tmp_path):
     assert {"torch", "transformers", "evalplus", "dylora-moe"} <= set(run.versions)
     assert len(run.model_sha256) == len(run.samples_sha256) == 64
     assert read_runs(tmp_path)[0] == run
+
+
+def test_json_is_all_that_the_command_prints(repo, tmp_path, capfd):
+    arguments = ["--model", str(repo), "--max_samples", "2", "--max_new_tokens", "8", "--benchmarks", "humanevalplus"]
+    with pytest.raises(SystemExit) as ended:
+        main(["benchmark", *arguments, "-o", str(tmp_path), "--json"])
+    printed = capfd.readouterr()
+    assert ended.value.code == 0, printed.err
+    result = json.loads(printed.out)
+    assert result["runs"] == [run.to_dict() for run in read_runs(tmp_path)]
+    assert result["runs"][0]["scores"].keys() == {"pass@1", "plus_pass@1"}
+    assert "--max_samples: it is --limit now" in printed.err
+
+
+@pytest.mark.slow
+def test_a_model_on_the_hub_is_recorded_by_its_commit_and_is_not_fetched_again(repo, tmp_path):
+    options = ["--dtype", "float64", "--max_new_tokens", "40", "--limit", "6", "-o", str(tmp_path / "out"), "--json"]
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+
+    def run(**environment):
+        ran = subprocess.run(
+            [sys.executable, "-m", "dylora_moe.eval.benchmark", "--model", "guild/moe", *options],
+            env={**keep, **environment},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return json.loads(ran.stdout)["runs"]
+
+    with Hub() as hub:
+        hub.repos["guild/moe"] = Repo()
+        commit = hub.repos["guild/moe"].commit("main", "whole", snapshot(repo))
+        environment = hub.environment(tmp_path, "hf_write")
+        (first,) = run(**environment)
+    assert (first["model_label"], first["model_revision"]) == ("guild--moe", commit.sha)
+    expected = benchmark(repo, output_dir=tmp_path / "folder", **SMALL).runs[0]
+    assert first["samples_sha256"] == expected.samples_sha256
+    assert run(**environment, HF_HUB_OFFLINE="1") == [first]
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_adapters_on_a_foundation(checkpoint, tmp_path):
     assert len(Path(path).read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_wandb_artifact_as_it_takes_the_folder(checkpoint, tmp_path):
-    """And its standard output is JSON alone."""
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
     files = {path.relative_to(checkpoint): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
