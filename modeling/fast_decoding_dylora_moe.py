@@ -4,7 +4,7 @@ Decoding a small model is bound by launching kernels, thousands a token. transfo
 processors, criteria and streamers; only the model's forward of a decode step is replaced: the same modules run over
 buffers that stay where they are, recorded once as a graph and replayed at every token, and the experts' products are
 fewer and larger. Streams lie one after the other in the rows of the buffers, so that one pass can serve several.
-Knows nothing about prompts, which the ordinary path runs, or about choosing tokens.
+The ordinary path runs the prompt, whose keys and values go to the buffers. Knows nothing about choosing tokens.
 """
 
 import gc
@@ -13,15 +13,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .cache_dylora_moe import CACHE, RowExpertsLayer
+from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, _pass_in_progress, use_experts
+from .fast_buffers_dylora_moe import BufferLayer, Buffers, PromptLayer
 from .routed_pass_dylora_moe import RoutedPass
 from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
@@ -35,10 +37,8 @@ except ImportError:  # no Triton, or that file was left empty or out: the founda
 
 
 DEVICES = ("cuda",)
-ON_BY_ITSELF = (
-    False  # or only where `fast_decoding=True` asks for it: until its GPU tests have run on the code as it is
-)
-BUCKET = 256  # a session's capacity in tokens is a multiple of this
+ON_BY_ITSELF = True  # or only where `fast_decoding=True` asks for it
+PROMPT_TOKENS = 2048  # tokens of prompts that run together: enough to keep a GPU busy
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
 KNOWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
@@ -120,7 +120,7 @@ class FastDecodingMixin:
         if why_not(self, generation_config, kwargs) is None:
             store = self.__dict__.setdefault("_decoding_sessions", SessionStore())
             if store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
-                _call.decoding = Decoding(self, store, kwargs)
+                _call.decoding = Decoding(self, store, kwargs, generation_config.max_length)
         try:
             output = super()._sample(input_ids, generation_config=generation_config, **kwargs)
             if _call.decoding is not None and generation_config.return_dict_in_generate:
@@ -139,16 +139,30 @@ class FastDecodingMixin:
         expert_ids = model_kwargs.get("expert_ids")
         if expert_ids is not None and not torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids):
             copies = 1
-        # A prompt's rows lie together, and one of them is enough.
-        names = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and copies > 1]
-        model_kwargs = {**model_kwargs, **{name: model_kwargs[name][::copies] for name in names}}
-        with decoding.store.products.in_use():
-            outputs = super()._prefill(input_ids[::copies], generation_config, model_kwargs, *args, **kwargs)
-        if copies > 1:
-            decoding.cache.batch_repeat_interleave(copies)
-            outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
-            if outputs.router_logits is not None:
-                outputs.router_logits = outputs.router_logits.repeat_interleave(copies, dim=0)
+        inputs_embeds = model_kwargs.get("inputs_embeds")
+        length = max(1, input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1])
+        # A prompt's rows lie together, and one of them is enough. Few rows at a time, since a whole batch of prompts
+        # would take more memory than all the decoding.
+        batch, prompts = len(input_ids), len(input_ids) // copies
+        rows = -(-prompts // -(-prompts * length // PROMPT_TOKENS))
+        parts = []
+        for first in range(0, batch, rows * copies):
+            chosen = slice(first, first + rows * copies, copies)
+            inputs = {
+                name: value[chosen] if isinstance(value, torch.Tensor) and len(value) == batch else value
+                for name, value in model_kwargs.items()
+            }
+            decoding.take_prompts(batch, first, copies)
+            with decoding.store.products.in_use():
+                parts.append(super()._prefill(input_ids[chosen], generation_config, inputs, *args, **kwargs))
+        outputs = parts[0]
+        outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
+        if outputs.router_logits is not None:
+            router_logits = torch.cat([part.router_logits for part in parts])
+            outputs.router_logits = router_logits.repeat_interleave(copies, dim=0)
+        if row_experts(decoding.cache) is not None:
+            row_experts(decoding.cache).expert_ids = expert_ids
+        decoding.prompts_are_done()
         return outputs
 
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
@@ -185,14 +199,16 @@ class Decoding:
         model: the routed model.
         store: its sessions; the caller holds the lock.
         arguments: the model's arguments in this `generate`.
+        max_length: tokens of a text at most, its prompt included.
     """
 
-    def __init__(self, model, store: "SessionStore", arguments: dict):
-        self.model, self.store = model, store
+    def __init__(self, model, store: "SessionStore", arguments: dict, max_length: int):
+        self.model, self.store, self.max_length = model, store, max_length
         self.strategy = model.routing_strategy(arguments["routing_strategy"])
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
         self.session: Session | None = None
+        self.layers: list[tuple[torch.Tensor, ...]] = []  # buffers of keys and values, `[streams * batch, ...]`
         self.length = 0
         store.look_at_weights(model, self.strategy)
 
@@ -211,16 +227,22 @@ class Decoding:
             router_logits=None if routing is None else routing.clone(),
         )
 
-    def _start(self, input_ids, attention_mask=None, position_ids=None, expert_ids=None, **unused):
-        """Move what the prompt left in the cache to the buffers."""
+    def take_prompts(self, batch: int, first: int, copies: int) -> None:
+        """Before some prompts run, for `copies` rows each, from row `first` of `batch` on: give them empty layers that
+        write to the buffers."""
+        rows, per_stream = batch * self.strategy.num_streams, self.model.num_layers_per_stream
+        for number in range(per_stream * self.strategy.num_streams):
+            stream, index = divmod(number, per_stream)
+            layer = PromptLayer(self.store.buffers, index, rows, stream * batch + first, copies, self.max_length)
+            self.cache.layers[number] = layer
+
+    def prompts_are_done(self) -> None:
         self.length = self.cache.get_seq_length()
-        batch, layers = input_ids.shape[0], self.cache.layers[: self._num_layers()]
-        kept = [(layer.keys, layer.values) for layer in layers]
-        with torch.inference_mode(False), torch.no_grad():
-            self.session = self.store.session(self.model, self.strategy, batch, self.length + 1, kept)
-            self.session.fill(kept, self.length)
-        for layer in layers:
-            layer.keys = layer.values = None  # twice would be a waste of memory
+        self.layers = [layer.buffers for layer in self.cache.layers[: self.model.num_layers_per_stream]]
+
+    def _start(self, input_ids, attention_mask=None, position_ids=None, expert_ids=None, **unused):
+        batch = input_ids.shape[0]
+        self._use_session(batch)
         seen = torch.ones(batch, self.length, device=input_ids.device) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = torch.full_like(input_ids, self.length)
@@ -228,28 +250,25 @@ class Decoding:
 
     def _grow(self):
         old = self.session
-        kept = [(keys.clone(), values.clone()) for keys, values in old.streams()]
         state = old.mask[: old.batch, 0, 0] == 0, old.positions[: old.batch] + 1, old.expert_ids.clone()
         weights = old.weights.clone()
-        with torch.inference_mode(False), torch.no_grad():
-            self.session = self.store.session(self.model, self.strategy, old.batch, 2 * old.capacity, kept)
-            self.session.fill(kept, self.length)
+        self.layers = self.store.buffers.grown(self.layers, self.length)
+        self._use_session(old.batch)
         self.session.place(self.length, *state)
         self.session.weights.copy_(weights)
 
-    def hand_back(self) -> None:
-        """Give the cache its keys and values back, for who gets it from `generate`."""
-        if self.session is None:
-            return
-        streams = [
-            (keys[..., : self.length, :].clone(), values[..., : self.length, :].clone())
-            for keys, values in self.session.streams()
-        ]
-        for layer, (keys, values) in zip(self.cache.layers, streams, strict=False):
-            layer.keys, layer.values = keys, values
+    def _use_session(self, batch: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.session = self.store.session(self.model, self.strategy, batch, self.layers)
 
-    def _num_layers(self) -> int:
-        return self.strategy.num_streams * self.model.num_layers_per_stream
+    def hand_back(self) -> None:
+        """Give the cache keys and values of its own, for who gets it from `generate`."""
+        batch = len(self.layers[0][0]) // self.strategy.num_streams
+        for stream in range(self.strategy.num_streams):
+            for index, both in enumerate(self.layers):
+                layer = DynamicLayer()
+                layer.update(*(buffer[stream * batch : (stream + 1) * batch, :, : self.length] for buffer in both))
+                self.cache.layers[stream * len(self.layers) + index] = layer
 
 
 class SessionStore:
@@ -277,74 +296,34 @@ class SessionStore:
         with torch.inference_mode(False), torch.no_grad():
             self.products.read_stacks(single_expert(strategy))
 
-    def session(self, model, strategy: RoutingStrategy, batch: int, tokens: int, kept: list) -> "Session":
-        """A session that holds `tokens` tokens; `kept` are keys and values of the shapes to hold."""
-        capacity = -(-tokens // BUCKET) * BUCKET
+    def session(self, model, strategy: RoutingStrategy, batch: int, layers: list) -> "Session":
+        """A session in the buffers that `layers` has for the keys and values of every layer."""
         config = model.config.get_text_config()
-        key = (str(strategy), batch, capacity, config._attn_implementation, tuple(model._rank_layouts))
+        key = (str(strategy), batch, layers[0][0].shape[2], config._attn_implementation, tuple(model._rank_layouts))
         # What a graph has taken in besides: the router's settings, and how a foundation of experts runs them.
         key += tuple(getattr(model.config, name) for name in ROUTER_SETTINGS)
         key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
         if key not in self.sessions:
-            rows = batch * strategy.num_streams
-            shapes = [
-                (rows, tensor.shape[1], capacity, tensor.shape[3])
-                for both in kept[: model.num_layers_per_stream]
-                for tensor in both
-            ]
-            tensors = self._tensors(shapes, kept[0][0])
             while len(self.sessions) >= MAX_SESSIONS:
                 self.sessions.popitem(last=False)
-            layers = list(zip(tensors[::2], tensors[1::2], strict=True))
-            self.sessions[key] = Session(model, strategy, batch, layers, self.products, self.pool)
+            self.sessions[key] = Session(model, strategy, batch, layers, self)
         self.sessions.move_to_end(key)
         return self.sessions[key]
 
-    def _tensors(self, shapes: list[tuple[int, ...]], like: torch.Tensor) -> list[torch.Tensor]:
-        sizes = [math.prod(shape) for shape in shapes]
-        if self.arena is None or self.arena.numel() < sum(sizes) or self.arena.dtype != like.dtype:
-            self._forget()
-            self.arena = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
-        parts = self.arena[: sum(sizes)].split(sizes)
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
     def _forget(self) -> None:
-        self.sessions.clear()
+        self._forget_sessions()
         self.products.__init__()
-        self.arena: torch.Tensor | None = None
+        self.buffers = Buffers(on_growth=self._forget_sessions)
+
+    def _forget_sessions(self) -> None:
+        self.sessions.clear()
         # Another one, since a pool goes with the last graph in it.
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-
-class BufferLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[rows, heads, capacity, size]`, written at one position that a tensor tells."""
-
-    is_compileable = True
-    is_sliding = False
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self.index = keys, values, index
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states, value_states):
-        raise TypeError("The buffers are made before the first step.")
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys.index_copy_(2, self.index, key_states)
-        self.values.index_copy_(2, self.index, value_states)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> torch.Tensor:
-        return self.index
-
-    def get_max_length(self) -> int:
-        return self.keys.shape[2]
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.12
+    @cached_property
+    def recording_stream(self):
+        """One for all recordings: the libraries keep a workspace of some 30 MB for every stream that they see."""
+        return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
 class Session:
@@ -352,13 +331,13 @@ class Session:
 
     Args:
         layers: keys and values of every layer of the foundation, `[streams * batch, heads, capacity, size]`.
-        products: how expert layers add their updates.
-        pool: the memory that the graphs of all sessions share, since no two ever run at a time.
+        store: has how expert layers add their updates, and what the graphs of all sessions share, since no two ever run
+            at a time: a pool of memory, and the stream that they are recorded on.
     """
 
-    def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, products: "SharedProducts", pool):
+    def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, store: SessionStore):
         self.model, self.strategy, self.batch, self.layers = model, strategy, batch, layers
-        self.products, self.pool = products, pool
+        self.products, self.pool, self.recording_stream = store.products, store.pool, store.recording_stream
         self.capacity = capacity = layers[0][0].shape[2]
         device, experts = model.device, model.config.num_experts
         self.rows = batch * strategy.num_streams
@@ -381,20 +360,6 @@ class Session:
             self._guessed, self._again = Stepper(self, self._run_guessed), Stepper(self, self._run_routed)
 
     # The state
-
-    def streams(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of every layer of every stream, in the order of the ordinary cache."""
-        return [
-            (keys[start : start + self.batch], values[start : start + self.batch])
-            for start in range(0, self.rows, self.batch)
-            for keys, values in self.layers
-        ]
-
-    def fill(self, kept: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
-        for buffers, tensors in zip(self.streams(), kept, strict=True):
-            for buffer, tensor in zip(buffers, tensors, strict=True):
-                buffer[:, :, :length].copy_(tensor[:, :, :length])
-                buffer[:, :, length:].zero_()  # what lies behind a closed mask must be finite
 
     def place(self, length: int, seen: torch.Tensor, positions: torch.Tensor, expert_ids: torch.Tensor | None) -> None:
         """Set where the next token goes: after `length` tokens, of which `seen` `[batch, <= capacity]` are visible."""
@@ -545,7 +510,7 @@ class Stepper:
 
         fused = fused_modules(self.session.model.foundation, self.session.index)
         with torch.cuda.device(self.session.model.device), fused:
-            stream = torch.cuda.Stream()
+            stream = self.session.recording_stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
@@ -556,7 +521,10 @@ class Stepper:
                 restore()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with no_collection(), torch.cuda.graph(graph, pool=self.session.pool, capture_error_mode="thread_local"):
+            with (
+                no_collection(),
+                torch.cuda.graph(graph, self.session.pool, stream, capture_error_mode="thread_local"),
+            ):
                 self.function()
             restore()
         self.graph = graph

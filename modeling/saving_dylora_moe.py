@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = ("fast_decoding_dylora_moe.py", "fast_kernels_dylora_moe.py")
+OPTIONAL = ("fast_buffers_dylora_moe.py", "fast_decoding_dylora_moe.py", "fast_kernels_dylora_moe.py")
 
 
 class SavingMixin:

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, Qwen2Co
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+from dylora_moe.modeling import fast_buffers_dylora_moe as fast_buffers
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 from dylora_moe.modeling.cache_dylora_moe import CACHE
+from dylora_moe.modeling.saving_dylora_moe import OPTIONAL
 
 
 BATCH = left_padded(random_rows((9, 5, 7), seed=2))
@@ -126,8 +128,57 @@ def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
     assert continued.tolist() == longer.tolist()
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("strategy", ["router", "best", "single:1"])
+def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, copies):
+    """Nothing of it is kept twice, and what is handed back is nobody else's."""
+    model, seen = build(seed=7), []
+    start = fast.Decoding._start
+
+    def look(decoding, *args, **kwargs):
+        start(decoding, *args, **kwargs)
+        memory = {stretch.untyped_storage().data_ptr() for stretch in decoding.store.buffers.stretches.values()}
+        layers = [layer for layer in decoding.cache.layers if isinstance(layer, fast.DynamicLayer)]
+        seen.extend(layer.keys.untyped_storage().data_ptr() in memory for layer in layers)
+
+    monkeypatch.setattr(fast.Decoding, "_start", look)
+    wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "num_return_sequences": copies}
+    wanted["do_sample"] = copies > 1
+    for new in (1, 3):  # of one new token the prompt's pass is all
+        ordinary, found = both(model, max_new_tokens=new, **wanted)
+        caches = [
+            [layer.keys for layer in output[CACHE].layers if hasattr(layer, "dtype")] for output in (ordinary, found)
+        ]
+        before = [keys.clone() for keys in caches[1]]
+        model.generate(**BATCH, **GREEDY, routing_strategy=strategy)  # in the same buffers
+        for keys, kept, expected in zip(caches[1], before, caches[0], strict=True):
+            assert torch.equal(keys, kept)
+            torch.testing.assert_close(keys, expected, atol=1e-5, rtol=1e-5)
+    assert seen and all(seen)
+
+
+@pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_prompts_that_run_a_few_at_a_time(steps, monkeypatch, strategy, arguments):
+    model, passes = build(seed=7), []
+    wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "output_router_logits": True}
+    ordinary, _ = both(model, **wanted, **arguments)
+    monkeypatch.setattr(fast, "PROMPT_TOKENS", 20)  # of 27
+    take = fast.Decoding.take_prompts
+    monkeypatch.setattr(fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2]), take(*args))[1])
+    found = both(model, **wanted, **arguments)[1]
+    assert found.sequences.tolist() == ordinary.sequences.tolist()
+    torch.testing.assert_close(found.router_logits, ordinary.router_logits, atol=1e-4, rtol=1e-4)
+    alone = strategy == "round_robin" and arguments  # a prompt's rows have experts of their own
+    assert passes == ([0, 2, 4] if alone else [0, 2 * arguments.get("num_return_sequences", 1)])
+    before = [layer.keys for layer in ordinary[CACHE].layers if hasattr(layer, "dtype")]
+    for keys, layer in zip(before, found[CACHE].layers, strict=False):
+        torch.testing.assert_close(layer.keys, keys, atol=1e-4, rtol=1e-4)
+    model.generate(**BATCH, **GREEDY, routing_strategy=strategy, fast_decoding=False)  # nothing is left behind
+
+
 def test_a_text_that_outgrows_its_buffers(steps, monkeypatch):
-    monkeypatch.setattr(fast, "BUCKET", 12)
+    monkeypatch.setattr(fast_buffers, "BUCKET", 12)
     model = build(seed=7)
     for strategy in ("router", "best", "ensemble"):
         ordinary, found = both(model, routing_strategy=strategy, max_new_tokens=40)
@@ -201,7 +252,7 @@ def test_a_hundred_calls_keep_few_sessions_and_one_stretch_of_memory(steps):
         strategy = STRATEGIES[call % len(STRATEGIES)]
         model.generate(**left_padded(rows), routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 2})
         store = model._decoding_sessions
-        sizes.add(store.arena.numel())
+        sizes.add(sum(stretch.numel() for stretch in store.buffers.stretches.values()))
     assert len(store.sessions) <= fast.MAX_SESSIONS
     assert max(sizes) == max(key.layers[0][0].numel() * 2 * len(key.layers) for key in steps)
 
@@ -267,7 +318,7 @@ def test_what_else_goes_the_ordinary_way(steps):
 def test_a_repo_of_a_package_without_the_optional_files_loads(tmp_path):
     model = build(seed=7)
     model.save_pretrained(tmp_path)
-    for name in ("fast_decoding_dylora_moe.py", "fast_kernels_dylora_moe.py"):
+    for name in OPTIONAL:
         (tmp_path / name).write_text("")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert "FastDecodingMixin" in {base.__name__ for base in type(loaded).__mro__}

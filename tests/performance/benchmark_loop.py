@@ -33,11 +33,8 @@ from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 SIZES = {"tiny": (64, 2, 4), "small": (1024, 12, 16)}  # hidden size, layers, heads
 
 
-def save_repo(folder: Path, size: str) -> Path:
-    """A routed model with four experts, which answers differently to every prompt, and a tokenizer of the prompts' own
-    text, so that their lengths are like those of a real one."""
-    torch.manual_seed(0)
-    hidden, layers, heads = SIZES[size]
+def save_tokenizer(folder: Path) -> int:
+    """A tokenizer of the prompts' own text, so that their lengths are like those of a real one; how many it knows."""
     special = ["<s>", "<|endoftext|>", "<pad>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,8 +45,15 @@ def save_repo(folder: Path, size: str) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<pad>"
     ).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def save_repo(folder: Path, size: str) -> Path:
+    """A routed model with four experts, which answers differently to every prompt, and its tokenizer."""
+    torch.manual_seed(0)
+    hidden, layers, heads = SIZES[size]
     foundation = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=save_tokenizer(folder),
         hidden_size=hidden,
         intermediate_size=int(2.75 * hidden),
         num_hidden_layers=layers,

@@ -40,7 +40,7 @@ def main() -> None:
 
         add(foundation(device=device), "bare foundation")
         for count in options.experts:
-            add(routed(count, device=device), f"{count} experts")
+            add(routed(count, device=device), f"experts_{count}")
 
 
 if __name__ == "__main__":

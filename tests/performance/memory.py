@@ -3,7 +3,8 @@
     python tests/performance/memory.py --json memory.json
 
 GiB: the weights, the keys and values of all streams at the last token, and the peak of a whole `generate` (prompt of 256
-tokens, 128 new ones), ordinary and fast, also after 1,000 calls of many sizes.
+tokens, 128 new ones), ordinary and fast; and what is allocated after 100 and 1,000 calls of several sizes, of a model of
+four layers.
 """
 
 import argparse
@@ -49,8 +50,13 @@ def main() -> None:
         for batch in options.batches:
             for strategy, streams in (("single:0", 1), ("router", 2)):
                 add(model, strategy, batch, streams, routing_strategy=strategy)
+        del model
+        gc.collect()
+        model = routed(4, layers=4)
         for call in range(options.calls):
-            generate(model, 1 + call % 3, 16 + 37 * (call % 11), 4, routing_strategy=("router", "single:0")[call % 2])
+            generate(
+                model, 1 + call // 2 % 2, 16 + 29 * (call % 8), 4, routing_strategy=("router", "single:0")[call % 2]
+            )
             if call + 1 in (options.calls // 10, options.calls):
                 torch.cuda.synchronize()
                 gc.collect()

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM, fast_decoding_dylora_moe
+from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
-
-fast_decoding_dylora_moe.ON_BY_ITSELF = True  # which is what is measured
 
 RANK, VOCABULARY, LAYERS = 16, 151_936, 28
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -35,22 +34,22 @@ def foundation_config(**fields) -> Qwen2Config:
     return Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=32_768, **{**sizes, **heads, **fields})
 
 
-def foundation(dtype=torch.bfloat16, device="cuda"):
+def foundation(dtype=torch.bfloat16, device="cuda", layers: int = LAYERS):
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(foundation_config(), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(foundation_config(num_hidden_layers=layers), dtype=dtype).eval()
 
 
-def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", **config_fields) -> DyloraMoeForCausalLM:
+def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", layers: int = LAYERS) -> DyloraMoeForCausalLM:
     """Experts on all linear layers, none of them zero."""
-    bare = foundation(dtype, device)
-    modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(LAYERS) for kind in ATTENTION]
-    modules += [f"model.layers.{layer}.mlp.{kind}" for layer in range(LAYERS) for kind in FEED_FORWARD]
+    bare = foundation(dtype, device, layers)
+    modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(layers) for kind in ATTENTION]
+    modules += [f"model.layers.{layer}.mlp.{kind}" for layer in range(layers) for kind in FEED_FORWARD]
     experts = [
         {"name": f"e{index}", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": modules}
         for index in range(num_experts)
     ]
-    config = DyloraMoeConfig(base_config=bare.config, expert_configs=experts, **config_fields)
+    config = DyloraMoeConfig(base_config=bare.config, expert_configs=experts)
     model = DyloraMoeForCausalLM.from_foundation(bare, config).to(device)
     with torch.no_grad():
         for layer in model.expert_layers().values():
@@ -64,19 +63,32 @@ def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", **config_field
 
 @torch.no_grad()
 def route_alike(model: DyloraMoeForCausalLM, agreement: float | None) -> None:
-    """Bias the gate so that two random tokens get the same expert in that share of cases; `None`: all alike often."""
+    """A gate that knows an expert for every token, so that neighbours' choices are independent, with a bias for the first
+    expert that makes two tokens agree in that share of cases; `None`: without a bias, so that they agree in 1/N."""
     gate = model.router.gate
-    gate.bias.zero_()
-    ids = torch.randint(0, VOCABULARY, (16, 384), device=gate.weight.device)
-    logits = gate(model.foundation_body(ids).last_hidden_state[:, 256:].float()).flatten(0, 1)
-    gate.bias.copy_(-logits.mean(dim=0))
+    count = gate.weight.shape[0]
+    hidden, ids = _random_tokens(model, 192)
+    center = hidden.mean(dim=0)
+    hidden -= center
+    experts = torch.randint(0, count, (VOCABULARY,), device=ids.device)[ids]
+    products = hidden.T @ hidden
+    ridge = 0.01 * products.diagonal().mean() * torch.eye(len(products), device=ids.device)
+    weight = torch.linalg.solve(products + ridge, hidden.T @ F.one_hot(experts, count).float()).T
+    gate.weight.copy_(weight)
+    gate.bias.copy_(-weight @ center)
     if agreement is None:
         return
-    logits += gate.bias
-    count = logits.shape[1]
+    logits = gate(_random_tokens(model, 32)[0])  # others, since the gate knows those best that it was made from
     # With expert 0 in a share p of cases, two agree in p^2 + (1 - p)^2 / (N - 1) of them.
     share = max(p / 1000 for p in range(500, 1001) if (p / 1000) ** 2 + (1 - p / 1000) ** 2 / (count - 1) <= agreement)
     gate.bias[0] += (logits[:, 1:].max(dim=-1).values - logits[:, 0]).quantile(share)
+
+
+def _random_tokens(model: DyloraMoeForCausalLM, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the router sees at random tokens in the middle of a text, `[tokens, hidden size]`, and the tokens."""
+    ids = torch.randint(0, VOCABULARY, (rows, 384), device=model.device)
+    passes = [model.foundation_body(some).last_hidden_state[:, 192:].float() for some in ids.split(8)]
+    return torch.cat(passes).flatten(0, 1), ids[:, 192:].flatten()
 
 
 @torch.no_grad()
@@ -137,9 +149,11 @@ def generate(model, batch: int, prompt: int, new: int, **arguments) -> torch.Ten
     )
 
 
-def milliseconds_per_token(model, batch: int, prompt: int, new: int, repeats: int, **arguments) -> float:
+def milliseconds_per_token(
+    model, batch: int, prompt: int, new: int, repeats: int, warm: int = 1, **arguments
+) -> float:
     """Of a whole `generate`, its prompt included."""
-    times = seconds(lambda: generate(model, batch, prompt, new, **arguments), repeats)
+    times = seconds(lambda: generate(model, batch, prompt, new, **arguments), repeats, warm)
     return 1000 * statistics.median(times) / new
 
 

@@ -1,0 +1,132 @@
+"""Where fast decoding keeps keys and values: buffers that stay where they are, for all calls of `generate`. Optional, too.
+
+A prompt's pass writes to them from the front, and the decode steps go on behind it. Knows nothing about graphs.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+
+BUCKET = 256  # a buffer holds a multiple of this in tokens, or of half of it where a text ends before
+
+
+class Buffers:
+    """A stretch of memory for the keys, and one for the values, of every layer of a foundation; whoever comes next gets
+    the same ones in the shape that it needs.
+
+    Args:
+        on_growth: called before a stretch is replaced by a longer one, for who knows its address.
+    """
+
+    def __init__(self, on_growth: Callable[[], None]):
+        self.on_growth = on_growth
+        self.stretches: dict[tuple[int, int], torch.Tensor] = {}
+
+    def get(self, layer: int, kind: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A buffer `[rows, heads, capacity, size]` for the keys (kind 0) or values (kind 1) of a layer."""
+        stretch, size = self.stretches.get((layer, kind)), math.prod(shape)
+        if stretch is None or stretch.numel() < size or stretch.dtype != like.dtype:
+            self.on_growth()
+            with torch.inference_mode(False):
+                stretch = self.stretches[layer, kind] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return stretch[:size].view(shape)
+
+    def grown(self, layers: list, length: int) -> list[tuple[torch.Tensor, ...]]:
+        """Buffers of twice the capacity with the first `length` tokens of those in `layers`, one pair a layer."""
+        return [
+            tuple(self._grown(index, kind, buffer, length) for kind, buffer in enumerate(both))
+            for index, both in enumerate(layers)
+        ]
+
+    def _grown(self, index: int, kind: int, buffer: torch.Tensor, length: int) -> torch.Tensor:
+        kept = buffer[:, :, :length].clone()  # the larger buffer may lie over this one
+        rows, heads, capacity, size = buffer.shape
+        larger = self.get(index, kind, (rows, heads, 2 * capacity, size), kept)
+        write(larger, kept)
+        return larger
+
+
+def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1) -> None:
+    """`states` `[rows / copies, heads, length, size]` to the front of `buffer` `[rows, heads, capacity, size]`."""
+    buffer[:, :, : states.shape[2]].unflatten(0, (-1, copies)).copy_(states.unsqueeze(1))
+    buffer[:, :, states.shape[2] :].zero_()  # what lies behind a closed mask must be finite
+
+
+def capacity(length: int, max_length: int | None) -> int:
+    """For how many tokens a buffer is made at first, for a prompt of `length` tokens and a text of at most `max_length`."""
+    usual = _round_up(length + 1, BUCKET)
+    return usual if max_length is None else min(usual, _round_up(max(length + 1, max_length), BUCKET // 2))
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+class PromptLayer(DynamicLayer):
+    """A cache layer of one stream while prompts run: what comes goes straight where the decode steps look for it.
+
+    Args:
+        memory: whose buffers they are.
+        index: which layer of the foundation.
+        rows: of all streams.
+        first: the first row of these prompts.
+        copies: rows in which each prompt is wanted.
+        max_length: tokens of a text at most.
+    """
+
+    def __init__(self, memory: Buffers, index: int, rows: int, first: int, copies: int, max_length: int | None):
+        super().__init__()
+        self.memory, self.index, self.rows, self.first = memory, index, rows, first
+        self.copies, self.max_length = copies, max_length
+        self.buffers: tuple[torch.Tensor, ...] = ()  # of keys and values, `[rows, heads, capacity, size]`
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.buffers:
+            raise RuntimeError("The foundation runs a layer twice for a prompt: generate with `fast_decoding=False`.")
+        length = key_states.shape[2]
+        written = slice(self.first, self.first + len(key_states) * self.copies)
+        for kind, states in enumerate((key_states, value_states)):
+            shape = (self.rows, states.shape[1], capacity(length, self.max_length), states.shape[3])
+            buffer = self.memory.get(self.index, kind, shape, states)
+            write(buffer[written], states, self.copies)
+            self.buffers += (buffer,)
+        self.keys, self.values = (buffer[written, :, :length] for buffer in self.buffers)
+        self.is_initialized = True
+        return key_states, value_states
+
+
+class BufferLayer(CacheLayerMixin):
+    """A cache layer of a decode step: it writes to its buffers at the one position that a tensor tells."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.index = keys, values, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        raise TypeError("The buffers are made before the first step.")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.index, key_states)
+        self.values.index_copy_(2, self.index, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.index
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.12
+
+
+__all__ = ["BufferLayer", "Buffers", "PromptLayer", "capacity"]
