@@ -13,7 +13,6 @@ from pathlib import Path
 
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from rich.console import Console
@@ -34,10 +33,16 @@ def foundation_config(**fields) -> Qwen2Config:
     return Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=32_768, **{**sizes, **heads, **fields})
 
 
+@torch.no_grad()
 def foundation(dtype=torch.bfloat16, device="cuda", layers: int = LAYERS):
+    """Random weights, of which the embeddings are large: with the usual small ones hidden states of a text are all alike,
+    and so are the router's choices. The last norm keeps the head, which has the same weights, from repeating tokens."""
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(foundation_config(num_hidden_layers=layers), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(foundation_config(num_hidden_layers=layers), dtype=dtype).eval()
+    model.get_input_embeddings().weight.normal_()
+    model.model.norm.weight.copy_(0.02 * torch.randn_like(model.model.norm.weight).sign())
+    return model
 
 
 def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", layers: int = LAYERS) -> DyloraMoeForCausalLM:
@@ -63,32 +68,24 @@ def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", layers: int = 
 
 @torch.no_grad()
 def route_alike(model: DyloraMoeForCausalLM, agreement: float | None) -> None:
-    """A gate that knows an expert for every token, so that neighbours' choices are independent, with a bias for the first
-    expert that makes two tokens agree in that share of cases; `None`: without a bias, so that they agree in 1/N."""
+    """Bias the gate so that two tokens get the same expert in that share of cases, as far as choices of neighbours are
+    independent, which the foundation sees to; `None`: all experts alike often, so that they agree in 1/N."""
     gate = model.router.gate
     count = gate.weight.shape[0]
-    hidden, ids = _random_tokens(model, 192)
-    center = hidden.mean(dim=0)
-    hidden -= center
-    experts = torch.randint(0, count, (VOCABULARY,), device=ids.device)[ids]
-    products = hidden.T @ hidden
-    ridge = 0.01 * products.diagonal().mean() * torch.eye(len(products), device=ids.device)
-    weight = torch.linalg.solve(products + ridge, hidden.T @ F.one_hot(experts, count).float()).T
-    gate.weight.copy_(weight)
-    gate.bias.copy_(-weight @ center)
+    ids = torch.randint(0, VOCABULARY, (32, 384), device=model.device)
+    gate.weight.normal_()
+    gate.bias.zero_()
+    passes = [model.foundation_body(rows).last_hidden_state[:, 192:].float() for rows in ids.split(8)]
+    hidden = torch.cat(passes).flatten(0, 1)
+    logits = gate(hidden)
+    gate.weight.div_(logits.std(dim=0)[:, None])
+    gate.bias.copy_(-gate(hidden).mean(dim=0))
     if agreement is None:
         return
-    logits = gate(_random_tokens(model, 32)[0])  # others, since the gate knows those best that it was made from
+    logits = gate(hidden)
     # With expert 0 in a share p of cases, two agree in p^2 + (1 - p)^2 / (N - 1) of them.
     share = max(p / 1000 for p in range(500, 1001) if (p / 1000) ** 2 + (1 - p / 1000) ** 2 / (count - 1) <= agreement)
     gate.bias[0] += (logits[:, 1:].max(dim=-1).values - logits[:, 0]).quantile(share)
-
-
-def _random_tokens(model: DyloraMoeForCausalLM, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the router sees at random tokens in the middle of a text, `[tokens, hidden size]`, and the tokens."""
-    ids = torch.randint(0, VOCABULARY, (rows, 384), device=model.device)
-    passes = [model.foundation_body(some).last_hidden_state[:, 192:].float() for some in ids.split(8)]
-    return torch.cat(passes).flatten(0, 1), ids[:, 192:].flatten()
 
 
 @torch.no_grad()
