@@ -149,7 +149,7 @@ def _decode_batch(
     length = max(len(row.input_ids) for row in rows)
     # A row's own first token is one that the model knows, and that no penalty on tokens of the prompt takes amiss.
     padded = [row.input_ids[:1] * (length - len(row.input_ids)) + row.input_ids for row in rows]
-    mask = [[0] * (length - len(row.input_ids)) + _mask(model, tokenizer, row.input_ids) for row in rows]
+    mask = [[0] * (length - len(row.input_ids)) + visible(model, tokenizer, row.input_ids) for row in rows]
     if model.generation_config.cache_implementation not in GROWING_CACHES:
         arguments = {**arguments, "cache_implementation": "dynamic"}
     if rows[0].expert_id is not None:
@@ -165,8 +165,8 @@ def _decode_batch(
     )
 
 
-def _mask(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
-    """What transformers makes of a prompt that comes alone and without a mask, as EvalPlus's do: the padding token, here
+def visible(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
+    """The attention mask that transformers makes of a prompt that comes alone and without a mask, as EvalPlus's do: the padding token, here
     the tokenizer's end of sequence, which chat templates write, is hidden unless the model ends with it, too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

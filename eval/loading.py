@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer
+from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer, training_run
 from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.version import __version__
@@ -293,7 +293,8 @@ def _exported(
     """The cached export of a source; made now if the source, the options or this package's version are new."""
     from dylora_moe import hub_export
 
-    content = [folder_sha256(found.folder) for found in resolved]
+    # What a checkpoint does not say itself may be in its run's best model, beside it.
+    content = [(folder_sha256(found.folder), training_run.best_model_config(found.folder)[1]) for found in resolved]
     key = hashlib.sha256(json.dumps([__version__, content, options], sort_keys=True, default=str).encode()).hexdigest()
     folder = cache_folder() / key[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -38,11 +38,12 @@ class ReportContent:
     experts: dict[str, Any] | None = None
     routing: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    has_routing_lines: bool = True
 
     def routing_lines(self) -> Iterator[dict[str, Any]]:
-        """The lines of `routing_tasks.jsonl`, one after the other; none where it is missing."""
+        """The lines of `routing_tasks.jsonl`, one after the other; none where it is missing or another analysis's."""
         path = self.folder / ROUTING_TASKS_FILE
-        if self.routing is None or not path.is_file():
+        if self.routing is None or not self.has_routing_lines:
             return
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -69,6 +70,13 @@ def read_folder(folder: str | Path) -> ReportContent:
         _note_changes(content, used, "The expert analysis", "expert-analysis")
     if content.routing is not None:
         _note_changes(content, [content.routing], "The routing analysis", "routing-analysis")
+        found = file_sha256(content.folder / ROUTING_TASKS_FILE)
+        if found is None or found != content.routing.get("tasks_sha256", found):  # noted since 2026-11
+            content.notes.append(
+                f"{ROUTING_TASKS_FILE} is not what this routing analysis wrote, so no tokens are shown; run "
+                "routing-analysis again."
+            )
+            content.has_routing_lines = False
         _join_results(content)
     if content.experts is not None and content.routing is not None:
         compared = content.experts["runs"].get("router", {}).get("samples")

@@ -28,7 +28,7 @@ from .routing_inputs import STRATEGY, Results, read_texts, run_of_router, runs_o
 from .routing_summary import RoutingSummary
 from .routing_tables import print_routing_analysis
 from .routing_trace import Trace, trace_texts
-from .run_record import Run, replace_text
+from .run_record import Run, file_sha256, replace_text
 from .task_categories import categories_of
 
 
@@ -120,6 +120,7 @@ def routing_analysis(
     traced = _trace(traces, tasks, results, loaded, folder / TASKS_FILE, lambda n: tell("routing", n, len(task_ids)))
     subset = tasks.subset or run.subset
     summary = {**_description(run, loaded), "subset": subset, "tests": results.tests, **traced}
+    summary["tasks_sha256"] = file_sha256(folder / TASKS_FILE)
     replace_text(folder / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return RoutingAnalysis(folder, summary)
 

@@ -16,8 +16,13 @@ import torch
 
 from dylora_moe.hub_export.errors import FailureError, InputError
 
+from .decoding import visible
+
 
 BATCH_SIZE = 8
+
+
+Row = tuple[list[int], list[int]]  # token ids, and 0 for those that the model does not see
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,11 @@ def trace_texts(model: Any, tokenizer: Any, texts: Iterable[Text], *, batch_size
     texts = iter(texts)
     while batch := list(islice(texts, batch_size)):
         tokenized = [tokenize(tokenizer, text) for text in batch]
-        logits = _router_logits(model, [token_ids for token_ids, _, _ in tokenized], batch)
+        rows = [
+            (token_ids, visible(model, tokenizer, token_ids[:count]) + [1] * (len(token_ids) - count))
+            for token_ids, _, count in tokenized
+        ]
+        logits = _router_logits(model, rows, batch)
         for text, (_, tokens, num_prompt_tokens), of_text in zip(batch, tokenized, logits, strict=True):
             if not of_text.isfinite().all():
                 raise FailureError(f"the router's logits over {text.name} are not finite numbers; try another --dtype")
@@ -132,7 +141,7 @@ def trace_texts(model: Any, tokenizer: Any, texts: Iterable[Text], *, batch_size
             )
 
 
-def _router_logits(model: Any, rows: list[list[int]], texts: list[Text]) -> list[torch.Tensor]:
+def _router_logits(model: Any, rows: list[Row], texts: list[Text]) -> list[torch.Tensor]:
     """`[tokens, num_experts]` of every row, in float32 on the CPU."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -143,7 +152,7 @@ def _router_logits(model: Any, rows: list[list[int]], texts: list[Text]) -> list
             raise
         if len(rows) == 1:
             raise FailureError(
-                f"the memory does not suffice for {texts[0].name}, a text of {len(rows[0])} tokens; use another --dtype, "
+                f"the memory does not suffice for {texts[0].name}, of {len(rows[0][0])} tokens; use another --dtype, "
                 "or --device_map auto"
             ) from error
     clear_device_cache()
@@ -152,21 +161,22 @@ def _router_logits(model: Any, rows: list[list[int]], texts: list[Text]) -> list
 
 
 @torch.inference_mode()
-def _pass_over(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
-    length = max(map(len, rows))
-    # Padded on the right: nothing that counts comes after it, and positions need no mending.
-    padded = [row + [0] * (length - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+def _pass_over(model: Any, rows: list[Row]) -> list[torch.Tensor]:
+    length = max(len(token_ids) for token_ids, _ in rows)
+    # Padded on the right: nothing that counts comes after it.
+    padded = [token_ids + [0] * (length - len(token_ids)) for token_ids, _ in rows]
+    mask = torch.tensor([seen + [0] * (length - len(seen)) for _, seen in rows], device=model.device)
     output = model(
         input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, 0),  # as `generate` counts them
         routing_strategy="router",
         output_router_logits=True,
         logits_to_keep=1,
         use_cache=False,
     )
     logits = output.router_logits.float().cpu()
-    return [of_row[: len(row)] for of_row, row in zip(logits, rows, strict=True)]
+    return [of_row[: len(token_ids)] for of_row, (token_ids, _) in zip(logits, rows, strict=True)]
 
 
 def tokenize(tokenizer: Any, text: Text) -> tuple[list[int], list[str], int]:

@@ -348,6 +348,19 @@ def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monk
         benchmark(".", **SMALL)
 
 
+def test_an_alpha_that_the_runs_best_model_knows_counts_for_the_cached_export(tmp_path):
+    checkpoint = save_text_checkpoint(tmp_path)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["_dylora_lora_alpha"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    best = tmp_path / "best_model"
+    best.mkdir()
+    for alpha in (8, 24):
+        (best / "config.json").write_text(json.dumps({"_dylora_lora_alpha": alpha}))
+        experts = find_model(checkpoint).config.expert_configs
+        assert {expert["lora_alpha"] for expert in experts} == {alpha}
+
+
 def test_models_of_one_name_are_told_apart(repo, tmp_path):
     folders = [tmp_path / name / "best_model" for name in ("run_a", "run_b")]
     for folder in folders:

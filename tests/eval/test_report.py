@@ -286,6 +286,20 @@ def test_analyses_of_different_samples_are_told_apart(folder):
     assert note == f"The routing analysis is of {other.samples}, which the expert analysis does not compare."
 
 
+def test_tokens_of_another_analysis_are_not_shown(folder):
+    """As a routing analysis that is killed between its two files leaves them."""
+    routing = json.loads((folder / "routing_analysis.json").read_text())
+    routing["tasks_sha256"] = file_sha256(folder / "routing_tasks.jsonl")
+    (folder / "routing_analysis.json").write_text(json.dumps(routing))
+    content = read_folder(folder)
+    assert content.notes == [] and list(content.routing_lines())
+    with open(folder / "routing_tasks.jsonl", "a") as file:
+        file.write("\n")
+    content = read_folder(folder)
+    assert len(content.notes) == 1 and "run routing-analysis again" in content.notes[0]
+    assert not list(content.routing_lines())
+
+
 @pytest.mark.parametrize("name", ["expert_analysis.json", "routing_analysis.json"])
 @pytest.mark.parametrize(
     ("content", "words"), [("{", "is damaged"), ("[]", "is damaged"), ('{"format_version": 2}', "later version")]

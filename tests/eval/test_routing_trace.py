@@ -1,5 +1,6 @@
 """The router's trace of a text, against PEFT's own layers and plain loops, one unpadded text at a time."""
 
+import copy
 import math
 import pickle
 
@@ -46,6 +47,25 @@ def merging():
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(['def f(x):\n    return x\n\n    """é"""\n'] * 9, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_it_was_when_the_text_was_made(tokenizer, mode):
+    """transformers hides them from a model that ends otherwise; chat templates write them after every message."""
+    model, tokenizer = build(**MODES[mode]), copy.deepcopy(tokenizer)
+    tokenizer.eos_token = "~"
+    model.generation_config.eos_token_id = None
+    texts = []
+    for prompt in ("hi~there~:", "a ~ b"):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        wanted = {"output_router_logits": True, "return_dict_in_generate": True, "suppress_tokens": [0, 1, 2]}
+        arguments = {"max_new_tokens": 6, "do_sample": False, "routing_strategy": "router"}
+        output = model.generate(ids, pad_token_id=tokenizer.eos_token_id, **arguments, **wanted)
+        completion = "".join(tokenizer.convert_ids_to_tokens(output.sequences[0, ids.shape[1] :]))
+        texts.append((Text(prompt, prompt, completion), output.router_logits[0]))
+    for trace, (_, logits) in zip(trace_texts(model, tokenizer, [text for text, _ in texts]), texts, strict=True):
+        steps = slice(trace.num_prompt_tokens - 1, trace.num_prompt_tokens + 5)
+        torch.testing.assert_close(trace.probabilities[steps], logits.softmax(dim=-1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
