@@ -24,6 +24,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, _pass_in_progress, use_experts
 from .fast_buffers_dylora_moe import BufferLayer, Buffers, PromptLayer
+from .generation_dylora_moe import _call
 from .routed_pass_dylora_moe import RoutedPass
 from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
@@ -115,21 +116,21 @@ class FastDecodingMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
-        before = _call.decoding
-        _call.decoding = None
-        if why_not(self, generation_config, kwargs) is None:
-            store = self.__dict__.setdefault("_decoding_sessions", SessionStore())
-            if store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
-                _call.decoding = Decoding(self, store, kwargs, generation_config.max_length)
+        sample = super()._sample
+        if why_not(self, generation_config, kwargs) is not None:
+            return sample(input_ids, generation_config=generation_config, **kwargs)
+        store = self.__dict__.setdefault("_decoding_sessions", SessionStore())
+        if not store.lock.acquire(blocking=False):  # another thread is decoding in the buffers
+            return sample(input_ids, generation_config=generation_config, **kwargs)
         try:
-            output = super()._sample(input_ids, generation_config=generation_config, **kwargs)
-            if _call.decoding is not None and generation_config.return_dict_in_generate:
+            _call.decoding = Decoding(self, store, kwargs, generation_config.max_length)
+            output = sample(input_ids, generation_config=generation_config, **kwargs)
+            if generation_config.return_dict_in_generate:
                 _call.decoding.hand_back()
             return output
         finally:
-            if _call.decoding is not None:
-                store.lock.release()
-            _call.decoding = before
+            _call.decoding = None
+            store.lock.release()
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         decoding = _decoding_of(self)
@@ -177,14 +178,6 @@ class FastDecodingMixin:
         if decoding is not None and decoding.session is not None:
             return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-
-
-class _Call(threading.local):
-    def __init__(self):
-        self.decoding: Decoding | None = None
-
-
-_call = _Call()
 
 
 def _decoding_of(model) -> "Decoding | None":
@@ -554,6 +547,7 @@ class SharedProducts:
         # By the layer that reads the tensor first and the single expert that acts, or `None` where all do.
         self.groups: dict[tuple[DyloraMoeLinear, int | None], list[DyloraMoeLinear]] = {}
         self.stacks: dict[tuple[DyloraMoeLinear, int | None], torch.Tensor] = {}
+        self.up_to_date: int | None = None  # for which single expert the stacks are
         self._finish()
 
     @contextmanager
@@ -562,6 +556,10 @@ class SharedProducts:
         _pass_in_progress.add_update = self.add_update
         try:
             yield
+        except BaseException:
+            # A pass that breaks off may have seen a part of a group only. Those with a stack were seen whole.
+            self.groups = {key: group for key, group in self.groups.items() if key in self.stacks}
+            raise
         finally:
             _pass_in_progress.add_update = None
             self._finish()
@@ -573,6 +571,7 @@ class SharedProducts:
         self.scales: dict[tuple, torch.Tensor] = {}
 
     def read_stacks(self, single: int | None) -> None:
+        self.up_to_date = single
         for key, group in self.groups.items():
             if key[1] != single or len(group) < 2:
                 continue
@@ -594,7 +593,8 @@ class SharedProducts:
                 self.scales = {}
             self.input = (hidden_states, active)
             self.group = self.groups.setdefault((layer, single), [layer])
-            stack = self.stacks.get((layer, single))
+            # The prompts of an ensemble run expert by expert, and their stacks may be of an earlier call.
+            stack = self.stacks.get((layer, single)) if single == self.up_to_date else None
             self.ranks = self._multiply([layer] if stack is None else self.group, stack, active)
         if layer not in self.ranks:
             if layer not in self.group:

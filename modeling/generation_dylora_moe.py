@@ -16,14 +16,14 @@ class _Call(threading.local):
     """The `generate` in progress in this thread; as for passes, no context variable, which cannot be compiled.
 
     Attributes:
-        model: whose it is.
+        model, decoding: whose it is, and what takes over its steps, if that is fast decoding.
         strategy: its strategy, for what calls the model without our arguments on its behalf (classifier-free guidance
             runs an unconditional pass of its own).
         recorded: the router logits of its steps, where they were asked for.
     """
 
     def __init__(self):
-        self.model = None
+        self.model = self.decoding = None
         self.strategy: str | None = None
         self.recorded: list[torch.Tensor] | None = None
 

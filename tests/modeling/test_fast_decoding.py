@@ -244,6 +244,66 @@ def test_weights_that_change_between_calls(steps):
         assert other.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()
 
 
+def test_an_ensemble_after_weights_changed(steps):
+    """Its prompts run expert by expert, and so did the calls of `single` before."""
+    model = build(seed=7)
+    for _ in range(2):
+        both(model, routing_strategy="single:0")
+    with torch.no_grad():
+        for layer in model.expert_layers().values():
+            layer.lora_A.data.mul_(-1.5)
+    wanted = {"routing_strategy": "ensemble", "return_dict_in_generate": True, "output_logits": True}
+    ordinary, found = both(model, **wanted)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3)
+
+
+def attention_experts() -> list[dict]:
+    """Experts on three layers that read the same tensor."""
+    names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkv"]
+    return [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("where", ["prompt", "stacks", "step"])
+@pytest.mark.parametrize("strategy", ["uniform", "single:1", "router"])
+def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, where):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("as a GPU says it")
+
+    model = build(experts=attention_experts(), seed=7)
+    with monkeypatch.context() as patch:
+        if where == "prompt":  # between layers that read the same tensor
+            layer = model.foundation.get_submodule("model.layers.1.self_attn.v_proj.base_layer")
+            patch.setitem(vars(layer), "forward", out_of_memory)
+        elif where == "stacks":
+            patch.setattr(fast.SharedProducts, "read_stacks", out_of_memory)
+        else:
+            patch.setattr(fast.BufferLayer, "update", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
+    steps.clear()
+    for _ in range(2):
+        ordinary, found = both(model, routing_strategy=strategy)
+        assert found.tolist() == ordinary.tolist()
+    assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
+
+
+@pytest.mark.parametrize("inner", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_a_streamer_that_generates_with_the_same_model(steps, inner):
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    outer = model.generate(**one, **GREEDY, fast_decoding=False)
+    expected = model.generate(**one, **GREEDY, **inner, fast_decoding=False)
+
+    class Streamer:
+        def put(self, value):
+            assert model.generate(**one, **GREEDY, **inner).tolist() == expected.tolist()
+
+        def end(self):
+            pass
+
+    assert model.generate(**one, **GREEDY, streamer=Streamer()).tolist() == outer.tolist()
+    assert steps
+
+
 def test_a_hundred_calls_keep_few_sessions_and_one_stretch_of_memory(steps):
     model = build(seed=7)
     sizes = set()
