@@ -35,10 +35,10 @@ class Buffers:
         return stretch[:size].view(shape)
 
     def grown(self, layers: list, length: int) -> list[tuple[torch.Tensor, ...]]:
-        """Buffers of twice the capacity with the first `length` tokens of those in `layers`, one pair a layer."""
+        """Buffers of twice the capacity with the first `length` tokens of those in `layers`, which is emptied meanwhile."""
         return [
-            tuple(self._grown(index, kind, buffer, length) for kind, buffer in enumerate(both))
-            for index, both in enumerate(layers)
+            tuple(self._grown(index, kind, buffer, length) for kind, buffer in enumerate(layers.pop(0)))
+            for index in range(len(layers))
         ]
 
     def _grown(self, index: int, kind: int, buffer: torch.Tensor, length: int) -> torch.Tensor:

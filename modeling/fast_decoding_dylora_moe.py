@@ -10,6 +10,7 @@ The ordinary path runs the prompt, whose keys and values go to the buffers. Know
 import gc
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -87,7 +88,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "several devices, or offloaded": len({tensor.device for tensor in model.parameters()}) != 1,
         "hooks on modules, which a graph does not call": any(
             hasattr(module, "_hf_hook")
-            or any(map(_looks_on, module._forward_hooks.values()))
+            or any(map(_looks_on, list(module._forward_hooks.values())))
             or module._forward_pre_hooks
             for module in model.modules()
         ),
@@ -116,15 +117,13 @@ class FastDecodingMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
-        sample = super()._sample
-        if why_not(self, generation_config, kwargs) is not None:
-            return sample(input_ids, generation_config=generation_config, **kwargs)
-        store = self.__dict__.setdefault("_decoding_sessions", SessionStore())
-        if not store.lock.acquire(blocking=False):  # another thread is decoding in the buffers
-            return sample(input_ids, generation_config=generation_config, **kwargs)
+        reason = why_not(self, generation_config, kwargs)
+        store = None if reason else self.__dict__.setdefault("_decoding_sessions", SessionStore())
+        if reason or not store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
+            return super()._sample(input_ids, generation_config=generation_config, **kwargs)
         try:
             _call.decoding = Decoding(self, store, kwargs, generation_config.max_length)
-            output = sample(input_ids, generation_config=generation_config, **kwargs)
+            output = super()._sample(input_ids, generation_config=generation_config, **kwargs)
             if generation_config.return_dict_in_generate:
                 _call.decoding.hand_back()
             return output
@@ -211,7 +210,11 @@ class Decoding:
         elif self.length == self.session.capacity:
             self._grow()
         self.session.input_ids.copy_(input_ids)
-        self.session.step()
+        try:
+            self.session.step()
+        except BaseException:
+            self.store.sessions.clear()  # a recording that breaks off takes the graphs' common pool with it
+            raise
         self.length += 1
         routing = self.session.router_logits if self.returns_routing else None
         return MoeCausalLMOutputWithPast(
@@ -242,17 +245,21 @@ class Decoding:
         self.session.place(self.length, seen[:, : self.length].bool(), position_ids[:, -1:], expert_ids)
 
     def _grow(self):
-        old = self.session
-        state = old.mask[: old.batch, 0, 0] == 0, old.positions[: old.batch] + 1, old.expert_ids.clone()
+        old, batch = self.session, self.session.batch
+        state = old.mask[:batch, 0, 0] == 0, old.positions[:batch] + 1, old.expert_ids.clone()
         weights = old.weights.clone()
+        # Whatever has the smaller buffers lets go of them, so that each can go as soon as it was copied.
+        self.session = old = None
+        streams = range(len(self.layers) * self.strategy.num_streams)
+        self.cache.layers[: len(streams)] = [DynamicLayer() for _ in streams]
         self.layers = self.store.buffers.grown(self.layers, self.length)
-        self._use_session(old.batch)
+        self._use_session(batch)
         self.session.place(self.length, *state)
         self.session.weights.copy_(weights)
 
     def _use_session(self, batch: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.session = self.store.session(self.model, self.strategy, batch, self.layers)
+            self.session = self.store.session(self.model, self.strategy, batch, list(self.layers))
 
     def hand_back(self) -> None:
         """Give the cache keys and values of its own, for who gets it from `generate`."""
@@ -272,6 +279,7 @@ class SessionStore:
         self.sessions: OrderedDict[tuple, Session] = OrderedDict()
         self.products = SharedProducts()
         self.weights_at: int | None = None
+        self.pool = None
         self._forget()
 
     def __deepcopy__(self, memo) -> "SessionStore":
@@ -282,7 +290,8 @@ class SessionStore:
 
     def look_at_weights(self, model, strategy: RoutingStrategy) -> None:
         """Before a `generate`: graphs hold addresses of weights, and copies of some, which training changes in place."""
-        where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in model.parameters()))
+        tensors = (*model.parameters(), *model.buffers())
+        where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors))
         if where != self.weights_at:
             self._forget()
             self.weights_at = where
@@ -299,19 +308,16 @@ class SessionStore:
         if key not in self.sessions:
             while len(self.sessions) >= MAX_SESSIONS:
                 self.sessions.popitem(last=False)
+            if not self.sessions and torch.cuda.is_available():
+                self.pool = torch.cuda.graph_pool_handle()  # another one, since a pool goes with the last graph in it
             self.sessions[key] = Session(model, strategy, batch, layers, self)
         self.sessions.move_to_end(key)
         return self.sessions[key]
 
     def _forget(self) -> None:
-        self._forget_sessions()
-        self.products.__init__()
-        self.buffers = Buffers(on_growth=self._forget_sessions)
-
-    def _forget_sessions(self) -> None:
         self.sessions.clear()
-        # Another one, since a pool goes with the last graph in it.
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.products.__init__()
+        self.buffers = Buffers(on_growth=self.sessions.clear)
 
     @cached_property
     def recording_stream(self):
@@ -329,7 +335,9 @@ class Session:
     """
 
     def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, store: SessionStore):
-        self.model, self.strategy, self.batch, self.layers = model, strategy, batch, layers
+        # The model has the store. No circle of references: memory goes with its last user, and not some time later.
+        self._model = weakref.ref(model)
+        self.strategy, self.batch, self.layers = strategy, batch, layers
         self.products, self.pool, self.recording_stream = store.products, store.pool, store.recording_stream
         self.capacity = capacity = layers[0][0].shape[2]
         device, experts = model.device, model.config.num_experts
@@ -346,11 +354,15 @@ class Session:
         self.router_logits = torch.zeros_like(self.weights) if strategy.name == "router" else None
         self.logits: torch.Tensor | None = None
         self.hit_rate, self.steps, self.hits, self.guesses = 1.0, 0, 0, 0
-        steps = {"router": self._route_then_run, "ensemble": self._run_all}
-        self._whole = Stepper(self, steps.get(strategy.name, self._run))
+        steps = {"router": Session._route_then_run, "ensemble": Session._run_all}
+        self._whole = Stepper(steps.get(strategy.name, Session._run))
         self._guessed = self._again = None
         if self._may_guess():
-            self._guessed, self._again = Stepper(self, self._run_guessed), Stepper(self, self._run_routed)
+            self._guessed, self._again = Stepper(Session._run_guessed), Stepper(Session._run_routed)
+
+    @property
+    def model(self):
+        return self._model()
 
     # The state
 
@@ -378,14 +390,14 @@ class Session:
         self.steps += 1
         # Guessing pays while most guesses are right; where they are not, one in a while sees whether that has changed.
         if self._guessed is None or (self.hit_rate < 0.45 and self.steps % 16):
-            self._whole()
+            self._whole(self)
             return
-        self._guessed()
+        self._guessed(self)
         hit = bool(self.agreed)
         self.hit_rate += (hit - self.hit_rate) / 8
         self.guesses, self.hits = self.guesses + 1, self.hits + hit
         if not hit:
-            self._again()
+            self._again(self)
 
     def _may_guess(self) -> bool:
         return (
@@ -480,45 +492,45 @@ class Session:
 class Stepper:
     """A step function, called as it is (no GPU), or recorded at its first call and replayed from then on."""
 
-    def __init__(self, session: Session, function: Callable[[], None]):
-        self.session, self.function = session, function
+    def __init__(self, function: Callable[[Session], None]):
+        self.function = function
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self) -> None:
-        if self.session.model.device.type != "cuda":
-            self.function()
+    def __call__(self, session: Session) -> None:
+        if session.model.device.type != "cuda":
+            self.function(session)
             return
         if self.graph is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._record()
+                self._record(session)
         self.graph.replay()
 
-    def _record(self) -> None:
-        state = [self.session.index, self.session.positions, self.session.mask, self.session.weights]
+    def _record(self, session: Session) -> None:
+        state = [session.index, session.positions, session.mask, session.weights]
         before = [tensor.clone() for tensor in state]
 
         def restore():
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
-        fused = fused_modules(self.session.model.foundation, self.session.index)
-        with torch.cuda.device(self.session.model.device), fused:
-            stream = self.session.recording_stream
+        fused = fused_modules(session.model.foundation, session.index)
+        with torch.cuda.device(session.model.device), fused:
+            stream = session.recording_stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
-                    self.function()
+                    self.function(session)
                     restore()
-                self.session.products.read_stacks(single_expert(self.session.strategy))
-                self.function()
+                session.products.read_stacks(single_expert(session.strategy))
+                self.function(session)
                 restore()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with (
                 no_collection(),
-                torch.cuda.graph(graph, self.session.pool, stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, session.pool, stream, capture_error_mode="thread_local"),
             ):
-                self.function()
+                self.function(session)
             restore()
         self.graph = graph
 
@@ -588,6 +600,8 @@ class SharedProducts:
             return True
         if hidden_states.dim() != 3 or not layer.lora_A.dtype == hidden_states.dtype == result.dtype:
             return False
+        if single is None and active.scales[layer.layout].shape[1] not in (1, hidden_states.shape[1]):
+            return False  # a head that sees the last of a prompt's tokens
         if self.input is None or self.input[0] is not hidden_states or self.input[1] is not active:
             if self.input is not None and self.input[1] is not active:
                 self.scales = {}

@@ -1,11 +1,14 @@
 """Fast decoding with plain calls in place of graphs, against the ordinary path; what graphs do is in `test_gpu.py`."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from helpers_models import PAD, STRATEGIES, build, left_padded, llama_config, llama_experts, random_rows
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, Qwen2Config, StoppingCriteria
 
 
@@ -229,6 +232,17 @@ def test_other_foundations(steps, kind, attention):
     assert steps
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_experts_on_the_head(steps, strategy):
+    """It sees a prompt's last token alone, and the router has weights for all of them."""
+    names = [*(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)), "lm_head"]
+    model = build(experts=[{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")], seed=7)
+    for _ in range(2):
+        ordinary, found = both(model, routing_strategy=strategy)
+        assert found.tolist() == ordinary.tolist()
+    assert steps
+
+
 def test_weights_that_change_between_calls(steps):
     model = build(seed=7)
     both(model)
@@ -281,6 +295,7 @@ def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, wh
         with pytest.raises(torch.OutOfMemoryError):
             model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
     steps.clear()
+    assert not model._decoding_sessions.sessions  # of those that there are, the graphs may be half recorded
     for _ in range(2):
         ordinary, found = both(model, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
@@ -315,6 +330,50 @@ def test_a_hundred_calls_keep_few_sessions_and_one_stretch_of_memory(steps):
         sizes.add(sum(stretch.numel() for stretch in store.buffers.stretches.values()))
     assert len(store.sessions) <= fast.MAX_SESSIONS
     assert max(sizes) == max(key.layers[0][0].numel() * 2 * len(key.layers) for key in steps)
+
+
+@pytest.fixture
+def no_collection():
+    """What goes, goes because nobody has it any more."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def memory_of(model) -> list[StorageWeakRef]:
+    """What says whether the buffers that there are now are still there."""
+    stretches = model._decoding_sessions.buffers.stretches.values()
+    return [StorageWeakRef(stretch.untyped_storage()) for stretch in stretches]
+
+
+@pytest.mark.parametrize("strategy", ["router", "best", "ensemble"])
+def test_smaller_buffers_go_when_larger_ones_come(monkeypatch, no_collection, strategy):
+    model = build(seed=7)
+    one = {name: rows[:1] for name, rows in BATCH.items()}
+    model.generate(**one, **GREEDY, routing_strategy=strategy)
+    smaller = memory_of(model)
+    model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
+    assert all(memory.expired() for memory in smaller)
+    copy_one, smaller, left = fast.Buffers._grown, [], []
+
+    def look(buffers, *args):
+        smaller[:] = smaller or memory_of(model)
+        larger = copy_one(buffers, *args)
+        left.append(sum(not memory.expired() for memory in smaller))
+        return larger
+
+    monkeypatch.setattr(fast.Buffers, "_grown", look)
+    model.generate(**BATCH, routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 260})
+    assert left == [4, 4, 2, 2]  # keys and values of two layers: those of one layer go together
+
+
+def test_a_model_that_was_deleted_is_gone(no_collection):
+    model = build(seed=7)
+    model.generate(**BATCH, **GREEDY)
+    memory, deleted = memory_of(model), weakref.ref(model)
+    del model
+    assert deleted() is None and all(one.expired() for one in memory)
 
 
 def test_inside_inference_mode_and_then_outside(steps):
