@@ -1,7 +1,8 @@
 """Decoding many prompts at once, each row as if it were alone: its own stop, its own random numbers.
 
 A decoding loop for `model.generate(custom_generate=…)`, so that caches, masks, positions and logits processors are
-those of transformers. Rows that are done leave the batch. Knows nothing about EvalPlus, files or routing strategies.
+those of transformers. Rows that are done leave the batch, unless fast decoding runs it, whose steps are recorded for a
+number of rows. Knows nothing about EvalPlus, files or routing strategies.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +104,8 @@ def decode_rows(
                     "tokens; use a smaller --max_new_tokens, another --dtype, or --device_map auto"
                 ) from error
             batch_size = len(batch) // 2 or 1
+            if hasattr(model, "forget_decoding_sessions"):  # the larger batch's buffers
+                model.forget_decoding_sessions()
         clear_device_cache()
         waiting = [row for row in waiting if (row.task_id, row.sample) not in done]
     return batch_size
@@ -166,8 +170,9 @@ def _decode_batch(
 
 
 def visible(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
-    """The attention mask that transformers makes of a prompt that comes alone and without a mask, as EvalPlus's do: the padding token, here
-    the tokenizer's end of sequence, which chat templates write, is hidden unless the model ends with it, too."""
+    """The attention mask that transformers makes of a prompt that comes alone and without a mask, as EvalPlus's do: the
+    padding token, here the tokenizer's end of sequence, which chat templates write, is hidden unless the model ends with
+    it, too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     hidden = None if tokenizer.eos_token_id in ends else tokenizer.eos_token_id
@@ -189,9 +194,18 @@ class _Loop:
         self.stop_strings = stop_strings
         self.generators = generators
         self.new_tokens: list[list[int]] = [[] for _ in rows]
+        self.going_on = list(range(len(rows)))  # the places of those that are not done
 
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ) -> torch.LongTensor:
+        # Only our models have it, and only with their optional files.
+        fast = getattr(model, "decoding_fast", None)
+        with nullcontext() if fast is None else fast(generation_config, model_kwargs) as decoding:
+            return self._run(model, decoding, input_ids, logits_processor, generation_config, model_kwargs)
+
+    def _run(
+        self, model, decoding, input_ids, logits_processor, generation_config, model_kwargs: dict[str, Any]
     ) -> torch.LongTensor:
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         end = generation_config._eos_token_tensor
@@ -203,22 +217,20 @@ class _Loop:
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-            if scores.isnan().any():
-                raise FailureError(
-                    f"the model's logits are NaN (at {self.rows[0].task_id} or beside it); try another --dtype"
-                )
+            if (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any():
+                name = self.rows[self.going_on[0]].task_id
+                raise FailureError(f"the model's logits are NaN (at {name} or beside it); try another --dtype")
             tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
-            going_on = self._take(tokens.tolist(), end, max_new_tokens)
-            if not going_on:
+            self._take(tokens.tolist(), end, max_new_tokens)
+            if not self.going_on:
                 return input_ids
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-            if len(going_on) < len(tokens):
-                kept = torch.tensor(going_on, device=input_ids.device)
-                input_ids, model_kwargs = _select_rows(input_ids, model_kwargs, kept)
+            if decoding is None and len(self.going_on) < len(tokens):
+                input_ids, model_kwargs = self._drop_done(input_ids, model_kwargs)
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
             )
-            outputs = model(**inputs, return_dict=True)
+            outputs = (model if decoding is None else decoding)(**inputs, return_dict=True)
 
     def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
         """Scores `[rows, vocabulary]` -> one token a row, `[rows]`."""
@@ -230,19 +242,24 @@ class _Loop:
         drawn = drawn.to(sums.dtype)[:, None] * sums[:, -1:]
         return torch.searchsorted(sums, drawn, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
 
-    def _take(self, tokens: list[int], end: set[int], max_new_tokens: int) -> list[int]:
-        """Give every row its new token, tell those that are done, and return the places of the others."""
+    def _take(self, tokens: list[int], end: set[int], max_new_tokens: int) -> None:
+        """Give every row that goes on its new token, and tell those that are done with it."""
         going_on = []
-        for place, token in enumerate(tokens):
-            new_tokens = self.new_tokens[place]
+        for place in self.going_on:
+            token, new_tokens = tokens[place], self.new_tokens[place]
             new_tokens.append(token)
             if token in end or len(new_tokens) >= max_new_tokens or self.stop_strings.complete(new_tokens):
                 self.finished(self.rows[place], new_tokens)
             else:
                 going_on.append(place)
+        self.going_on = going_on
+
+    def _drop_done(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]):
         for name in ("rows", "new_tokens", "generators"):
-            setattr(self, name, [getattr(self, name)[place] for place in going_on])
-        return going_on
+            setattr(self, name, [getattr(self, name)[place] for place in self.going_on])
+        kept = torch.tensor(self.going_on, device=input_ids.device)
+        self.going_on = list(range(len(kept)))
+        return _select_rows(input_ids, model_kwargs, kept)
 
 
 class StopStrings:

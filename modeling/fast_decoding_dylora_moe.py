@@ -12,7 +12,7 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
@@ -39,6 +39,7 @@ except ImportError:  # no Triton, or that file was left empty or out: the founda
 
 
 DEVICES = ("cuda",)
+GRAPH_DEVICES = ("cuda",)  # where steps are recorded
 ON_BY_ITSELF = True  # or only where `fast_decoding=True` asks for it
 PROMPT_TOKENS = 2048  # tokens of prompts that run together: enough to keep a GPU busy
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
@@ -117,18 +118,33 @@ class FastDecodingMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
-        reason = why_not(self, generation_config, kwargs)
+        with self.decoding_fast(generation_config, kwargs) as decoding:
+            output = super()._sample(input_ids, generation_config=generation_config, **kwargs)
+            if decoding is not None and generation_config.return_dict_in_generate:
+                decoding.hand_back()
+            return output
+
+    @contextmanager
+    def decoding_fast(self, generation_config: GenerationConfig, arguments: dict) -> Iterator["Decoding | None"]:
+        """For a loop of `generate`, from before its prompts' pass to its end: what to call in the model's place for every
+        further token, with all rows each time; `None` where the loop goes the ordinary way. `arguments` are the model's."""
+        reason = why_not(self, generation_config, arguments)
         store = None if reason else self.__dict__.setdefault("_decoding_sessions", SessionStore())
         if reason or not store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
-            return super()._sample(input_ids, generation_config=generation_config, **kwargs)
+            yield None
+            return
         try:
-            _call.decoding = Decoding(self, store, kwargs, generation_config.max_length)
-            output = super()._sample(input_ids, generation_config=generation_config, **kwargs)
-            if generation_config.return_dict_in_generate:
-                _call.decoding.hand_back()
-            return output
+            _call.decoding = Decoding(self, store, arguments, generation_config.max_length)
+            yield _call.decoding
         finally:
             _call.decoding = None
+            store.lock.release()
+
+    def forget_decoding_sessions(self) -> None:
+        """Free what fast decoding keeps for calls to come, graphs and buffers, unless it is decoding."""
+        store = self.__dict__.get("_decoding_sessions")
+        if store is not None and store.lock.acquire(blocking=False):
+            store.forget()
             store.lock.release()
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
@@ -280,7 +296,7 @@ class SessionStore:
         self.products = SharedProducts()
         self.weights_at: int | None = None
         self.pool = None
-        self._forget()
+        self.forget()
 
     def __deepcopy__(self, memo) -> "SessionStore":
         return SessionStore()  # a copied model has weights of its own
@@ -293,7 +309,7 @@ class SessionStore:
         tensors = (*model.parameters(), *model.buffers())
         where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors))
         if where != self.weights_at:
-            self._forget()
+            self.forget()
             self.weights_at = where
         with torch.inference_mode(False), torch.no_grad():
             self.products.read_stacks(single_expert(strategy))
@@ -314,7 +330,7 @@ class SessionStore:
         self.sessions.move_to_end(key)
         return self.sessions[key]
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         self.sessions.clear()
         self.products.__init__()
         self.buffers = Buffers(on_growth=self.sessions.clear)
@@ -371,7 +387,7 @@ class Session:
         streams = self.strategy.num_streams
         self.index.fill_(length - 1)  # a step moves on first
         self.mask.fill_(self.closed)
-        open_ = torch.where(seen, 0.0, self.closed).to(self.mask.dtype)
+        open_ = torch.zeros_like(seen, dtype=self.mask.dtype).masked_fill_(~seen, self.closed)
         self.mask[:, 0, 0, : seen.shape[1]].copy_(open_.repeat(streams, 1))
         self.positions.copy_((positions - 1).expand(self.batch, 1).repeat(streams, 1))
         self.weights.zero_()
@@ -497,7 +513,7 @@ class Stepper:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, session: Session) -> None:
-        if session.model.device.type != "cuda":
+        if session.model.device.type not in GRAPH_DEVICES:
             self.function(session)
             return
         if self.graph is None:

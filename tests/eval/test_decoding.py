@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from helpers_graphs import RecordedGraph, record_on_a_cpu
 from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -312,3 +313,47 @@ def test_more_tokens_than_the_model_has_positions_are_said(model, tokenizer):
             max_new_tokens=positions,
             eos_token_id=list(range(VOCABULARY)),
         )
+
+
+# With fast decoding, whose steps are recorded
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    fast = pytest.importorskip(
+        "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
+    )
+    record_on_a_cpu(monkeypatch, fast)
+    return RecordedGraph
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recorded_steps_give_every_row_what_it_would_get_alone(tokenizer, graphs, strategy, sampled):
+    model = build(seed=3)
+    asked = rows(expert_id=1) if strategy == "round_robin" else rows()
+    arguments = {"routing_strategy": strategy, "do_sample": sampled}
+    expected = decode(model, tokenizer, asked, 1, fast_decoding=False, **arguments)
+    assert graphs.replays == 0
+    stops = sorted({tokenizer.decode(tokens[4:6]) for tokens in expected.values()})[:2]  # some rows end early
+    expected = decode(model, tokenizer, asked, 1, stops, fast_decoding=False, **arguments)
+    assert decode(model, tokenizer, asked, 3, stops, **arguments) == expected
+    assert graphs.replays > 0 and len({len(tokens) for tokens in expected.values()}) > 1
+
+
+def test_a_batch_that_is_too_large_leaves_no_buffers_behind(tokenizer, graphs, monkeypatch):
+    model = build(seed=3)
+    expected = decode(model, tokenizer, rows(), 1, fast_decoding=False)
+    decode(model, tokenizer, rows(), 5)
+    held = model._decoding_sessions.buffers.stretches
+    update, stretches = _Loop._take, []
+
+    def take(loop, *args):
+        if len(loop.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        stretches.append(model._decoding_sessions.buffers.stretches)
+        return update(loop, *args)
+
+    monkeypatch.setattr(_Loop, "_take", take)
+    assert decode(model, tokenizer, rows(), 5) == expected
+    assert held and stretches and all(later is not held for later in stretches)

@@ -1,0 +1,61 @@
+"""A stand-in for CUDA graphs that runs on a CPU: what was recorded is replayed on the very same tensors, so whatever a graph
+would not notice (a branch, a number read on the host, another tensor) is not noticed here."""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class RecordedGraph(TorchDispatchMode):
+    """In the place of `torch.cuda.CUDAGraph`."""
+
+    replays = 0
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, output))
+        return output
+
+    def replay(self):
+        RecordedGraph.replays += 1
+        for function, args, kwargs, output in self.operations:
+            known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            for old, new in zip(tree_leaves(output), tree_leaves(function(*args, **kwargs)), strict=True):
+                # Views, and what was written in place, are the recorded tensors already.
+                if is_tensor(old) and old.numel() and old.untyped_storage().data_ptr() not in known:
+                    old.copy_(new)
+
+
+def is_tensor(leaf) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+@contextmanager
+def record(graph, pool, stream, capture_error_mode):
+    with graph:
+        yield
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+def record_on_a_cpu(monkeypatch, fast) -> None:
+    """Have fast decoding, the module, take over on a CPU and record its steps there."""
+    monkeypatch.setattr(fast, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fast, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(fast, "fused_modules", lambda *args: nullcontext())
+    monkeypatch.setattr(fast.SessionStore, "recording_stream", Stream())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
