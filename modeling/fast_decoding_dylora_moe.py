@@ -153,6 +153,8 @@ class FastDecodingMixin:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         copies = generation_config.num_return_sequences or 1
         expert_ids = model_kwargs.get("expert_ids")
+        if expert_ids is not None and expert_ids.shape != (len(input_ids),):  # the pass says so, if it sees all rows
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if expert_ids is not None and not torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids):
             copies = 1
         inputs_embeds = model_kwargs.get("inputs_embeds")
@@ -421,6 +423,7 @@ class Session:
             and not self.model.routes_densely
             and self.model.config.num_experts_per_tok == 1
             and not isinstance(self.model.get_output_embeddings(), DyloraMoeLinear)
+            and not hasattr(self.model.foundation_body, "decoder")  # OPT calls that one, and never the body
         )
 
     def _pass(self, body, weights: int | torch.Tensor | None, first: int = 0, streams: int = 1):

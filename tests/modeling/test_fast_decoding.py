@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers_models import PAD, STRATEGIES, build, left_padded, llama_config, llama_experts, random_rows
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, Qwen2Config, StoppingCriteria
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConfig, Qwen2Config, StoppingCriteria
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
@@ -215,11 +215,14 @@ def test_other_routers(steps, fields):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen2"])
 def test_other_foundations(steps, kind, attention):
     if kind == "gpt2":
         sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
         base, names = GPT2Config(**sizes), ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"]
+    elif kind == "opt":
+        base = OPTConfig(**{**QWEN, "ffn_dim": 48, "word_embed_proj_dim": 32})
+        names = [f"model.decoder.layers.{layer}.self_attn.q_proj" for layer in range(2)]
     else:
         base = Qwen2Config(**QWEN)
         names = llama_experts()[0]["target_modules"]
@@ -230,6 +233,18 @@ def test_other_foundations(steps, kind, attention):
         ordinary, found = both(model, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
     assert steps
+
+
+def test_double_precision(steps):
+    ordinary, found = both(build(seed=7).double())
+    assert found.tolist() == ordinary.tolist() and steps
+
+
+@pytest.mark.parametrize("given", [1, [1], [1, 1], [0, 1, 9]], ids=str)
+def test_wrong_experts_are_refused_however_many_prompts_run_at_a_time(monkeypatch, given):
+    monkeypatch.setattr(fast, "PROMPT_TOKENS", 1)
+    with pytest.raises(ValueError, match="`expert_ids` is"):
+        build(seed=7).generate(**BATCH, **GREEDY, routing_strategy="best", expert_ids=torch.tensor(given))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
