@@ -9,9 +9,11 @@ Knows nothing about how answers come about, or about routing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import io
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -137,13 +139,22 @@ def write_samples(
         return torch.tensor([completions[next(order)]], dtype=torch.long)
 
     prompts = _decoder(benchmark, give, tokenizer, batch_size=n_samples, **decoder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".samples-") as folder:
-        written = Path(folder) / path.name
+    folder = unfinished_files(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        written = folder / path.name
         _run_loop(written, benchmark, prompts, n_samples)
         # The samples last: where they are, the raw ones are.
         os.replace(written.with_suffix(".raw.jsonl"), path.with_suffix(".raw.jsonl"))
         os.replace(written, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished_files(path: Path) -> Path:
+    """The folder in which `write_samples` writes. Its name is always the same, so that what a killed process left is found."""
+    return path.parent / f".samples-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
 
 
 def prompt_text(benchmark: Benchmark, task_id: str, tokenizer: Any, force_base_prompt: bool = False) -> str:

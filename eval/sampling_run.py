@@ -5,6 +5,7 @@ Knows the order of these steps and how processes share them. Knows nothing about
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from dylora_moe.hub_export.errors import FailureError, InputError
 
 from .decoding import Row, decode_rows
 from .evalplus_data import Benchmark
-from .evalplus_decoder import ask, write_samples
+from .evalplus_decoder import ask, unfinished_files, write_samples
 from .loading import FoundModel, LoadedModel
 from .run_record import Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal
@@ -139,6 +140,7 @@ def _alone(run: Run, process: int) -> Iterator[None]:
             f"another command is making {run.samples_path} just now; wait for it, or choose another -o"
         ) from None
     try:
+        shutil.rmtree(unfinished_files(run.samples_path), ignore_errors=True)  # a killed command's
         yield
     finally:
         lock.release()

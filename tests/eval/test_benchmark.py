@@ -31,7 +31,7 @@ from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval import sample_journal
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.evalplus_decoder import ask, prompt_text, write_samples
+from dylora_moe.eval.evalplus_decoder import ask, prompt_text, unfinished_files, write_samples
 from dylora_moe.eval.loading import FoundModel, _label, find_model, tell_apart
 from dylora_moe.eval.run_record import read_runs
 from dylora_moe.eval.sample_journal import SampleJournal
@@ -140,7 +140,12 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_the_same(repo, tmp_path, monk
 def test_a_finished_run_is_not_made_again(repo, tmp_path, monkeypatch):
     first = benchmark(repo, output_dir=tmp_path, **SMALL)
     monkeypatch.setattr(benchmark_module.FoundModel, "load", None)
+    left = unfinished_files(
+        first.runs[0].samples_path
+    )  # by a command that was killed when both files were in their places
+    left.mkdir()
     assert benchmark(repo, output_dir=tmp_path, **SMALL).to_dict() == first.to_dict()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("other", [{"dtype": "float32"}, {"max_new_tokens": 30}, {"force_base_prompt": True}])
