@@ -129,4 +129,4 @@ class BufferLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.12
 
 
-__all__ = ["BufferLayer", "Buffers", "PromptLayer", "capacity"]
+__all__ = ["BufferLayer", "Buffers", "PromptLayer"]

@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = ("fast_buffers_dylora_moe.py", "fast_decoding_dylora_moe.py", "fast_kernels_dylora_moe.py")
+OPTIONAL = tuple(f"fast_{part}_dylora_moe.py" for part in ("buffers", "decoding", "kernels", "products"))
 
 
 class SavingMixin:
