@@ -306,4 +306,4 @@ def _select_rows(input_ids: torch.Tensor, model_kwargs: dict[str, Any], kept: to
     return input_ids[kept], selected
 
 
-__all__ = ["Row", "StopStrings", "decode_rows", "row_generator"]
+__all__ = ["Row", "StopStrings", "decode_rows", "row_generator", "visible"]

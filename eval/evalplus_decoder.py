@@ -140,7 +140,6 @@ def write_samples(
 
     prompts = _decoder(benchmark, give, tokenizer, batch_size=n_samples, **decoder)
     folder = unfinished_files(path)
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         written = folder / path.name

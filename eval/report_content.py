@@ -31,6 +31,7 @@ class ReportContent:
         experts: the content of `expert_analysis.json`, or None.
         routing: the content of `routing_analysis.json`, with results that have come since joined in, or None.
         notes: what a reader must know of what is missing or no longer fits, a sentence each.
+        has_routing_lines: whether `routing_tasks.jsonl` is there and of the same analysis as `routing`.
     """
 
     folder: Path
@@ -71,7 +72,7 @@ def read_folder(folder: str | Path) -> ReportContent:
     if content.routing is not None:
         _note_changes(content, [content.routing], "The routing analysis", "routing-analysis")
         found = file_sha256(content.folder / ROUTING_TASKS_FILE)
-        if found is None or found != content.routing.get("tasks_sha256", found):  # noted since 2026-11
+        if found is None or found != content.routing.get("tasks_sha256", found):
             content.notes.append(
                 f"{ROUTING_TASKS_FILE} is not what this routing analysis wrote, so no tokens are shown; run "
                 "routing-analysis again."
