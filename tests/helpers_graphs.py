@@ -1,11 +1,28 @@
-"""A stand-in for CUDA graphs that runs on a CPU: what was recorded is replayed on the very same tensors, so whatever a graph
-would not notice (a branch, a number read on the host, another tensor) is not noticed here."""
+"""Fast decoding in tests: beside the ordinary path, and with a stand-in for CUDA graphs that runs on a CPU.
+
+The stand-in replays what was recorded on the very same tensors, so whatever a graph would not notice (a branch, a number
+read on the host, another tensor) is not noticed here.
+"""
 
 from contextlib import contextmanager, nullcontext
 
 import torch
+from helpers_models import PAD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def ordinary_and_fast(model, inputs, seed=0, **arguments) -> list:
+    """What `generate` returns without and with fast decoding, greedy if nothing else is said."""
+    outputs = []
+    for wanted in (False, None):
+        model.reset_round_robin()
+        torch.manual_seed(seed)
+        outputs.append(model.generate(**inputs, **{**GREEDY, "fast_decoding": wanted, **arguments}))
+    return outputs
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -51,6 +68,7 @@ def record_on_a_cpu(monkeypatch, fast) -> None:
     """Have fast decoding, the module, take over on a CPU and record its steps there."""
     monkeypatch.setattr(fast, "DEVICES", ("cpu",))
     monkeypatch.setattr(fast, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
     monkeypatch.setattr(fast, "fused_modules", lambda *args: nullcontext())
     monkeypatch.setattr(fast.SessionStore, "recording_stream", Stream())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)

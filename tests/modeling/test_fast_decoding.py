@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from helpers_models import PAD, STRATEGIES, build, left_padded, llama_config, llama_experts, random_rows
+from helpers_graphs import GREEDY, ordinary_and_fast
+from helpers_models import STRATEGIES, build, left_padded, llama_config, llama_experts, random_rows
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConfig, Qwen2Config, StoppingCriteria
 
@@ -20,7 +21,6 @@ from dylora_moe.modeling.saving_dylora_moe import OPTIONAL
 
 
 BATCH = left_padded(random_rows((9, 5, 7), seed=2))
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,8 @@ def steps(monkeypatch):
     return taken
 
 
-def both(model, inputs=BATCH, seed=0, **arguments):
-    """The same call without and with fast decoding."""
-    outputs = []
-    for wanted in (False, None):
-        model.reset_round_robin()
-        torch.manual_seed(seed)
-        outputs.append(model.generate(**inputs, **{**GREEDY, "fast_decoding": wanted, **arguments}))
-    return outputs
+def both(model, inputs=BATCH, *args, **arguments):
+    return ordinary_and_fast(model, inputs, *args, **arguments)
 
 
 QWEN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

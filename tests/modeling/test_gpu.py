@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from helpers_graphs import ordinary_and_fast
 from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows
 from transformers import AutoModelForCausalLM, utils
 
@@ -126,15 +127,6 @@ def rows_on_gpu(seed: int, count: int = 25) -> dict[str, torch.Tensor]:
     return {name: rows.to("cuda") for name, rows in left_padded(random_rows(tuple(lengths), seed)).items()}
 
 
-def fast_and_ordinary(model, batch, seed=0, **arguments):
-    outputs = []
-    for wanted in (None, False):
-        model.reset_round_robin()
-        torch.manual_seed(seed)
-        outputs.append(model.generate(**batch, **{**GREEDY, "fast_decoding": wanted, **arguments}))
-    return outputs
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
@@ -145,7 +137,7 @@ def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
     wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 16}
     ties = 0
     for seed in range(4):
-        found, expected = fast_and_ordinary(model, rows_on_gpu(seed), routing_strategy=strategy, **wanted)
+        expected, found = ordinary_and_fast(model, rows_on_gpu(seed), routing_strategy=strategy, **wanted)
         length = found.sequences.shape[1] - 16
         for row, (one, other) in enumerate(zip(found.sequences, expected.sequences, strict=True)):
             different = (one != other).nonzero().flatten().tolist()
@@ -164,7 +156,7 @@ def test_graphs_draw_the_same_samples(strategy):
     model = build(seed=7).to("cuda")
     arguments = {"do_sample": True, "num_return_sequences": 2, "top_k": 20, "routing_strategy": strategy}
     for seed in range(3):
-        found, expected = fast_and_ordinary(model, rows_on_gpu(seed, 3), seed, **arguments)
+        expected, found = ordinary_and_fast(model, rows_on_gpu(seed, 3), seed, **arguments)
         assert found.tolist() == expected.tolist()
 
 
@@ -178,10 +170,10 @@ def test_graphs_in_bfloat16_are_as_close_to_float32(strategy):
     errors = []
     for seed in range(3):
         batch = rows_on_gpu(seed)
-        truth = fast_and_ordinary(exact, batch, **wanted)[1].logits[1]
-        outputs = fast_and_ordinary(model, batch, **wanted)
+        truth = ordinary_and_fast(exact, batch, **wanted)[0].logits[1]
+        outputs = ordinary_and_fast(model, batch, **wanted)
         errors.append([(output.logits[1] - truth).pow(2).mean().item() for output in outputs])
-    graphs, ordinary = torch.tensor(errors).mean(dim=0).sqrt().tolist()
+    ordinary, graphs = torch.tensor(errors).mean(dim=0).sqrt().tolist()
     assert graphs < 1.15 * ordinary
 
 
@@ -205,13 +197,16 @@ def test_graphs_of_a_model_whose_weights_change_or_move():
         lambda: model.to("cpu").to("cuda"),
     ):
         change()
-        found, expected = fast_and_ordinary(model, rows_on_gpu(1, 3), routing_strategy="uniform")
+        expected, found = ordinary_and_fast(model, rows_on_gpu(1, 3), routing_strategy="uniform")
         assert found.tolist() == expected.tolist()
 
 
 def test_threads_that_decode_at_once_with_graphs():
     model, found = build(seed=7).to("cuda"), {}
-    expected = {name: fast_and_ordinary(model, rows_on_gpu(1, 3), routing_strategy=name)[1] for name in STRATEGIES[:4]}
+    expected = {
+        name: ordinary_and_fast(model, rows_on_gpu(1, 3), **GREEDY, routing_strategy=name)[0]
+        for name in STRATEGIES[:4]
+    }
 
     def work(strategy):
         for _ in range(4):

@@ -2,29 +2,17 @@
 
 import pytest
 import torch
-from helpers_graphs import RecordedGraph, record_on_a_cpu
-from helpers_models import PAD, STRATEGIES, build, left_padded, random_rows
+from helpers_graphs import RecordedGraph, ordinary_and_fast, record_on_a_cpu
+from helpers_models import STRATEGIES, build, left_padded, random_rows
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 
 
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-
-
 @pytest.fixture(autouse=True)
 def graphs_on_a_cpu(monkeypatch):
     record_on_a_cpu(monkeypatch, fast)
-
-
-def both(model, inputs, seed=0, **arguments):
-    outputs = []
-    for wanted in (False, None):
-        model.reset_round_robin()
-        torch.manual_seed(seed)
-        outputs.append(model.generate(**inputs, **{**GREEDY, "fast_decoding": wanted, **arguments}))
-    return outputs
 
 
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str)
@@ -33,7 +21,7 @@ def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments
     model = build(seed=7)
     for seed in range(2):  # the second call replays what the first has recorded, for other prompts
         inputs = left_padded(random_rows((9, 5, 7), seed=seed))
-        ordinary, found = both(model, inputs, seed, routing_strategy=strategy, **arguments)
+        ordinary, found = ordinary_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
         assert found.tolist() == ordinary.tolist()
     assert RecordedGraph.replays >= 2 * 11
 
@@ -47,7 +35,7 @@ def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
         if call % 7 == 6:
             with torch.no_grad():
                 next(iter(model.expert_layers().values())).lora_A.mul_(-1.5)
-        ordinary, found = both(model, inputs, routing_strategy=STRATEGIES[call % len(STRATEGIES)])
+        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=STRATEGIES[call % len(STRATEGIES)])
         assert found.tolist() == ordinary.tolist()
 
 
@@ -56,7 +44,7 @@ def test_a_router_that_changes_its_mind_in_recorded_steps():
     with torch.no_grad():
         model.router.gate.weight.mul_(100)
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
-    ordinary, found = both(model, inputs, max_new_tokens=60, repetition_penalty=2.0)
+    ordinary, found = ordinary_and_fast(model, inputs, max_new_tokens=60, repetition_penalty=2.0)
     assert found.tolist() == ordinary.tolist()
     session = next(iter(model._decoding_sessions.sessions.values()))
     assert session._guessed.graph and session._again.graph and session._whole.graph
