@@ -25,6 +25,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
 from .experts_dylora_moe import DyloraMoeLinear, use_experts
 from .fast_buffers_dylora_moe import BufferLayer, Buffers, PromptLayer
+from .fast_norms_dylora_moe import FusedNorms
 from .fast_products_dylora_moe import SharedProducts
 from .generation_dylora_moe import _call
 from .routed_pass_dylora_moe import RoutedPass
@@ -32,10 +33,10 @@ from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
 
 try:
-    from .fast_kernels_dylora_moe import fused_modules
-except ImportError:  # no Triton, or that file was left empty or out: the foundation's modules run as they are
+    from .fast_kernels_dylora_moe import fused_functions
+except ImportError:  # no Triton, or that file was left empty or out: the foundation's modules call what they always do
 
-    def fused_modules(*args):
+    def fused_functions(*args):
         return nullcontext()
 
 
@@ -172,7 +173,7 @@ class FastDecodingMixin:
                 for name, value in model_kwargs.items()
             }
             decoding.take_prompts(batch, first, copies)
-            with decoding.store.products.in_use():
+            with decoding.store.products.in_use(), decoding.store.norms.in_use():
                 parts.append(super()._prefill(input_ids[chosen], generation_config, inputs, *args, **kwargs))
         outputs = parts[0]
         outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
@@ -298,6 +299,7 @@ class SessionStore:
         self.sessions: OrderedDict[tuple, Session] = OrderedDict()
         self.products = SharedProducts()
         self.weights_at: int | None = None
+        self.norms: FusedNorms | None = None  # found with the first weights
         self.pool = None
         self.forget()
 
@@ -313,7 +315,7 @@ class SessionStore:
         where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors))
         if where != self.weights_at:
             self.forget()
-            self.weights_at = where
+            self.weights_at, self.norms = where, FusedNorms(model.foundation)
         with torch.inference_mode(False), torch.no_grad():
             self.products.read_stacks(single_expert(strategy))
 
@@ -349,15 +351,16 @@ class Session:
 
     Args:
         layers: keys and values of every layer of the foundation, `[streams * batch, heads, capacity, size]`.
-        store: has how expert layers add their updates, and what the graphs of all sessions share, since no two ever run
-            at a time: a pool of memory, and the stream that they are recorded on.
+        store: has how norms and the experts' updates are computed, and what the graphs of all sessions share, since no two
+            ever run at a time: a pool of memory, and the stream that they are recorded on.
     """
 
     def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, store: SessionStore):
         # The model has the store. No circle of references: memory goes with its last user, and not some time later.
         self._model = weakref.ref(model)
         self.strategy, self.batch, self.layers = strategy, batch, layers
-        self.products, self.pool, self.recording_stream = store.products, store.pool, store.recording_stream
+        self.products, self.norms = store.products, store.norms
+        self.pool, self.recording_stream = store.pool, store.recording_stream
         self.capacity = capacity = layers[0][0].shape[2]
         device, experts = model.device, model.config.num_experts
         self.rows = batch * strategy.num_streams
@@ -533,8 +536,8 @@ class Stepper:
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
-        fused = fused_modules(session.model.foundation, session.index)
-        with torch.cuda.device(session.model.device), fused:
+        functions = fused_functions(session.model.foundation, session.index)
+        with torch.cuda.device(session.model.device), session.norms.in_use(), functions:
             stream = session.recording_stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

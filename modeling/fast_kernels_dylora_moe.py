@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .fast_norms_dylora_moe import close, trial
 
 
 try:
@@ -23,6 +24,7 @@ except ImportError:  # said again in a `try`, or the Hub's loader would ask ever
 
 
 BLOCK = 32  # keys that a program of the attention kernel looks at together
+_replacing = threading.Lock()  # of functions that all models share, by one thread at a time
 HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 
 
@@ -148,17 +150,10 @@ def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def fused_modules(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
-    """Within the context, the foundation's modules use the kernels wherever those compute what the modules would.
-
-    Norms and rotary functions are tried out; attention is what transformers' interface says, without extras.
-    """
-    with ExitStack() as stack:
-        for module in foundation.modules():
-            fused = _fused_norm(module)
-            if fused is not None:
-                module.forward = fused
-                stack.callback(module.__dict__.pop, "forward")
+def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
+    """Within the context, and in this thread alone, the foundation's modules call the kernels wherever those compute what
+    the functions would: rotary functions are tried out; attention is what transformers' interface says, without extras."""
+    with _replacing, ExitStack() as stack:
         shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_or(shared, index)
         stack.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
@@ -191,9 +186,12 @@ def _attention_or(original: Callable, index: torch.Tensor) -> Callable:
 
 
 def _one_token_or(original: Callable) -> Callable:
+    owner = threading.get_ident()
+
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
         same = q.dim() == cos.dim() + 1 == 4 and q.shape[2] == k.shape[2] == 1 and q.shape[3] == cos.shape[2]
-        if args or kwargs or not same or q.stride(3) != 1 or k.stride(3) != 1:
+        fits = same and q.stride(3) == 1 and k.stride(3) == 1
+        if args or kwargs or not fits or threading.get_ident() != owner:
             return original(q, k, cos, sin, *args, **kwargs)
         return rotate(q, k, cos, sin)
 
@@ -202,39 +200,13 @@ def _one_token_or(original: Callable) -> Callable:
 
 def _rotates_halves(function: Callable, foundation: nn.Module) -> bool:
     weight = foundation.get_input_embeddings().weight
-    query, key = (_trial(2, heads, 1, 16, like=weight) for heads in (4, 2))
-    cosine, sine = (_trial(2, 1, 16, like=weight, start=start) for start in (5, 9))
+    query, key = (trial(2, heads, 1, 16, like=weight) for heads in (4, 2))
+    cosine, sine = (trial(2, 1, 16, like=weight, start=start) for start in (5, 9))
     try:
         expected = function(query, key, cosine, sine)
-        return all(map(_close, rotate(query, key, cosine, sine), expected))
+        return all(map(close, rotate(query, key, cosine, sine), expected))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # a function of that name with another signature
 
 
-def _fused_norm(module: nn.Module) -> Callable | None:
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or "forward" in vars(module):
-        return None
-    if weight is None or weight.dim() != 1:
-        return None
-
-    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, weight.shape, weight, epsilon)
-
-    trial = _trial(4, weight.shape[0], like=weight)
-    return fused if _close(fused(trial), module(trial)) else None
-
-
-def _trial(*shape: int, like: torch.Tensor, start: int = 1) -> torch.Tensor:
-    """Numbers to try functions with; no random ones, since sampling would draw others afterwards."""
-    count = torch.Size(shape).numel()
-    return torch.arange(start, start + count, device=like.device).sin().view(shape).to(like.dtype)
-
-
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    tolerance = 4 * torch.finfo(other.dtype).eps
-    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
-
-
-__all__ = ["attend", "fused_modules", "rotate"]
+__all__ = ["attend", "fused_functions", "rotate"]

@@ -69,7 +69,7 @@ def record_on_a_cpu(monkeypatch, fast) -> None:
     monkeypatch.setattr(fast, "DEVICES", ("cpu",))
     monkeypatch.setattr(fast, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
-    monkeypatch.setattr(fast, "fused_modules", lambda *args: nullcontext())
+    monkeypatch.setattr(fast, "fused_functions", lambda *args: nullcontext())
     monkeypatch.setattr(fast.SessionStore, "recording_stream", Stream())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)

@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from helpers_graphs import ordinary_and_fast
 from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows
 from transformers import AutoModelForCausalLM, utils
+
+from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -127,28 +130,62 @@ def rows_on_gpu(seed: int, count: int = 25) -> dict[str, torch.Tensor]:
     return {name: rows.to("cuda") for name, rows in left_padded(random_rows(tuple(lengths), seed)).items()}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
-    """A hundred prompts in float32; a row may go another way only where two logits are as good as equal."""
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
-    model = build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
-    model.set_attn_implementation(attention)
+def compare_a_hundred_prompts(model, strategy: str) -> None:
+    """A row may go another way only where the two best logits lie within 1e-4; where that is shows as a warning."""
     wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 16}
-    ties = 0
+    ties = []
     for seed in range(4):
         expected, found = ordinary_and_fast(model, rows_on_gpu(seed), routing_strategy=strategy, **wanted)
         length = found.sequences.shape[1] - 16
         for row, (one, other) in enumerate(zip(found.sequences, expected.sequences, strict=True)):
             different = (one != other).nonzero().flatten().tolist()
             if different:
-                best = expected.logits[different[0] - length][row].topk(2).values
-                assert best[0] - best[1] < 1e-4
-                ties += 1
-    assert ties <= 2
+                step = different[0] - length
+                best = expected.logits[step][row].topk(2).values.tolist()
+                ties.append(f"prompt {25 * seed + row}, new token {step}: the best logits are {best}")
+                assert best[0] - best[1] < 1e-4, ties[-1]
     assert all(
         session._whole.graph or session._guessed.graph for session in model._decoding_sessions.sessions.values()
     )
+    assert len(ties) <= 2, ties
+    for tie in ties:
+        warnings.warn(f"{strategy}: {tie}", stacklevel=2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
+    model = build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
+    model.set_attn_implementation(attention)
+    compare_a_hundred_prompts(model, strategy)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """In float32, of the shape of Qwen2.5-Coder-1.5B but for the vocabulary, four experts on all linear layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    modules = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+    targets = [f"model.layers.{layer}.{module}" for layer in range(28) for module in modules]
+    experts = [{"name": f"e{i}", "r": 16, "lora_alpha": 32, "target_modules": targets} for i in range(4)]
+    with torch.device("cuda"):
+        foundation = AutoModelForCausalLM.from_config(llama_config(vocab_size=4000, num_key_value_heads=2, **sizes))
+    config = DyloraMoeConfig(base_config=foundation.config, expert_configs=experts)
+    model = DyloraMoeForCausalLM.from_foundation(foundation, config).to("cuda", torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()  # or hidden states of all tokens are alike
+        for layer in model.expert_layers().values():
+            layer.lora_A.normal_(std=0.02)
+            layer.lora_B.normal_(std=0.02)
+        model.router.gate.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_of_a_large_model_give_the_tokens_of_the_ordinary_path(large, strategy):
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
+    compare_a_hundred_prompts(large, strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
