@@ -45,6 +45,8 @@ GRAPH_DEVICES = ("cuda",)  # where steps are recorded
 ON_BY_ITSELF = True  # or only where `fast_decoding=True` asks for it
 PROMPT_TOKENS = 2048  # tokens of prompts that run together: enough to keep a GPU busy
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
+GUESSING_PAYS = 0.45  # from this share of right guesses on
+WINDOW = 16  # steps, after which that share is looked at
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
 KNOWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits"}
@@ -375,7 +377,9 @@ class Session:
         self.agreed = torch.zeros((), dtype=torch.bool, device=device)
         self.router_logits = torch.zeros_like(self.weights) if strategy.name == "router" else None
         self.logits: torch.Tensor | None = None
-        self.hit_rate, self.steps, self.hits, self.guesses = 1.0, 0, 0, 0
+        self.agreements = torch.zeros((), dtype=torch.long, device=device)  # steps of this window that a guess suits
+        self.hit_rate = 0.9**batch  # what is usual, until it was seen
+        self.steps, self.guesses, self.hits = 0, 0, 0
         steps = {"router": Session._route_then_run, "ensemble": Session._run_all}
         self._whole = Stepper(steps.get(strategy.name, Session._run))
         self._guessed = self._again = None
@@ -410,16 +414,20 @@ class Session:
     def step(self) -> None:
         """Compute `logits` `[batch, 1, vocabulary]` (and `router_logits`) after the tokens in `input_ids`."""
         self.steps += 1
-        # Guessing pays while most guesses are right; where they are not, one in a while sees whether that has changed.
-        if self._guessed is None or (self.hit_rate < 0.45 and self.steps % 16):
+        if self._guessed is None:
             self._whole(self)
             return
-        self._guessed(self)
-        hit = bool(self.agreed)
-        self.hit_rate += (hit - self.hit_rate) / 8
-        self.guesses, self.hits = self.guesses + 1, self.hits + hit
-        if not hit:
-            self._again(self)
+        if self.hit_rate < GUESSING_PAYS:
+            self._whole(self)
+        else:
+            self._guessed(self)
+            hit = bool(self.agreed)
+            self.guesses, self.hits = self.guesses + 1, self.hits + hit
+            if not hit:
+                self._again(self)
+        if self.steps % WINDOW == 0:
+            self.hit_rate = self.agreements.item() / WINDOW
+            self.agreements.zero_()
 
     def _may_guess(self) -> bool:
         return (
@@ -505,6 +513,7 @@ class Session:
         router_logits = self.model.router(hidden_states)
         weights = self.model.router.weights(router_logits, dense=self.model.routes_densely)
         self.agreed.copy_((weights == self.weights).all())
+        self.agreements.add_(self.agreed)
         self.weights.copy_(weights)
         self.router_logits.copy_(router_logits)
 
@@ -529,7 +538,7 @@ class Stepper:
         self.graph.replay()
 
     def _record(self, session: Session) -> None:
-        state = [session.index, session.positions, session.mask, session.weights]
+        state = [session.index, session.positions, session.mask, session.weights, session.agreements]
         before = [tensor.clone() for tensor in state]
 
         def restore():

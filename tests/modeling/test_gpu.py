@@ -188,6 +188,14 @@ def test_graphs_of_a_large_model_give_the_tokens_of_the_ordinary_path(large, str
     compare_a_hundred_prompts(large, strategy)
 
 
+def test_graphs_that_guess_give_the_tokens_of_the_ordinary_path(large, monkeypatch):
+    fast = pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
+    monkeypatch.setattr(fast, "GUESSING_PAYS", 0.0)
+    for model in (large, build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")):
+        compare_a_hundred_prompts(model, "router")
+        assert any(session._guessed.graph for session in model._decoding_sessions.sessions.values())
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_draw_the_same_samples(strategy):
     model = build(seed=7).to("cuda")

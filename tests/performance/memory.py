@@ -29,7 +29,7 @@ def peak(model, batch: int, **arguments) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
     with report("Memory, GiB", parser) as (options, rows):
         bytes_per_token = 28 * 2 * 2 * 128 * 2
 
