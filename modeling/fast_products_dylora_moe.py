@@ -22,6 +22,7 @@ class SharedProducts:
         # By the layer that reads the tensor first and the single expert that acts, or `None` where all do.
         self.groups: dict[tuple[DyloraMoeLinear, int | None], list[DyloraMoeLinear]] = {}
         self.stacks: dict[tuple[DyloraMoeLinear, int | None], torch.Tensor] = {}
+        self.sizes: dict[tuple[DyloraMoeLinear, int | None], list[int]] = {}  # the ranks of a stack's layers
         self.up_to_date: int | None = None  # for which single expert the stacks are
         self._finish()
 
@@ -51,6 +52,7 @@ class SharedProducts:
             if key[1] != single or len(group) < 2:
                 continue
             parts = [layer.lora_A.detach()[_rows(layer, single)] for layer in group]
+            self.sizes[key] = [len(part) for part in parts]
             if key in self.stacks:
                 torch.cat(parts, out=self.stacks[key])
             else:
@@ -71,28 +73,30 @@ class SharedProducts:
             self.input = (hidden_states, active)
             self.group = self.groups.setdefault((layer, single), [layer])
             # The prompts of an ensemble run expert by expert, and their stacks may be of an earlier call.
-            stack = self.stacks.get((layer, single)) if single == self.up_to_date else None
-            self.ranks = self._multiply([layer] if stack is None else self.group, stack, active)
+            stacked = single == self.up_to_date and (layer, single) in self.stacks
+            self.ranks = self._multiply(self.group if stacked else [layer], active)
         if layer not in self.ranks:
-            if layer not in self.group:
+            if layer not in self.group and (self.group[0], single) not in self.stacks:
                 self.group.append(layer)
-            self.ranks.update(self._multiply([layer], None, active))
+            self.ranks.update(self._multiply([layer], active))
         scale = 1.0 if single is None else layer.layout[single][1]
         result.view(-1, result.shape[-1]).addmm_(self.ranks[layer], layer.lora_B[_rows(layer, single)], alpha=scale)
         return True
 
-    def _multiply(self, group: list[DyloraMoeLinear], stack: torch.Tensor | None, active: ActiveExperts) -> dict:
-        """Every layer's A times the input, `[batch, rank]`, scaled unless one expert alone acts."""
-        if stack is None:
-            stack = group[0].lora_A[_rows(group[0], active.single)]
+    def _multiply(self, group: list[DyloraMoeLinear], active: ActiveExperts) -> dict[DyloraMoeLinear, torch.Tensor]:
+        """Every layer's A times the input, `[batch * sequence, rank]`, scaled unless one expert alone acts."""
+        first, single = group[0], active.single
+        stack = self.stacks[first, single] if len(group) > 1 else first.lora_A[_rows(first, single)]
         ranks = F.linear(self.input[0], stack)
-        if active.single is None:
+        if single is None:
             layouts = tuple(layer.layout for layer in group)
             if layouts not in self.scales:
                 self.scales[layouts] = torch.cat([active.scales[layout] for layout in layouts], dim=-1)
             ranks = ranks * self.scales[layouts]
-        sizes = [len(range(layer.lora_A.shape[0])[_rows(layer, active.single)]) for layer in group]
-        return dict(zip(group, ranks.view(-1, ranks.shape[-1]).split(sizes, dim=-1), strict=True))
+        ranks = ranks.view(-1, ranks.shape[-1])
+        if len(group) == 1:
+            return {first: ranks}
+        return dict(zip(group, ranks.split_with_sizes(self.sizes[first, single], dim=-1), strict=True))
 
 
 def _rows(layer: DyloraMoeLinear, single: int | None) -> slice:

@@ -3,19 +3,20 @@
     python tests/performance/decode.py --json decode.json
 
 Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 5, and the ratio to the
-bare foundation's `generate` in the same process. PEFT's peers run once, and X-LoRA for 16 new tokens, since it runs two
-passes over the whole text at every token.
+bare foundation's `generate` in the same process. Models with few and with many experts take turns. PEFT's peers run once,
+and X-LoRA for 16 new tokens, since it runs two passes over the whole text at every token.
 """
 
 import argparse
 import gc
+import statistics
+from functools import partial
 
-import torch
 from workbench import (
+    alternating,
     foundation,
     generate,
     measured_agreement,
-    milliseconds_per_token,
     peft_model,
     report,
     route_alike,
@@ -24,12 +25,15 @@ from workbench import (
 )
 
 
-def strategies(count: int):
-    """Name in the table, strategy, agreement that the gate is biased for."""
-    yield from (("single", "single:0", None), ("best", "best", None), ("uniform", "uniform", None))
-    yield from (("router, 90 %", "router", 0.9), ("router, worst", "router", None))
-    if count == 4:
-        yield from (("base", "base", None), ("ensemble", "ensemble", None))
+STRATEGIES = (  # name in the table, strategy, agreement that the gate is biased for
+    ("single", "single:0", None),
+    ("best", "best", None),
+    ("uniform", "uniform", None),
+    ("router, 90 %", "router", 0.905),
+    ("router, worst", "router", None),
+    ("base", "base", None),
+    ("ensemble", "ensemble", None),
+)
 
 
 def main() -> None:
@@ -41,53 +45,62 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no_peers", action="store_true")
     with report("Decoding", parser) as (options, rows):
-        shape = (options.prompt, options.new, options.repeats)
         bare = {}
 
-        def add(model, name: str, experts: int, batch: int, new: int | None = None, agreement=None, **arguments):
-            prompt, usual, repeats = shape
-            if new is not None:
-                generate(model, batch, prompt, 2)
-                repeats = 1
-            warm = int(new is None)
-            took = milliseconds_per_token(model, batch, prompt, new or usual, repeats, warm, **arguments)
-            bare.setdefault(batch, took)
-            rows.append({"batch": batch, "model": name, "experts": experts, "ms/token": took})
-            rows[-1] |= {"of bare": took / bare[batch], "agreement": agreement}
-            print(rows[-1], flush=True)
+        def add(name: str, models: dict[int, object], batch: int, once: int | None = None, agreement=None, **arguments):
+            """Rows for models by their number of experts, which take turns; `once`: new tokens of a single run."""
+            new, repeats, warm = (once, 1, 0) if once else (options.new, options.repeats, 1)
+            if once:
+                generate(models[max(models)], batch, options.prompt, 2)
+            runs = {
+                count: partial(generate, model, batch, options.prompt, new, **arguments)
+                for count, model in models.items()
+            }
+            for count, times in alternating(runs, repeats, warm).items():
+                took = [1000 * seconds / new for seconds in times]
+                bare.setdefault(batch, statistics.median(took))
+                row = {"batch": batch, "model": name, "experts": count, "ms/token": statistics.median(took)}
+                row |= {"of bare": row["ms/token"] / bare[batch], "fastest": min(took)}
+                rows.append({**row, "agreement": (agreement or {}).get(count)})
+                print(rows[-1], flush=True)
+
+        def routes_alike(models: dict[int, object], batch: int, agreement: float | None) -> dict[int, float]:
+            seen = {}
+            for count, model in models.items():
+                route_alike(model, agreement)
+                texts = max(batch, 16)  # one is too few to tell
+                text = generate(model, texts, options.prompt, options.new, routing_strategy="router")
+                seen[count] = measured_agreement(model, text, options.prompt)
+            return seen
 
         model = foundation()
         for batch in options.batches:
-            add(model, "bare foundation", 0, batch)
-        del model
-        for count in (0, *options.experts):
-            model = routed(count)
-            for batch in options.batches:
-                if count == 0:
-                    add(model, "bare foundation, graphs", 0, batch)
-                for name, strategy, agreement in strategies(count) if count else ():
-                    seen = None
-                    if strategy == "router":
-                        route_alike(model, agreement)
-                        texts = max(batch, 16)  # one is too few to tell
-                        text = generate(model, texts, options.prompt, options.new, routing_strategy=strategy)
-                        seen = measured_agreement(model, text, options.prompt)
-                    add(model, name, count, batch, agreement=seen, routing_strategy=strategy)
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-        if options.no_peers:
-            return
+            add("bare foundation", {0: model}, batch)
+        model = routed(0)
+        for batch in options.batches:
+            add("bare foundation, graphs", {0: model}, batch)
+        model = None
+        models = {count: routed(count) for count in options.experts}
+        for batch in options.batches:
+            for name, strategy, agreement in STRATEGIES:
+                some = models if strategy not in ("base", "ensemble") else {min(models): models[min(models)]}
+                seen = routes_alike(some, batch, agreement) if strategy == "router" else {}
+                add(name, some, batch, agreement=seen, routing_strategy=strategy)
+                for model in some.values():
+                    model.forget_decoding_sessions()
+        model = models = some = None
         for name, count, build, new in (
             ("PEFT, one adapter", 1, peft_model, options.new),
             ("PEFT, four adapters", 4, peft_model, options.new),
             ("PEFT X-LoRA", 4, xlora_model, 16),
         ):
+            if options.no_peers:
+                return
+            gc.collect()
             model = build(count)
             for batch in options.batches:
-                add(model, name, count, batch, new=new)
-            del model
-            gc.collect()
+                add(name, {count: model}, batch, once=new)
+            model = None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ PEFT's peers, and how time is taken. Knows nothing about the questions.
 """
 
 import json
-import statistics
 import tempfile
 import time
 from argparse import ArgumentParser
@@ -137,6 +136,15 @@ def seconds(function: Callable, repeats: int, warm: int = 1) -> list[float]:
     return times[warm:]
 
 
+def alternating(functions: dict[str, Callable], repeats: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each, taking turns, so that a busy machine is busy for all."""
+    times = {name: [] for name in functions}
+    for turn in range(warm + repeats):
+        for name in list(functions)[:: 1 if turn % 2 else -1]:
+            times[name] += seconds(functions[name], 1, warm=0)
+    return {name: taken[warm:] for name, taken in times.items()}
+
+
 def generate(model, batch: int, prompt: int, new: int, **arguments) -> torch.Tensor:
     """Random prompts; tokens are drawn, since a random model that takes the best one repeats itself."""
     ids = torch.randint(0, VOCABULARY, (batch, prompt), device=next(model.parameters()).device)
@@ -144,14 +152,6 @@ def generate(model, batch: int, prompt: int, new: int, **arguments) -> torch.Ten
     return model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **drawing, **arguments
     )
-
-
-def milliseconds_per_token(
-    model, batch: int, prompt: int, new: int, repeats: int, warm: int = 1, **arguments
-) -> float:
-    """Of a whole `generate`, its prompt included."""
-    times = seconds(lambda: generate(model, batch, prompt, new, **arguments), repeats, warm)
-    return 1000 * statistics.median(times) / new
 
 
 @contextmanager
