@@ -26,7 +26,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
 from .experts_dylora_moe import DyloraMoeLinear, use_experts
 from .fast_buffers_dylora_moe import BufferLayer, Buffers, PromptLayer
-from .fast_norms_dylora_moe import FusedNorms
+from .fast_norms_dylora_moe import FusedNorms, replaced_forward
 from .fast_products_dylora_moe import SharedProducts
 from .generation_dylora_moe import _call
 from .routed_pass_dylora_moe import RoutedPass
@@ -94,7 +94,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "positions that depend on the length": str(rope.get("rope_type")) in ("dynamic", "longrope"),
         "several devices, or offloaded": len({tensor.device for tensor in every_tensor(modules)}) != 1,
         "hooks on modules, which a graph does not call": any(
-            hasattr(module, "_hf_hook")
+            "_hf_hook" in vars(module)
             or any(map(_looks_on, list(module._forward_hooks.values())))
             or module._forward_pre_hooks
             for module in modules
@@ -245,7 +245,7 @@ class Decoding:
         self.session: Session | None = None
         self.layers: list[tuple[torch.Tensor, ...]] = []  # buffers of keys and values, `[streams * batch, ...]`
         self.length = 0
-        store.look_at_weights(model, self.strategy)
+        store.look_at_model(model, self.strategy)
 
     def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
         if self.session is None:
@@ -321,8 +321,8 @@ class SessionStore:
         self.lock = threading.Lock()
         self.sessions: OrderedDict[tuple, Session] = OrderedDict()
         self.products = SharedProducts()
-        self.weights_at: int | None = None
-        self.norms: FusedNorms | None = None  # found with the first weights
+        self.seen: int | None = None  # of the model, when it was last looked at
+        self.norms: FusedNorms | None = None
         self.pool = None
         self.forget()
 
@@ -332,13 +332,16 @@ class SessionStore:
     def __reduce__(self):
         return SessionStore, ()
 
-    def look_at_weights(self, model, strategy: RoutingStrategy) -> None:
-        """Before a `generate`: graphs hold addresses of weights, and copies of some, which training changes in place."""
-        tensors = every_tensor(every_module(model))
-        where = hash(tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors))
-        if where != self.weights_at:
+    def look_at_model(self, model, strategy: RoutingStrategy) -> None:
+        """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which training
+        changes in place."""
+        modules = every_module(model)
+        weights = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in every_tensor(modules)]
+        code = [(id(module), type(module), id(replaced_forward(module))) for module in modules]
+        seen = hash((*weights, *code))
+        if seen != self.seen:
             self.forget()
-            self.weights_at, self.norms = where, FusedNorms(model.foundation)
+            self.seen, self.norms = seen, FusedNorms(model.foundation)
         with torch.inference_mode(False), torch.no_grad():
             self.products.read_stacks(single_expert(strategy))
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,7 +25,6 @@ except ImportError:  # said again in a `try`, or the Hub's loader would ask ever
 
 
 BLOCK = 32  # keys that a program of the attention kernel looks at together
-_replacing = threading.Lock()  # of functions that all models share, by one thread at a time
 HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 
 
@@ -153,11 +153,17 @@ def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
 def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
     """Within the context, and in this thread alone, the foundation's modules call the kernels wherever those compute what
     the functions would: rotary functions are tried out; attention is what transformers' interface says, without extras."""
-    with _replacing, ExitStack() as stack:
+    # All models share these functions, those too whose code is another copy of this file, as from another repo.
+    lock = vars(ALL_ATTENTION_FUNCTIONS).setdefault("_being_replaced", threading.Lock())
+    with lock, ExitStack() as stack:
         shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        own = (
+            "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
+        )  # what was registered for the whole process is elsewhere
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_or(shared, index)
-        stack.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
-        for code in {sys.modules[type(module).__module__] for module in foundation.modules()}:
+        put_back = partial(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
+        stack.callback(put_back if own else partial(ALL_ATTENTION_FUNCTIONS.__delitem__, "sdpa"))
+        for code in {sys.modules.get(type(module).__module__) for module in foundation.modules()}:
             eager = getattr(code, "eager_attention_forward", None)
             if eager is not None:
                 code.eager_attention_forward = _attention_or(eager, index)

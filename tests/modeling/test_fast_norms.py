@@ -1,5 +1,7 @@
 """Norms in one kernel: for whom, for how long, and with the same numbers."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -24,6 +26,12 @@ class GatedRMSNorm(LlamaRMSNorm):
 class OtherRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states, gate):
         return super().forward(hidden_states) * gate.sigmoid()
+
+
+class EpsilonOutsideRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        root = hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
+        return self.weight * (hidden_states.float() / (root + self.variance_epsilon**0.5)).to(hidden_states.dtype)
 
 
 @pytest.fixture
@@ -58,6 +66,28 @@ def test_only_norms_with_the_same_numbers_are_taken(dtype):
     if dtype == torch.float64:
         expected = [norms[5]]  # Llama's computes in float32 all the same
     assert fast_norms.FusedNorms(model).norms == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_that_only_look_alike_are_not_taken(dtype):
+    model = nn.ModuleList([GemmaRMSNorm(8), EpsilonOutsideRMSNorm(8)]).to(dtype)
+    with torch.no_grad():
+        model[0].weight.fill_(40.0)  # 41 / 40 is nearly 1 in half precision
+    assert fast_norms.FusedNorms(model).norms == []
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_in_another_thread_meanwhile_has_its_own_norms(copied):
+    model, copies = nn.ModuleList([LlamaRMSNorm(8)]), []
+    with fast_norms.FusedNorms(model).in_use():
+        thread = threading.Thread(target=lambda: copies.append(copied(model)))
+        thread.start()
+        thread.join()
+    hidden_states = torch.randn(2, 3, 8)
+    expected = model[0](hidden_states)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert torch.equal(copies[0][0](hidden_states), expected)
 
 
 def test_outside_the_context_in_other_threads_and_for_other_inputs_norms_are_as_before(kernels):

@@ -1,8 +1,11 @@
 """Recorded decode steps, with the stand-in for CUDA graphs of `helpers_graphs`, against the ordinary path."""
 
+import copy
+import itertools
+
 import pytest
 import torch
-from helpers_graphs import RecordedGraph, ordinary_and_fast, record_on_a_cpu
+from helpers_graphs import GREEDY, RecordedGraph, ordinary_and_fast, record_on_a_cpu
 from helpers_models import STRATEGIES, build, left_padded, random_rows
 
 
@@ -48,3 +51,46 @@ def test_a_router_that_changes_its_mind_in_recorded_steps():
     assert found.tolist() == ordinary.tolist()
     session = next(iter(model._decoding_sessions.sessions.values()))
     assert session._guessed.graph and session._again.graph and session._whole.graph
+
+
+def patch_forward(model):
+    mlp = model.foundation.model.layers[0].mlp
+    mlp.forward = lambda hidden_states: type(mlp).forward(mlp, hidden_states) * -3
+
+
+def patch_forward_again(model):
+    model.foundation.model.layers[0].mlp.forward = lambda hidden_states: hidden_states
+
+
+def swap_activation(model):
+    model.foundation.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def swap_class(model):
+    norm = model.foundation.model.norm
+    norm.__class__ = type("OtherRMSNorm", (type(norm),), {"forward": lambda self, hidden_states: -hidden_states})
+
+
+@pytest.mark.parametrize("strategy", ["router", "single:0"])
+def test_modules_that_somebody_patches_between_two_calls(strategy):
+    model = build(seed=7)
+    with torch.no_grad():  # so much that it shows
+        for weight in model.foundation.model.layers[0].mlp.parameters():
+            weight.mul_(10)
+    inputs = left_padded(random_rows((9, 5, 7), seed=2))
+    seen = []
+    for patch in (lambda model: None, swap_activation, patch_forward, patch_forward_again, swap_class):
+        patch(model)
+        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
+        assert found.tolist() == ordinary.tolist()
+        seen.append(found.tolist())
+    assert all(one != other for one, other in itertools.pairwise(seen))
+
+
+def test_a_shallow_copy_outlives_its_model():
+    model = build(seed=7)
+    inputs = left_padded(random_rows((9, 5, 7), seed=2))
+    expected, _ = ordinary_and_fast(model, inputs)
+    shallow = copy.copy(model)
+    del model
+    assert shallow.generate(**inputs, **GREEDY).tolist() == expected.tolist()

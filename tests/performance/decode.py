@@ -47,7 +47,9 @@ def main() -> None:
     with report("Decoding", parser) as (options, rows):
         bare = {}
 
-        def add(name: str, models: dict[int, object], batch: int, once: int | None = None, agreement=None, **arguments):
+        def add(
+            name: str, models: dict[int, object], batch: int, once: int | None = None, agreement=None, **arguments
+        ):
             """Rows for models by their number of experts, which take turns; `once`: new tokens of a single run."""
             new, repeats, warm = (once, 1, 0) if once else (options.new, options.repeats, 1)
             if once:

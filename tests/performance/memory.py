@@ -18,7 +18,10 @@ PROMPT, NEW, GIB = 256, 128, 2**30
 
 
 def peak(model, batch: int, **arguments) -> float:
+    """With the recording of graphs, whose intermediates count then and in no later call."""
     generate(model, batch, PROMPT, NEW, **arguments)
+    if hasattr(model, "forget_decoding_sessions"):
+        model.forget_decoding_sessions()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
