@@ -213,24 +213,34 @@ class _Loop:
         for processor in logits_processor:
             if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
                 processor.prompt_ignore_length = None  # the padding of rows that may leave; it is harmless here
+
+        def step(forward):
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+            )
+            return forward(**inputs, return_dict=True)
+
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-            if (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any():
+            wrong = (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any()
+            tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
+            read = _start_reading(torch.cat([tokens, wrong[None].to(tokens.dtype)]))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+            if decoding is not None and input_ids.shape[1] < generation_config.max_length:
+                outputs = step(decoding)  # for all rows anyway, and while the GPU is at it their tokens are looked at
+            *tokens, wrong = read()
+            if wrong:
                 name = self.rows[self.going_on[0]].task_id
                 raise FailureError(f"the model's logits are NaN (at {name} or beside it); try another --dtype")
-            tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
-            self._take(tokens.tolist(), end, max_new_tokens)
+            self._take(tokens, end, max_new_tokens)
             if not self.going_on:
                 return input_ids
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-            if decoding is None and len(self.going_on) < len(tokens):
-                input_ids, model_kwargs = self._drop_done(input_ids, model_kwargs)
-            inputs = model.prepare_inputs_for_generation(
-                input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-            )
-            outputs = (model if decoding is None else decoding)(**inputs, return_dict=True)
+            if decoding is None:
+                if len(self.going_on) < len(tokens):
+                    input_ids, model_kwargs = self._drop_done(input_ids, model_kwargs)
+                outputs = step(model)
 
     def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
         """Scores `[rows, vocabulary]` -> one token a row, `[rows]`."""
@@ -260,6 +270,20 @@ class _Loop:
         kept = torch.tensor(self.going_on, device=input_ids.device)
         self.going_on = list(range(len(kept)))
         return _select_rows(input_ids, model_kwargs, kept)
+
+
+def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
+    """What waits for a tensor and gives its numbers, but not for what the GPU is asked to do after it."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    on_host = tensor.to("cpu", non_blocking=True)
+    there = torch.cuda.current_stream(tensor.device).record_event()
+
+    def read() -> list:
+        there.synchronize()
+        return on_host.tolist()
+
+    return read
 
 
 class StopStrings:

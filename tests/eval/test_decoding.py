@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -357,3 +358,13 @@ def test_a_batch_that_is_too_large_leaves_no_buffers_behind(tokenizer, graphs, m
     monkeypatch.setattr(_Loop, "_take", take)
     assert decode(model, tokenizer, rows(), 5) == expected
     assert held and stretches and all(later is not held for later in stretches)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 9])
+def test_the_next_step_is_asked_for_before_tokens_are_looked_at(tokenizer, graphs, monkeypatch, max_new_tokens):
+    fast = importlib.import_module("dylora_moe.modeling.fast_decoding_dylora_moe")
+    done, step, take = [], fast.Session.step, _Loop._take
+    monkeypatch.setattr(fast.Session, "step", lambda session: (done.append("step"), step(session)))
+    monkeypatch.setattr(_Loop, "_take", lambda loop, *args: (done.append("look"), take(loop, *args)))
+    decode(build(seed=3), tokenizer, rows(), 5, max_new_tokens=max_new_tokens, eos_token_id=None)
+    assert done == ["step", "look"] * (max_new_tokens - 1) + ["look"]
