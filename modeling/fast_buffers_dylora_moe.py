@@ -49,10 +49,12 @@ class Buffers:
         return larger
 
 
-def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1) -> None:
-    """`states` `[rows / copies, heads, length, size]` to the front of `buffer` `[rows, heads, capacity, size]`."""
-    buffer[:, :, : states.shape[2]].unflatten(0, (-1, copies)).copy_(states.unsqueeze(1))
-    buffer[:, :, states.shape[2] :].zero_()  # what lies behind a closed mask must be finite
+def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1, first: int = 0) -> None:
+    """`states` `[rows / copies, heads, length, size]` to `buffer` `[rows, heads, capacity, size]`, from token `first` on."""
+    last = first + states.shape[2]
+    buffer[:, :, first:last].unflatten(0, (-1, copies)).copy_(states.unsqueeze(1))
+    buffer[:, :, :first].zero_()  # what lies behind a closed mask must be finite
+    buffer[:, :, last:].zero_()
 
 
 def capacity(length: int, max_length: int | None) -> int:
@@ -74,28 +76,35 @@ class PromptLayer(DynamicLayer):
         rows: of all streams.
         first: the first row of these prompts.
         copies: rows in which each prompt is wanted.
+        cut: tokens of padding that are left out at the left.
         max_length: tokens of a text at most.
     """
 
-    def __init__(self, memory: Buffers, index: int, rows: int, first: int, copies: int, max_length: int | None):
+    def __init__(
+        self, memory: Buffers, index: int, rows: int, first: int, copies: int, cut: int, max_length: int | None
+    ):
         super().__init__()
         self.memory, self.index, self.rows, self.first = memory, index, rows, first
-        self.copies, self.max_length = copies, max_length
+        self.copies, self.cut, self.max_length = copies, cut, max_length
         self.buffers: tuple[torch.Tensor, ...] = ()  # of keys and values, `[rows, heads, capacity, size]`
 
     def update(self, key_states, value_states, *args, **kwargs):
         if self.buffers:
             raise RuntimeError("The foundation runs a layer twice for a prompt: generate with `fast_decoding=False`.")
-        length = key_states.shape[2]
-        written = slice(self.first, self.first + len(key_states) * self.copies)
+        length = self.cut + key_states.shape[2]
+        self.written = slice(self.first, self.first + len(key_states) * self.copies)
         for kind, states in enumerate((key_states, value_states)):
             shape = (self.rows, states.shape[1], capacity(length, self.max_length), states.shape[3])
             buffer = self.memory.get(self.index, kind, shape, states)
-            write(buffer[written], states, self.copies)
+            write(buffer[self.written], states, self.copies, self.cut)
             self.buffers += (buffer,)
-        self.keys, self.values = (buffer[written, :, :length] for buffer in self.buffers)
+        self.keys, self.values = (buffer[self.written, :, self.cut : length] for buffer in self.buffers)
         self.is_initialized = True
         return key_states, value_states
+
+    def show(self, length: int) -> None:
+        """Let whoever looks at the layer see as many tokens as the batch is wide."""
+        self.keys, self.values = (buffer[self.written, :, :length] for buffer in self.buffers)
 
 
 class BufferLayer(CacheLayerMixin):

@@ -182,22 +182,26 @@ class FastDecodingMixin:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if expert_ids is not None and not torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids):
             copies = 1
-        inputs_embeds = model_kwargs.get("inputs_embeds")
-        length = max(1, input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1])
-        # A prompt's rows lie together, and one of them is enough. Few rows at a time, since a whole batch of prompts
-        # would take more memory than all the decoding.
-        batch, prompts = len(input_ids), len(input_ids) // copies
-        rows = -(-prompts // -(-prompts * length // PROMPT_TOKENS))
+        mask, inputs_embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
+        padding = [0] * (batch // copies)  # which is at the left
+        shown = generation_config.return_dict_in_generate  # keys and values, and what the router says of all tokens
+        if mask is not None and inputs_embeds is None and not shown:
+            padding = mask[::copies].to(torch.int).argmax(dim=1).tolist()
         parts = []
-        for first in range(0, batch, rows * copies):
-            chosen = slice(first, first + rows * copies, copies)
+        for prompts, cut in prompts_that_run_together(padding, length):
+            # A prompt's rows lie together, and one of them is enough.
+            chosen = slice(prompts.start * copies, prompts.stop * copies, copies)
             inputs = {
                 name: value[chosen] if isinstance(value, torch.Tensor) and len(value) == batch else value
                 for name, value in model_kwargs.items()
             }
-            decoding.take_prompts(batch, first, copies)
+            for name in ("attention_mask", "position_ids"):
+                if inputs.get(name) is not None:
+                    inputs[name] = inputs[name][..., cut:]
+            decoding.take_prompts(batch, chosen.start, copies, cut)
             with decoding.store.products.in_use(), decoding.store.norms.in_use():
-                parts.append(super()._prefill(input_ids[chosen], generation_config, inputs, *args, **kwargs))
+                parts.append(super()._prefill(input_ids[chosen, cut:], generation_config, inputs, *args, **kwargs))
         outputs = parts[0]
         outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
         if outputs.router_logits is not None:
@@ -205,7 +209,7 @@ class FastDecodingMixin:
             outputs.router_logits = router_logits.repeat_interleave(copies, dim=0)
         if row_experts(decoding.cache) is not None:
             row_experts(decoding.cache).expert_ids = expert_ids
-        decoding.prompts_are_done()
+        decoding.prompts_are_done(length)
         return outputs
 
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
@@ -220,6 +224,21 @@ class FastDecodingMixin:
         if decoding is not None and decoding.session is not None:
             return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def prompts_that_run_together(padding: list[int], length: int) -> Iterator[tuple[slice, int]]:
+    """Few prompts at a time, since a whole batch would take more memory than all the decoding; with the tokens of padding
+    that none of them needs. `padding`: of every prompt, in a batch that is `length` tokens wide."""
+    start = 0
+    while start < len(padding):
+        stop, cut = start + 1, padding[start]
+        while stop < len(padding):
+            smaller = min(cut, padding[stop])
+            if (stop + 1 - start) * (length - smaller) > PROMPT_TOKENS:
+                break
+            stop, cut = stop + 1, smaller
+        yield slice(start, stop), cut
+        start = stop
 
 
 def _decoding_of(model) -> "Decoding | None":
@@ -266,18 +285,21 @@ class Decoding:
             router_logits=None if routing is None else routing.clone(),
         )
 
-    def take_prompts(self, batch: int, first: int, copies: int) -> None:
-        """Before some prompts run, for `copies` rows each, from row `first` of `batch` on: give them empty layers that
-        write to the buffers."""
+    def take_prompts(self, batch: int, first: int, copies: int, cut: int) -> None:
+        """Before some prompts run, for `copies` rows each, from row `first` of `batch` on and without the first `cut` tokens:
+        give them empty layers that write to the buffers."""
         rows, per_stream = batch * self.strategy.num_streams, self.model.num_layers_per_stream
         for number in range(per_stream * self.strategy.num_streams):
             stream, index = divmod(number, per_stream)
-            layer = PromptLayer(self.store.buffers, index, rows, stream * batch + first, copies, self.max_length)
-            self.cache.layers[number] = layer
+            place = (index, rows, stream * batch + first, copies, cut)
+            self.cache.layers[number] = PromptLayer(self.store.buffers, *place, self.max_length)
 
-    def prompts_are_done(self) -> None:
-        self.length = self.cache.get_seq_length()
-        self.layers = [layer.buffers for layer in self.cache.layers[: self.model.num_layers_per_stream]]
+    def prompts_are_done(self, length: int) -> None:
+        self.length = length
+        layers = self.cache.layers[: self.model.num_layers_per_stream * self.strategy.num_streams]
+        self.layers = [layer.buffers for layer in layers[: self.model.num_layers_per_stream]]
+        for layer in layers:
+            layer.show(length)
 
     def _start(self, input_ids, attention_mask=None, position_ids=None, expert_ids=None, **unused):
         batch = input_ids.shape[0]

@@ -210,6 +210,26 @@ def test_guessing_begins_by_itself_where_it_would_have_been_right(steps, monkeyp
     assert steps[-1].hits == steps[-1].guesses == 59 - fast.WINDOW
 
 
+@pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, strategy, arguments):
+    model, passes = build(seed=7), []
+    inputs = left_padded(random_rows((19, 18, 7, 9, 2, 1), seed=2))
+    inputs["attention_mask"][0, 3] = 0  # a hidden token within a prompt is none
+    monkeypatch.setattr(fast, "PROMPT_TOKENS", 27)
+    take = fast.Decoding.take_prompts
+    monkeypatch.setattr(fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2:]), take(*args))[1])
+    ordinary, found = both(model, inputs, routing_strategy=strategy, **arguments)
+    assert found.tolist() == ordinary.tolist() and steps
+    copies = arguments.get("num_return_sequences", 1) if strategy != "round_robin" else 1
+    if copies == arguments.get("num_return_sequences", 1):
+        assert passes == [(first * copies, copies, cut) for first, cut in ((0, 0), (1, 1), (2, 10), (5, 18))]
+    for position_ids in (None, torch.arange(19).expand(6, 19) + 3):
+        known = {} if position_ids is None else {"position_ids": position_ids}
+        ordinary, found = both(model, {**inputs, **known}, routing_strategy=strategy)
+        assert found.tolist() == ordinary.tolist()
+
+
 @pytest.mark.parametrize(
     "fields", [{"router_input": "experts_sum"}, {"router_mode": "dense"}, {"num_experts_per_tok": 2}]
 )
