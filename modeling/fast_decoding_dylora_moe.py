@@ -185,8 +185,8 @@ class FastDecodingMixin:
         mask, inputs_embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
         padding = [0] * (batch // copies)  # which is at the left
-        shown = generation_config.return_dict_in_generate  # keys and values, and what the router says of all tokens
-        if mask is not None and inputs_embeds is None and not shown:
+        hands_back = generation_config.return_dict_in_generate  # keys and values, those of padding too
+        if mask is not None and inputs_embeds is None and not hands_back:
             padding = mask[::copies].to(torch.int).argmax(dim=1).tolist()
         parts = []
         for prompts, cut in prompts_that_run_together(padding, length):
@@ -205,7 +205,9 @@ class FastDecodingMixin:
         outputs = parts[0]
         outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
         if outputs.router_logits is not None:
-            router_logits = torch.cat([part.router_logits for part in parts])
+            router_logits = torch.cat(
+                [part.router_logits[:, -1:] for part in parts]
+            )  # all that `generate` takes of them
             outputs.router_logits = router_logits.repeat_interleave(copies, dim=0)
         if row_experts(decoding.cache) is not None:
             row_experts(decoding.cache).expert_ids = expert_ids

@@ -224,9 +224,8 @@ def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, 
     copies = arguments.get("num_return_sequences", 1) if strategy != "round_robin" else 1
     if copies == arguments.get("num_return_sequences", 1):
         assert passes == [(first * copies, copies, cut) for first, cut in ((0, 0), (1, 1), (2, 10), (5, 18))]
-    for position_ids in (None, torch.arange(19).expand(6, 19) + 3):
-        known = {} if position_ids is None else {"position_ids": position_ids}
-        ordinary, found = both(model, {**inputs, **known}, routing_strategy=strategy)
+    for more in ({}, {"position_ids": torch.arange(19).expand(6, 19) + 3}, {"output_router_logits": True}):
+        ordinary, found = both(model, {**inputs, **more}, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
 
 
