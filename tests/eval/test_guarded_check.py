@@ -324,9 +324,10 @@ def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_when_scoring_is_ended_so_is_all_that_it_started(sandboxed, ending, tmp_path):
     code = f"""
-import json, sys
+import json, signal, sys
 from dylora_moe.eval import check_workers
 from dylora_moe.eval.guarded_check import Task
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 check_workers._START = "# {tmp_path}\\n" + check_workers._START
 check = check_workers.Check(Task(**json.loads(sys.argv[1])), "while True: pass")
 check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2]))
