@@ -4,6 +4,7 @@ The stand-in replays what was recorded on the very same tensors, so whatever a g
 read on the host, another tensor) is not noticed here.
 """
 
+import sys
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -67,10 +68,11 @@ class Stream:
 def record_on_a_cpu(monkeypatch, fast) -> None:
     """Have fast decoding, the module, take over on a CPU and record its steps there."""
     monkeypatch.setattr(fast, "DEVICES", ("cpu",))
-    monkeypatch.setattr(fast, "GRAPH_DEVICES", ("cpu",))
+    sessions = sys.modules[fast.SessionStore.__module__]
+    monkeypatch.setattr(sessions, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
-    monkeypatch.setattr(fast, "fused_functions", lambda *args: nullcontext())
-    monkeypatch.setattr(fast.SessionStore, "recording_stream", Stream())
+    monkeypatch.setattr(sessions, "fused_functions", lambda *args: nullcontext())
+    monkeypatch.setattr(sessions.SessionStore, "recording_stream", Stream())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConf
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_buffers_dylora_moe as fast_buffers
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
+from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
 from dylora_moe.modeling.cache_dylora_moe import CACHE
 from dylora_moe.modeling.saving_dylora_moe import OPTIONAL
 
@@ -197,17 +198,17 @@ def test_guessing_is_given_up_where_it_loses_and_changes_no_token(steps, agreein
     if agreeing:
         assert session.guesses == 59 and session.hits == 58  # the first has nothing to go by
     else:
-        assert session.hits < session.guesses == fast.WINDOW
+        assert session.hits < session.guesses == fast_sessions.WINDOW
 
 
 def test_guessing_begins_by_itself_where_it_would_have_been_right(steps, monkeypatch):
     model = build(seed=7)
     with torch.no_grad():
         model.router.gate.bias[1] = 1000.0
-    monkeypatch.setattr(fast, "GUESSING_PAYS", 0.8)  # more than is usual for three rows
+    monkeypatch.setattr(fast_sessions, "GUESSING_PAYS", 0.8)  # more than is usual for three rows
     ordinary, found = both(model, max_new_tokens=60)
     assert found.tolist() == ordinary.tolist()
-    assert steps[-1].hits == steps[-1].guesses == 59 - fast.WINDOW
+    assert steps[-1].hits == steps[-1].guesses == 59 - fast_sessions.WINDOW
 
 
 @pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
@@ -327,9 +328,9 @@ def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, wh
             layer = model.foundation.get_submodule("model.layers.1.self_attn.v_proj.base_layer")
             patch.setitem(vars(layer), "forward", out_of_memory)
         elif where == "stacks":
-            patch.setattr(fast.SharedProducts, "read_stacks", out_of_memory)
+            patch.setattr(fast_sessions.SharedProducts, "read_stacks", out_of_memory)
         else:
-            patch.setattr(fast.BufferLayer, "update", out_of_memory)
+            patch.setattr(fast_buffers.BufferLayer, "update", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
     steps.clear()
@@ -366,7 +367,7 @@ def test_a_hundred_calls_keep_few_sessions_and_one_stretch_of_memory(steps):
         model.generate(**left_padded(rows), routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 2})
         store = model._decoding_sessions
         sizes.add(sum(stretch.numel() for stretch in store.buffers.stretches.values()))
-    assert len(store.sessions) <= fast.MAX_SESSIONS
+    assert len(store.sessions) <= fast_sessions.MAX_SESSIONS
     assert max(sizes) == max(key.layers[0][0].numel() * 2 * len(key.layers) for key in steps)
 
 
@@ -393,7 +394,7 @@ def test_smaller_buffers_go_when_larger_ones_come(monkeypatch, no_collection, st
     smaller = memory_of(model)
     model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
     assert all(memory.expired() for memory in smaller)
-    copy_one, smaller, left = fast.Buffers._grown, [], []
+    copy_one, smaller, left = fast_sessions.Buffers._grown, [], []
 
     def look(buffers, *args):
         smaller[:] = smaller or memory_of(model)
@@ -401,7 +402,7 @@ def test_smaller_buffers_go_when_larger_ones_come(monkeypatch, no_collection, st
         left.append(sum(not memory.expired() for memory in smaller))
         return larger
 
-    monkeypatch.setattr(fast.Buffers, "_grown", look)
+    monkeypatch.setattr(fast_sessions.Buffers, "_grown", look)
     model.generate(**BATCH, routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 260})
     assert left == [4, 4, 2, 2]  # keys and values of two layers: those of one layer go together
 

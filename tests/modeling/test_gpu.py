@@ -189,8 +189,8 @@ def test_graphs_of_a_large_model_give_the_tokens_of_the_ordinary_path(large, str
 
 
 def test_graphs_that_guess_give_the_tokens_of_the_ordinary_path(large, monkeypatch):
-    fast = pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
-    monkeypatch.setattr(fast, "GUESSING_PAYS", 0.0)
+    sessions = pytest.importorskip("dylora_moe.modeling.fast_sessions_dylora_moe")
+    monkeypatch.setattr(sessions, "GUESSING_PAYS", 0.0)
     for model in (large, build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")):
         compare_a_hundred_prompts(model, "router")
         assert any(session._guessed.graph for session in model._decoding_sessions.sessions.values())

@@ -11,6 +11,7 @@ from helpers_models import STRATEGIES, build, left_padded, random_rows
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
+from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments
 
 
 def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
-    monkeypatch.setattr(fast, "MAX_SESSIONS", 3)
+    monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
     model = build(seed=7)
     for call in range(24):
         lengths = (5,) * (1 + call % 3) if call % 2 else (9, 4)

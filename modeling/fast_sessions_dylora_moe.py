@@ -1,0 +1,351 @@
+"""The decode steps of fast decoding, as CUDA graphs over buffers that stay where they are. Optional, too.
+
+A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules, are recorded at
+their first call and replayed from then on. Streams lie one after the other in the rows of the buffers, so that one pass can
+serve several. Knows nothing about `generate`, prompts or choosing tokens.
+"""
+
+import gc
+import math
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .experts_dylora_moe import DyloraMoeLinear, use_experts
+from .fast_buffers_dylora_moe import BufferLayer, Buffers
+from .fast_norms_dylora_moe import FusedNorms, replaced_forward
+from .fast_products_dylora_moe import SharedProducts
+from .generation_dylora_moe import _call
+from .routed_pass_dylora_moe import RoutedPass
+from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
+
+
+try:
+    from .fast_kernels_dylora_moe import fused_functions
+except ImportError:  # no Triton, or that file was left empty or out: the foundation's modules call what they always do
+
+    def fused_functions(*args):
+        return nullcontext()
+
+
+GRAPH_DEVICES = ("cuda",)  # where steps are recorded
+MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
+GUESSING_PAYS = 0.45  # from this share of right guesses on
+WINDOW = 16  # steps, after which that share is looked at
+ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
+
+
+def every_module(model) -> list[nn.Module]:
+    """As `model.modules()`, whose nested generators took a fifth of the time of a short prompt."""
+    found, waiting = {}, [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting.extend(module._modules.values())
+    return list(found)
+
+
+def every_tensor(modules: list[nn.Module]) -> list[torch.Tensor]:
+    """Their parameters and buffers."""
+    kinds = (kind for module in modules for kind in (module._parameters, module._buffers))
+    return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
+
+
+class SessionStore:
+    """The sessions of one model, the least recently used first, and the memory that their keys and values share."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sessions: OrderedDict[tuple, Session] = OrderedDict()
+        self.products = SharedProducts()
+        self.seen: int | None = None  # of the model, when it was last looked at
+        self.norms: FusedNorms | None = None
+        self.pool = None
+        self.forget()
+
+    def __reduce__(self):
+        return SessionStore, ()  # a copied or pickled model has weights of its own
+
+    def look_at_model(self, model, strategy: RoutingStrategy) -> None:
+        """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which training
+        changes in place."""
+        modules = every_module(model)
+        weights = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in every_tensor(modules)]
+        code = [(id(module), type(module), id(replaced_forward(module))) for module in modules]
+        seen = hash((*weights, *code))
+        if seen != self.seen:
+            self.forget()
+            self.seen, self.norms = seen, FusedNorms(model.foundation)
+        with torch.inference_mode(False), torch.no_grad():
+            self.products.read_stacks(single_expert(strategy))
+
+    def session(self, model, strategy: RoutingStrategy, batch: int, layers: list) -> "Session":
+        """A session in the buffers that `layers` has for the keys and values of every layer."""
+        config = model.config.get_text_config()
+        key = (str(strategy), batch, layers[0][0].shape[2], config._attn_implementation, tuple(model._rank_layouts))
+        # What a graph has taken in besides: the router's settings, and how a foundation of experts runs them.
+        key += tuple(getattr(model.config, name) for name in ROUTER_SETTINGS)
+        key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
+        if key not in self.sessions:
+            while len(self.sessions) >= MAX_SESSIONS:
+                self.sessions.popitem(last=False)
+            if not self.sessions and torch.cuda.is_available():
+                self.pool = torch.cuda.graph_pool_handle()  # another one, since a pool goes with the last graph in it
+            self.sessions[key] = Session(model, strategy, batch, layers, self)
+        self.sessions.move_to_end(key)
+        return self.sessions[key]
+
+    def forget(self) -> None:
+        self.sessions.clear()
+        self.products.__init__()
+        self.buffers = Buffers(on_growth=self.sessions.clear)
+
+    @cached_property
+    def recording_stream(self):
+        """One for all recordings: the libraries keep a workspace of some 30 MB for every stream that they see."""
+        return torch.cuda.Stream() if torch.cuda.is_available() else None
+
+
+class Session:
+    """Buffers for one strategy, `batch` rows and `capacity` tokens, and the steps that run in them.
+
+    Args:
+        layers: keys and values of every layer of the foundation, `[streams * batch, heads, capacity, size]`.
+        store: has how norms and the experts' updates are computed, and what the graphs of all sessions share, since no two
+            ever run at a time: a pool of memory, and the stream that they are recorded on.
+    """
+
+    def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, store: SessionStore):
+        # The model has the store. No circle of references: memory goes with its last user, and not some time later.
+        self._model = weakref.ref(model)
+        self.strategy, self.batch, self.layers = strategy, batch, layers
+        self.products, self.norms = store.products, store.norms
+        self.pool, self.recording_stream = store.pool, store.recording_stream
+        self.capacity = capacity = layers[0][0].shape[2]
+        device, experts = model.device, model.config.num_experts
+        self.rows = batch * strategy.num_streams
+        dtype = layers[0][0].dtype
+        self.closed = torch.finfo(dtype).min
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        self.input_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
+        self.mask = torch.full((self.rows, 1, 1, capacity), self.closed, dtype=dtype, device=device)
+        self.expert_ids = torch.zeros(batch, dtype=torch.long, device=device)
+        self.weights = torch.zeros(batch, 1, max(experts, 1), device=device)
+        self.agreed = torch.zeros((), dtype=torch.bool, device=device)
+        self.router_logits = torch.zeros_like(self.weights) if strategy.name == "router" else None
+        self.logits: torch.Tensor | None = None
+        self.agreements = torch.zeros((), dtype=torch.long, device=device)  # steps of this window that a guess suits
+        self.hit_rate = 0.9**batch  # what is usual, until it was seen
+        self.steps, self.guesses, self.hits = 0, 0, 0
+        steps = {"router": Session._route_then_run, "ensemble": Session._run_all}
+        self._whole = Stepper(steps.get(strategy.name, Session._run))
+        self._guessed = self._again = None
+        if self._may_guess():
+            self._guessed, self._again = Stepper(Session._run_guessed), Stepper(Session._run_routed)
+
+    @property
+    def model(self):
+        return self._model()
+
+    # The state
+
+    def place(self, length: int, seen: torch.Tensor, positions: torch.Tensor, expert_ids: torch.Tensor | None) -> None:
+        """Set where the next token goes: after `length` tokens, of which `seen` `[batch, <= capacity]` are visible."""
+        streams = self.strategy.num_streams
+        self.index.fill_(length - 1)  # a step moves on first
+        self.mask.fill_(self.closed)
+        open_ = torch.zeros_like(seen, dtype=self.mask.dtype).masked_fill_(~seen, self.closed)
+        self.mask[:, 0, 0, : seen.shape[1]].copy_(open_.repeat(streams, 1))
+        self.positions.copy_((positions - 1).expand(self.batch, 1).repeat(streams, 1))
+        self.weights.zero_()
+        if expert_ids is not None:
+            self.expert_ids.copy_(expert_ids)
+
+    def _advance(self) -> None:
+        self.index.add_(1)
+        self.positions.add_(1)
+        self.mask.index_fill_(3, self.index, 0.0)
+
+    # The steps
+
+    def step(self) -> None:
+        """Compute `logits` `[batch, 1, vocabulary]` (and `router_logits`) after the tokens in `input_ids`."""
+        self.steps += 1
+        if self._guessed is None or self.hit_rate < GUESSING_PAYS:
+            self._whole(self)
+        else:
+            self._guessed(self)
+            hit = bool(self.agreed)
+            self.guesses, self.hits = self.guesses + 1, self.hits + hit
+            if not hit:
+                self._again(self)
+        if self._guessed is not None and self.steps % WINDOW == 0:
+            self.hit_rate = self.agreements.item() / WINDOW
+            self.agreements.zero_()
+
+    def _may_guess(self) -> bool:
+        return (
+            self.strategy.name == "router"
+            and not self.model.routes_densely
+            and self.model.config.num_experts_per_tok == 1
+            and not isinstance(self.model.get_output_embeddings(), DyloraMoeLinear)
+            and not hasattr(self.model.foundation_body, "decoder")  # OPT calls that one, and never the body
+        )
+
+    def _pass(self, body, weights: int | torch.Tensor | None, first: int = 0, streams: int = 1):
+        """The body's output for streams from `first` on, the experts at `weights`."""
+        rows = slice(first * self.batch, (first + streams) * self.batch)
+        layers = [BufferLayer(keys[rows], values[rows], self.index) for keys, values in self.layers]
+        with use_experts(self.model.active_experts(weights)), self.products.in_use():
+            return body(
+                input_ids=self.input_ids.repeat(streams, 1),
+                attention_mask=self.mask[rows],
+                position_ids=self.positions[rows],
+                **{self.model.cache_argument: Cache(layers=layers)},
+                use_cache=True,
+                return_dict=True,
+            )
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        if self.logits is None:
+            with torch.inference_mode(False):
+                self.logits = torch.zeros_like(logits)
+        self.logits.copy_(logits)
+
+    def _run(self) -> None:
+        """One pass under weights that the router has no say in."""
+        self._advance()
+        model, strategy = self.model, self.strategy
+        if strategy.chooses_row_experts:
+            weights = one_hot_rows(self.expert_ids, model.config.num_experts)
+        else:
+            weights = strategy.expert_weights(
+                RoutedPass(model, model.foundation, strategy, {"input_ids": self.input_ids})
+            )
+        self._keep(self._pass(model.foundation, weights).logits)
+
+    def _run_all(self) -> None:
+        """The ensemble's experts as one batch."""
+        self._advance()
+        count = self.strategy.num_experts
+        weights = torch.eye(count, device=self.weights.device).repeat_interleave(self.batch, dim=0).unsqueeze(1)
+        logits = self._pass(self.model.foundation, weights, streams=count).logits
+        each = F.log_softmax(logits.view(count, self.batch, *logits.shape[1:]), dim=-1, dtype=torch.float32)
+        self._keep(each.logsumexp(dim=0) - math.log(count))
+
+    def _route_then_run(self) -> None:
+        """The router's pass, then the routed one."""
+        self._advance()
+        self._route(self._pass(self.model.foundation_body, self._router_input(), first=0).last_hidden_state)
+        self._run_routed()
+
+    def _run_routed(self) -> None:
+        self._keep(self._pass(self.model.foundation, self.weights, first=1).logits)
+
+    def _run_guessed(self) -> None:
+        """Both passes as one batch, the routed rows under the last token's weights; `agreed` says if those were right."""
+        self._advance()
+        reading = torch.zeros_like(self.weights) if self._router_input() is None else torch.ones_like(self.weights)
+        hidden = []
+
+        def take_apart(module, args, output):
+            if _call.decoding is None or _call.decoding.model is not self.model:  # another thread's pass
+                return output
+            hidden.append(output.last_hidden_state[: self.batch])
+            output.last_hidden_state = output.last_hidden_state[self.batch :]
+            return output
+
+        handle = self.model.foundation_body.register_forward_hook(take_apart)
+        try:
+            outputs = self._pass(self.model.foundation, torch.cat([reading, self.weights]), first=0, streams=2)
+        finally:
+            handle.remove()
+        self._keep(outputs.logits)
+        self._route(hidden[0])
+
+    def _route(self, hidden_states: torch.Tensor) -> None:
+        router_logits = self.model.router(hidden_states)
+        weights = self.model.router.weights(router_logits, dense=self.model.routes_densely)
+        self.agreed.copy_((weights == self.weights).all())
+        self.agreements.add_(self.agreed)
+        self.weights.copy_(weights)
+        self.router_logits.copy_(router_logits)
+
+    def _router_input(self) -> torch.Tensor | None:
+        return None if self.model.config.router_input == "base" else torch.ones_like(self.weights[:1])
+
+
+class Stepper:
+    """A step function, called as it is (no GPU), or recorded at its first call and replayed from then on."""
+
+    def __init__(self, function: Callable[[Session], None]):
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, session: Session) -> None:
+        if session.model.device.type not in GRAPH_DEVICES:
+            self.function(session)
+            return
+        if self.graph is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._record(session)
+        self.graph.replay()
+
+    def _record(self, session: Session) -> None:
+        state = [session.index, session.positions, session.mask, session.weights, session.agreements]
+        before = [tensor.clone() for tensor in state]
+
+        def restore():
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+
+        functions = fused_functions(session.model.foundation, session.index)
+        with torch.cuda.device(session.model.device), session.norms.in_use(), functions:
+            stream = session.recording_stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
+                    self.function(session)
+                    restore()
+                session.products.read_stacks(single_expert(session.strategy))
+                self.function(session)
+                restore()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with (
+                no_collection(),
+                torch.cuda.graph(graph, session.pool, stream, capture_error_mode="thread_local"),
+            ):
+                self.function(session)
+            restore()
+        self.graph = graph
+
+
+@contextmanager
+def no_collection():
+    """No garbage is collected within the context: an old graph that goes while another is recorded spoils that one."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def single_expert(strategy: RoutingStrategy) -> int | None:
+    return strategy.expert if strategy.name == "single" else None
+
+
+__all__ = ["Session", "SessionStore", "every_module", "every_tensor"]
