@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = tuple(f"fast_{part}_dylora_moe.py" for part in "buffers decoding kernels norms products sessions".split())
+OPTIONAL = tuple(f"fast_{x}_dylora_moe.py" for x in ("buffers", "decoding", "kernels", "norms", "products", "sessions"))
 
 
 class SavingMixin:
