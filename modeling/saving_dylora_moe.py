@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = tuple(f"fast_{x}_dylora_moe.py" for x in ("buffers", "decoding", "kernels", "norms", "products", "sessions"))
+OPTIONAL = ("buffers", "decoding", "kernels", "norms", "products", "sessions")  # in file names fast_…_dylora_moe.py
 
 
 class SavingMixin:
@@ -164,8 +164,8 @@ def save_code(directory: str | Path) -> None:
     for source in Path(__file__).parent.glob("*.py"):
         if source.parent.resolve() != Path(directory).resolve():
             shutil.copyfile(source, Path(directory) / source.name)
-    for name in OPTIONAL:
-        (Path(directory) / name).touch()  # empty if it was left out: the Hub's loader wants all that is imported
+    for part in OPTIONAL:  # empty if it was left out: the Hub's loader wants all that is imported
+        (Path(directory) / f"fast_{part}_dylora_moe.py").touch()
 
 
 __all__ = ["AUTO_MAP", "SavingMixin", "save_code"]

@@ -476,8 +476,8 @@ def test_what_else_goes_the_ordinary_way(steps):
 def test_a_repo_of_a_package_without_the_optional_files_loads(tmp_path):
     model = build(seed=7)
     model.save_pretrained(tmp_path)
-    for name in OPTIONAL:
-        (tmp_path / name).write_text("")
+    for part in OPTIONAL:
+        (tmp_path / f"fast_{part}_dylora_moe.py").write_text("")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert "FastDecodingMixin" in {base.__name__ for base in type(loaded).__mro__}
     assert not hasattr(loaded, "_decoding_sessions")
