@@ -155,11 +155,12 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     is_full = config.weights_layout == "full"
     weights = _full_weights(folder) if is_full else _adapter_weights(folder, config)
     _check_nothing_else(folder, config, weights)
+    layouts = config.rank_layouts()
     return Mixture(
         format=FORMAT,
         reason=reason,
         folders=folders,
-        experts=[_expert(folder, config, index, weights) for index in range(config.num_experts)],
+        experts=[_expert(folder, config, layouts, index, weights) for index in range(config.num_experts)],
         router=_router(folder, config, weights),
         foundation=FoundationReference(
             name=config.base_model_name_or_path,
@@ -245,9 +246,12 @@ def _check_adapter_config(path: Path, entry: dict[str, Any]) -> None:
             )
 
 
-def _expert(folder: Path, config: Any, index: int, weights: dict[str, StoredTensor]) -> Expert:
+def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]) -> Expert:
     entry = config.expert_configs[index]
-    stored = {module: _matrices(folder, config, index, module, weights) for module in entry["target_modules"]}
+    stored = {
+        module: _matrices(folder, config, layouts[module], index, module, weights)
+        for module in entry["target_modules"]
+    }
     return Expert(
         name=entry["name"],
         layers={module: _layer(entry, module, pair) for module, pair in stored.items()},
@@ -260,10 +264,9 @@ def _expert(folder: Path, config: Any, index: int, weights: dict[str, StoredTens
 
 
 def _matrices(
-    folder: Path, config: Any, index: int, module: str, weights: dict[str, StoredTensor]
+    folder: Path, config: Any, layout: tuple, index: int, module: str, weights: dict[str, StoredTensor]
 ) -> tuple[StoredTensor, StoredTensor]:
     """A [rank, in] and B [out, rank] of one expert on one layer, from either layout."""
-    layout = config.rank_layout(module)
     rank, name = layout[index][0], config.expert_names[index]
     found = []
     for matrix in "AB":

@@ -147,21 +147,19 @@ class DyloraMoeConfig(PreTrainedConfig):
             )
         raise ValueError(f"There is no expert named {expert!r}; this model has {', '.join(self.expert_names)}.")
 
-    def rank_layout(self, module_name: str) -> tuple[tuple[int, float], ...]:
-        """Rank r_i and scale s_i of every expert at one module, rank 0 where an expert leaves it alone.
+    def rank_layouts(self) -> dict[str, tuple[tuple[int, float], ...]]:
+        """Rank r_i and scale s_i of every expert at every adapted module, rank 0 where an expert leaves it alone.
 
         s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised LoRA,
         https://arxiv.org/abs/2312.03732).
         """
-        layout = []
-        for expert in self.expert_configs:
-            if module_name not in expert["target_modules"]:
-                layout.append((0, 0.0))
-                continue
-            rank = expert["rank_pattern"].get(module_name, expert["r"])
-            alpha = expert["alpha_pattern"].get(module_name, expert["lora_alpha"])
-            layout.append((rank, alpha / rank**0.5 if expert["use_rslora"] else alpha / rank))
-        return tuple(layout)
+        layouts = {name: [(0, 0.0)] * self.num_experts for name in self.adapted_modules()}
+        for index, expert in enumerate(self.expert_configs):
+            for name in expert["target_modules"]:
+                rank = expert["rank_pattern"].get(name, expert["r"])
+                alpha = expert["alpha_pattern"].get(name, expert["lora_alpha"])
+                layouts[name][index] = (rank, alpha / rank**0.5 if expert["use_rslora"] else alpha / rank)
+        return {name: tuple(layout) for name, layout in layouts.items()}
 
     def adapted_modules(self) -> list[str]:
         """Names of all modules that at least one expert adapts, in the order in which experts name them."""
@@ -215,14 +213,15 @@ def _complete_expert(index: int, entry: dict) -> dict:
         raise ValueError(
             f"`expert_configs[{index}]` has unknown fields {unknown}; the known ones are {sorted(EXPERT_DEFAULTS)}."
         )
-    expert = {**deepcopy(EXPERT_DEFAULTS), **deepcopy(entry)}
+    expert = {**EXPERT_DEFAULTS, **entry}
     expert["name"] = f"expert_{index}" if expert["name"] is None else str(expert["name"])
     if expert["name"].isdecimal():
         raise ValueError(
             f"`expert_configs[{index}]` is named {expert['name']!r}, and a name of digits alone reads as an expert's "
             "number: give it another."
         )
-    expert["target_modules"] = list(expert["target_modules"])
+    expert["target_modules"] = list(expert["target_modules"])  # and copies of the patterns: a config owns its fields
+    expert |= {name: dict(expert[name] or {}) for name in ("rank_pattern", "alpha_pattern")}
     ranks = [expert["r"], *expert["rank_pattern"].values()]
     if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
         raise ValueError(f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1.")

@@ -132,7 +132,7 @@ class DyloraMoeLinear(nn.Module):
 
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D` (GPT-2).
-        layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layout`.
+        layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layouts`.
         dropouts: dropout probability of every expert, on the input of its A, while training.
     """
 

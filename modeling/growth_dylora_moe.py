@@ -43,12 +43,12 @@ class GrowthMixin:
         self._wrap_modules(new_modules, grown)  # may fail, so it comes before anything else changes
         self.config.expert_configs = grown.expert_configs
         self._adapted_modules = grown.adapted_modules()
+        layouts, dropouts = grown.rank_layouts(), tuple(expert["lora_dropout"] for expert in grown.expert_configs)
         for module_name, layer in self.expert_layers().items():
             if module_name in new_modules:
                 layer.initialize_experts()
             else:
-                dropouts = tuple(expert["lora_dropout"] for expert in grown.expert_configs)
-                layer.extend(grown.rank_layout(module_name), dropouts)
+                layer.extend(layouts[module_name], dropouts)
         self._describe_foundation()
         self._extend_router()
         return self.config.num_experts - 1

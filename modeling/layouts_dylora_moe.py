@@ -145,20 +145,20 @@ def read_full(
             f"{location} was saved quantised, so `experts` cannot pick some: load it whole, or from a repo "
             "that was saved without, with `quantization_config`."
         )
-    wanted = [config.expert_configs[number]["target_modules"] for number in numbers]
-    layouts = {module: config.rank_layout(module) for module in config.adapted_modules()}
+    layouts = config.rank_layouts()
     state = {}
     for path in _weight_files(location, variant, where):
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
             module, _, kind = name.removeprefix("foundation.").replace(".base_layer.", ".").rpartition(".")
-            unused = not any(module in modules for modules in wanted)
+            layout = layouts.get(module)
+            unused = layout is not None and not any(layout[number][0] for number in numbers)
             if name.startswith("router.gate."):
                 state[name] = file.get_tensor(name)[numbers]
-            elif module in layouts and kind in ("lora_A", "lora_B"):
+            elif layout is not None and kind in ("lora_A", "lora_B"):
                 if not unused:
-                    state[name] = _rows(file.get_slice(name), layouts[module], numbers)
-            elif module in layouts and unused:
+                    state[name] = _rows(file.get_slice(name), layout, numbers)
+            elif unused:
                 state[name.replace(".base_layer.", ".")] = file.get_slice(name)
             else:
                 state[name] = file.get_slice(name)

@@ -168,13 +168,13 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
     def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put expert layers around modules of the foundation: around all of them, or on error around none."""
         dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
-        wrapped = {}
+        wrapped, layouts = {}, config.rank_layouts()
         for name in names:
             try:
                 module = self.foundation.get_submodule(name)
                 if module is self.foundation.get_output_embeddings() and self.foundation.config.tie_word_embeddings:
                     raise ValueError("It is tied to the input embeddings, which would change with it.")
-                wrapped[name] = DyloraMoeLinear(module, config.rank_layout(name), dropouts)
+                wrapped[name] = DyloraMoeLinear(module, layouts[name], dropouts)
             except AttributeError as error:
                 whole = [module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")]
                 raise ValueError(

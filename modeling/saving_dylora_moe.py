@@ -54,11 +54,12 @@ class SavingMixin:
                 or, with `push_to_hub`, one on this machine alone.
         """
         directory = Path(save_directory)
+        layouts = self.config.rank_layouts()
         for name, layer in self.expert_layers().items():
-            if layer.layout != self.config.rank_layout(name):
+            if layer.layout != layouts.get(name):
                 raise ValueError(
                     f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
-                    f"scales {layer.layout}, and the config says {self.config.rank_layout(name)}."
+                    f"scales {layer.layout}, and the config says {layouts.get(name)}."
                 )
         names = ("repo_id", "commit_message", "create_pr", "private")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -230,7 +230,7 @@ def test_save_adapters_is_bit_exact(tmp_path, make):
             layer = peft.base_model.model.get_submodule(name)
             assert torch.equal(layer.lora_A["default"].weight, lora_a)
             assert torch.equal(layer.lora_B["default"].weight, lora_b)
-            rank, scale = model.config.rank_layout(name)[index]
+            rank, scale = model.config.rank_layouts()[name][index]
             assert layer.r["default"] == rank and layer.scaling["default"] == pytest.approx(scale)
         with torch.no_grad():
             found = peft(**BATCH).logits
