@@ -28,19 +28,19 @@ from .routed_pass_dylora_moe import RoutedPass
 from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
 
+try:
+    from .fast_kernels_dylora_moe import fused_functions
+except ImportError:  # no Triton, or that file was left empty or out: the foundation's modules call what they always do
+
+    def fused_functions(*args):
+        return nullcontext()
+
+
 GRAPH_DEVICES = ("cuda",)  # where steps are recorded
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
 GUESSING_PAYS = 0.45  # from this share of right guesses on
 WINDOW = 16  # steps, after which that share is looked at
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
-
-
-def fused_functions(foundation: nn.Module, index: torch.Tensor):
-    try:
-        from .fast_kernels_dylora_moe import fused_functions as functions  # here, since importing Triton takes a while
-    except ImportError:  # no Triton, or that file was left empty or out: the modules call what they always do
-        return nullcontext()
-    return functions(foundation, index)
 
 
 def every_module(model) -> list[nn.Module]:

@@ -136,11 +136,15 @@ def seconds(function: Callable, repeats: int, warm: int = 1) -> list[float]:
     return times[warm:]
 
 
-def alternating(functions: dict[str, Callable], repeats: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each, taking turns, so that a busy machine is busy for all."""
+def alternating(
+    functions: dict[str, Callable], repeats: int, warm: int = 1, between: Callable | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each, taking turns, so that a busy machine is busy for all; `between` runs before each, untimed."""
     times = {name: [] for name in functions}
     for turn in range(warm + repeats):
         for name in list(functions)[:: 1 if turn % 2 else -1]:
+            if between is not None:
+                between()
             times[name] += seconds(functions[name], 1, warm=0)
     return {name: taken[warm:] for name, taken in times.items()}
 
