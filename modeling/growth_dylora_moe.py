@@ -39,7 +39,7 @@ class GrowthMixin:
             target_modules = self.config.expert_configs[-1]["target_modules"]
         entry = {"name": name, "target_modules": target_modules, "mature": mature, **fields}
         grown = DyloraMoeConfig(expert_configs=[*self.config.expert_configs, entry])
-        new_modules = [module for module in entry["target_modules"] if module not in self._adapted_modules]
+        new_modules = [module for module in grown.adapted_modules() if module not in self._adapted_modules]
         self._wrap_modules(new_modules, grown)  # may fail, so it comes before anything else changes
         self.config.expert_configs = grown.expert_configs
         self._adapted_modules = grown.adapted_modules()

@@ -24,7 +24,7 @@ from .experts_dylora_moe import refuse_offloaded
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> dict:
@@ -147,7 +147,7 @@ def read_full(
         )
     layouts = config.rank_layouts()
     state = {}
-    for path in _weight_files(location, variant, where):
+    for path in weight_files(location, variant, where):
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
             module, _, kind = name.removeprefix("foundation.").replace(".base_layer.", ".").rpartition(".")
@@ -170,15 +170,15 @@ def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:
     return torch.cat([stack[start : start + layout[n][0]] for start, n in zip(starts, numbers, strict=True)])
 
 
-def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
+def weight_files(location: str, variant: str | None, where: dict) -> list[str]:
     whole, index = (
         name if variant is None else f"{Path(name).stem}.{variant}{Path(name).suffix}"
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
-    index = cached_file(location, index, _raise_exceptions_for_missing_entries=False, **where)
-    if index is None:
-        return [cached_file(location, whole, **where)]
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    found = cached_file(location, whole, _raise_exceptions_for_missing_entries=False, **where)
+    if found is not None:  # as transformers chooses where both are there
+        return [found]
+    names = sorted(set(json.loads(Path(cached_file(location, index, **where)).read_text())["weight_map"].values()))
     return [cached_file(location, name, **where) for name in names]
 
 
@@ -277,7 +277,7 @@ def merge_expert(model, expert: int | str):
 
 
 __all__ = [
-    "HUB_ARGUMENTS",
+    "HUB_OPTIONS",
     "foundation_config",
     "keep_single_expert",
     "merge_expert",
@@ -287,4 +287,5 @@ __all__ = [
     "save_adapters",
     "save_router",
     "subset_of",
+    "weight_files",
 ]

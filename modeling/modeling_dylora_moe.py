@@ -26,14 +26,7 @@ from .configuration_dylora_moe import DyloraMoeConfig
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, checkpoint_with_experts, refuse_offloaded
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
-from .layouts_dylora_moe import (
-    HUB_ARGUMENTS,
-    foundation_config,
-    keep_single_expert,
-    read_adapter,
-    read_full,
-    subset_of,
-)
+from .layouts_dylora_moe import HUB_OPTIONS, foundation_config, keep_single_expert, read_adapter, read_full, subset_of
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
@@ -44,6 +37,10 @@ try:
     from .fast_decoding_dylora_moe import FastDecodingMixin
 except ImportError:  # that file may be left empty or out: generation is slower without, and gives the same tokens
     FastDecodingMixin = type("FastDecodingMixin", (), {})
+try:
+    from .fast_loading_dylora_moe import FastLoadingMixin
+except ImportError:  # nor is this one needed
+    FastLoadingMixin = type("FastLoadingMixin", (), {})
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +48,7 @@ logger = logging.get_logger(__name__)
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 
-class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTrainedModel):
     """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
 
     config_class = DyloraMoeConfig
@@ -104,7 +101,7 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
                 was saved quantised.
         """
         location = pretrained_model_name_or_path
-        where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         stored = kwargs.get("config")
         if location is not None and not isinstance(stored, PreTrainedConfig):
             stored = cls.config_class.from_pretrained(stored or location, **where)
@@ -272,7 +269,8 @@ class DyloraMoePreTrainedModel(GrowthMixin, SavingMixin, PreTrainedModel):
         # expert layers: without this they would stay uninitialised memory.
         super().initialize_weights()
         for layer in self.expert_layers().values():
-            layer.initialize_experts()
+            if layer.lora_A is not None:  # else it is read later
+                layer.initialize_experts()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.foundation.get_input_embeddings()

@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = ("buffers", "decoding", "kernels", "norms", "products", "sessions")  # in file names fast_…_dylora_moe.py
+OPTIONAL = ("buffers", "decoding", "kernels", "loading", "norms", "products", "sessions")  # of fast_…_dylora_moe.py
 
 
 class SavingMixin:
@@ -55,11 +55,12 @@ class SavingMixin:
         """
         directory = Path(save_directory)
         layouts = self.config.rank_layouts()
-        for name, layer in self.expert_layers().items():
-            if layer.layout != layouts.get(name):
+        computed = {name: layer.layout for name, layer in self.expert_layers().items()}
+        for name in {**computed, **layouts}:
+            if computed.get(name) != layouts.get(name):
                 raise ValueError(
                     f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
-                    f"scales {layer.layout}, and the config says {layouts.get(name)}."
+                    f"scales {computed.get(name, 'of no expert')}, and the config says {layouts.get(name, 'none')}."
                 )
         names = ("repo_id", "commit_message", "create_pr", "private")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -154,6 +154,24 @@ def test_router_settings_act_at_once_and_are_what_is_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_modules_that_a_live_config_gained_or_lost_are_not_saved(tmp_path, layout):
+    model = build()
+    model.config.base_model_name_or_path = "somewhere"
+    targets = model.config.expert_configs[0]["target_modules"]
+    targets.append("model.layers.0.mlp.gate_proj")
+    with pytest.raises(
+        ValueError, match=r"gate_proj' computes with ranks and scales of no expert, and the config says"
+    ):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+    targets.pop()
+    model.save_pretrained(tmp_path / layout, layout=layout)
+    for expert in model.config.expert_configs:
+        expert["target_modules"] = [name for name in expert["target_modules"] if "down_proj" not in name]
+    with pytest.raises(ValueError, match=r"down_proj' computes with .*, and the config says none"):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+
+
 def test_an_adapter_layout_saves_the_weights_that_it_is_given(tmp_path):
     model = build()
     model.config.base_model_name_or_path = "somewhere"

@@ -1,0 +1,216 @@
+"""Stacks read past transformers' loader: the model is the one that transformers would have made, or it makes it itself."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from helpers_models import build, llama_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dylora_moe.modeling import DyloraMoeForCausalLM, DyloraMoeModel
+
+
+pytest.importorskip("dylora_moe.modeling.fast_loading_dylora_moe", reason="the optional file was taken out")
+from dylora_moe.modeling import fast_loading_dylora_moe as fast_loading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model = build(seed=3)
+    model.save_pretrained(folder / "whole")
+    model.save_pretrained(folder / "sharded", max_shard_size="60KB")
+    model.to(torch.bfloat16).save_pretrained(folder / "bfloat16")
+    build(experts=[]).save_pretrained(folder / "without_experts")
+    return folder
+
+
+@pytest.fixture
+def put_in(monkeypatch):
+    """How many stacks were put in, a number for each model loaded."""
+    counts, original = [], fast_loading.put_in
+    monkeypatch.setattr(
+        fast_loading, "put_in", lambda model, aside: (counts.append(len(aside)), original(model, aside))
+    )
+    return counts
+
+
+def by_transformers(folder, network=DyloraMoeForCausalLM, **arguments):
+    """The same model and what transformers has to say; this argument is left to it."""
+    return network.from_pretrained(folder, output_loading_info=True, **arguments)
+
+
+def facts(model) -> dict:
+    """Whatever could differ in a tensor but its numbers."""
+    return {
+        name: (tensor.dtype, tensor.device, tensor.shape, tensor.requires_grad, tensor.is_contiguous())
+        + (getattr(tensor, "_is_hf_initialized", False), tensor.is_leaf)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
+def same(one, other) -> None:
+    assert list(facts(one).items()) == list(facts(other).items())
+    expected = other.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in one.state_dict().items())
+    assert one.training == other.training and one.config.to_dict() == other.config.to_dict()
+    assert set(one._keys_to_ignore_on_load_unexpected) == set(other._keys_to_ignore_on_load_unexpected)
+    assert "_stacks_aside" not in vars(one)
+
+
+@pytest.mark.parametrize("repo", ["whole", "sharded", "bfloat16"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"dtype": "auto"},
+        {"dtype": torch.float16, "device_map": "cpu"},
+        {"device_map": 0},
+    ],
+    ids=str,
+)
+def test_the_model_is_the_one_that_transformers_makes(saved, put_in, repo, arguments):
+    if arguments.get("device_map") == 0:
+        arguments = {"device_map": 0 if torch.cuda.is_available() else torch.device("cpu")}
+    loaded = DyloraMoeForCausalLM.from_pretrained(saved / repo, **arguments)
+    assert put_in == [2 * len(loaded.expert_layers())]
+    expected, info = by_transformers(saved / repo, **arguments)
+    same(loaded, expected)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not loaded.generation_config.to_dict().keys() ^ expected.generation_config.to_dict().keys()
+
+
+def test_a_model_without_a_head_and_one_in_a_subfolder(saved, put_in):
+    loaded = DyloraMoeModel.from_pretrained(str(saved), subfolder="whole")
+    expected, _ = by_transformers(saved / "whole", DyloraMoeModel)
+    assert len(put_in) == 1 and put_in[0] > 0
+    expected.name_or_path = expected.config.name_or_path = loaded.name_or_path
+    same(loaded, expected)
+
+
+def test_code_in_the_repo_does_it_too(saved, caplog):
+    model = AutoModelForCausalLM.from_pretrained(saved / "whole", trust_remote_code=True)
+    assert type(model) is not DyloraMoeForCausalLM
+    same(model, by_transformers(saved / "whole")[0])
+    assert "not initialized" not in caplog.text and "not used" not in caplog.text
+
+
+def test_no_experts_no_stacks(saved, put_in):
+    same(
+        DyloraMoeForCausalLM.from_pretrained(saved / "without_experts"), by_transformers(saved / "without_experts")[0]
+    )
+    assert put_in == [0]
+
+
+def test_transformers_is_handed_no_stacks(saved, monkeypatch):
+    seen = []
+    original = DyloraMoeForCausalLM._load_pretrained_model
+
+    def spy(model, *args, **kwargs):
+        seen.append([name for name in model.state_dict() if "lora_" in name])
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(DyloraMoeForCausalLM, "_load_pretrained_model", staticmethod(spy))
+    DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    by_transformers(saved / "whole")
+    assert not seen[0] and seen[1]
+
+
+def damaged(saved, tmp_path, change):
+    shutil.copytree(saved / "whole", tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("lora_A"))
+    change(weights, name)
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    return tmp_path / "damaged", name
+
+
+def test_a_stack_that_is_missing_is_for_transformers_to_report(saved, tmp_path, put_in, caplog):
+    folder, name = damaged(saved, tmp_path, lambda weights, name: weights.pop(name))
+    model = DyloraMoeForCausalLM.from_pretrained(folder)
+    assert put_in == [0] and name in caplog.text
+    assert by_transformers(folder)[1]["missing_keys"] == {name}
+    assert torch.isfinite(dict(model.named_parameters())[name]).all()
+
+
+def test_a_stack_too_many_is_for_transformers_to_report(saved, tmp_path, put_in, caplog):
+    def add(weights, name):
+        weights["foundation.model.layers.9.mlp.up_proj.lora_A"] = weights[name].clone()
+
+    folder, _ = damaged(saved, tmp_path, add)
+    DyloraMoeForCausalLM.from_pretrained(folder)
+    assert put_in == [0] and "layers.9.mlp.up_proj.lora_A" in caplog.text
+
+
+def test_a_stack_of_another_shape_is_for_transformers_to_report(saved, tmp_path):
+    folder, _ = damaged(saved, tmp_path, lambda weights, name: weights.update({name: weights[name][1:].clone()}))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        DyloraMoeForCausalLM.from_pretrained(folder)
+    assert fast_loading._repo.get() is None
+    assert all(layer.lora_A is not None for layer in build(seed=1).expert_layers().values())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"ignore_mismatched_sizes": True},
+        {"key_mapping": {"^nothing": "nothing"}},
+        {"router_temperature": 1.0},
+    ],
+    ids=str,
+)
+def test_other_arguments_are_for_transformers(saved, put_in, arguments):
+    model = DyloraMoeForCausalLM.from_pretrained(saved / "whole", **arguments)
+    assert put_in == []
+    same(model, by_transformers(saved / "whole", **arguments)[0])
+
+
+@pytest.mark.parametrize("field", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_a_foundation_that_keeps_layers_in_float32_is_for_transformers(saved, put_in, monkeypatch, field):
+    foundation = type(build(llama_config()).foundation)
+    monkeypatch.setattr(foundation, field, ["q_proj"])
+    model = DyloraMoeForCausalLM.from_pretrained(saved / "whole", dtype=torch.float16)
+    assert put_in == [0]
+    layer = next(layer for name, layer in model.expert_layers().items() if name.endswith("q_proj"))
+    assert layer.lora_A.dtype == torch.float32
+    same(model, by_transformers(saved / "whole", dtype=torch.float16)[0])
+
+
+def test_parallel_loading_is_for_transformers(saved, put_in, monkeypatch):
+    monkeypatch.setattr(fast_loading, "is_fsdp_enabled", lambda: True)
+    DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    assert put_in == []
+
+
+def test_files_that_a_larger_model_left_behind_are_not_read(saved, tmp_path):
+    """transformers takes the whole file where there is an index, too."""
+    shutil.copytree(saved / "sharded", tmp_path / "both")
+    index = json.loads((tmp_path / "both" / "model.safetensors.index.json").read_text())
+    for name in set(index["weight_map"].values()):
+        shard = load_file(tmp_path / "both" / name)
+        save_file({key: tensor + 1 for key, tensor in shard.items()}, tmp_path / "both" / name, {"format": "pt"})
+    shutil.copy(saved / "whole" / "model.safetensors", tmp_path / "both")
+    same(DyloraMoeForCausalLM.from_pretrained(tmp_path / "both"), by_transformers(tmp_path / "both")[0])
+    subset = DyloraMoeForCausalLM.from_pretrained(tmp_path / "both", experts=[0])
+    whole = DyloraMoeForCausalLM.from_pretrained(saved / "whole", experts=[0])
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in subset.state_dict().items())
+
+
+def test_models_that_are_made_in_another_thread_keep_their_stacks(saved, monkeypatch):
+    made, original = [], fast_loading.set_aside
+
+    def while_loading(*args):
+        thread = threading.Thread(target=lambda: made.append(build(seed=5)))
+        thread.start()
+        thread.join()
+        return original(*args)
+
+    monkeypatch.setattr(fast_loading, "set_aside", while_loading)
+    DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    assert all(layer.lora_A is not None for layer in made[0].expert_layers().values())
