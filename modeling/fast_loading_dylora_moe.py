@@ -1,110 +1,107 @@
 """Reading the experts' stacks of a repo of layout `full` straight from its files. Optional.
 
 transformers takes half a millisecond of Python for every tensor that it loads, and the stacks are more tensors than the
-foundation has. So where a whole model goes to one device, transformers is handed a model without stacks, and they are put in
-afterwards; everywhere else, and where the files do not hold exactly the stacks that the config describes, transformers reads
-them and says what is wrong. Knows how transformers treats a tensor, and nothing about how a model computes.
+foundation has. So where its loader would do nothing with a stack but copy it to the one device, it is handed a model without
+stacks, and they are put in afterwards. Everywhere else, and where the files do not hold exactly the stacks that the config
+describes, it reads them itself and says what is wrong. Knows what transformers does with a tensor on the way, and nothing
+about how a model computes.
 """
 
-import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from .layouts_dylora_moe import HUB_OPTIONS, weight_files
 
-
-# Under these arguments and no others a stack is what the file holds, in the model's dtype, beside the layer's own weight.
-PLAIN = {"config", "dtype", "torch_dtype", "device_map", "attn_implementation", "trust_remote_code", *HUB_OPTIONS}
-PLAIN |= {"adapter_kwargs", "code_revision", "_commit_hash", "_from_auto"}  # what `AutoModelForCausalLM` adds
-SEVERAL_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
+KINDS = ("lora_A", "lora_B")
 READERS = 4  # threads, as many as transformers has
-STACK = r"\.lora_[AB]$"
-
-# The repo that is being loaded in this thread: its place, and arguments for the Hub.
-_repo: ContextVar[tuple[str, dict] | None] = ContextVar("_repo", default=None)
 
 
 class FastLoadingMixin:
     """For a model with `expert_layers()`, before `PreTrainedModel`."""
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        device_map = kwargs.get("device_map")
-        spread = isinstance(device_map, dict) or device_map in SEVERAL_DEVICES
-        parallel = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
-        if pretrained_model_name_or_path is None or args or spread or parallel or set(kwargs) - PLAIN:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        token = _repo.set((str(pretrained_model_name_or_path), where))
-        try:
-            model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        finally:
-            _repo.reset(token)
-        put_in(model, model.__dict__.pop("_stacks_aside", {}))
-        return model
-
-    def post_init(self):
-        super().post_init()
-        if _repo.get() is not None:
-            self._stacks_aside = set_aside(self, *_repo.get())
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # The one place where it is known which files were chosen, of which commit; the signature is that of 5.10 to 5.24.
+        aside = set_aside(model, state_dict, checkpoint_files, load_config)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        if aside:
+            loaded[0].unexpected_keys.difference_update(aside)
+            put_in(aside, only_device(load_config))
+        return loaded
 
 
-def set_aside(model, location: str, where: dict) -> dict[tuple[nn.Module, str], tuple]:
-    """Take the stacks out of a model that transformers is about to load: (layer, name) -> (slice of a file, dtype).
+def set_aside(model, state_dict: dict | None, checkpoint_files: list[str] | None, load_config) -> dict[str, tuple]:
+    """Take the stacks out of a model that transformers is about to fill: name -> (layer, kind, slice of a file, dtype).
 
     Returns:
-        Nothing, and the model as it was, where the files hold other stacks than the model has, or transformers would
-        convert some.
+        Nothing, and the model as it was, where transformers is to read them.
     """
-    in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())} - {"router.gate"}
-    if in_float32 or getattr(model.config, "quantization_config", None) is not None:
+    layers = model.expert_layers().items()
+    here = {f"foundation.{name}.{kind}": (layer, kind) for name, layer in layers for kind in KINDS}
+    if state_dict is not None or not here or not just_copies(load_config, here):
         return {}
-    here = {
-        f"foundation.{name}.{kind}": (layer, kind)
-        for name, layer in model.expert_layers().items()
-        for kind in ("lora_A", "lora_B")
-    }
-    stored = stored_stacks(location, where)
-    shapes = {name: list(getattr(layer, kind).shape) for name, (layer, kind) in here.items()}
-    if not here or {name: stack.get_shape() for name, stack in stored.items()} != shapes:
+    if not checkpoint_files or not all(map(can_be_mapped, checkpoint_files)):
         return {}
-    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), STACK}
-    aside = {}
-    for name, (layer, kind) in here.items():
-        aside[layer, kind] = (stored[name], getattr(layer, kind).dtype)
+    files = [safe_open(path, framework="pt") for path in checkpoint_files]
+    stored = [(name, file) for file in files for name in file.keys() if name.endswith(KINDS)]  # noqa: SIM118
+    slices = {name: file.get_slice(name) for name, file in stored}
+    stacks = {name: getattr(layer, kind) for name, (layer, kind) in here.items()}
+    shapes = {name: list(stack.shape) for name, stack in stacks.items() if stack.is_meta}
+    if len(stored) != len(slices) or {name: stack.get_shape() for name, stack in slices.items()} != shapes:
+        return {}
+    for layer, kind in here.values():
         setattr(layer, kind, None)
-    return aside
+    return {name: (*here[name], slices[name], stack.dtype) for name, stack in stacks.items()}
 
 
-def stored_stacks(location: str, where: dict) -> dict:
-    """Slices by name, of files that transformers has downloaded already; none where they are no safetensors."""
-    try:
-        paths = weight_files(location, None, {**where, "force_download": False, "local_files_only": True})
-    except OSError:
-        return {}
-    files = [safe_open(path, framework="pt") for path in paths]
-    names = [(name, file) for file in files for name in file.keys()]  # noqa: SIM118  (not a dict)
-    return {name: file.get_slice(name) for name, file in names if re.search(STACK, name)}
+def just_copies(load_config, names: dict) -> bool:
+    """Whether tensors of these names keep name, shape and the model's dtype on their way to one device."""
+    parallel = is_deepspeed_zero3_enabled() or is_fsdp_enabled() or load_config.device_mesh is not None
+    if (
+        parallel
+        or load_config.hf_quantizer is not None
+        or load_config.disable_mmap
+        or only_device(load_config) is None
+    ):
+        return False
+    patterns = set(load_config.dtype_plan or ())  # of modules that stay in float32, the gate among them
+    if patterns - {"router.gate"} or any("router.gate" in name for name in names):
+        return False
+    renamings = [entry.compiled_sources for entry in load_config.weight_mapping or ()]
+    return not any(renaming.search(name) for renaming in renamings for name in names)
 
 
-def put_in(model, aside: dict[tuple[nn.Module, str], tuple]) -> None:
-    if not aside:
-        return
-    model._keys_to_ignore_on_load_unexpected.discard(STACK)
+def only_device(load_config) -> torch.device | None:
+    """Where the whole model goes, if that is a CPU or a CUDA device."""
+    if load_config.device_map is None:
+        return torch.device("cpu")
+    if list(load_config.device_map) != [""] or load_config.device_map[""] == "disk":
+        return None
+    device = torch.device(load_config.device_map[""])
+    return device if device.type in ("cpu", "cuda") else None
 
-    def read(entry) -> torch.Tensor:
-        (layer, _), (stack, dtype) = entry
-        return stack[...].to(layer.weight.device, dtype)
+
+def can_be_mapped(path: str) -> bool:
+    """Whether transformers would map this file into memory, too."""
+    return path.endswith(".safetensors") and sys.platform != "win32" and not modeling_utils._is_on_hf_mount(path)
+
+
+def put_in(aside: dict[str, tuple], device: torch.device) -> None:
+    def read(entry: tuple) -> torch.Tensor:
+        _, _, stack, dtype = entry
+        return stack[...].to(device, dtype)
 
     with ThreadPoolExecutor(READERS) as readers:
-        for (layer, kind), stack in zip(aside, readers.map(read, aside.items()), strict=True):
+        for (layer, kind, *_), stack in zip(aside.values(), readers.map(read, aside.values()), strict=True):
             setattr(layer, kind, nn.Parameter(stack))
-            getattr(layer, kind)._is_hf_initialized = True  # as transformers marks what it has read
+            getattr(layer, kind)._is_hf_initialized = True  # or transformers would initialise it
 
 
 __all__ = ["FastLoadingMixin"]

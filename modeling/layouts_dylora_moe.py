@@ -147,7 +147,7 @@ def read_full(
         )
     layouts = config.rank_layouts()
     state = {}
-    for path in weight_files(location, variant, where):
+    for path in _weight_files(location, variant, where):
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
             module, _, kind = name.removeprefix("foundation.").replace(".base_layer.", ".").rpartition(".")
@@ -170,7 +170,7 @@ def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:
     return torch.cat([stack[start : start + layout[n][0]] for start, n in zip(starts, numbers, strict=True)])
 
 
-def weight_files(location: str, variant: str | None, where: dict) -> list[str]:
+def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
     whole, index = (
         name if variant is None else f"{Path(name).stem}.{variant}{Path(name).suffix}"
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -287,5 +287,4 @@ __all__ = [
     "save_adapters",
     "save_router",
     "subset_of",
-    "weight_files",
 ]

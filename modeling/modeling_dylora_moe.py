@@ -269,8 +269,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         # expert layers: without this they would stay uninitialised memory.
         super().initialize_weights()
         for layer in self.expert_layers().values():
-            if layer.lora_A is not None:  # else it is read later
-                layer.initialize_experts()
+            layer.initialize_experts()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.foundation.get_input_embeddings()
