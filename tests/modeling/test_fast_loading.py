@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 from helpers_models import build, llama_config
+from peft import IA3Config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM, DyloraMoeModel
 
@@ -182,7 +183,7 @@ def test_the_files_are_those_that_transformers_chose(saved, tmp_path, suffix):
 
 
 def test_files_on_a_mount_of_the_hub_are_for_transformers(saved, put_in, monkeypatch):
-    monkeypatch.setattr(modeling_utils, "_is_on_hf_mount", lambda path: True)
+    monkeypatch.setattr(fast_loading, "_is_on_hf_mount", lambda path: True)
     same(DyloraMoeForCausalLM.from_pretrained(saved / "whole"), by_transformers(saved / "whole")[0])
     assert put_in == []
 
@@ -251,3 +252,34 @@ def test_files_that_a_larger_model_left_behind_are_not_read(saved, tmp_path):
     subset = DyloraMoeForCausalLM.from_pretrained(tmp_path / "both", experts=[0])
     whole = DyloraMoeForCausalLM.from_pretrained(saved / "whole", experts=[0])
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in subset.state_dict().items())
+
+
+def test_an_adapter_that_peft_loads_onto_a_model_leaves_the_stacks_alone(saved, tmp_path):
+    adapted = DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    adapted.add_adapter(IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    adapted.save_pretrained(tmp_path)
+    model = DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    before = {name: (layer.lora_A.clone(), layer.lora_B.clone()) for name, layer in model.expert_layers().items()}
+    model.load_adapter(tmp_path)
+    for name, layer in model.expert_layers().items():
+        assert torch.equal(layer.lora_A, before[name][0]) and torch.equal(layer.lora_B, before[name][1])
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_a_tensor_that_a_mapping_makes_a_stack_is_for_transformers(saved, tmp_path, put_in):
+    folder, name = damaged(saved, tmp_path, lambda weights, name: weights.update({"aaa.q": weights[name] + 1}))
+    mapping = {r"^aaa\.q$": name}
+    model = DyloraMoeForCausalLM.from_pretrained(folder, key_mapping=mapping)
+    same(model, by_transformers(folder, key_mapping=mapping)[0])
+    assert put_in == []
+
+
+def test_a_transformers_that_keeps_things_elsewhere_reads_the_stacks_itself(saved, put_in, monkeypatch):
+    class Elsewhere:
+        def __init__(self, config):
+            self.__dict__.update({name: value for name, value in vars(config).items() if name != "weight_mapping"})
+
+    original = fast_loading.just_copies
+    monkeypatch.setattr(fast_loading, "just_copies", lambda config, names: original(Elsewhere(config), names))
+    same(DyloraMoeForCausalLM.from_pretrained(saved / "whole"), by_transformers(saved / "whole")[0])
+    assert put_in == []
