@@ -58,3 +58,18 @@ def test_an_adapted_head_is_not_resized():
     model = build(llama_config(tie_word_embeddings=False), [{"name": "a", "target_modules": ["lm_head"]}])
     with pytest.raises(ValueError, match="adapt the head"):
         model.resize_token_embeddings(103)
+
+
+def test_a_config_owns_its_fields():
+    """Neither the caller's lists nor another config's change with it, nor the defaults."""
+    entry = {"r": 4, "target_modules": ["a", "b"], "rank_pattern": {"a": 2}, "alpha_pattern": None}
+    config = DyloraMoeConfig(expert_configs=[entry, {**entry, "name": "other"}])
+    again = DyloraMoeConfig(expert_configs=config.expert_configs)
+    for change in (config.expert_configs[0], entry):
+        change["target_modules"].append("c")
+        change["rank_pattern"]["b"] = 9
+    config.expert_configs[0]["alpha_pattern"]["a"] = 7
+    expected = {"a": ((2, 4.0),) * 2, "b": ((4, 2.0),) * 2}
+    assert again.rank_layouts() == expected
+    assert DyloraMoeConfig(expert_configs=[{"target_modules": ["a"]}]).rank_layouts() == {"a": ((8, 1.0),)}
+    assert config.rank_layouts() == {"a": ((2, 3.5), (2, 4.0)), "b": ((9, 8 / 9), (4, 2.0)), "c": ((4, 2.0), (0, 0.0))}

@@ -123,18 +123,3 @@ def test_modules_may_come_from_an_iterator():
     assert model.expert_layers()[name].layout[-1][0] == 8
     for output in outputs(model, STRATEGIES).values():
         assert torch.isfinite(output).all()
-
-
-def test_a_config_owns_its_fields():
-    """Neither the caller's lists nor another config's change with it, nor the defaults."""
-    entry = {"r": 4, "target_modules": ["a", "b"], "rank_pattern": {"a": 2}, "alpha_pattern": None}
-    config = DyloraMoeConfig(expert_configs=[entry, {**entry, "name": "other"}])
-    again = DyloraMoeConfig(expert_configs=config.expert_configs)
-    for change in (config.expert_configs[0], entry):
-        change["target_modules"].append("c")
-        change["rank_pattern"]["b"] = 9
-    config.expert_configs[0]["alpha_pattern"]["a"] = 7
-    expected = {"a": ((2, 4.0),) * 2, "b": ((4, 2.0),) * 2}
-    assert again.rank_layouts() == expected
-    assert DyloraMoeConfig(expert_configs=[{"target_modules": ["a"]}]).rank_layouts() == {"a": ((8, 1.0),)}
-    assert config.rank_layouts() == {"a": ((2, 3.5), (2, 4.0)), "b": ((9, 8 / 9), (4, 2.0)), "c": ((4, 2.0), (0, 0.0))}
