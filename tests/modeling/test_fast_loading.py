@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -39,7 +40,7 @@ def put_in(monkeypatch):
 
 def by_transformers(folder, network=DyloraMoeForCausalLM, **arguments):
     """The same model, all of it read by transformers, and what that has to say."""
-    with mock.patch.object(fast_loading, "set_aside", lambda *args: {}):
+    with mock.patch.object(fast_loading, "set_aside", lambda model, state_dict, *_: (state_dict, {})):
         return network.from_pretrained(folder, output_loading_info=True, **arguments)
 
 
@@ -81,6 +82,50 @@ def test_the_model_is_the_one_that_transformers_makes(saved, put_in, repo, argum
     same(loaded, expected)
     assert info == expected_info and not any(info.values())
     assert not loaded.generation_config.to_dict().keys() ^ expected.generation_config.to_dict().keys()
+
+
+class CopiesLater:
+    """A stream whose copies, asked for with `non_blocking`, are done when it is waited for: as late as they can be."""
+
+    def __init__(self, monkeypatch):
+        self.waiting, copy = [], torch.Tensor.copy_
+
+        def later(target, source, non_blocking=False):
+            return self.waiting.append((target, source)) if non_blocking else copy(target, source)
+
+        self.copy = copy
+        monkeypatch.setattr(torch.Tensor, "copy_", later)
+
+    def synchronize(self):
+        for target, source in self.waiting:
+            self.copy(target, source)
+        self.waiting.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("piece", [1, 7, 24, 100, 1 << 22])
+def test_a_stack_in_pieces_is_the_whole_stack(monkeypatch, dtype, piece):
+    stack = torch.randn(6, 5).to(dtype)
+    monkeypatch.setattr(fast_loading, "PIECE", piece)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    copy = fast_loading.upload(stack, torch.device("cpu"), CopiesLater(monkeypatch))
+    assert copy.dtype == dtype and copy.shape == stack.shape
+    assert torch.equal(copy.view(torch.uint8), stack.view(torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}], ids=str)
+def test_large_stacks_go_to_a_gpu_in_pieces(saved, put_in, monkeypatch, arguments):
+    monkeypatch.setattr(fast_loading, "PIECE", 100)
+    sizes, original = [], fast_loading.upload
+    monkeypatch.setattr(
+        fast_loading, "upload", lambda stack, *to: (sizes.append(stack.nbytes), original(stack, *to))[1]
+    )
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            loaded = DyloraMoeForCausalLM.from_pretrained(saved / "whole", device_map="cuda", **arguments)
+            same(loaded, by_transformers(saved / "whole", device_map="cuda", **arguments)[0])
+    assert len(sizes) == sum(put_in) and min(sizes) > 100
 
 
 def test_a_model_without_a_head_and_one_in_a_subfolder(saved, put_in):
@@ -143,6 +188,21 @@ def test_a_stack_too_many_is_for_transformers_to_report(saved, tmp_path, put_in,
     folder, _ = damaged(saved, tmp_path, add)
     DyloraMoeForCausalLM.from_pretrained(folder)
     assert put_in == [] and "layers.9.mlp.up_proj.lora_A" in caplog.text
+
+
+def test_a_stack_twice_in_place_of_another_is_for_transformers_to_report(saved, tmp_path, put_in, caplog):
+    shutil.copytree(saved / "sharded", tmp_path / "damaged")
+    index_path = tmp_path / "damaged" / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    shards = sorted({file for name, file in index["weight_map"].items() if name.endswith("lora_A")})
+    first, last = (load_file(tmp_path / "damaged" / shard) for shard in (shards[0], shards[-1]))
+    missing = next(name for name in last if name.endswith("lora_A"))
+    twice = next(name for name in first if name.endswith("lora_A"))
+    del last[missing], index["weight_map"][missing]
+    save_file({**last, twice: first[twice]}, tmp_path / "damaged" / shards[-1], {"format": "pt"})
+    index_path.write_text(json.dumps(index))
+    DyloraMoeForCausalLM.from_pretrained(tmp_path / "damaged")
+    assert put_in == [] and missing in caplog.text
 
 
 def test_a_stack_of_another_shape_is_for_transformers_to_report(saved, tmp_path):

@@ -24,7 +24,9 @@ from workbench import alternating, foundation, report, routed
 def forget() -> None:
     gc.collect()
     re.purge()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # page-locked memory
 
 
 def main() -> None:
