@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from functools import reduce
 
 import torch
 from torch import nn
@@ -165,11 +166,11 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
     def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put expert layers around modules of the foundation: around all of them, or on error around none."""
         dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
-        wrapped, layouts = {}, config.rank_layouts()
+        wrapped, layouts, head = {}, config.rank_layouts(), self.foundation.get_output_embeddings()
         for name in names:
             try:
                 module = self.foundation.get_submodule(name)
-                if module is self.foundation.get_output_embeddings() and self.foundation.config.tie_word_embeddings:
+                if module is head and self.foundation.config.tie_word_embeddings:
                     raise ValueError("It is tied to the input embeddings, which would change with it.")
                 wrapped[name] = DyloraMoeLinear(module, layouts[name], dropouts)
             except AttributeError as error:
@@ -198,7 +199,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
 
     def expert_layers(self) -> dict[str, DyloraMoeLinear]:
         """Every adapted layer by its name inside the foundation."""
-        return {name: self.foundation.get_submodule(name) for name in self._adapted_modules}
+        return {name: reduce(getattr, name.split("."), self.foundation) for name in self._adapted_modules}
 
     @property
     def base_model(self) -> PreTrainedModel:
