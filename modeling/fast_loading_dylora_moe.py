@@ -18,8 +18,7 @@ from transformers.modeling_utils import _is_on_hf_mount
 
 
 KINDS = ("lora_A", "lora_B")
-READERS = 4  # threads, as many as transformers has
-PIECE = 1 << 22  # bytes of a large stack that one of them hands to a GPU at once
+READERS, PIECE = 4, 1 << 22  # threads, as many as transformers has, and the bytes that each hands to a GPU at once
 
 
 class FastLoadingMixin:
@@ -45,8 +44,7 @@ def set_aside(model, state_dict: dict | None, checkpoint_files: list[str] | None
         A state dict for transformers, slices of files, and the stacks: name -> (layer, kind, slice, dtype). Where transformers
         is to read them, what it was given and nothing, and the model as it was.
     """
-    layers = model.expert_layers().items()
-    here = {f"foundation.{name}.{kind}": (layer, kind) for name, layer in layers for kind in KINDS}
+    here = {f"foundation.{name}.{k}": (layer, k) for name, layer in model.expert_layers().items() for k in KINDS}
     stacks = {name: getattr(layer, kind) for name, (layer, kind) in here.items()}
     being_made = bool(stacks) and all(type(stack) is nn.Parameter and stack.is_meta for stack in stacks.values())
     can_be_read = state_dict is None and bool(checkpoint_files) and all(map(can_be_mapped, checkpoint_files))
@@ -94,31 +92,33 @@ def can_be_mapped(path: str) -> bool:
     return path.endswith(".safetensors") and sys.platform != "win32" and not _is_on_hf_mount(path)
 
 
+@torch.inference_mode(False)  # transformers' threads are not in it either
 def put_in(aside: dict[str, tuple], device: torch.device) -> None:
     stacks = {name: mapped[...] for name, (_, _, mapped, _) in aside.items()}
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
-        large = {name: stack for name, stack in stacks.items() if stack.nbytes > PIECE // 2}
+        large = [name for name, stack in stacks.items() if stack.nbytes > PIECE // 2]
         with ThreadPoolExecutor(READERS) as readers:
-            stacks |= zip(large, readers.map(lambda stack: upload(stack, device, stream), large.values()), strict=True)
+            copies = readers.map(lambda name: upload(stacks[name], aside[name][3], stream), large)
+            stacks |= zip(large, copies, strict=True)
     for name, (layer, kind, _, dtype) in aside.items():
         parameter = nn.Parameter(stacks.pop(name).to(device, dtype))
         parameter._is_hf_initialized = True  # or transformers would initialise it
         setattr(layer, kind, parameter)
 
 
-def upload(stack: torch.Tensor, device: torch.device, stream) -> torch.Tensor:
+def upload(stack: torch.Tensor, dtype: torch.dtype, stream) -> torch.Tensor:
     """A mapped stack on a GPU, brought there through page-locked memory: CUDA copies mapped memory for one thread at a time.
     Twice as fast for large stacks; with small ones the threads would wait for Python."""
     with torch.cuda.stream(stream):  # that of the thread which loads the model
-        piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")  # kept by PyTorch for the next
-        there = torch.empty_like(stack, device=device)
+        piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=stream.device.type == "cuda")  # PyTorch keeps it
+        there = torch.empty_like(stack, device=stream.device)
         source, target = (tensor.view(-1).view(torch.uint8).split(PIECE) for tensor in (stack, there))
         for mapped, part in zip(source, target, strict=True):
             piece.numpy()[: len(mapped)] = mapped.numpy()  # PyTorch's own copy would start threads for each of ours
             part.copy_(piece[: len(mapped)], non_blocking=True)
             stream.synchronize()  # before the piece is filled again
-    return there
+        return there.to(dtype)
 
 
 __all__ = ["FastLoadingMixin"]

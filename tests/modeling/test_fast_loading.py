@@ -87,6 +87,8 @@ def test_the_model_is_the_one_that_transformers_makes(saved, put_in, repo, argum
 class CopiesLater:
     """A stream whose copies, asked for with `non_blocking`, are done when it is waited for: as late as they can be."""
 
+    device = torch.device("cpu")
+
     def __init__(self, monkeypatch):
         self.waiting, copy = [], torch.Tensor.copy_
 
@@ -108,7 +110,7 @@ def test_a_stack_in_pieces_is_the_whole_stack(monkeypatch, dtype, piece):
     stack = torch.randn(6, 5).to(dtype)
     monkeypatch.setattr(fast_loading, "PIECE", piece)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    copy = fast_loading.upload(stack, torch.device("cpu"), CopiesLater(monkeypatch))
+    copy = fast_loading.upload(stack, dtype, CopiesLater(monkeypatch))
     assert copy.dtype == dtype and copy.shape == stack.shape
     assert torch.equal(copy.view(torch.uint8), stack.view(torch.uint8))
 
@@ -141,6 +143,13 @@ def test_code_in_the_repo_does_it_too(saved, caplog):
     assert type(model) is not DyloraMoeForCausalLM
     same(model, by_transformers(saved / "whole")[0])
     assert "not initialized" not in caplog.text and "not used" not in caplog.text
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained(saved, put_in):
+    with torch.inference_mode():
+        model = DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    assert len(put_in) == 1
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
 
 
 def test_no_experts_no_stacks(saved, put_in):
