@@ -33,7 +33,8 @@ class FastLoadingMixin:
             aside = {}
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if aside:
-            put_in(aside, only_device(load_config))
+            with ThreadPoolExecutor(1) as thread:  # as transformers reads: in none of this thread's modes
+                thread.submit(put_in, aside, only_device(load_config)).result()
         return loaded
 
 
@@ -53,7 +54,7 @@ def set_aside(model, state_dict: dict | None, checkpoint_files: list[str] | None
     files = [safe_open(path, framework="pt") for path in checkpoint_files]
     stored = [(name, file) for file in files for name in file.keys()]  # noqa: SIM118
     slices = {name: file.get_slice(name) for name, file in stored}
-    found = sorted(name for name, _ in stored if name.endswith(KINDS))
+    found = sorted(name for name, _ in stored if "lora_" in name)
     if found != sorted(stacks) or any(slices[name].get_shape() != list(stacks[name].shape) for name in found):
         return state_dict, {}
     aside = {name: (*here[name], slices.pop(name), stack.dtype) for name, stack in stacks.items()}
@@ -69,12 +70,12 @@ def just_copies(load_config, names: dict) -> bool:
     if load_config.hf_quantizer is not None or load_config.disable_mmap or only_device(load_config) is None:
         return False
     patterns = set(load_config.dtype_plan or ())  # of modules that stay in float32, the gate among them
-    if patterns - {"router.gate"} or any("router.gate" in name for name in names):
-        return False
+    if patterns - {"router.gate"} or any("router" in name for name in names):
+        return False  # the pattern is a regular expression
     renamings = load_config.weight_mapping or ()
     if any("lora_" in target or "\\" in target for renaming in renamings for target in renaming.target_patterns):
         return False  # another tensor may become a stack
-    return not any(renaming.compiled_sources.search(name) for renaming in renamings for name in names)
+    return not any(renaming._scoped_match(name) for renaming in renamings for name in names)
 
 
 def only_device(load_config) -> torch.device | None:
@@ -84,7 +85,7 @@ def only_device(load_config) -> torch.device | None:
     if list(load_config.device_map) != [""] or load_config.device_map[""] == "disk":
         return None
     device = torch.device(load_config.device_map[""])
-    return device if device.type in ("cpu", "cuda") else None
+    return device if device.type == "cpu" or (device.type == "cuda" and device.index is not None) else None
 
 
 def can_be_mapped(path: str) -> bool:
@@ -92,14 +93,12 @@ def can_be_mapped(path: str) -> bool:
     return path.endswith(".safetensors") and sys.platform != "win32" and not _is_on_hf_mount(path)
 
 
-@torch.inference_mode(False)  # transformers' threads are not in it either
 def put_in(aside: dict[str, tuple], device: torch.device) -> None:
     stacks = {name: mapped[...] for name, (_, _, mapped, _) in aside.items()}
     if device.type == "cuda":
-        stream = torch.cuda.current_stream(device)
-        large = [name for name, stack in stacks.items() if stack.nbytes > PIECE // 2]
+        large = [n for n, stack in stacks.items() if stack.nbytes > PIECE // 2 and stack.dtype == aside[n][3]]
         with ThreadPoolExecutor(READERS) as readers:
-            copies = readers.map(lambda name: upload(stacks[name], aside[name][3], stream), large)
+            copies = readers.map(lambda name: upload(stacks[name], device), large)
             stacks |= zip(large, copies, strict=True)
     for name, (layer, kind, _, dtype) in aside.items():
         parameter = nn.Parameter(stacks.pop(name).to(device, dtype))
@@ -107,18 +106,19 @@ def put_in(aside: dict[str, tuple], device: torch.device) -> None:
         setattr(layer, kind, parameter)
 
 
-def upload(stack: torch.Tensor, dtype: torch.dtype, stream) -> torch.Tensor:
-    """A mapped stack on a GPU, brought there through page-locked memory: CUDA copies mapped memory for one thread at a time.
-    Twice as fast for large stacks; with small ones the threads would wait for Python."""
-    with torch.cuda.stream(stream):  # that of the thread which loads the model
-        piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=stream.device.type == "cuda")  # PyTorch keeps it
-        there = torch.empty_like(stack, device=stream.device)
-        source, target = (tensor.view(-1).view(torch.uint8).split(PIECE) for tensor in (stack, there))
-        for mapped, part in zip(source, target, strict=True):
-            piece.numpy()[: len(mapped)] = mapped.numpy()  # PyTorch's own copy would start threads for each of ours
-            part.copy_(piece[: len(mapped)], non_blocking=True)
-            stream.synchronize()  # before the piece is filled again
-        return there.to(dtype)
+def upload(stack: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """By way of page-locked memory, twice as fast for large stacks: CUDA copies mapped memory for one thread at a time."""
+    try:
+        piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")  # PyTorch keeps it
+    except RuntimeError:  # so much memory cannot be locked here
+        return stack.to(device)
+    there, stream = torch.empty_like(stack, device=device), torch.cuda.current_stream(device)
+    source, target = (tensor.view(-1).view(torch.uint8).split(PIECE) for tensor in (stack, there))
+    for mapped, part in zip(source, target, strict=True):
+        piece.numpy()[: len(mapped)] = mapped.numpy()  # PyTorch's own copy would start threads for each of ours
+        part.copy_(piece[: len(mapped)], non_blocking=True)
+        stream.synchronize()  # before the piece is filled again
+    return there
 
 
 __all__ = ["FastLoadingMixin"]

@@ -166,11 +166,11 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
     def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put expert layers around modules of the foundation: around all of them, or on error around none."""
         dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
-        wrapped, layouts, head = {}, config.rank_layouts(), self.foundation.get_output_embeddings()
+        wrapped, layouts = {}, config.rank_layouts()
         for name in names:
             try:
                 module = self.foundation.get_submodule(name)
-                if module is head and self.foundation.config.tie_word_embeddings:
+                if module is self.foundation.get_output_embeddings() and self.foundation.config.tie_word_embeddings:
                     raise ValueError("It is tied to the input embeddings, which would change with it.")
                 wrapped[name] = DyloraMoeLinear(module, layouts[name], dropouts)
             except AttributeError as error:

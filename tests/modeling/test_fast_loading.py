@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from helpers_models import build, llama_config
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM, DyloraMoeModel
 
@@ -87,8 +89,6 @@ def test_the_model_is_the_one_that_transformers_makes(saved, put_in, repo, argum
 class CopiesLater:
     """A stream whose copies, asked for with `non_blocking`, are done when it is waited for: as late as they can be."""
 
-    device = torch.device("cpu")
-
     def __init__(self, monkeypatch):
         self.waiting, copy = [], torch.Tensor.copy_
 
@@ -109,25 +109,54 @@ class CopiesLater:
 def test_a_stack_in_pieces_is_the_whole_stack(monkeypatch, dtype, piece):
     stack = torch.randn(6, 5).to(dtype)
     monkeypatch.setattr(fast_loading, "PIECE", piece)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    copy = fast_loading.upload(stack, dtype, CopiesLater(monkeypatch))
+    stream = CopiesLater(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    copy = fast_loading.upload(stack, torch.device("cpu"))
     assert copy.dtype == dtype and copy.shape == stack.shape
     assert torch.equal(copy.view(torch.uint8), stack.view(torch.uint8))
 
 
+def test_a_stack_goes_the_plain_way_where_no_memory_can_be_locked(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("CUDA error: out of memory")
+
+    stack = torch.randn(6, 5)
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert torch.equal(fast_loading.upload(stack, torch.device("cpu")), stack)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("around", ["nothing", "a stream", "a device", "inference mode"])
 @pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}], ids=str)
-def test_large_stacks_go_to_a_gpu_in_pieces(saved, put_in, monkeypatch, arguments):
+def test_large_stacks_go_to_a_gpu_in_pieces(saved, put_in, monkeypatch, arguments, around):
     monkeypatch.setattr(fast_loading, "PIECE", 100)
     sizes, original = [], fast_loading.upload
     monkeypatch.setattr(
-        fast_loading, "upload", lambda stack, *to: (sizes.append(stack.nbytes), original(stack, *to))[1]
+        fast_loading, "upload", lambda stack, device: (sizes.append(stack.nbytes), original(stack, device))[1]
     )
-    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
-        with torch.cuda.stream(stream):
-            loaded = DyloraMoeForCausalLM.from_pretrained(saved / "whole", device_map="cuda", **arguments)
-            same(loaded, by_transformers(saved / "whole", device_map="cuda", **arguments)[0])
-    assert len(sizes) == sum(put_in) and min(sizes) > 100
+    contexts = {"a stream": lambda: torch.cuda.stream(torch.cuda.Stream()), "a device": lambda: torch.device("cuda")}
+    contexts["inference mode"] = torch.inference_mode
+    with contexts.get(around, nullcontext)():
+        loaded = DyloraMoeForCausalLM.from_pretrained(saved / "whole", device_map="cuda", **arguments)
+        expected, _ = by_transformers(saved / "whole", device_map="cuda", **arguments)
+    same(loaded, expected)
+    assert len(put_in) == 1 and len(sizes) == (0 if arguments else put_in[0]) and min(sizes, default=101) > 100
+
+
+def test_what_a_mode_of_the_calling_thread_does_to_tensors_is_not_done_to_stacks(saved, put_in):
+    """`torch.set_default_device` is such a mode, and slices of safetensors are made by the function that it redirects."""
+
+    class Elsewhere(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if function is torch.asarray and kwargs.get("device") is None:
+                kwargs["device"] = "meta"
+            return function(*args, **kwargs)
+
+    with Elsewhere():
+        model = DyloraMoeForCausalLM.from_pretrained(saved / "whole")
+    assert len(put_in) == 1
+    same(model, by_transformers(saved / "whole")[0])
 
 
 def test_a_model_without_a_head_and_one_in_a_subfolder(saved, put_in):
@@ -341,6 +370,65 @@ def test_a_tensor_that_a_mapping_makes_a_stack_is_for_transformers(saved, tmp_pa
     model = DyloraMoeForCausalLM.from_pretrained(folder, key_mapping=mapping)
     same(model, by_transformers(folder, key_mapping=mapping)[0])
     assert put_in == []
+
+
+def test_a_tensor_that_a_mapping_makes_a_stack_by_a_part_of_its_name(saved, tmp_path, put_in):
+    def add(weights, name):
+        weights[name.removesuffix("A") + "0"] = weights[name] + 1
+
+    folder, _ = damaged(saved, tmp_path, add)
+    model = DyloraMoeForCausalLM.from_pretrained(folder, key_mapping={"_0$": "_A"})
+    same(model, by_transformers(folder, key_mapping={"_0$": "_A"})[0])
+    assert put_in == []
+
+
+def load_config(**fields):
+    nothing = {
+        "device_mesh": None,
+        "hf_quantizer": None,
+        "disable_mmap": False,
+        "device_map": None,
+        "dtype_plan": None,
+    }
+    return SimpleNamespace(**{**nothing, "weight_mapping": [], **fields})
+
+
+def test_a_mapping_of_the_foundation_sees_names_without_our_prefix():
+    renaming = WeightRenaming(r"^model\.layers\.0", "model.layers.1")
+    renaming.scope_prefix = "foundation"
+    names = {"foundation.model.layers.0.mlp.up_proj.lora_A": None}
+    assert fast_loading.just_copies(load_config(), names)
+    assert not fast_loading.just_copies(load_config(weight_mapping=[renaming]), names)
+
+
+def test_what_stays_in_float32_is_named_by_a_pattern():
+    plan = {"router.gate": torch.float32}
+    assert fast_loading.just_copies(load_config(dtype_plan=plan), {"foundation.layers.0.mlp.gate.lora_A": None})
+    assert not fast_loading.just_copies(
+        load_config(dtype_plan=plan), {"foundation.layers.0.mlp.router_gate.lora_A": None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("device_map", "device"),
+    [
+        (None, "cpu"),
+        ({"": "cpu"}, "cpu"),
+        ({"": torch.device("cuda", 1)}, "cuda:1"),
+        ({"": "cuda"}, None),  # that of each thread
+        ({"": "disk"}, None),
+        ({"": "meta"}, None),
+        ({"foundation": 0, "router": 0}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_the_only_device(monkeypatch, device_map, device):
+    monkeypatch.setattr(
+        torch, "device", lambda name, *, real=torch.device: real(f"cuda:{name}" if name == 1 else name)
+    )
+    found = fast_loading.only_device(load_config(device_map=device_map))
+    assert str(found) == str(device)
 
 
 def test_a_transformers_that_keeps_things_elsewhere_reads_the_stacks_itself(saved, put_in, monkeypatch):
