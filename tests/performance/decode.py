@@ -8,21 +8,10 @@ and X-LoRA for 16 new tokens, since it runs two passes over the whole text at ev
 """
 
 import argparse
-import gc
 import statistics
 from functools import partial
 
-from workbench import (
-    alternating,
-    foundation,
-    generate,
-    measured_agreement,
-    peft_model,
-    report,
-    route_alike,
-    routed,
-    xlora_model,
-)
+from workbench import PEERS, alternating, foundation, free, generate, measured_agreement, report, route_alike, routed
 
 
 STRATEGIES = (  # name in the table, strategy, agreement that the gate is biased for
@@ -91,17 +80,11 @@ def main() -> None:
                 for model in some.values():
                     model.forget_decoding_sessions()
         model = models = some = None
-        for name, count, build, new in (
-            ("PEFT, one adapter", 1, peft_model, options.new),
-            ("PEFT, four adapters", 4, peft_model, options.new),
-            ("PEFT X-LoRA", 4, xlora_model, 16),
-        ):
-            if options.no_peers:
-                return
-            gc.collect()
-            model = build(count)
+        for name, build in PEERS.items() if not options.no_peers else ():
+            free()
+            model = build()
             for batch in options.batches:
-                add(name, {count: model}, batch, once=new)
+                add(name, {0: model}, batch, once=16 if "X-LoRA" in name else options.new)
             model = None
 
 

@@ -4,28 +4,28 @@
 
 GiB: the weights, the keys and values of all streams at the last token, and the peak of a whole `generate` (prompt of 256
 tokens, 128 new ones), ordinary and fast; and what is allocated after 100 and 1,000 calls of several sizes, of a model of
-four layers.
+four layers. PEFT's ways to serve several adapters run in the same process, X-LoRA, which keeps no keys and values, for the
+last 16 tokens of as long a text.
 """
 
 import argparse
 import gc
 
 import torch
-from workbench import foundation, generate, report, routed
+from workbench import PEERS, foundation, free, generate, report, routed
 
 
 PROMPT, NEW, GIB = 256, 128, 2**30
 
 
-def peak(model, batch: int, **arguments) -> float:
+def peak(model, batch: int, new: int = NEW, **arguments) -> float:
     """With the recording of graphs, whose intermediates count then and in no later call."""
-    generate(model, batch, PROMPT, NEW, **arguments)
+    generate(model, batch, PROMPT, 2, **arguments)
     if hasattr(model, "forget_decoding_sessions"):
         model.forget_decoding_sessions()
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
     torch.cuda.reset_peak_memory_stats()
-    generate(model, batch, PROMPT, NEW, **arguments)
+    generate(model, batch, PROMPT + NEW - new, new, **arguments)
     return torch.cuda.max_memory_allocated() / GIB
 
 
@@ -36,25 +36,42 @@ def main() -> None:
     with report("Memory, GiB", parser) as (options, rows):
         bytes_per_token = 28 * 2 * 2 * 128 * 2
 
-        def add(model, name: str, batch: int, streams: int, **arguments) -> None:
+        def add(model, name: str, batch: int, streams: int, new: int = NEW, **arguments) -> None:
             weights = sum(tensor.nbytes for tensor in model.parameters()) / GIB
             caches = streams * batch * (PROMPT + NEW) * bytes_per_token / GIB
             row = {"batch": batch, "model": name, "weights": weights, "caches": caches}
-            row["ordinary"] = peak(model, batch, **({**arguments, "fast_decoding": False} if arguments else {}))
-            row["fast"] = peak(model, batch, **arguments) if arguments else None
+            ordinary = {**arguments, "fast_decoding": False} if arguments else {}
+            for way, given in (("ordinary", ordinary), ("fast", arguments)):
+                if way == "fast" and not arguments:
+                    continue
+                try:
+                    row[way] = peak(model, batch, new, **given)
+                    row[f"{way}, over"] = row[way] / (weights + caches) - 1
+                except torch.OutOfMemoryError:
+                    row[way] = "out of memory"
             rows.append(row)
             print(row, flush=True)
 
         bare = foundation()
         for batch in options.batches:
             add(bare, "bare foundation", batch, 1)
+        bare = routed(0)
+        for batch in options.batches:
+            add(bare, "bare foundation, graphs", batch, 1, routing_strategy="base")
         del bare
+        for name, build in PEERS.items():
+            free()
+            model, streams, new = build(), *((0, 16) if "X-LoRA" in name else (1, NEW))
+            for batch in options.batches:
+                add(model, name, batch, streams, new)
+            del model
+        free()
         model = routed(4)
         for batch in options.batches:
-            for strategy, streams in (("single:0", 1), ("router", 2)):
+            for strategy, streams in (("base", 1), ("single:0", 1), ("best", 1), ("router", 2), ("ensemble", 4)):
                 add(model, strategy, batch, streams, routing_strategy=strategy)
         del model
-        gc.collect()
+        free()
         model = routed(4, layers=4)
         for call in range(options.calls):
             generate(

@@ -3,13 +3,16 @@
     python tests/performance/prefill.py --json prefill.json
 
 Milliseconds until the first new token, the median of 5, fast decoding on and off: one prompt of 256 and of 2,048 tokens,
-32 prompts of 256, and one prompt of 2,048 with 32 sequences to draw.
+32 prompts of 256, and one prompt of 2,048 with 32 sequences to draw. The bare foundation and PEFT's ways to serve several
+adapters run in the same process.
 """
 
 import argparse
 import statistics
+from functools import partial
 
-from workbench import foundation, generate, report, routed, seconds
+import torch
+from workbench import PEERS, foundation, free, generate, report, routed, seconds
 
 
 CASES = ((1, 256, 1), (1, 2048, 1), (32, 256, 1), (1, 2048, 32))
@@ -23,12 +26,21 @@ def main() -> None:
         def add(model, name: str, **arguments) -> None:
             for prompts, tokens, sequences in CASES:
                 arguments["num_return_sequences"] = sequences
-                times = seconds(lambda: generate(model, prompts, tokens, 1, **arguments), options.repeats)  # noqa: B023
+                run = partial(generate, model, prompts, tokens, 1, **arguments)
                 row = {"model": name, "prompts": prompts, "tokens": tokens, "sequences": sequences}
-                rows.append({**row, "ms": 1000 * statistics.median(times)})
+                try:
+                    row["ms"] = 1000 * statistics.median(seconds(run, options.repeats))
+                except torch.OutOfMemoryError:
+                    row["ms"] = "out of memory"
+                rows.append(row)
                 print(rows[-1], flush=True)
 
         add(foundation(), "bare foundation")
+        add(routed(0), "bare foundation, graphs")
+        for name, build in PEERS.items():
+            free()
+            add(build(), name)
+        free()
         model = routed(4)
         for strategy in ("single:0", "router", "ensemble"):
             add(model, strategy, routing_strategy=strategy)

@@ -3,15 +3,16 @@
     python tests/performance/train.py --json train.json
 
 Forward and backward of 8 rows of 512 tokens in bfloat16, experts on all linear layers, the median of 5: under given
-weights (`uniform`), with the router's own pass besides, and PEFT with one and with four active adapters.
+weights (`uniform`), with the router's own pass besides, PEFT with one and with four active adapters, X-LoRA with four that
+are trained, too, and the bare foundation, of which all weights are trained.
 """
 
 import argparse
-import gc
 import statistics
+from functools import partial
 
 import torch
-from workbench import VOCABULARY, peft_model, report, routed, seconds
+from workbench import VOCABULARY, foundation, free, peft_model, report, routed, seconds, xlora_model
 
 
 BATCH, TOKENS = 8, 512
@@ -39,17 +40,20 @@ def main() -> None:
             rows.append({"model": name, "experts": experts, "ms/step": took, "peak GiB": peak})
             print(rows[-1], flush=True)
 
-        for count in (1, 4):
-            model = peft_model(count).train()
-            add(model, "PEFT", count)
+        peers = {"bare foundation": (0, foundation), "PEFT, one adapter": (1, partial(peft_model, 1))}
+        peers["PEFT, four adapters"] = (4, partial(peft_model, 4))
+        peers["PEFT X-LoRA"] = (4, partial(xlora_model, 4, use_trainable_adapters=True))
+        for name, (count, build) in peers.items():
+            free()
+            model = build().train()
+            add(model, name, count)
             del model
-            gc.collect()
         for count in (4, 32):
+            free()
             model = routed(count).train()
             add(model, "given weights", count, routing_strategy="uniform")
             add(model, "router", count, routing_strategy="router")
             del model
-            gc.collect()
 
 
 if __name__ == "__main__":

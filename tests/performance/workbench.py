@@ -2,12 +2,14 @@
 PEFT's peers, and how time is taken. Knows nothing about the questions.
 """
 
+import gc
 import json
 import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -108,16 +110,37 @@ def peft_model(count: int, device="cuda"):
     return model.to(device, torch.bfloat16).eval()
 
 
-def xlora_model(count: int, device="cuda"):
+def xlora_model(count: int, device="cuda", **fields):
     with tempfile.TemporaryDirectory() as directory:
-        writer = peft_model(count, device)
-        writer.save_pretrained(directory)
-        del writer
-        bare = foundation(device=device)
-        bare.config.use_cache = False
-        paths = {str(index): str(Path(directory) / f"e{index}") for index in range(count)}
-        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=1536, xlora_depth=4, adapters=paths)
-        return get_peft_model(bare, config).to(device, torch.bfloat16).eval()
+        save_adapters(count, directory, device)
+        return xlora_from(foundation(device=device), directory, count, **fields).to(device, torch.bfloat16).eval()
+
+
+def save_adapters(count: int, directory: str | Path, device="cuda") -> None:
+    """PEFT's folders `e0`, `e1` and so on."""
+    peft_model(count, device).save_pretrained(directory)
+
+
+def xlora_from(bare, directory: str | Path, count: int, **fields):
+    """X-LoRA on adapters that are read from `save_adapters`' folders."""
+    bare.config.use_cache = False
+    paths = {str(index): str(Path(directory) / f"e{index}") for index in range(count)}
+    sizes = {"hidden_size": bare.config.hidden_size, "xlora_depth": 4}
+    return get_peft_model(bare, XLoraConfig(task_type="CAUSAL_LM", adapters=paths, **sizes, **fields))
+
+
+def free() -> None:
+    """After the last reference to a model is gone: PEFT's models hold themselves in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+PEERS = {  # what serves one adapter or several without this project; each is built when its turn comes
+    "PEFT, one adapter": partial(peft_model, 1),
+    "PEFT, four adapters": partial(peft_model, 4),
+    "PEFT X-LoRA": partial(xlora_model, 4),
+}
 
 
 def synchronize() -> None:
