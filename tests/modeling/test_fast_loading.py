@@ -116,6 +116,21 @@ def test_a_stack_in_pieces_is_the_whole_stack(monkeypatch, dtype, piece):
     assert torch.equal(copy.view(torch.uint8), stack.view(torch.uint8))
 
 
+def test_the_large_stacks_of_the_right_dtype_go_in_pieces(monkeypatch):
+    """The choice that is made for a GPU, which a CPU plays here."""
+    stacks = {"small": torch.randn(2, 6), "large": torch.randn(5, 6), "other dtype": torch.randn(5, 6).half()}
+    layers = {name: torch.nn.Module() for name in stacks}
+    aside = {name: (layers[name], "lora_A", stack, torch.float32) for name, stack in stacks.items()}
+    pieces, to = [], torch.Tensor.to
+    monkeypatch.setattr(fast_loading, "PIECE", 2 * stacks["small"].nbytes)
+    monkeypatch.setattr(fast_loading, "upload", lambda stack, device: (pieces.append(stack), stack + 1)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, dtype: to(tensor, dtype))
+    fast_loading.put_in(aside, torch.device("cuda", 0))
+    assert len(pieces) == 1 and torch.equal(pieces[0], stacks["large"])
+    expected = {**stacks, "large": stacks["large"] + 1, "other dtype": to(stacks["other dtype"], torch.float32)}
+    assert all(torch.equal(layers[name].lora_A, expected[name]) for name in stacks)
+
+
 def test_a_stack_goes_the_plain_way_where_no_memory_can_be_locked(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("CUDA error: out of memory")

@@ -11,7 +11,18 @@ import argparse
 import statistics
 from functools import partial
 
-from workbench import PEERS, alternating, foundation, free, generate, measured_agreement, report, route_alike, routed
+from workbench import (
+    PEERS,
+    alternating,
+    foundation,
+    free,
+    generate,
+    measured_agreement,
+    report,
+    route_alike,
+    routed,
+    xlora_model,
+)
 
 
 STRATEGIES = (  # name in the table, strategy, agreement that the gate is biased for
@@ -80,11 +91,11 @@ def main() -> None:
                 for model in some.values():
                     model.forget_decoding_sessions()
         model = models = some = None
-        for name, build in PEERS.items() if not options.no_peers else ():
+        for name, (build, count) in PEERS.items() if not options.no_peers else ():
             free()
-            model = build()
+            model = build(count)
             for batch in options.batches:
-                add(name, {0: model}, batch, once=16 if "X-LoRA" in name else options.new)
+                add(name, {count: model}, batch, once=16 if build is xlora_model else options.new)
             model = None
 
 

@@ -56,7 +56,7 @@ def main() -> None:
             runs[f"{count} experts"] = partial(load, f"experts_{count}")
         runs["PEFT, one adapter"] = partial(load_peft, bare, adapters, 1)
         runs["PEFT, four adapters"] = partial(load_peft, bare, adapters, 4)
-        runs["PEFT X-LoRA"] = lambda: xlora_from(bare(), adapters, 4)
+        runs["PEFT X-LoRA"] = lambda: xlora_from(bare(), adapters, 4).to(device)
         for name, times in alternating(runs, options.repeats, between=forget).items():
             row = {"model": name, "seconds": statistics.median(times)}
             row["of bare"] = row["seconds"] / (rows[0] if rows else row)["seconds"]

@@ -12,7 +12,7 @@ import argparse
 import gc
 
 import torch
-from workbench import PEERS, foundation, free, generate, report, routed
+from workbench import PEERS, foundation, free, generate, report, routed, xlora_model
 
 
 PROMPT, NEW, GIB = 256, 128, 2**30
@@ -59,9 +59,9 @@ def main() -> None:
         for batch in options.batches:
             add(bare, "bare foundation, graphs", batch, 1, routing_strategy="base")
         del bare
-        for name, build in PEERS.items():
+        for name, (build, count) in PEERS.items():
             free()
-            model, streams, new = build(), *((0, 16) if "X-LoRA" in name else (1, NEW))
+            model, streams, new = build(count), *((0, 16) if build is xlora_model else (1, NEW))
             for batch in options.batches:
                 add(model, name, batch, streams, new)
             del model

@@ -37,9 +37,9 @@ def main() -> None:
 
         add(foundation(), "bare foundation")
         add(routed(0), "bare foundation, graphs")
-        for name, build in PEERS.items():
+        for name, (build, count) in PEERS.items():
             free()
-            add(build(), name)
+            add(build(count), name)
         free()
         model = routed(4)
         for strategy in ("single:0", "router", "ensemble"):

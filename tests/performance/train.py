@@ -9,10 +9,9 @@ are trained, too, and the bare foundation, of which all weights are trained.
 
 import argparse
 import statistics
-from functools import partial
 
 import torch
-from workbench import VOCABULARY, foundation, free, peft_model, report, routed, seconds, xlora_model
+from workbench import PEERS, VOCABULARY, foundation, free, report, routed, seconds, xlora_model
 
 
 BATCH, TOKENS = 8, 512
@@ -40,12 +39,12 @@ def main() -> None:
             rows.append({"model": name, "experts": experts, "ms/step": took, "peak GiB": peak})
             print(rows[-1], flush=True)
 
-        peers = {"bare foundation": (0, foundation), "PEFT, one adapter": (1, partial(peft_model, 1))}
-        peers["PEFT, four adapters"] = (4, partial(peft_model, 4))
-        peers["PEFT X-LoRA"] = (4, partial(xlora_model, 4, use_trainable_adapters=True))
-        for name, (count, build) in peers.items():
+        model = foundation().train()
+        add(model, "bare foundation", 0)
+        del model
+        for name, (build, count) in PEERS.items():
             free()
-            model = build().train()
+            model = build(count, **({"use_trainable_adapters": True} if build is xlora_model else {})).train()
             add(model, name, count)
             del model
         for count in (4, 32):

@@ -9,7 +9,6 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import peft
@@ -130,16 +129,16 @@ def xlora_from(bare, directory: str | Path, count: int, **fields):
 
 
 def free() -> None:
-    """After the last reference to a model is gone: PEFT's models hold themselves in circles."""
+    """The memory of models that nothing refers to any more; PEFT's refer to themselves, so that they wait for a collection."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-PEERS = {  # what serves one adapter or several without this project; each is built when its turn comes
-    "PEFT, one adapter": partial(peft_model, 1),
-    "PEFT, four adapters": partial(peft_model, 4),
-    "PEFT X-LoRA": partial(xlora_model, 4),
+PEERS = {  # what serves adapters without this project: the function that builds it, and how many it takes
+    "PEFT, one adapter": (peft_model, 1),
+    "PEFT, four adapters": (peft_model, 4),
+    "PEFT X-LoRA": (xlora_model, 4),
 }
 
 
