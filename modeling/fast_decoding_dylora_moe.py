@@ -114,8 +114,9 @@ class FastDecodingMixin:
             yield None
             return
         try:
-            _call.decoding = Decoding(self, store, arguments, generation_config.max_length)
-            yield _call.decoding
+            with torch.cuda.device_of(next(self.parameters())):  # Triton and streams go by the current GPU
+                _call.decoding = Decoding(self, store, arguments, generation_config.max_length)
+                yield _call.decoding
         finally:
             _call.decoding = None
             store.lock.release()
@@ -160,10 +161,8 @@ class FastDecodingMixin:
         outputs = parts[0]
         outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
         if outputs.router_logits is not None:
-            router_logits = torch.cat(
-                [part.router_logits[:, -1:] for part in parts]
-            )  # all that `generate` takes of them
-            outputs.router_logits = router_logits.repeat_interleave(copies, dim=0)
+            last = torch.cat([part.router_logits[:, -1:] for part in parts])  # all that `generate` takes of them
+            outputs.router_logits = last.repeat_interleave(copies, dim=0)
         if row_experts(decoding.cache) is not None:
             row_experts(decoding.cache).expert_ids = expert_ids
         decoding.prompts_are_done(length)

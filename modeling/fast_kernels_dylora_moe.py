@@ -157,9 +157,7 @@ def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None
     lock = vars(ALL_ATTENTION_FUNCTIONS).setdefault("_being_replaced", threading.Lock())
     with lock, ExitStack() as stack:
         shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        own = (
-            "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
-        )  # what was registered for the whole process is elsewhere
+        own = "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping  # `register`, for the whole process, puts it elsewhere
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_or(shared, index)
         put_back = partial(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
         stack.callback(put_back if own else partial(ALL_ATTENTION_FUNCTIONS.__delitem__, "sdpa"))

@@ -9,10 +9,10 @@ import gc
 import math
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ GRAPH_DEVICES = ("cuda",)  # where steps are recorded
 MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share one stretch of memory
 GUESSING_PAYS = 0.45  # from this share of right guesses on
 WINDOW = 16  # steps, after which that share is looked at
+IDLE_STREAMS = defaultdict(list)  # by the number of their GPU; nothing that lives records on them
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
 
 
@@ -98,8 +99,9 @@ class SessionStore:
         if key not in self.sessions:
             while len(self.sessions) >= MAX_SESSIONS:
                 self.sessions.popitem(last=False)
-            if not self.sessions and torch.cuda.is_available():
-                self.pool = torch.cuda.graph_pool_handle()  # another one, since a pool goes with the last graph in it
+            if not self.sessions:
+                self.pool = None  # before the new one asks for a stream
+                self.pool = GraphPool()
             self.sessions[key] = Session(model, strategy, batch, layers, self)
         self.sessions.move_to_end(key)
         return self.sessions[key]
@@ -109,10 +111,19 @@ class SessionStore:
         self.products.__init__()
         self.buffers = Buffers(on_growth=self.sessions.clear)
 
-    @cached_property
-    def recording_stream(self):
-        """One for all recordings: the libraries keep a workspace of some 30 MB for every stream that they see."""
-        return torch.cuda.Stream() if torch.cuda.is_available() else None
+
+class GraphPool:
+    """What the graphs of one model share, since no two run at a time: a pool of memory, which goes with the last graph in
+    it, and a stream to be recorded on. Libraries keep some 30 MB for every stream that they see, so that one goes to the
+    next who asks."""
+
+    def __init__(self):
+        self.handle = self.stream = None
+        if torch.cuda.is_available():
+            self.handle = torch.cuda.graph_pool_handle()
+            idle = IDLE_STREAMS[torch.cuda.current_device()]
+            self.stream = idle.pop() if idle else torch.cuda.Stream()
+            weakref.finalize(self, idle.append, self.stream)
 
 
 class Session:
@@ -120,8 +131,7 @@ class Session:
 
     Args:
         layers: keys and values of every layer of the foundation, `[streams * batch, heads, capacity, size]`.
-        store: has how norms and the experts' updates are computed, and what the graphs of all sessions share, since no two
-            ever run at a time: a pool of memory, and the stream that they are recorded on.
+        store: has how norms and the experts' updates are computed, and what the graphs of all sessions share.
     """
 
     def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, store: SessionStore):
@@ -129,7 +139,7 @@ class Session:
         self._model = weakref.ref(model)
         self.strategy, self.batch, self.layers = strategy, batch, layers
         self.products, self.norms = store.products, store.norms
-        self.pool, self.recording_stream = store.pool, store.recording_stream
+        self.pool = store.pool
         self.capacity = capacity = layers[0][0].shape[2]
         device, experts = model.device, model.config.num_experts
         self.rows = batch * strategy.num_streams
@@ -229,9 +239,8 @@ class Session:
         if strategy.chooses_row_experts:
             weights = one_hot_rows(self.expert_ids, model.config.num_experts)
         else:
-            weights = strategy.expert_weights(
-                RoutedPass(model, model.foundation, strategy, {"input_ids": self.input_ids})
-            )
+            routed_pass = RoutedPass(model, model.foundation, strategy, {"input_ids": self.input_ids})
+            weights = strategy.expert_weights(routed_pass)
         self._keep(self._pass(model.foundation, weights).logits)
 
     def _run_all(self) -> None:
@@ -240,8 +249,8 @@ class Session:
         count = self.strategy.num_experts
         weights = torch.eye(count, device=self.weights.device).repeat_interleave(self.batch, dim=0).unsqueeze(1)
         logits = self._pass(self.model.foundation, weights, streams=count).logits
-        each = F.log_softmax(logits.view(count, self.batch, *logits.shape[1:]), dim=-1, dtype=torch.float32)
-        self._keep(each.logsumexp(dim=0) - math.log(count))
+        each = (F.log_softmax(rows, dim=-1, dtype=torch.float32) for rows in logits.split(self.batch))
+        self._keep(reduce(torch.logaddexp, each) - math.log(count))  # one after the other, for less memory
 
     def _route_then_run(self) -> None:
         """The router's pass, then the routed one."""
@@ -294,8 +303,7 @@ class Stepper:
 
     def __call__(self, session: Session) -> None:
         if session.model.device.type not in GRAPH_DEVICES:
-            self.function(session)
-            return
+            return self.function(session)
         if self.graph is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._record(session)
@@ -309,9 +317,8 @@ class Stepper:
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
-        functions = fused_functions(session.model.foundation, session.index)
-        with torch.cuda.device(session.model.device), session.norms.in_use(), functions:
-            stream = session.recording_stream
+        with session.norms.in_use(), fused_functions(session.model.foundation, session.index):
+            stream = session.pool.stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
@@ -322,10 +329,8 @@ class Stepper:
                 restore()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with (
-                no_collection(),
-                torch.cuda.graph(graph, session.pool, stream, capture_error_mode="thread_local"),
-            ):
+            recording = torch.cuda.graph(graph, session.pool.handle, stream, capture_error_mode="thread_local")
+            with no_collection(), recording:
                 self.function(session)
             restore()
         self.graph = graph

@@ -6,6 +6,8 @@ read on the host, another tensor) is not noticed here.
 
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from helpers_models import PAD
@@ -72,10 +74,9 @@ def record_on_a_cpu(monkeypatch, fast) -> None:
     monkeypatch.setattr(sessions, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
     monkeypatch.setattr(sessions, "fused_functions", lambda *args: nullcontext())
-    monkeypatch.setattr(sessions.SessionStore, "recording_stream", Stream())
+    monkeypatch.setattr(sessions, "GraphPool", partial(SimpleNamespace, handle=None, stream=Stream()))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(RecordedGraph, "replays", 0)

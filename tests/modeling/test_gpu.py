@@ -1,5 +1,6 @@
 """What only a GPU can show: the same tokens as on a CPU, offloaded and compiled caches, flash attention, graphs."""
 
+import gc
 import importlib
 import threading
 import warnings
@@ -244,6 +245,35 @@ def test_graphs_of_a_model_whose_weights_change_or_move():
         change()
         expected, found = ordinary_and_fast(model, rows_on_gpu(1, 3), routing_strategy="uniform")
         assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_on_another_gpu_than_the_current_one(strategy):
+    """Streams, and Triton's kernels for norms, attention and rotary positions, go to the current GPU if nobody looks."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = build(seed=7)
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        model.to(device)
+        batch = {name: rows.to(device) for name, rows in rows_on_gpu(1, 3).items()}
+        expected, found = ordinary_and_fast(model, batch, routing_strategy=strategy)
+        assert found.device == torch.device(device) and found.tolist() == expected.tolist()
+        assert [session.steps for session in model._decoding_sessions.sessions.values()] == [11]  # fast indeed
+        assert torch.cuda.current_device() == 0
+
+
+def test_models_one_after_the_other_leave_nothing_behind():
+    """A stream to record on would, for good, were it not used again."""
+    used = []
+    for seed in range(5):
+        model = build(seed=seed).to("cuda")
+        model.generate(**rows_on_gpu(1, 3), **GREEDY, routing_strategy="uniform")
+        assert model._decoding_sessions.sessions
+        del model
+        gc.collect()
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert used[4] == used[0]
 
 
 def test_threads_that_decode_at_once_with_graphs():

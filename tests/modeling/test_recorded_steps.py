@@ -1,17 +1,20 @@
 """Recorded decode steps, with the stand-in for CUDA graphs of `helpers_graphs`, against the ordinary path."""
 
 import copy
+import gc
 import itertools
+from collections import defaultdict
 
 import pytest
 import torch
-from helpers_graphs import GREEDY, RecordedGraph, ordinary_and_fast, record_on_a_cpu
+from helpers_graphs import GREEDY, RecordedGraph, Stream, ordinary_and_fast, record_on_a_cpu
 from helpers_models import STRATEGIES, build, left_padded, random_rows
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
+from dylora_moe.modeling.fast_sessions_dylora_moe import GraphPool
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +98,45 @@ def test_a_shallow_copy_outlives_its_model():
     shallow = copy.copy(model)
     del model
     assert shallow.generate(**inputs, **GREEDY).tolist() == expected.tolist()
+
+
+def test_streams_to_record_on_go_from_a_model_that_is_gone_to_the_next(monkeypatch):
+    """Never from one that lives: two models may run at once, and a stream's workspace with them."""
+    current = [0]
+    made = itertools.count()
+    monkeypatch.setattr(fast_sessions, "IDLE_STREAMS", defaultdict(list))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: next(made))
+    first, second = GraphPool(), GraphPool()
+    assert (first.stream, second.stream) == (0, 1)
+    del first
+    current[0] = 1
+    elsewhere = GraphPool()
+    assert elsewhere.stream == 2
+    current[0] = 0
+    third, fourth = GraphPool(), GraphPool()
+    assert (third.stream, fourth.stream) == (0, 3)
+    assert third.handle is not fourth.handle
+
+
+def test_a_model_whose_graphs_were_all_dropped_records_on_its_stream_in_a_new_pool(monkeypatch):
+    handles = itertools.count()
+    monkeypatch.setattr(fast_sessions, "GraphPool", GraphPool)
+    monkeypatch.setattr(fast_sessions, "IDLE_STREAMS", defaultdict(list))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    model, seen = build(seed=7), []
+    for _ in range(3):
+        model.generate(**left_padded(random_rows((9, 5), seed=1)), **GREEDY, routing_strategy="uniform")
+        pool = model._decoding_sessions.pool
+        seen.append((pool.handle, pool.stream))
+        del pool
+        model.forget_decoding_sessions()
+    assert seen == [(0, seen[0][1]), (1, seen[0][1]), (2, seen[0][1])]
+    del model
+    gc.collect()
+    assert fast_sessions.IDLE_STREAMS[0] == [seen[0][1]]
