@@ -41,6 +41,7 @@ MAX_SESSIONS = 8  # graphs kept for calls to come; their keys and values share o
 GUESSING_PAYS = 0.45  # from this share of right guesses on
 WINDOW = 16  # steps, after which that share is looked at
 IDLE_STREAMS = defaultdict(list)  # by the number of their GPU; nothing that lives records on them
+IDLE_LOCK = threading.Lock()
 ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
 
 
@@ -99,7 +100,7 @@ class SessionStore:
         if key not in self.sessions:
             while len(self.sessions) >= MAX_SESSIONS:
                 self.sessions.popitem(last=False)
-            if not self.sessions:
+            if not self.sessions and model.device.type in GRAPH_DEVICES:
                 self.pool = None  # before the new one asks for a stream
                 self.pool = GraphPool()
             self.sessions[key] = Session(model, strategy, batch, layers, self)
@@ -118,12 +119,11 @@ class GraphPool:
     next who asks."""
 
     def __init__(self):
-        self.handle = self.stream = None
-        if torch.cuda.is_available():
-            self.handle = torch.cuda.graph_pool_handle()
+        self.handle = torch.cuda.graph_pool_handle()
+        with IDLE_LOCK:
             idle = IDLE_STREAMS[torch.cuda.current_device()]
             self.stream = idle.pop() if idle else torch.cuda.Stream()
-            weakref.finalize(self, idle.append, self.stream)
+        weakref.finalize(self, idle.append, self.stream)
 
 
 class Session:

@@ -105,7 +105,6 @@ def test_streams_to_record_on_go_from_a_model_that_is_gone_to_the_next(monkeypat
     current = [0]
     made = itertools.count()
     monkeypatch.setattr(fast_sessions, "IDLE_STREAMS", defaultdict(list))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: next(made))
@@ -125,7 +124,6 @@ def test_a_model_whose_graphs_were_all_dropped_records_on_its_stream_in_a_new_po
     handles = itertools.count()
     monkeypatch.setattr(fast_sessions, "GraphPool", GraphPool)
     monkeypatch.setattr(fast_sessions, "IDLE_STREAMS", defaultdict(list))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
