@@ -330,7 +330,7 @@ class Stepper:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             recording = torch.cuda.graph(graph, session.pool.handle, stream, capture_error_mode="thread_local")
-            with no_collection(), recording:
+            with no_collection(), torch.cuda.stream(torch.cuda.current_stream()), recording:  # which stays if it fails
                 self.function(session)
             restore()
         self.graph = graph

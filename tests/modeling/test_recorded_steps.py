@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 from collections import defaultdict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -138,3 +139,43 @@ def test_a_model_whose_graphs_were_all_dropped_records_on_its_stream_in_a_new_po
     del model
     gc.collect()
     assert fast_sessions.IDLE_STREAMS[0] == [seen[0][1]]
+
+
+def test_a_recording_that_fails_leaves_the_thread_on_its_stream_of_before(monkeypatch):
+    """`torch.cuda.graph` does not, where ending the capture fails, too."""
+    at = [Stream()]
+    before = at[0]
+
+    @contextmanager
+    def on(stream):
+        previous, at[0] = at[0], stream
+        yield
+        at[0] = previous  # not reached if something was raised
+
+    @contextmanager
+    def on_and_back(stream):
+        previous, at[0] = at[0], stream
+        try:
+            yield
+        finally:
+            at[0] = previous
+
+    @contextmanager
+    def graph_that_fails_once(graph, pool, stream, capture_error_mode):
+        with on(stream), graph:
+            if not failed:
+                failed.append(True)
+                raise torch.OutOfMemoryError("of the test")
+            yield
+
+    failed = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: at[0])
+    monkeypatch.setattr(torch.cuda, "stream", on_and_back)
+    monkeypatch.setattr(torch.cuda, "graph", graph_that_fails_once)
+    model = build(seed=7)
+    inputs = left_padded(random_rows((9, 5), seed=1))
+    with pytest.raises(torch.OutOfMemoryError, match="of the test"):
+        model.generate(**inputs, **GREEDY, routing_strategy="uniform")
+    assert at[0] is before and not model._decoding_sessions.sessions
+    ordinary, found = ordinary_and_fast(model, inputs, routing_strategy="uniform")
+    assert found.tolist() == ordinary.tolist() and RecordedGraph.replays == 11
