@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import pytest
 import torch
 from helpers_models import PAD
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_t
 
 def ordinary_and_fast(model, inputs, seed=0, **arguments) -> list:
     """What `generate` returns without and with fast decoding, greedy if nothing else is said."""
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
     outputs = []
     for wanted in (False, None):
         model.reset_round_robin()

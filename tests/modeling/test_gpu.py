@@ -156,7 +156,6 @@ def compare_a_hundred_prompts(model, strategy: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
     model = build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
     model.set_attn_implementation(attention)
     compare_a_hundred_prompts(model, strategy)
@@ -185,7 +184,6 @@ def large():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_of_a_large_model_give_the_tokens_of_the_ordinary_path(large, strategy):
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
     compare_a_hundred_prompts(large, strategy)
 
 
@@ -264,6 +262,7 @@ def test_graphs_on_another_gpu_than_the_current_one(strategy):
 
 def test_models_one_after_the_other_leave_nothing_behind():
     """A stream to record on would, for good, were it not used again."""
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe")
     used = []
     for seed in range(5):
         model = build(seed=seed).to("cuda")
