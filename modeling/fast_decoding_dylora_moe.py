@@ -15,7 +15,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
 from .fast_buffers_dylora_moe import PromptLayer
-from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor
+from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor, single_expert
 from .generation_dylora_moe import _call
 from .routing_strategies_dylora_moe import RoutingStrategy
 
@@ -144,7 +144,7 @@ class FastDecodingMixin:
         hands_back = generation_config.return_dict_in_generate  # keys and values, those of padding too
         if mask is not None and inputs_embeds is None and not hands_back:
             padding = mask[::copies].to(torch.int).argmax(dim=1).tolist()
-        parts = []
+        parts, single = [], single_expert(decoding.strategy)
         for prompts, cut in prompts_that_run_together(padding, length):
             # A prompt's rows lie together, and one of them is enough.
             chosen = slice(prompts.start * copies, prompts.stop * copies, copies)
@@ -156,7 +156,7 @@ class FastDecodingMixin:
                 if inputs.get(name) is not None:
                     inputs[name] = inputs[name][..., cut:]
             decoding.take_prompts(batch, chosen.start, copies, cut)
-            with decoding.store.products.in_use(), decoding.store.norms.in_use():
+            with decoding.store.products.in_use(single), decoding.store.norms.in_use():
                 parts.append(super()._prefill(input_ids[chosen, cut:], generation_config, inputs, *args, **kwargs))
         outputs = parts[0]
         outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
@@ -180,6 +180,16 @@ class FastDecodingMixin:
         if decoding is not None and decoding.session is not None:
             return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def strategy_of_rows(model, strategy: str, expert_ids: torch.Tensor | None) -> RoutingStrategy:
+    """The strategy of a `generate` after its prompts: `single:<id>` where all rows have one expert, `[batch]`."""
+    strategy = model.routing_strategy(strategy)
+    if not strategy.chooses_row_experts or getattr(expert_ids, "dtype", None) != torch.long or expert_ids.dim() != 1:
+        return strategy
+    different = set(expert_ids.tolist())
+    known = different.issubset(range(model.config.num_experts))  # what is wrong with others, the pass says
+    return model.routing_strategy(f"single:{different.pop()}") if known and len(different) == 1 else strategy
 
 
 def prompts_that_run_together(padding: list[int], length: int) -> Iterator[tuple[slice, int]]:
@@ -214,7 +224,7 @@ class Decoding:
 
     def __init__(self, model, store: SessionStore, arguments: dict, max_length: int):
         self.model, self.store, self.max_length = model, store, max_length
-        self.strategy = model.routing_strategy(arguments["routing_strategy"])
+        self.strategy = strategy_of_rows(model, arguments["routing_strategy"], arguments.get("expert_ids"))
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
         self.session: Session | None = None

@@ -8,99 +8,121 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, _pass_in_progress
+from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, RankLayout, _pass_in_progress
 
 
 class SharedProducts:
     """The experts' updates with one product for the A of all layers that read the same tensor, and one for each B.
 
     Which layers those are shows in a first pass; then `read_stacks` copies their A together, and does it again for each
-    `generate`, since training changes them in place.
+    `generate`, since training changes them in place. Where one expert acts alone, its B are copied as well: experts of one
+    shape, which is their ranks and scales, take turns in the same copies, so that a graph that reads those serves them all.
     """
 
     def __init__(self):
-        # By the layer that reads the tensor first and the single expert that acts, or `None` where all do.
-        self.groups: dict[tuple[DyloraMoeLinear, int | None], list[DyloraMoeLinear]] = {}
-        self.stacks: dict[tuple[DyloraMoeLinear, int | None], torch.Tensor] = {}
-        self.sizes: dict[tuple[DyloraMoeLinear, int | None], list[int]] = {}  # the ranks of a stack's layers
-        self.up_to_date: int | None = None  # for which single expert the stacks are
+        # By the layer that reads the tensor first and the shape of the one expert that acts, or `None` where all do.
+        self.groups: dict[tuple, list[DyloraMoeLinear]] = {}
+        self.copies: dict[tuple, torch.Tensor] = {}  # of a group's A and, for one expert, its B
+        self.lora_A: dict[tuple, torch.Tensor] = {}  # within those, `[ranks of all layers, in_features]`
+        self.lora_B: dict[tuple, torch.Tensor] = {}  # within those, `[rank, out_features]`, by the layer itself
+        self.layouts: list[RankLayout] = []  # the model's
+        self.up_to_date: int | None = None  # for which single expert the copies are
         self._finish()
 
+    def shape(self, single: int | None) -> tuple | None:
+        return None if single is None else tuple(layout[single] for layout in self.layouts)
+
     @contextmanager
-    def in_use(self):
-        """Within the context, which is one pass, expert layers take their updates from here."""
-        _pass_in_progress.add_update = self.add_update
+    def in_use(self, of_all_rows: int | None = None):
+        """Within the context, which is one pass, expert layers take their updates from here. `of_all_rows`: the one expert
+        that the weights of every row come down to, if there is one."""
+        _pass_in_progress.add_update, self.of_all_rows = self.add_update, of_all_rows
         try:
             yield
         except BaseException:
-            # A pass that breaks off may have seen a part of a group only. Those with a stack were seen whole.
-            self.groups = {key: group for key, group in self.groups.items() if key in self.stacks}
+            # A pass that breaks off may have seen a part of a group only. Those with copies were seen whole.
+            self.groups = {key: group for key, group in self.groups.items() if key in self.copies}
             raise
         finally:
             _pass_in_progress.add_update = None
             self._finish()
 
     def _finish(self) -> None:
+        self.of_all_rows: int | None = None
         self.input: tuple[torch.Tensor, ActiveExperts] | None = None
-        self.group: list[DyloraMoeLinear] = []
+        self.first: DyloraMoeLinear | None = None  # of the layers that read that input
         self.ranks: dict[DyloraMoeLinear, torch.Tensor] = {}
         self.scales: dict[tuple, torch.Tensor] = {}
 
     def read_stacks(self, single: int | None) -> None:
-        self.up_to_date = single
+        """Copy what passes under one expert alone, or under all (`None`), are going to read."""
+        self.up_to_date, shape = single, self.shape(single)
         for key, group in self.groups.items():
-            if key[1] != single or len(group) < 2:
+            if key[1] != shape or (single is None and len(group) < 2):
                 continue
             parts = [layer.lora_A.detach()[_rows(layer, single)] for layer in group]
-            self.sizes[key] = [len(part) for part in parts]
-            if key in self.stacks:
-                torch.cat(parts, out=self.stacks[key])
-            else:
-                self.stacks[key] = torch.cat(parts)
+            if single is not None:
+                parts += [layer.lora_B.detach()[_rows(layer, single)].to(parts[0].dtype) for layer in group]
+            flat = [part.flatten() for part in parts]
+            if key in self.copies:
+                torch.cat(flat, out=self.copies[key])
+                continue
+            copies = self.copies[key] = torch.cat(flat)
+            views = [copy.view_as(part) for copy, part in zip(copies.split(list(map(len, flat))), parts, strict=True)]
+            total = sum(len(part) for part in parts[: len(group)])
+            self.lora_A[key] = copies[: total * parts[0].shape[1]].view(total, -1)
+            self.lora_B.update(zip(((layer, shape) for layer in group), views[len(group) :], strict=False))
 
     def add_update(self, layer, hidden_states, result, active: ActiveExperts) -> bool:
         """Add the layer's update to `result` in place; false where the layer must do it itself."""
-        single = active.single
-        if single is not None and layer.layout[single][0] == 0:
+        single = self.of_all_rows if active.single is None else active.single
+        if single is None:
+            if hidden_states.dim() != 3 or not layer.lora_A.dtype == hidden_states.dtype == result.dtype:
+                return False
+            if active.scales[layer.layout].shape[1] not in (1, hidden_states.shape[1]):
+                return False  # a head that sees the last of a prompt's tokens
+        elif layer.layout[single][0] == 0:
             return True
-        if hidden_states.dim() != 3 or not layer.lora_A.dtype == hidden_states.dtype == result.dtype:
-            return False
-        if single is None and active.scales[layer.layout].shape[1] not in (1, hidden_states.shape[1]):
-            return False  # a head that sees the last of a prompt's tokens
+        hidden_states = hidden_states.to(layer.lora_A.dtype)  # another tensor is nobody else's input
         if self.input is None or self.input[0] is not hidden_states or self.input[1] is not active:
             if self.input is not None and self.input[1] is not active:
                 self.scales = {}
-            self.input = (hidden_states, active)
-            self.group = self.groups.setdefault((layer, single), [layer])
-            # The prompts of an ensemble run expert by expert, and their stacks may be of an earlier call.
-            stacked = single == self.up_to_date and (layer, single) in self.stacks
-            self.ranks = self._multiply(self.group if stacked else [layer], active)
+            self.input, self.first, self.ranks = (hidden_states, active), layer, {}
+        key = layer, self.shape(single)
         if layer not in self.ranks:
-            if layer not in self.group and (self.group[0], single) not in self.stacks:
-                self.group.append(layer)
-            self.ranks.update(self._multiply([layer], active))
-        scale = 1.0 if single is None else layer.layout[single][1]
-        result.view(-1, result.shape[-1]).addmm_(self.ranks[layer], layer.lora_B[_rows(layer, single)], alpha=scale)
+            first = self.first, key[1]
+            # What was copied stays as it is: it is too late to join.
+            group = self.groups.setdefault(key if first in self.copies else first, [])
+            if layer not in group:
+                group.append(layer)
+            self.ranks.update(self._multiply(key, single))
+        copied = single == self.up_to_date and key in self.lora_B
+        lora_B = self.lora_B[key] if copied else layer.lora_B[_rows(layer, single)]
+        ranks, scale = self.ranks[layer], 1.0 if single is None else layer.layout[single][1]
+        result = result.view(-1, result.shape[-1])
+        if ranks.dtype == result.dtype:
+            result.addmm_(ranks, lora_B, alpha=scale)
+        else:
+            result.add_(ranks @ lora_B.to(ranks.dtype), alpha=scale)
         return True
 
-    def _multiply(self, group: list[DyloraMoeLinear], active: ActiveExperts) -> dict[DyloraMoeLinear, torch.Tensor]:
-        """Every layer's A times the input, `[batch * sequence, rank]`, scaled unless one expert alone acts."""
-        first, single = group[0], active.single
-        stack = self.stacks[first, single] if len(group) > 1 else first.lora_A[_rows(first, single)]
-        ranks = F.linear(self.input[0], stack)
+    def _multiply(self, key: tuple, single: int | None) -> dict[DyloraMoeLinear, torch.Tensor]:
+        """A times the input, `[batch * sequence, rank]`, for a layer or all of its group, scaled unless one expert acts."""
+        copied = single == self.up_to_date and key in self.copies
+        group = self.groups[key] if copied else [key[0]]
+        rows = [_rows(layer, single) for layer in group]
+        ranks = F.linear(self.input[0], self.lora_A[key] if copied else group[0].lora_A[rows[0]])
         if single is None:
             layouts = tuple(layer.layout for layer in group)
             if layouts not in self.scales:
-                self.scales[layouts] = torch.cat([active.scales[layout] for layout in layouts], dim=-1)
+                self.scales[layouts] = torch.cat([self.input[1].scales[layout] for layout in layouts], dim=-1)
             ranks = ranks * self.scales[layouts]
-        ranks = ranks.view(-1, ranks.shape[-1])
-        if len(group) == 1:
-            return {first: ranks}
-        return dict(zip(group, ranks.split_with_sizes(self.sizes[first, single], dim=-1), strict=True))
+        parts = ranks.view(-1, ranks.shape[-1]).split_with_sizes([each.stop - each.start for each in rows], dim=-1)
+        return dict(zip(group, parts, strict=True))
 
 
 def _rows(layer: DyloraMoeLinear, single: int | None) -> slice:
-    return slice(None) if single is None else layer.rows(single)
+    return slice(0, len(layer.lora_A)) if single is None else layer.rows(single)
 
 
 __all__ = ["SharedProducts"]

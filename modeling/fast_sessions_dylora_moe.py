@@ -87,13 +87,15 @@ class SessionStore:
         if seen != self.seen:
             self.forget()
             self.seen, self.norms = seen, FusedNorms(model.foundation)
+        self.products.layouts = model._rank_layouts
         with torch.inference_mode(False), torch.no_grad():
             self.products.read_stacks(single_expert(strategy))
 
     def session(self, model, strategy: RoutingStrategy, batch: int, layers: list) -> "Session":
         """A session in the buffers that `layers` has for the keys and values of every layer."""
         config = model.config.get_text_config()
-        key = (str(strategy), batch, layers[0][0].shape[2], config._attn_implementation, tuple(model._rank_layouts))
+        same = self.products.shape(single_expert(strategy)) or str(strategy)  # experts of one shape share their graphs
+        key = (same, batch, layers[0][0].shape[2], config._attn_implementation, tuple(model._rank_layouts))
         # What a graph has taken in besides: the router's settings, and how a foundation of experts runs them.
         key += tuple(getattr(model.config, name) for name in ROUTER_SETTINGS)
         key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
@@ -105,6 +107,7 @@ class SessionStore:
                 self.pool = GraphPool()
             self.sessions[key] = Session(model, strategy, batch, layers, self)
         self.sessions.move_to_end(key)
+        self.sessions[key].strategy = strategy
         return self.sessions[key]
 
     def forget(self) -> None:
@@ -353,4 +356,4 @@ def single_expert(strategy: RoutingStrategy) -> int | None:
     return strategy.expert if strategy.name == "single" else None
 
 
-__all__ = ["Session", "SessionStore", "every_module", "every_tensor"]
+__all__ = ["Session", "SessionStore", "every_module", "every_tensor", "single_expert"]

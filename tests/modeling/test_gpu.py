@@ -187,6 +187,21 @@ def test_graphs_of_a_large_model_give_the_tokens_of_the_ordinary_path(large, str
     compare_a_hundred_prompts(large, strategy)
 
 
+@pytest.mark.parametrize("strategy", ["best", "round_robin", "single"])
+def test_graphs_of_one_expert_give_the_tokens_of_the_ordinary_path(large, strategy):
+    """Four experts of one shape take turns in what was recorded for the first."""
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+    large.forget_decoding_sessions()
+    for expert in (2, 0, 3, 1, 2):
+        arguments = {"routing_strategy": f"single:{expert}"}
+        if strategy != "single":
+            arguments = {"routing_strategy": strategy, "expert_ids": torch.full((2,), expert, device="cuda")}
+        expected, found = ordinary_and_fast(large, rows_on_gpu(5, 2), max_new_tokens=16, **arguments)
+        assert found.tolist() == expected.tolist()
+    (session,) = large._decoding_sessions.sessions.values()
+    assert session.steps == 5 * 15 and str(session.strategy) == "single:2"
+
+
 def test_graphs_that_guess_give_the_tokens_of_the_ordinary_path(large, monkeypatch):
     sessions = pytest.importorskip("dylora_moe.modeling.fast_sessions_dylora_moe")
     monkeypatch.setattr(sessions, "GUESSING_PAYS", 0.0)

@@ -28,6 +28,7 @@ from workbench import (
 STRATEGIES = (  # name in the table, strategy, agreement that the gate is biased for
     ("single", "single:0", None),
     ("best", "best", None),
+    ("round_robin", "round_robin", None),
     ("uniform", "uniform", None),
     ("router, 90 %", "router", 0.905),
     ("router, worst", "router", None),
