@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, RankLayout, _pass_in_progress
 
 
+try:
+    from .fast_updates_dylora_moe import LARGEST_RANK, add_few, are_few, multiply_few
+except ImportError:  # no Triton, or that file was left empty or out
+
+    def are_few(rows) -> bool:
+        return False
+
+
 class SharedProducts:
     """The experts' updates with one product for the A of all layers that read the same tensor, and one for each B.
 
@@ -33,10 +41,11 @@ class SharedProducts:
         return None if single is None else tuple(layout[single] for layout in self.layouts)
 
     @contextmanager
-    def in_use(self, of_all_rows: int | None = None):
+    def in_use(self, of_all_rows: int | None = None, one_a_row: bool = False):
         """Within the context, which is one pass, expert layers take their updates from here. `of_all_rows`: the one expert
-        that the weights of every row come down to, if there is one."""
-        _pass_in_progress.add_update, self.of_all_rows = self.add_update, of_all_rows
+        that the weights of every row come down to, if there is one; `one_a_row`: they come down to one in each."""
+        _pass_in_progress.add_update = self.add_update
+        self.of_all_rows, self.one_a_row = of_all_rows, one_a_row
         try:
             yield
         except BaseException:
@@ -48,7 +57,7 @@ class SharedProducts:
             self._finish()
 
     def _finish(self) -> None:
-        self.of_all_rows: int | None = None
+        self.of_all_rows, self.one_a_row = None, False
         self.input: tuple[torch.Tensor, ActiveExperts] | None = None
         self.first: DyloraMoeLinear | None = None  # of the layers that read that input
         self.ranks: dict[DyloraMoeLinear, torch.Tensor] = {}
@@ -96,14 +105,16 @@ class SharedProducts:
             if layer not in group:
                 group.append(layer)
             self.ranks.update(self._multiply(key, single))
-        copied = single == self.up_to_date and key in self.lora_B
-        lora_B = self.lora_B[key] if copied else layer.lora_B[_rows(layer, single)]
         ranks, scale = self.ranks[layer], 1.0 if single is None else layer.layout[single][1]
+        copied = single == self.up_to_date and key in self.lora_B
+        lora_B = self.lora_B[key] if copied else layer.lora_B[_rows(layer, single)].to(ranks.dtype)
         result = result.view(-1, result.shape[-1])
-        if ranks.dtype == result.dtype:
-            result.addmm_(ranks, lora_B, alpha=scale)
+        if ranks.dtype != result.dtype:
+            result.add_(ranks @ lora_B, alpha=scale)
+        elif are_few(result) and (self.one_a_row or single is not None) and _largest(layer, single) <= LARGEST_RANK:
+            add_few(result, ranks, lora_B, scale)
         else:
-            result.add_(ranks @ lora_B.to(ranks.dtype), alpha=scale)
+            result.addmm_(ranks, lora_B, alpha=scale)
         return True
 
     def _multiply(self, key: tuple, single: int | None) -> dict[DyloraMoeLinear, torch.Tensor]:
@@ -111,18 +122,30 @@ class SharedProducts:
         copied = single == self.up_to_date and key in self.copies
         group = self.groups[key] if copied else [key[0]]
         rows = [_rows(layer, single) for layer in group]
-        ranks = F.linear(self.input[0], self.lora_A[key] if copied else group[0].lora_A[rows[0]])
-        if single is None:
-            layouts = tuple(layer.layout for layer in group)
-            if layouts not in self.scales:
-                self.scales[layouts] = torch.cat([self.input[1].scales[layout] for layout in layouts], dim=-1)
-            ranks = ranks * self.scales[layouts]
-        parts = ranks.view(-1, ranks.shape[-1]).split_with_sizes([each.stop - each.start for each in rows], dim=-1)
-        return dict(zip(group, parts, strict=True))
+        lora_A = self.lora_A[key] if copied else group[0].lora_A[rows[0]]
+        scales = None if single is not None else self._joined_scales(tuple(layer.layout for layer in group))
+        inputs = self.input[0].reshape(-1, lora_A.shape[1])
+        if are_few(inputs) and (scales is None or scales[..., 0].numel() in (1, len(inputs))):
+            ranks = multiply_few(inputs, lora_A, None if scales is None else scales.flatten(0, 1))
+        else:
+            ranks = F.linear(self.input[0], lora_A)
+            ranks = (ranks if scales is None else ranks * scales).view(-1, ranks.shape[-1])
+        return dict(zip(group, ranks.split_with_sizes([each.stop - each.start for each in rows], dim=-1), strict=True))
+
+    def _joined_scales(self, layouts: tuple[RankLayout, ...]) -> torch.Tensor:
+        """`[batch or 1, sequence or 1, ranks of all layers]`"""
+        if layouts not in self.scales:
+            self.scales[layouts] = torch.cat([self.input[1].scales[layout] for layout in layouts], dim=-1)
+        return self.scales[layouts]
 
 
 def _rows(layer: DyloraMoeLinear, single: int | None) -> slice:
     return slice(0, len(layer.lora_A)) if single is None else layer.rows(single)
+
+
+def _largest(layer: DyloraMoeLinear, single: int | None) -> int:
+    """The rank of the one expert that acts, or might."""
+    return max(rank for rank, _ in layer.layout) if single is None else layer.layout[single][0]
 
 
 __all__ = ["SharedProducts"]

@@ -215,11 +215,18 @@ class Session:
             and not hasattr(self.model.foundation_body, "decoder")  # OPT calls that one, and never the body
         )
 
+    def _one_a_row(self) -> bool:
+        """Whether no pass has a row in which two experts act."""
+        if self.strategy.name != "router":
+            return self.strategy.chooses_row_experts or self.strategy.name == "ensemble"
+        config = self.model.config
+        return config.num_experts_per_tok == 1 and config.router_input == "base" and not self.model.routes_densely
+
     def _pass(self, body, weights: int | torch.Tensor | None, first: int = 0, streams: int = 1):
         """The body's output for streams from `first` on, the experts at `weights`."""
         rows = slice(first * self.batch, (first + streams) * self.batch)
         layers = [BufferLayer(keys[rows], values[rows], self.index) for keys, values in self.layers]
-        with use_experts(self.model.active_experts(weights)), self.products.in_use():
+        with use_experts(self.model.active_experts(weights)), self.products.in_use(one_a_row=self._one_a_row()):
             return body(
                 input_ids=self.input_ids.repeat(streams, 1),
                 attention_mask=self.mask[rows],

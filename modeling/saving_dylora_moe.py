@@ -24,7 +24,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = ("buffers", "decoding", "kernels", "loading", "norms", "products", "sessions")  # of fast_…_dylora_moe.py
+# Of fast_…_dylora_moe.py
+OPTIONAL = ("buffers", "decoding", "kernels", "loading", "norms", "products", "sessions", "updates")
 
 
 class SavingMixin:

@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
+    parser.add_argument("--no_peers", action="store_true")
     with report("Memory, GiB", parser) as (options, rows):
         bytes_per_token = 28 * 2 * 2 * 128 * 2
 
@@ -59,7 +60,7 @@ def main() -> None:
         for batch in options.batches:
             add(bare, "bare foundation, graphs", batch, 1, routing_strategy="base")
         del bare
-        for name, (build, count) in PEERS.items():
+        for name, (build, count) in PEERS.items() if not options.no_peers else ():
             free()
             model, streams, new = build(count), *((0, 16) if build is xlora_model else (1, NEW))
             for batch in options.batches:
