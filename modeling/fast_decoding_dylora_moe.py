@@ -17,7 +17,7 @@ from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
 from .fast_buffers_dylora_moe import PromptLayer
 from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor, single_expert
 from .generation_dylora_moe import _call
-from .routing_strategies_dylora_moe import RoutingStrategy
+from .routing_strategies_dylora_moe import BestStrategy, RoundRobinStrategy, RoutingStrategy
 
 
 DEVICES = ("cuda",)
@@ -58,7 +58,8 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "a mask of another form": mask is not None and mask.dim() != 2,
         "a strategy of another form": not (
             strategy.name in ("router", "ensemble") or type(strategy).run is RoutingStrategy.run
-        ),
+        )
+        or (strategy.chooses_row_experts and type(strategy) not in (BestStrategy, RoundRobinStrategy)),
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
         "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
         "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
@@ -182,9 +183,8 @@ class FastDecodingMixin:
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
-def strategy_of_rows(model, strategy: str, expert_ids: torch.Tensor | None) -> RoutingStrategy:
-    """The strategy of a `generate` after its prompts: `single:<id>` where all rows have one expert, `[batch]`."""
-    strategy = model.routing_strategy(strategy)
+def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor | None) -> RoutingStrategy:
+    """The strategy, or `single:<id>` where it comes to that, since all rows have one expert (`expert_ids`: `[batch]`)."""
     if not strategy.chooses_row_experts or getattr(expert_ids, "dtype", None) != torch.long or expert_ids.dim() != 1:
         return strategy
     different = set(expert_ids.tolist())
@@ -224,7 +224,8 @@ class Decoding:
 
     def __init__(self, model, store: SessionStore, arguments: dict, max_length: int):
         self.model, self.store, self.max_length = model, store, max_length
-        self.strategy = strategy_of_rows(model, arguments["routing_strategy"], arguments.get("expert_ids"))
+        self.asked_for = model.routing_strategy(arguments["routing_strategy"])
+        self.strategy = strategy_of_rows(model, self.asked_for, arguments.get("expert_ids"))
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
         self.session: Session | None = None
@@ -290,7 +291,7 @@ class Decoding:
 
     def _use_session(self, batch: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.session = self.store.session(self.model, self.strategy, batch, list(self.layers))
+            self.session = self.store.session(self.model, self.strategy, batch, list(self.layers), self.asked_for)
 
     def hand_back(self) -> None:
         """Give the cache keys and values of its own, for who gets it from `generate`."""

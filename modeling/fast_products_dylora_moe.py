@@ -14,8 +14,9 @@ from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, RankLayout, _pas
 try:
     from .fast_updates_dylora_moe import LARGEST_RANK, add_few, are_few, multiply_few
 except ImportError:  # no Triton, or that file was left empty or out
+    LARGEST_RANK = 0
 
-    def are_few(rows) -> bool:
+    def are_few(*tensors) -> bool:
         return False
 
 
@@ -23,22 +24,33 @@ class SharedProducts:
     """The experts' updates with one product for the A of all layers that read the same tensor, and one for each B.
 
     Which layers those are shows in a first pass; then `read_stacks` copies their A together, and does it again for each
-    `generate`, since training changes them in place. Where one expert acts alone, its B are copied as well: experts of one
-    shape, which is their ranks and scales, take turns in the same copies, so that a graph that reads those serves them all.
+    `generate`, since training changes them in place. Where one expert acts alone, its B are copied as well: experts that are
+    alike, of the same ranks and scales, take turns in the same copies, so that a graph that reads those serves them all.
     """
 
     def __init__(self):
-        # By the layer that reads the tensor first and the shape of the one expert that acts, or `None` where all do.
+        # By the layer that reads the tensor first and the first expert like the one that acts, or `None` where all do.
         self.groups: dict[tuple, list[DyloraMoeLinear]] = {}
         self.copies: dict[tuple, torch.Tensor] = {}  # of a group's A and, for one expert, its B
         self.lora_A: dict[tuple, torch.Tensor] = {}  # within those, `[ranks of all layers, in_features]`
         self.lora_B: dict[tuple, torch.Tensor] = {}  # within those, `[rank, out_features]`, by the layer itself
-        self.layouts: list[RankLayout] = []  # the model's
+        self.first_alike: list[int] = []  # for every expert, the first of the same ranks and scales
         self.up_to_date: int | None = None  # for which single expert the copies are
         self._finish()
 
-    def shape(self, single: int | None) -> tuple | None:
-        return None if single is None else tuple(layout[single] for layout in self.layouts)
+    def tell_apart(self, num_experts: int, layouts: list[RankLayout]) -> None:
+        """Find out which experts are alike."""
+        experts = [tuple(layout[expert] for layout in layouts) for expert in range(num_experts)]
+        self.first_alike = [experts.index(expert) for expert in experts]
+
+    def alike(self, single: int | None) -> int | None:
+        return None if single is None else self.first_alike[single]
+
+    def keep(self, wanted: set) -> None:
+        """Forget the copies for one expert but for these, each the first of those that are alike."""
+        for known in (self.groups, self.copies, self.lora_A, self.lora_B):
+            for key in [key for key in known if key[1] is not None and key[1] not in wanted]:
+                del known[key]
 
     @contextmanager
     def in_use(self, of_all_rows: int | None = None, one_a_row: bool = False):
@@ -65,22 +77,23 @@ class SharedProducts:
 
     def read_stacks(self, single: int | None) -> None:
         """Copy what passes under one expert alone, or under all (`None`), are going to read."""
-        self.up_to_date, shape = single, self.shape(single)
+        self.up_to_date, alike = single, self.alike(single)
         for key, group in self.groups.items():
-            if key[1] != shape or (single is None and len(group) < 2):
+            if key[1] != alike or (single is None and len(group) < 2):
                 continue
-            parts = [layer.lora_A.detach()[_rows(layer, single)] for layer in group]
+            parts = [layer.lora_A[_rows(layer, single)] for layer in group]
             if single is not None:
-                parts += [layer.lora_B.detach()[_rows(layer, single)].to(parts[0].dtype) for layer in group]
+                parts += [layer.lora_B[_rows(layer, single)].to(parts[0].dtype) for layer in group]
             flat = [part.flatten() for part in parts]
             if key in self.copies:
                 torch.cat(flat, out=self.copies[key])
                 continue
-            copies = self.copies[key] = torch.cat(flat)
+            copies = torch.cat(flat)
             views = [copy.view_as(part) for copy, part in zip(copies.split(list(map(len, flat))), parts, strict=True)]
             total = sum(len(part) for part in parts[: len(group)])
             self.lora_A[key] = copies[: total * parts[0].shape[1]].view(total, -1)
-            self.lora_B.update(zip(((layer, shape) for layer in group), views[len(group) :], strict=False))
+            self.lora_B.update(zip(((layer, alike) for layer in group), views[len(group) :], strict=False))
+            self.copies[key] = copies  # at last, for what breaks off in between
 
     def add_update(self, layer, hidden_states, result, active: ActiveExperts) -> bool:
         """Add the layer's update to `result` in place; false where the layer must do it itself."""
@@ -97,13 +110,9 @@ class SharedProducts:
             if self.input is not None and self.input[1] is not active:
                 self.scales = {}
             self.input, self.first, self.ranks = (hidden_states, active), layer, {}
-        key = layer, self.shape(single)
+        key = layer, self.alike(single)
         if layer not in self.ranks:
-            first = self.first, key[1]
-            # What was copied stays as it is: it is too late to join.
-            group = self.groups.setdefault(key if first in self.copies else first, [])
-            if layer not in group:
-                group.append(layer)
+            self._note(key, first=(self.first, key[1]))
             self.ranks.update(self._multiply(key, single))
         ranks, scale = self.ranks[layer], 1.0 if single is None else layer.layout[single][1]
         copied = single == self.up_to_date and key in self.lora_B
@@ -111,11 +120,19 @@ class SharedProducts:
         result = result.view(-1, result.shape[-1])
         if ranks.dtype != result.dtype:
             result.add_(ranks @ lora_B, alpha=scale)
-        elif are_few(result) and (self.one_a_row or single is not None) and _largest(layer, single) <= LARGEST_RANK:
+        elif self._largest_alone(layer, single) <= LARGEST_RANK and are_few(result, lora_B):
             add_few(result, ranks, lora_B, scale)
         else:
             result.addmm_(ranks, lora_B, alpha=scale)
         return True
+
+    def _note(self, key: tuple, first: tuple) -> None:
+        """Which layers read what `first` read first."""
+        group = self.groups.setdefault(first, [])
+        if key[0] not in group and first in self.copies:  # which stay as they are
+            self.groups.setdefault(key, [key[0]])
+        elif key[0] not in group:
+            group.append(key[0])
 
     def _multiply(self, key: tuple, single: int | None) -> dict[DyloraMoeLinear, torch.Tensor]:
         """A times the input, `[batch * sequence, rank]`, for a layer or all of its group, scaled unless one expert acts."""
@@ -125,12 +142,17 @@ class SharedProducts:
         lora_A = self.lora_A[key] if copied else group[0].lora_A[rows[0]]
         scales = None if single is not None else self._joined_scales(tuple(layer.layout for layer in group))
         inputs = self.input[0].reshape(-1, lora_A.shape[1])
-        if are_few(inputs) and (scales is None or scales[..., 0].numel() in (1, len(inputs))):
+        if are_few(inputs, lora_A) and (scales is None or scales[..., 0].numel() in (1, len(inputs))):
             ranks = multiply_few(inputs, lora_A, None if scales is None else scales.flatten(0, 1))
         else:
             ranks = F.linear(self.input[0], lora_A)
             ranks = (ranks if scales is None else ranks * scales).view(-1, ranks.shape[-1])
         return dict(zip(group, ranks.split_with_sizes([each.stop - each.start for each in rows], dim=-1), strict=True))
+
+    def _largest_alone(self, layer: DyloraMoeLinear, single: int | None) -> float:
+        """The largest rank that may act in a row, if that is one expert's."""
+        ranks = [rank for rank, _ in layer.layout] if single is None else [layer.layout[single][0]]
+        return max(ranks) if self.one_a_row or single is not None else float("inf")
 
     def _joined_scales(self, layouts: tuple[RankLayout, ...]) -> torch.Tensor:
         """`[batch or 1, sequence or 1, ranks of all layers]`"""
@@ -141,11 +163,6 @@ class SharedProducts:
 
 def _rows(layer: DyloraMoeLinear, single: int | None) -> slice:
     return slice(0, len(layer.lora_A)) if single is None else layer.rows(single)
-
-
-def _largest(layer: DyloraMoeLinear, single: int | None) -> int:
-    """The rank of the one expert that acts, or might."""
-    return max(rank for rank, _ in layer.layout) if single is None else layer.layout[single][0]
 
 
 __all__ = ["SharedProducts"]

@@ -69,7 +69,6 @@ class SessionStore:
         self.lock = threading.Lock()
         self.sessions: OrderedDict[tuple, Session] = OrderedDict()
         self.products = SharedProducts()
-        self.seen: int | None = None  # of the model, when it was last looked at
         self.norms: FusedNorms | None = None
         self.pool = None
         self.forget()
@@ -83,23 +82,26 @@ class SessionStore:
         modules = every_module(model)
         weights = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in every_tensor(modules)]
         code = [(id(module), type(module), id(replaced_forward(module))) for module in modules]
-        seen = hash((*weights, *code))
+        seen = hash((*weights, *code, *model._rank_layouts))
         if seen != self.seen:
             self.forget()
-            self.seen, self.norms = seen, FusedNorms(model.foundation)
-        self.products.layouts = model._rank_layouts
+            self.norms = FusedNorms(model.foundation)
+            self.products.tell_apart(model.config.num_experts, model._rank_layouts)
+            self.seen = seen
         with torch.inference_mode(False), torch.no_grad():
             self.products.read_stacks(single_expert(strategy))
 
-    def session(self, model, strategy: RoutingStrategy, batch: int, layers: list) -> "Session":
-        """A session in the buffers that `layers` has for the keys and values of every layer."""
-        config = model.config.get_text_config()
-        same = self.products.shape(single_expert(strategy)) or str(strategy)  # experts of one shape share their graphs
-        key = (same, batch, layers[0][0].shape[2], config._attn_implementation, tuple(model._rank_layouts))
+    def session(self, model, strategy: RoutingStrategy, batch: int, layers: list, instead=None) -> "Session":
+        """A session in the buffers that `layers` has for the keys and values of every layer. `instead`: a strategy
+        of the same tokens, taken where many experts, unlike each other, would take each other's places."""
+        config, single = model.config.get_text_config(), single_expert(strategy)
+        key = (str(strategy) if single is None else self.products.alike(single), batch, layers[0][0].shape[2])
         # What a graph has taken in besides: the router's settings, and how a foundation of experts runs them.
-        key += tuple(getattr(model.config, name) for name in ROUTER_SETTINGS)
+        key += (config._attn_implementation, *(getattr(model.config, name) for name in ROUTER_SETTINGS))
         key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
         if key not in self.sessions:
+            if instead is not None and len(self.sessions) >= MAX_SESSIONS and any(self.products.first_alike):
+                return self.session(model, instead, batch, layers)
             while len(self.sessions) >= MAX_SESSIONS:
                 self.sessions.popitem(last=False)
             if not self.sessions and model.device.type in GRAPH_DEVICES:
@@ -108,11 +110,15 @@ class SessionStore:
             self.sessions[key] = Session(model, strategy, batch, layers, self)
         self.sessions.move_to_end(key)
         self.sessions[key].strategy = strategy
+        self.products.keep({known[0] for known in self.sessions})
+        if self.products.up_to_date != single:
+            self.products.read_stacks(single)
         return self.sessions[key]
 
     def forget(self) -> None:
         self.sessions.clear()
         self.products.__init__()
+        self.seen: int | None = None  # of the model, when it was last looked at
         self.buffers = Buffers(on_growth=self.sessions.clear)
 
 

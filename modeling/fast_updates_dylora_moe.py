@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @triton.jit
 def _multiply_kernel(
     inputs, lora_A, scales, ranks, size, total, scales_row, SCALED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     rank, row = tl.program_id(0), tl.program_id(1)
     scale = 1.0
     if SCALED:
@@ -61,9 +61,10 @@ def _add_kernel(
     tl.store(target, result.to(results.dtype.element_ty), mask=place < size)
 
 
-def are_few(rows: torch.Tensor) -> bool:
-    """Whether `rows` `[rows, size]` are for these kernels."""
-    return rows.is_cuda and len(rows) <= ROWS and rows.dtype in DTYPES
+def are_few(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `rows` `[rows, size]` and a matrix are for these kernels, which count in 32 bits."""
+    fits = rows.is_cuda and len(rows) <= ROWS and rows.stride(1) == 1
+    return fits and rows.dtype == weight.dtype and rows.dtype in DTYPES and weight.numel() < 2**31
 
 
 def multiply_few(inputs: torch.Tensor, lora_A: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

@@ -24,8 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-# Of fast_…_dylora_moe.py
-OPTIONAL = ("buffers", "decoding", "kernels", "loading", "norms", "products", "sessions", "updates")
+OPTIONAL = ("buffers", "decoding", "kernels", "loading", "norms", "products", "sessions", "updates")  # fast_…
 
 
 class SavingMixin:

@@ -58,10 +58,12 @@ def test_what_does_not_act_is_not_read():
     close(results[1], expected, torch.float32)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_who_is_few():
-    if INTERPRETED:
-        return
-    for rows, dtype, few in ((1, torch.bfloat16, True), (4, torch.float32, True), (5, torch.float32, False)):
-        assert updates.are_few(torch.zeros(rows, 8, dtype=dtype, device="cuda")) == few
-    assert not updates.are_few(torch.zeros(1, 8, dtype=torch.float64, device="cuda"))
-    assert not updates.are_few(torch.zeros(1, 8))
+    weight = torch.zeros(4, 8, device="cuda")
+    for rows, few in ((1, True), (4, True), (5, False)):
+        assert updates.are_few(torch.zeros(rows, 8, device="cuda"), weight) == few
+    assert not updates.are_few(torch.zeros(8, 2, device="cuda").T, weight)
+    assert not updates.are_few(torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda"), weight)
+    assert not updates.are_few(torch.zeros(1, 8, dtype=torch.float64, device="cuda"), weight.double())
+    assert not updates.are_few(torch.zeros(1, 8), weight.cpu())

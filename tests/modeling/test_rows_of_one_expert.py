@@ -12,6 +12,7 @@ pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the 
 from dylora_moe.modeling import fast_buffers_dylora_moe as fast_buffers
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
+from dylora_moe.modeling import routing_strategies_dylora_moe as routing_strategies
 from dylora_moe.modeling.cache_dylora_moe import CACHE, row_experts
 from dylora_moe.modeling.fast_products_dylora_moe import SharedProducts
 
@@ -117,6 +118,70 @@ def test_experts_of_one_shape_while_other_strategies_and_training_come_between(s
     for strategy in ("single:4", "single:0"):
         ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
+
+
+@pytest.mark.parametrize("strategy", ["best", "round_robin"])
+def test_many_unlike_experts_do_not_take_each_others_places(sessions, monkeypatch, strategy):
+    """Each would need a graph of its own: there are so many as fit, and one for all others."""
+    experts = [{**expert, "r": 2 + index, "rank_pattern": {}} for index, expert in enumerate(alike_experts(5))]
+    monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
+    model, made = build(experts=experts, seed=7), []
+    build_session = fast_sessions.Session.__init__
+    monkeypatch.setattr(
+        fast_sessions.Session, "__init__", lambda self, *args: (made.append(args[1]), build_session(self, *args))[1]
+    )
+    for call in range(20):
+        expert = call % 5
+        ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy=strategy, **given(*[expert] * 3))
+        assert found.tolist() == ordinary.tolist()
+    assert len(made) == 4  # three experts' own, and one in the place of the first
+    assert {name for _, name in sessions[-55:]} == {"single:1", "single:2", strategy}
+    products = model._decoding_sessions.products
+    assert {key[1] for key in products.copies} <= {None, 1, 2, 4}  # and no copies that nobody reads
+
+
+def test_a_call_that_breaks_off_while_experts_are_copied(monkeypatch):
+    model = build(experts=alike_experts(2), seed=7)
+    split = torch.Tensor.split
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    model.generate(**BATCH, **{**GREEDY, "max_new_tokens": 1}, routing_strategy="single:0")
+    for name in ("split", "view_as", "view"):  # after the copy was made, and before it is known
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch.Tensor, name, interrupted)
+            model.generate(**BATCH, **GREEDY, routing_strategy="single:1")
+    assert torch.Tensor.split is split
+    for expert in (1, 0):
+        ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy=f"single:{expert}")
+        assert found.tolist() == ordinary.tolist()
+
+
+def test_an_ensemble_after_one_expert_makes_no_further_copies():
+    model = build(experts=alike_experts(), seed=7)
+    for strategy in ("ensemble", "single:0", "single:1", "ensemble", "single:2", "ensemble", "single:3"):
+        ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy=strategy)
+        assert found.tolist() == ordinary.tolist()
+    copies = model._decoding_sessions.products.copies
+    one = sum(copy.numel() for key, copy in copies.items() if key[1] is not None)
+    assert one == sum(a.numel() + b.numel() for a, b in model.expert_weights(0).values())
+
+
+def test_a_strategy_of_somebody_elses_that_chooses_one_expert_a_row(sessions, monkeypatch):
+    """Its weights are its own affair."""
+    monkeypatch.setattr(routing_strategies, "ROUTING_STRATEGIES", dict(routing_strategies.ROUTING_STRATEGIES))
+
+    @routing_strategies.register
+    class HalfStrategy(routing_strategies.RoundRobinStrategy):
+        name = "half"
+
+        def expert_weights(self, routed_pass):
+            return super().expert_weights(routed_pass) / 2
+
+    model = build(seed=7)
+    ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy="half", **given(1, 1, 1))
+    assert found.tolist() == ordinary.tolist() and not sessions
 
 
 def test_experts_that_differ_in_their_scale_alone_share_no_graph(sessions):
