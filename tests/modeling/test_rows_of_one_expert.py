@@ -87,9 +87,9 @@ def test_the_experts_that_the_strategies_choose_themselves(sessions, arguments):
 
 @pytest.mark.parametrize("strategy", ["single", "best"])
 def test_experts_of_one_shape_take_turns_in_one_graph(sessions, how, strategy):
-    model = build(experts=alike_experts(12), seed=7)  # more than graphs are kept
+    model = build(experts=alike_experts(9), seed=7)  # more than graphs are kept
     seen = set()
-    for seed, expert in enumerate([*range(12), 3, 0, 11]):
+    for seed, expert in enumerate([*range(9), 3, 0]):
         inputs = left_padded(random_rows((9, 5, 7), seed=seed))
         arguments = {"routing_strategy": f"single:{expert}"}
         if strategy == "best":
@@ -97,15 +97,15 @@ def test_experts_of_one_shape_take_turns_in_one_graph(sessions, how, strategy):
         ordinary, found = ordinary_and_fast(model, inputs, **arguments)
         assert found.tolist() == ordinary.tolist()
         seen.add(str(found[:, 9:].tolist()))
-    assert len(seen) == 15 and len({id(session) for session, _ in sessions}) == 1
+    assert len(seen) == 11 and len({id(session) for session, _ in sessions}) == 1
     assert len(model._decoding_sessions.sessions) == 1
-    assert how == "called" or RecordedGraph.replays == 15 * 11
+    assert how == "called" or RecordedGraph.replays == 11 * 11
 
 
 def test_experts_of_one_shape_while_other_strategies_and_training_come_between(sessions):
     model = build(experts=alike_experts(), seed=7)
     strategies = ["single:0", "ensemble", "single:2", "uniform", "best", "single:1", "round_robin", "router"]
-    for call in range(3 * len(strategies)):
+    for call in range(2 * len(strategies)):
         if call % 5 == 4:
             with torch.no_grad():
                 for layer in model.expert_layers().values():
@@ -120,8 +120,7 @@ def test_experts_of_one_shape_while_other_strategies_and_training_come_between(s
         assert found.tolist() == ordinary.tolist()
 
 
-@pytest.mark.parametrize("strategy", ["best", "round_robin"])
-def test_many_unlike_experts_do_not_take_each_others_places(sessions, monkeypatch, strategy):
+def test_many_unlike_experts_do_not_take_each_others_places(sessions, monkeypatch):
     """Each would need a graph of its own: there are so many as fit, and one for all others."""
     experts = [{**expert, "r": 2 + index, "rank_pattern": {}} for index, expert in enumerate(alike_experts(5))]
     monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
@@ -130,12 +129,12 @@ def test_many_unlike_experts_do_not_take_each_others_places(sessions, monkeypatc
     monkeypatch.setattr(
         fast_sessions.Session, "__init__", lambda self, *args: (made.append(args[1]), build_session(self, *args))[1]
     )
-    for call in range(20):
+    for call in range(15):
         expert = call % 5
-        ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy=strategy, **given(*[expert] * 3))
+        ordinary, found = ordinary_and_fast(model, ONE, routing_strategy="best", **given(expert))
         assert found.tolist() == ordinary.tolist()
     assert len(made) == 4  # three experts' own, and one in the place of the first
-    assert {name for _, name in sessions[-55:]} == {"single:1", "single:2", strategy}
+    assert {name for _, name in sessions[-55:]} == {"single:1", "single:2", "best"}
     products = model._decoding_sessions.products
     assert {key[1] for key in products.copies} <= {None, 1, 2, 4}  # and no copies that nobody reads
 
