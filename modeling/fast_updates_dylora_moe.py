@@ -14,7 +14,7 @@ except ImportError:  # said again in a `try`, or the Hub's loader would ask ever
     raise
 
 
-ROWS = 4  # from so many on, a library's products are as fast
+ROWS = 4  # with more, where all experts act, a library's products are faster
 LARGEST_RANK = 64  # of one expert, for the second product
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -132,7 +132,8 @@ def rows_on_gpu(seed: int, count: int = 25) -> dict[str, torch.Tensor]:
 
 
 def compare_prompts(model, strategy: str, counts: tuple[int, ...] = (25, 25, 25, 25)) -> None:
-    """Batches of so many prompts. A row may go another way only where the two best logits lie within 1e-4; where that is shows as a warning."""
+    """Batches of so many prompts. A row may go another way only where the two best logits lie within 1e-4; where that is
+    shows as a warning."""
     wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 16}
     ties = []
     for seed, count in enumerate(counts):
