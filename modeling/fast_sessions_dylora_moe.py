@@ -100,11 +100,8 @@ class SessionStore:
         key += (config._attn_implementation, *(getattr(model.config, name) for name in ROUTER_SETTINGS))
         key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
         if key not in self.sessions:
-            if (
-                instead not in (None, strategy)
-                and len(self.sessions) >= MAX_SESSIONS
-                and any(self.products.first_alike)
-            ):
+            full = len(self.sessions) >= MAX_SESSIONS
+            if full and instead not in (None, strategy) and any(self.products.first_alike):
                 return self.session(model, instead, batch, layers)
             while len(self.sessions) >= MAX_SESSIONS:
                 self.sessions.popitem(last=False)

@@ -53,9 +53,8 @@ def _add_kernel(
         rank = first + tl.arange(0, RANKS)
         inside = (rank < total)[:, None] & (place < size)[None, :]
         one = tl.load(ranks + row * ranks_row + rank, mask=rank < total, other=0.0).to(tl.float32)
-        sums += one[:, None] * tl.load(lora_B + rank[:, None] * size + place[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        other = tl.load(lora_B + rank[:, None] * size + place[None, :], mask=inside, other=0.0)
+        sums += one[:, None] * other.to(tl.float32)
     target = results + row * results_row + place
     result = tl.load(target, mask=place < size, other=0.0).to(tl.float32) + tl.sum(sums, axis=0) * scale
     tl.store(target, result.to(results.dtype.element_ty), mask=place < size)
