@@ -17,6 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 
 RankLayout = tuple[tuple[int, float], ...]
+PAST_TOKENS = (
+    "Experts adapt a layer that every step runs over all past tokens (`kv_b_proj` of DeepSeek's attention), and their "
+    "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all tokens, such as 'best'."
+)
 
 
 class ActiveExperts:
@@ -27,10 +31,12 @@ class ActiveExperts:
             `[batch or 1, sequence or 1, num_experts]`.
         layouts: the distinct rank layouts of the model's expert layers.
         dtype: the dtype of the experts.
+        tokens: how many tokens of each row the weights are for; `None`: all, those in a cache, too.
     """
 
-    def __init__(self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype):
+    def __init__(self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype, tokens=None):
         self.single = weights if isinstance(weights, int) else None
+        self.tokens: int | None = tokens
         self.scales: dict[RankLayout, torch.Tensor] = {}
         if self.single is None:
             # Eagerly and not in the first layer that asks: a checkpointed layer runs without gradients at first.
@@ -39,7 +45,7 @@ class ActiveExperts:
     def with_scales(self, scales: tuple[torch.Tensor, ...]) -> "ActiveExperts":
         """The same experts with other tensors for the scales, in the order of `self.scales`."""
         copy = ActiveExperts.__new__(ActiveExperts)
-        copy.single = self.single
+        copy.single, copy.tokens = self.single, self.tokens
         copy.scales = dict(zip(self.scales, scales, strict=True))
         return copy
 
@@ -177,6 +183,8 @@ class DyloraMoeLinear(nn.Module):
             rows = self.rows(active.single)
             update = self._low_rank(hidden_states, rows, self.dropouts[active.single], scale)
         else:
+            if hidden_states.dim() == 4 and active.tokens not in (None, hidden_states.shape[2]):
+                raise ValueError(PAST_TOKENS)
             update = self._mixed(hidden_states, active.scales[self.layout])
         return result + update.to(result.dtype)
 
@@ -201,6 +209,8 @@ class DyloraMoeLinear(nn.Module):
             scale = scale.to(ranks.dtype)
             if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
                 scale = scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(-1, scale.shape[-1])
+            elif ranks.dim() == 4:  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
+                scale = scale.unsqueeze(1)
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
 
     def extend(self, layout: RankLayout, dropouts: tuple[float, ...]) -> None:

@@ -148,8 +148,7 @@ class Session:
         # The model has the store. No circle of references: memory goes with its last user, and not some time later.
         self._model = weakref.ref(model)
         self.strategy, self.batch, self.layers = strategy, batch, layers
-        self.products, self.norms = store.products, store.norms
-        self.pool = store.pool
+        self.products, self.norms, self.pool = store.products, store.norms, store.pool
         self.capacity = capacity = layers[0][0].shape[2]
         device, experts = model.device, model.config.num_experts
         self.rows = batch * strategy.num_streams
@@ -233,7 +232,8 @@ class Session:
         """The body's output for streams from `first` on, the experts at `weights`."""
         rows = slice(first * self.batch, (first + streams) * self.batch)
         layers = [BufferLayer(keys[rows], values[rows], self.index) for keys, values in self.layers]
-        with use_experts(self.model.active_experts(weights)), self.products.in_use(one_a_row=self._one_a_row()):
+        active = self.model.active_experts(weights, tokens=1 if self.strategy.name == "router" else None)
+        with use_experts(active), self.products.in_use(one_a_row=self._one_a_row()):
             return body(
                 input_ids=self.input_ids.repeat(streams, 1),
                 attention_mask=self.mask[rows],

@@ -117,9 +117,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "`assistant_early_exit` runs some layers alone, which cannot be routed; pass an assistant."
-            )
+            raise ValueError("`assistant_early_exit` runs some layers alone and cannot be routed; pass an assistant.")
         # A field that one of the generation configs has is absorbed there; forward needs it as an argument.
         for name in ("routing_strategy", "output_router_logits"):
             if model_kwargs.get(name) is None:

@@ -293,7 +293,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         before = self.get_input_embeddings().weight.shape
         if (args or kwargs) and isinstance(self.get_output_embeddings(), DyloraMoeLinear):
             raise ValueError(
-                "Experts adapt the head, so the vocabulary cannot be resized: their matrices would not fit."
+                "Experts adapt the head: the vocabulary cannot be resized, as they would not fit any more."
             )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self._is_resized |= embeddings.weight.shape != before
@@ -312,12 +312,12 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             return self.config.router_mode == "dense"
         return self.training or not all(expert["mature"] for expert in self.config.expert_configs)
 
-    def active_experts(self, weights: int | torch.Tensor | None) -> ActiveExperts | None:
+    def active_experts(self, weights: int | torch.Tensor | None, tokens: int | None = None) -> ActiveExperts | None:
         """What the expert layers read during a pass; see `ActiveExperts`."""
         if weights is None or not self._rank_layouts:
             return None
         any_layer = self.foundation.get_submodule(self._adapted_modules[0])
-        return ActiveExperts(weights, self._rank_layouts, any_layer.lora_A.dtype)
+        return ActiveExperts(weights, self._rank_layouts, any_layer.lora_A.dtype, tokens)
 
     def routing_strategy(self, strategy: str | RoutingStrategy | None = None) -> RoutingStrategy:
         """The strategy in force: the argument, else the one in `generation_config`, else the default.
@@ -507,15 +507,7 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             **{CACHE: routed_pass.past_key_values},
         )
 
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-        aux_loss: torch.Tensor | None,
-        shift_labels: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
+    def _loss(self, logits, labels, num_items_in_batch, aux_loss, shift_labels=None, **kwargs) -> torch.Tensor:
         loss = self.loss_function(
             logits,
             labels,

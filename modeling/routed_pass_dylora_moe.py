@@ -43,6 +43,7 @@ class RoutedPass:
         self.past_key_values = past_key_values
         self.expert_ids = expert_ids
         self.router_logits: torch.Tensor | None = None
+        self.tokens: int | None = None  # that the weights are for, where the router gives each its own
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self.batch_size, self.sequence_length = tokens.shape[:2]
         self.device = tokens.device
@@ -57,7 +58,7 @@ class RoutedPass:
 
     def run(self, weights: int | torch.Tensor | None, stream: int):
         """The body's output with the experts at `weights`, with the keys and values of `stream`."""
-        with use_experts(self.model.active_experts(weights)):
+        with use_experts(self.model.active_experts(weights, self.tokens)):
             return self.body(**self.inputs, **self._cache(stream), return_dict=True)
 
     def _cache(self, stream: int) -> dict:
@@ -69,6 +70,7 @@ class RoutedPass:
     def read_router(self, stream: int | None) -> torch.Tensor:
         """Router logits `[batch, sequence, num_experts]` from a pass of the router's own, without gradients in the
         foundation or the experts; `stream=None` for one without keys and values."""
+        self.tokens = None if stream is None else self.sequence_length
         if self.router_logits is None:
             body = self.model.foundation_body
             names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")

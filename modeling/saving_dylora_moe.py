@@ -136,9 +136,7 @@ class SavingMixin:
         if getattr(self, "generation_config", None) is not None:
             self.generation_config.save_pretrained(directory)
 
-    def _upload_saved(
-        self, directory: Path, before: dict, repo_id=None, private=None, token=None, **of_commit
-    ) -> None:
+    def _upload_saved(self, directory: Path, before: dict, repo_id=None, private=None, token=None, **of_commit):
         repo = HfApi(token=token).create_repo(repo_id or directory.name, private=private, exist_ok=True)
         self._upload_modified_files(directory, repo.repo_id, before, token=token, **of_commit)
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
 STRATEGIES = ("router", "best", "single:1", "ensemble", "round_robin", "base", "uniform")
 PAD, VOCABULARY = 2, 97
+LATENTS_ARE_CACHED = hasattr(DeepseekV3Attention, "expand_kv")  # by newer releases of transformers
 
 
 def llama_config(**fields) -> LlamaConfig:
@@ -80,6 +82,26 @@ def build(base_config=None, experts=None, seed: int = 0, **config_fields) -> Dyl
     model = randomise(DyloraMoeForCausalLM(config), seed).eval()
     model.freeze_foundation()
     return model
+
+
+def build_on_latent_attention() -> DyloraMoeForCausalLM:
+    """Experts on the layer that makes keys and values of DeepSeek's latents: `[batch, 1, tokens, latent]` goes in, and
+    where the latents are what is cached, those of all past tokens at every step."""
+    heads = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    dense = {"first_k_dense_replace": 2, "num_key_value_heads": 4, "attention_dropout": 0.0}
+    fields = {name: getattr(llama_config(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    base = DeepseekV3Config(**sizes, **heads, **dense, **fields, num_attention_heads=4)
+    kinds = {"one": ("kv_b_proj",), "two": ("kv_b_proj", "o_proj"), "three": ("o_proj", "kv_a_proj_with_mqa")}
+    experts = [
+        {
+            "name": name,
+            "r": 3 + len(parts),
+            "target_modules": [f"model.layers.{i}.self_attn.{part}" for i in range(2) for part in parts],
+        }
+        for name, parts in kinds.items()
+    ]
+    return build(base, experts)
 
 
 def save_layouts(model: DyloraMoeForCausalLM, folder: Path) -> None:

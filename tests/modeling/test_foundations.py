@@ -3,7 +3,16 @@
 import pytest
 import torch
 import transformers
-from helpers_models import STRATEGIES, PeftLoop, build, left_padded, random_rows, save_layouts
+from helpers_models import (
+    LATENTS_ARE_CACHED,
+    STRATEGIES,
+    PeftLoop,
+    build,
+    build_on_latent_attention,
+    left_padded,
+    random_rows,
+    save_layouts,
+)
 from peft import PeftModel
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -217,3 +226,27 @@ def test_arguments_that_only_the_foundation_knows():
     assert (found - model.generate(ids, routing_strategy="single:1", **fields).logits[0]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="tokn"):
         model.generate(ids, tokn=types, **fields)
+
+
+def test_experts_on_a_layer_that_runs_over_all_past_tokens():
+    """Right wherever all of a row's tokens have the same experts, and refused where the past ones had others."""
+    model = build_on_latent_attention()
+    loop = PeftLoop(model)
+    rows = random_rows((7, 4), seed=1)
+    batch = left_padded(rows)
+    fields = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    for strategy in (*STRATEGIES, "single:0"):
+        expected = [loop.greedy(row, strategy, turn, 5) for turn, row in enumerate(rows)]
+        for arguments in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+            model.reset_round_robin()
+            if strategy == "router" and arguments != {"use_cache": False} and LATENTS_ARE_CACHED:
+                with pytest.raises(ValueError, match="use_cache=False"):
+                    model.generate(**batch, routing_strategy=strategy, **fields, **arguments)
+                with pytest.raises(ValueError, match="use_cache=False"):  # one row's weights would fit
+                    model.generate(batch["input_ids"][:1], routing_strategy=strategy, **fields, **arguments)
+            else:
+                found = model.generate(**batch, routing_strategy=strategy, **fields, **arguments)
+                assert found[:, 7:].tolist() == expected, (strategy, arguments)
+    with torch.no_grad():  # a pass over a whole text is right with the cache that it fills
+        found = model(torch.tensor(rows[:1]), routing_strategy="router").logits[0]
+    torch.testing.assert_close(found, loop.logits(rows[0], "router", 7, 0), atol=1e-4, rtol=0)

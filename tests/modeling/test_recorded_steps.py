@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers_graphs import GREEDY, RecordedGraph, Stream, ordinary_and_fast, record_on_a_cpu
-from helpers_models import STRATEGIES, build, left_padded, random_rows
+from helpers_models import LATENTS_ARE_CACHED, STRATEGIES, build, build_on_latent_attention, left_padded, random_rows
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
@@ -179,3 +179,17 @@ def test_a_recording_that_fails_leaves_the_thread_on_its_stream_of_before(monkey
     assert at[0] is before and not model._decoding_sessions.sessions
     ordinary, found = ordinary_and_fast(model, inputs, routing_strategy="uniform")
     assert found.tolist() == ordinary.tolist() and RecordedGraph.replays == 11
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+def test_experts_on_a_layer_that_runs_over_all_past_tokens(strategy):
+    model = build_on_latent_attention()
+    for lengths in ((7,), (7, 4)):
+        inputs = left_padded(random_rows(lengths, seed=1))
+        if strategy == "router" and LATENTS_ARE_CACHED:
+            with pytest.raises(ValueError, match="use_cache=False"):
+                model.generate(**inputs, **GREEDY, routing_strategy=strategy)
+        else:
+            ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
+            assert found.tolist() == ordinary.tolist()
+            assert RecordedGraph.replays >= 11

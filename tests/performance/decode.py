@@ -3,7 +3,8 @@
     python tests/performance/decode.py --json decode.json
 
 Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 5, and the ratio to the
-bare foundation's `generate` in the same process. Models with few and with many experts take turns. PEFT's peers run once,
+bare foundation's `generate` in the same process. `first` is what the first call takes longer, in seconds: recording its
+graphs, and whatever else runs for the first time. Models with few and with many experts take turns. PEFT's peers run once,
 and X-LoRA for 16 new tokens, since it runs two passes over the whole text at every token.
 """
 
@@ -59,11 +60,13 @@ def main() -> None:
                 count: partial(generate, model, batch, options.prompt, new, **arguments)
                 for count, model in models.items()
             }
-            for count, times in alternating(runs, repeats, warm).items():
+            first = alternating(runs, warm, warm=0)
+            for count, times in alternating(runs, repeats, warm=0).items():
                 took = [1000 * seconds / new for seconds in times]
                 bare.setdefault(batch, statistics.median(took))
                 row = {"batch": batch, "model": name, "experts": count, "ms/token": statistics.median(took)}
                 row |= {"of bare": row["ms/token"] / bare[batch], "fastest": min(took)}
+                row["first"] = first[count][0] - statistics.median(times) if warm else None
                 rows.append({**row, "agreement": (agreement or {}).get(count)})
                 print(rows[-1], flush=True)
 
