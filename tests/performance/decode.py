@@ -26,12 +26,13 @@ from workbench import (
 )
 
 
+CLOSE = 0.015
 STRATEGIES = (  # name in the table, strategy, agreement that the gate is biased for
     ("single", "single:0", None),
     ("best", "best", None),
     ("round_robin", "round_robin", None),
     ("uniform", "uniform", None),
-    ("router, 90 %", "router", 0.905),
+    ("router, 90 %", "router", 0.9),
     ("router, worst", "router", None),
     ("base", "base", None),
     ("ensemble", "ensemble", None),
@@ -73,10 +74,14 @@ def main() -> None:
         def routes_alike(models: dict[int, object], batch: int, agreement: float | None) -> dict[int, float]:
             seen = {}
             for count, model in models.items():
-                route_alike(model, agreement)
-                texts = max(batch, 16)  # one is too few to tell
-                text = generate(model, texts, options.prompt, options.new, routing_strategy="router")
-                seen[count] = measured_agreement(model, text, options.prompt)
+                aim, texts = agreement, max(batch, 16)  # one is too few to tell
+                for _ in range(4):
+                    route_alike(model, aim)
+                    text = generate(model, texts, options.prompt, options.new, routing_strategy="router")
+                    seen[count] = measured_agreement(model, text, options.prompt)
+                    if agreement is None or abs(seen[count] - agreement) < CLOSE:
+                        break
+                    aim += agreement - seen[count]  # generated tokens are not quite as independent as random ones
             return seen
 
         model = foundation()
