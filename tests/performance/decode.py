@@ -2,7 +2,7 @@
 
     python tests/performance/decode.py --json decode.json
 
-Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 5, and the ratio to the
+Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the ratio to the
 bare foundation's `generate` in the same process. `first` is what the first call takes longer, in seconds: recording its
 graphs, and whatever else runs for the first time. Models with few and with many experts take turns. PEFT's peers run once,
 and X-LoRA for 16 new tokens, since it runs two passes over the whole text at every token.
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 32])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no_peers", action="store_true")
     with report("Decoding", parser) as (options, rows):
         bare = {}
