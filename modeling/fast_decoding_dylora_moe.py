@@ -25,7 +25,7 @@ ON_BY_ITSELF = True  # or only where `fast_decoding=True` asks for it
 PROMPT_TOKENS = 2048  # tokens of prompts that run together: enough to keep a GPU busy
 KNOWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits"}
-OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer"}
+OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer", "tokenizer"}
 
 
 def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str | None:

@@ -7,10 +7,11 @@ no cache. Weights that differ from token to token are applied by hooks on PEFT's
 from contextlib import contextmanager
 from pathlib import Path
 
+import tokenizers
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
@@ -229,3 +230,15 @@ class PeftLoop:
         for _ in range(max_new_tokens):
             row.append(int(self.logits(row, strategy, len(prompt), turn)[-1].argmax()))
         return row[len(prompt) :]
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """Every token is one character, that of `text_of`."""
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({text_of([t]): t for t in range(VOCABULARY)}))
+    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
+    characters.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=text_of([1]), pad_token=text_of([PAD]))
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(chr(ord("0") + token) for token in tokens)

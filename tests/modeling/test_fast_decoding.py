@@ -8,9 +8,26 @@ import weakref
 import pytest
 import torch
 from helpers_graphs import GREEDY, ordinary_and_fast
-from helpers_models import STRATEGIES, build, left_padded, llama_config, llama_experts, random_rows
+from helpers_models import (
+    STRATEGIES,
+    build,
+    character_tokenizer,
+    left_padded,
+    llama_config,
+    llama_experts,
+    random_rows,
+    text_of,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConfig, Qwen2Config, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    StoppingCriteria,
+)
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
@@ -79,6 +96,26 @@ class StopAt(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         return (input_ids[:, 9:] == self.token).any(dim=1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stop_strings(steps, strategy):
+    model, tokenizer = build(seed=7), character_tokenizer()
+    free, _ = both(model, routing_strategy=strategy)
+    stops = [text_of(row[start : start + 2]) for row, start in zip(free.tolist(), (11, 14, 12), strict=True)]
+    ordinary, found = both(model, routing_strategy=strategy, stop_strings=stops, tokenizer=tokenizer)
+    assert found.tolist() == ordinary.tolist()
+    assert found.shape[1] < free.shape[1] and len(steps) > GREEDY["max_new_tokens"]
+
+
+def test_prompts_as_embeddings(steps):
+    model = build(seed=7)
+    embedded = {**BATCH, "inputs_embeds": model.get_input_embeddings()(BATCH["input_ids"])}
+    for inputs in (embedded, {name: embedded[name] for name in ("inputs_embeds", "attention_mask")}):
+        for strategy in ("router", "best", "single:1"):
+            ordinary, found = both(model, inputs, routing_strategy=strategy)
+            assert found.tolist() == ordinary.tolist()
+    assert len(steps) == 6 * (GREEDY["max_new_tokens"] - 1)
 
 
 def test_criteria_streamers_and_scores(steps):
@@ -445,6 +482,44 @@ def test_where_it_does_not_apply(steps, case):
     if "num_beams" not in arguments:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         assert sequences.tolist() == model.generate(**one, **GREEDY).tolist() and steps
+
+
+def replaced_forward():
+    model = build(seed=7)
+    model.forward = model.forward
+    return model
+
+
+def recomputing():
+    model = build(seed=7)
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def experts_on(config, *names):
+    return build(config, [{"name": name, "r": 2, "target_modules": list(names)} for name in ("one", "two")])
+
+
+ATTENTION = "model.layers.0.self_attn."
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+ORDINARY_MODELS = {  # reason: a model
+    "the model's forward was replaced": replaced_forward,
+    "training": lambda: build(seed=7).train(),
+    "hooks on modules": recomputing,
+    "positions that depend on the length": lambda: build(llama_config(rope_parameters=DYNAMIC)),
+    "prepares inputs or masks its own way": lambda: experts_on(Phi3Config(**QWEN), ATTENTION + "qkv_proj"),
+    "quantised": lambda: setattr(model := build(seed=7), "is_quantized", True) or model,
+}
+
+
+@pytest.mark.parametrize("reason", ORDINARY_MODELS)
+def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
+    reasons, why_not = [], fast.why_not
+    monkeypatch.setattr(fast, "why_not", lambda *args: (reasons.append(why_not(*args)), reasons[-1])[1])
+    model = ORDINARY_MODELS[reason]()
+    ordinary, found = both(model)
+    assert found.tolist() == ordinary.tolist()
+    assert reason in reasons[-1] and reasons[0] == "switched off" and not steps
 
 
 def test_it_is_off_unless_it_is_asked_for(steps, monkeypatch):

@@ -3,10 +3,18 @@
 import threading
 
 import pytest
-import tokenizers
 import torch
-from helpers_models import PAD, STRATEGIES, VOCABULARY, PeftLoop, build, left_padded, random_rows
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, TextStreamer
+from helpers_models import (
+    PAD,
+    STRATEGIES,
+    PeftLoop,
+    build,
+    character_tokenizer,
+    left_padded,
+    random_rows,
+    text_of,
+)
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextStreamer
 
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]  # repeats itself, so that prompt lookup finds candidates
@@ -132,15 +140,7 @@ def test_streaming(mixture, expected, strategy, capsys):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Every token is one character."""
-    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({text_of([t]): t for t in range(VOCABULARY)}))
-    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
-    characters.decoder = tokenizers.decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=text_of([1]), pad_token=text_of([PAD]))
-
-
-def text_of(tokens: list[int]) -> str:
-    return "".join(chr(ord("0") + token) for token in tokens)
+    return character_tokenizer()
 
 
 @pytest.mark.parametrize("mode", ["greedy", "one beam of sampling", "prompt lookup"])
