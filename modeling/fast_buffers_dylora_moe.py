@@ -107,6 +107,20 @@ class PromptLayer(DynamicLayer):
         self.keys, self.values = (buffer[self.written, :, :length] for buffer in self.buffers)
 
 
+class PromptLayers(DynamicLayer):
+    """The layers of several streams, for a pass that runs these as one batch, one after the other in its rows."""
+
+    def __init__(self, layers: list[PromptLayer]):
+        super().__init__()
+        self.layers = layers
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        count = len(self.layers)
+        for layer, keys, values in zip(self.layers, key_states.chunk(count), value_states.chunk(count), strict=True):
+            layer.update(keys, values)
+        return key_states, value_states
+
+
 class BufferLayer(CacheLayerMixin):
     """A cache layer of a decode step: it writes to its buffers at the one position that a tensor tells."""
 
@@ -138,4 +152,4 @@ class BufferLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.12
 
 
-__all__ = ["BufferLayer", "Buffers", "PromptLayer"]
+__all__ = ["BufferLayer", "Buffers", "PromptLayer", "PromptLayers"]

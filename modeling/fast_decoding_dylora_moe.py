@@ -9,15 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts
-from .fast_buffers_dylora_moe import PromptLayer
-from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor, single_expert
+from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts, stream_of
+from .experts_dylora_moe import use_experts
+from .fast_buffers_dylora_moe import PromptLayer, PromptLayers
+from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor, mix, single_expert
 from .generation_dylora_moe import _call
-from .routing_strategies_dylora_moe import BestStrategy, RoundRobinStrategy, RoutingStrategy
+from .routing_strategies_dylora_moe import (
+    BestStrategy,
+    EnsembleStrategy,
+    RoundRobinStrategy,
+    RoutingStrategy,
+    one_hot_rows,
+)
 
 
 DEVICES = ("cuda",)
@@ -156,6 +164,8 @@ class FastDecodingMixin:
             for name in ("attention_mask", "position_ids"):
                 if inputs.get(name) is not None:
                     inputs[name] = inputs[name][..., cut:]
+            if decoding.strategy.name == "ensemble":
+                inputs["routing_strategy"] = EnsembleOfPrompts(self.config)
             decoding.take_prompts(batch, chosen.start, copies, cut)
             with decoding.store.products.in_use(single), decoding.store.norms.in_use():
                 parts.append(super()._prefill(input_ids[chosen, cut:], generation_config, inputs, *args, **kwargs))
@@ -181,6 +191,41 @@ class FastDecodingMixin:
         if decoding is not None and decoding.session is not None:
             return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class EnsembleOfPrompts(EnsembleStrategy):
+    """The ensemble with as many experts in one batch as may run together."""
+
+    def run(self, routed_pass):
+        rows = routed_pass.batch_size
+        together = max(1, PROMPT_TOKENS // (rows * routed_pass.sequence_length))
+        if any(not isinstance(value, torch.Tensor) or len(value) != rows for value in of_rows(routed_pass).values()):
+            together = 1
+        each = []
+        for first in range(0, self.num_experts, together):
+            experts = range(first, min(first + together, self.num_experts))
+            outputs = (
+                self._run_some(routed_pass, experts) if len(experts) > 1 else routed_pass.run(first, stream=first)
+            )
+            each += F.log_softmax(outputs.logits, dim=-1, dtype=torch.float32).split(rows)
+        outputs.logits = mix(each)
+        return outputs
+
+    def _run_some(self, routed_pass, experts: range):
+        model, per_stream = routed_pass.model, routed_pass.model.num_layers_per_stream
+        streams = [stream_of(routed_pass.past_key_values, per_stream, expert).layers for expert in experts]
+        cache = Cache(layers=[PromptLayers(list(layers)) for layers in zip(*streams, strict=True)])
+        inputs = {name: torch.cat([value] * len(experts)) for name, value in of_rows(routed_pass).items()}
+        inputs = {**routed_pass.inputs, **inputs, model.cache_argument: cache, "use_cache": True, "return_dict": True}
+        expert_ids = torch.tensor(experts, device=routed_pass.device).repeat_interleave(routed_pass.batch_size)
+        with use_experts(model.active_experts(one_hot_rows(expert_ids, self.num_experts))):
+            return routed_pass.body(**inputs)
+
+
+def of_rows(routed_pass) -> dict[str, torch.Tensor]:
+    """The inputs of a prompt's pass that have a row for each of the batch's."""
+    names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+    return {name: routed_pass.inputs[name] for name in names if routed_pass.inputs.get(name) is not None}
 
 
 def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor | None) -> RoutingStrategy:

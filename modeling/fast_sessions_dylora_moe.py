@@ -10,7 +10,7 @@ import math
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 
@@ -266,8 +266,7 @@ class Session:
         count = self.strategy.num_experts
         weights = torch.eye(count, device=self.weights.device).repeat_interleave(self.batch, dim=0).unsqueeze(1)
         logits = self._pass(self.model.foundation, weights, streams=count).logits
-        each = F.log_softmax(logits, dim=-1, dtype=torch.float32).split(self.batch)
-        self._keep(reduce(torch.logaddexp, each) - math.log(count))  # `logsumexp` takes three times the memory
+        self._keep(mix(F.log_softmax(logits, dim=-1, dtype=torch.float32).split(self.batch)))
 
     def _route_then_run(self) -> None:
         """The router's pass, then the routed one."""
@@ -309,6 +308,11 @@ class Session:
 
     def _router_input(self) -> torch.Tensor | None:
         return None if self.model.config.router_input == "base" else torch.ones_like(self.weights[:1])
+
+
+def mix(log_probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The log of their mean; `logsumexp` of all of them would take three times the memory."""
+    return reduce(torch.logaddexp, log_probabilities) - math.log(len(log_probabilities))
 
 
 class Stepper:
@@ -370,4 +374,4 @@ def single_expert(strategy: RoutingStrategy) -> int | None:
     return strategy.expert if strategy.name == "single" else None
 
 
-__all__ = ["Session", "SessionStore", "every_module", "every_tensor", "single_expert"]
+__all__ = ["Session", "SessionStore", "every_module", "every_tensor", "mix", "single_expert"]

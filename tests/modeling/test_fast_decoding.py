@@ -334,8 +334,36 @@ def test_weights_that_change_between_calls(steps):
         assert other.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()
 
 
-def test_an_ensemble_after_weights_changed(steps):
-    """Its prompts run expert by expert, and so did the calls of `single` before."""
+@pytest.mark.parametrize("tokens, passes", [(9, []), (18, [2]), (27, [3]), (2048, [3])])
+def test_an_ensemble_reads_a_prompt_with_as_many_experts_at_once_as_may_run_together(
+    steps, monkeypatch, tokens, passes
+):
+    monkeypatch.setattr(fast, "PROMPT_TOKENS", tokens)
+    seen = []
+    made = fast_buffers.PromptLayers.__init__
+    monkeypatch.setattr(
+        fast.PromptLayers, "__init__", lambda self, layers: (seen.append(len(layers)), made(self, layers))[1]
+    )
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    wanted = {"routing_strategy": "ensemble", "return_dict_in_generate": True, "output_logits": True}
+    for inputs, arguments in ((one, {}), (one, SAMPLED), (BATCH, SAMPLED)):
+        seen.clear()
+        ordinary, found = both(model, inputs, **wanted, **arguments)
+        assert found.sequences.tolist() == ordinary.sequences.tolist()
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3)
+        for one_layer, other in zip(found[CACHE].layers, ordinary[CACHE].layers, strict=True):
+            torch.testing.assert_close(
+                one_layer.keys, other.keys[:, :, : one_layer.keys.shape[2]], atol=1e-3, rtol=1e-3
+            )
+        if inputs is one:
+            assert seen == [count for count in passes for _ in range(2)]  # layers
+    assert len(steps) == 3 * (GREEDY["max_new_tokens"] - 1)
+
+
+@pytest.mark.parametrize("tokens", [9, 2048])
+def test_an_ensemble_after_weights_changed(steps, monkeypatch, tokens):
+    """Where its prompts run expert by expert, as the calls of `single` before did, and where not."""
+    monkeypatch.setattr(fast, "PROMPT_TOKENS", tokens)
     model = build(seed=7)
     for _ in range(2):
         both(model, routing_strategy="single:0")

@@ -434,7 +434,7 @@ def test_shipped_code_is_flat_small_and_needs_transformers_alone():
     names = {f"fast_{part}_dylora_moe.py" for part in OPTIONAL}
     optional = {file for file in files if file.name in names}  # who does not trust them leaves them out
     assert sum(lines[file] for file in set(files) - optional) < 2000, "too long to audit before trusting it"
-    assert sum(lines[file] for file in optional) < 1250
+    assert sum(lines[file] for file in optional) < 1325
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "safetensors", "huggingface_hub"}
     allowed.add("triton")  # by an optional file, in a `try`
     for file in files:
