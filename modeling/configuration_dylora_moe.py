@@ -101,9 +101,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         names = self.expert_names
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(
-                f"`expert_configs` names {repeated} more than once; every expert needs a name of its own."
-            )
+            raise ValueError(f"`expert_configs` names {repeated} more than once; every expert needs its own name.")
         if self.router_input is not None and self.router_input not in ROUTER_INPUTS:
             raise ValueError(f"`router_input` is {self.router_input!r}; it must be one of {ROUTER_INPUTS} or None.")
         if self.router_mode not in ROUTER_MODES:
@@ -211,7 +209,7 @@ def _complete_expert(index: int, entry: dict) -> dict:
     unknown = sorted(set(entry) - set(EXPERT_DEFAULTS))
     if unknown:
         raise ValueError(
-            f"`expert_configs[{index}]` has unknown fields {unknown}; the known ones are {sorted(EXPERT_DEFAULTS)}."
+            f"`expert_configs[{index}]` has unknown fields {unknown}; known are {sorted(EXPERT_DEFAULTS)}."
         )
     expert = {**EXPERT_DEFAULTS, **entry}
     expert["name"] = f"expert_{index}" if expert["name"] is None else str(expert["name"])
@@ -227,9 +225,7 @@ def _complete_expert(index: int, entry: dict) -> dict:
         raise ValueError(f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1.")
     alphas = [expert["lora_alpha"], *expert["alpha_pattern"].values()]
     if not all(map(_is_positive, alphas)):
-        raise ValueError(
-            f"Expert {expert['name']!r} has alphas {alphas}; every alpha must be a number greater than 0."
-        )
+        raise ValueError(f"Expert {expert['name']!r} has alphas {alphas}; every one must be a number greater than 0.")
     dropout = expert["lora_dropout"]
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"Expert {expert['name']!r} has `lora_dropout` {dropout!r}; it must lie from 0 up to 1.")

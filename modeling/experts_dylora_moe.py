@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 RankLayout = tuple[tuple[int, float], ...]
 PAST_TOKENS = (
-    "Experts adapt a layer that every step runs over all past tokens (`kv_b_proj` of DeepSeek's attention), and their "
-    "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all tokens, such as 'best'."
+    "Experts adapt a layer that every step runs over all past tokens (DeepSeek's `kv_b_proj`, Doge's `dt_proj`), whose "
+    "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all of a row's tokens, as 'best'."
 )
 
 
@@ -36,7 +36,7 @@ class ActiveExperts:
 
     def __init__(self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype, tokens=None):
         self.single = weights if isinstance(weights, int) else None
-        self.tokens: int | None = tokens
+        self.tokens: int | None = tokens if self.single is None else None
         self.scales: dict[RankLayout, torch.Tensor] = {}
         if self.single is None:
             # Eagerly and not in the first layer that asks: a checkpointed layer runs without gradients at first.
@@ -65,18 +65,13 @@ class _PassInProgress(threading.local):
     """Weights cannot be passed through a foundation's own forward, so they travel beside it, apart in each thread."""
 
     def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
-        self.active: ActiveExperts | None = None
+        self.active: ActiveExperts | None = None  # which is when the experts are off
         self.running = False  # a pass with the experts off is one too
         self.add_update = None  # of fast decoding: whether it added a layer's update
 
 
 # A thread-local object and no context variable: `torch.compile` traces the first and guards it for the calling thread.
 _pass_in_progress = _PassInProgress()
-
-
-def get_active_experts() -> ActiveExperts | None:
-    """The experts of the pass in progress in this thread; `None` when they are off."""
-    return _pass_in_progress.active
 
 
 @contextmanager
@@ -116,7 +111,7 @@ def checkpoint_with_experts(checkpoint_function):
     """Make the pass's scales an argument of a checkpoint, so that recomputing a layer sees them, with gradients."""
 
     def checkpoint(function, *args, **kwargs):
-        active = get_active_experts()
+        active = _pass_in_progress.active
         scales = () if active is None else tuple(active.scales.values())
 
         def run(*scales_and_args):
@@ -170,10 +165,12 @@ class DyloraMoeLinear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         result = self.base_layer(hidden_states, *args, **kwargs)
-        active = get_active_experts()
+        active = _pass_in_progress.active
         if active is None:
             refuse_recomputation()
             return result
+        if active.tokens is not None and hidden_states.dim() > 2 and hidden_states.shape[-2] > active.tokens:
+            raise ValueError(PAST_TOKENS)
         if _pass_in_progress.add_update and _pass_in_progress.add_update(self, hidden_states, result, active):
             return result
         if active.single is not None:
@@ -183,8 +180,6 @@ class DyloraMoeLinear(nn.Module):
             rows = self.rows(active.single)
             update = self._low_rank(hidden_states, rows, self.dropouts[active.single], scale)
         else:
-            if hidden_states.dim() == 4 and active.tokens not in (None, hidden_states.shape[2]):
-                raise ValueError(PAST_TOKENS)
             update = self._mixed(hidden_states, active.scales[self.layout])
         return result + update.to(result.dtype)
 
@@ -254,8 +249,6 @@ def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]
     batch, sequence = scale.shape[:2]
     if batch * sequence == num_tokens:
         return batch, sequence
-    if batch == 1 and sequence == 1:
-        return 1, num_tokens
     if sequence == 1 and num_tokens % batch == 0:
         return batch, num_tokens // batch
     raise ValueError(

@@ -232,7 +232,7 @@ class Session:
         """The body's output for streams from `first` on, the experts at `weights`."""
         rows = slice(first * self.batch, (first + streams) * self.batch)
         layers = [BufferLayer(keys[rows], values[rows], self.index) for keys, values in self.layers]
-        active = self.model.active_experts(weights, tokens=1 if self.strategy.name == "router" else None)
+        active = self.model.active_experts(weights, tokens=1 if self.strategy.tokens_differ else None)
         with use_experts(active), self.products.in_use(one_a_row=self._one_a_row()):
             return body(
                 input_ids=self.input_ids.repeat(streams, 1),

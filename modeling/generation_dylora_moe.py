@@ -33,8 +33,10 @@ ROUTING_ARGUMENTS = ("routing_strategy", "expert_ids", "output_router_logits")
 
 
 def strategy_of_call(model) -> str | None:
-    """The strategy of the model's `generate` in progress, if there is one."""
-    return _call.strategy if _call.strategy is not None and _call.model is model else None
+    """The strategy of the model's `generate` in progress, else that of its generation config, if there is one."""
+    if _call.strategy is not None and _call.model is model:
+        return _call.strategy
+    return getattr(getattr(model, "generation_config", None), "routing_strategy", None)
 
 
 class DyloraMoeGenerationMixin(GenerationMixin):

@@ -325,11 +325,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         Raises:
             ValueError: not a valid strategy; lists the valid ones and the experts' names.
         """
-        if strategy is None:
-            strategy = strategy_of_call(self)
-        if strategy is None:
-            strategy = getattr(getattr(self, "generation_config", None), "routing_strategy", None)
-        return resolve_routing_strategy(strategy, self.config)
+        return resolve_routing_strategy(strategy_of_call(self) if strategy is None else strategy, self.config)
 
     def routed_pass(
         self,

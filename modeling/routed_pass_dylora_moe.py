@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_dylora_moe import kept_experts, row_experts, stream_of
-from .experts_dylora_moe import use_experts
+from .experts_dylora_moe import DyloraMoeLinear, use_experts
 from .router_dylora_moe import best_expert
 from .routing_strategies_dylora_moe import RoutingStrategy
 
@@ -43,7 +43,6 @@ class RoutedPass:
         self.past_key_values = past_key_values
         self.expert_ids = expert_ids
         self.router_logits: torch.Tensor | None = None
-        self.tokens: int | None = None  # that the weights are for, where the router gives each its own
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self.batch_size, self.sequence_length = tokens.shape[:2]
         self.device = tokens.device
@@ -58,8 +57,15 @@ class RoutedPass:
 
     def run(self, weights: int | torch.Tensor | None, stream: int):
         """The body's output with the experts at `weights`, with the keys and values of `stream`."""
-        with use_experts(self.model.active_experts(weights, self.tokens)):
-            return self.body(**self.inputs, **self._cache(stream), return_dict=True)
+        active = self.model.active_experts(weights, self.sequence_length if self.strategy.tokens_differ else None)
+        inputs, kept = {**self.inputs, **self._cache(stream), "return_dict": True}, None
+        if getattr(active, "tokens", None) and isinstance(self.model.get_output_embeddings(), DyloraMoeLinear):
+            kept = inputs.pop("logits_to_keep", None)  # the head's experts have weights for all tokens
+        with use_experts(active):
+            outputs = self.body(**inputs)
+        if kept is not None:
+            outputs.logits = outputs.logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
+        return outputs
 
     def _cache(self, stream: int) -> dict:
         if self.past_key_values is None:
@@ -70,7 +76,6 @@ class RoutedPass:
     def read_router(self, stream: int | None) -> torch.Tensor:
         """Router logits `[batch, sequence, num_experts]` from a pass of the router's own, without gradients in the
         foundation or the experts; `stream=None` for one without keys and values."""
-        self.tokens = None if stream is None else self.sequence_length
         if self.router_logits is None:
             body = self.model.foundation_body
             names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")

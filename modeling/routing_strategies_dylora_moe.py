@@ -28,12 +28,14 @@ class RoutingStrategy:
         name: what users write.
         needs_router: whether a mixture without a router can do it.
         chooses_row_experts: whether it picks one expert per row, to be fixed before the first generated token.
+        tokens_differ: whether the tokens of a row may get different weights.
         num_streams: passes over the tokens that each need keys and values of their own.
     """
 
     name: str
     needs_router = False
     chooses_row_experts = False
+    tokens_differ = True
     num_streams = 1
 
     def __init__(self, config: DyloraMoeConfig, argument: str | None = None):
@@ -79,6 +81,7 @@ class BestStrategy(RoutingStrategy):
     name = "best"
     needs_router = True
     chooses_row_experts = True
+    tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
         return one_hot_rows(routed_pass.row_experts(routed_pass.best_experts), self.num_experts)
@@ -116,6 +119,7 @@ class EnsembleStrategy(RoutingStrategy):
     """
 
     name = "ensemble"
+    tokens_differ = False
 
     def __init__(self, config: DyloraMoeConfig, argument: str | None = None):
         super().__init__(config, argument)
@@ -144,6 +148,7 @@ class RoundRobinStrategy(RoutingStrategy):
 
     name = "round_robin"
     chooses_row_experts = True
+    tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
         return one_hot_rows(routed_pass.row_experts(lambda: self._in_turn(routed_pass)), self.num_experts)
@@ -167,6 +172,7 @@ class UniformStrategy(RoutingStrategy):
     """All experts with weight 1/N."""
 
     name = "uniform"
+    tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
         return torch.full((1, 1, self.num_experts), 1 / self.num_experts, device=routed_pass.device)

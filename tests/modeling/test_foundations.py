@@ -16,6 +16,7 @@ from helpers_models import (
 from peft import PeftModel
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
+from dylora_moe.modeling.routing_strategies_dylora_moe import ROUTING_STRATEGIES, RoutingStrategy, register
 
 
 SIZES = {
@@ -228,18 +229,47 @@ def test_arguments_that_only_the_foundation_knows():
         model.generate(ids, tokn=types, **fields)
 
 
-def test_experts_on_a_layer_that_runs_over_all_past_tokens():
+def build_on_doge() -> DyloraMoeForCausalLM:
+    """Experts on the layer that weighs all tokens seen so far anew, `[batch, tokens, values]`."""
+    targets = [f"model.layers.{layer}.self_attn.dt_proj" for layer in range(2)]
+    experts = [{"name": name, "r": 3, "lora_alpha": 6, "target_modules": targets} for name in ("one", "two", "three")]
+    model = build(transformers.DogeConfig(**GROUPED), experts)
+    with torch.no_grad():
+        for layer in model.foundation.model.layers:
+            layer.self_attn.A.normal_()  # it is zero at first, which switches that off
+    return model
+
+
+@pytest.fixture
+def by_token():
+    """A strategy of somebody's own, under which a token's number says its expert."""
+
+    @register
+    class ByToken(RoutingStrategy):
+        name = "by_token"
+
+        def expert_weights(self, routed_pass):
+            ids = routed_pass.inputs["input_ids"] % self.num_experts
+            return torch.nn.functional.one_hot(ids, self.num_experts).float()
+
+    yield "by_token"
+    del ROUTING_STRATEGIES["by_token"]
+
+
+@pytest.mark.parametrize("make", [build_on_latent_attention, build_on_doge])
+def test_experts_on_a_layer_that_runs_over_all_past_tokens(make, by_token):
     """Right wherever all of a row's tokens have the same experts, and refused where the past ones had others."""
-    model = build_on_latent_attention()
+    model = make()
     loop = PeftLoop(model)
     rows = random_rows((7, 4), seed=1)
     batch = left_padded(rows)
     fields = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    over_past_tokens = make is build_on_doge or LATENTS_ARE_CACHED
     for strategy in (*STRATEGIES, "single:0"):
         expected = [loop.greedy(row, strategy, turn, 5) for turn, row in enumerate(rows)]
         for arguments in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
             model.reset_round_robin()
-            if strategy == "router" and arguments != {"use_cache": False} and LATENTS_ARE_CACHED:
+            if strategy == "router" and arguments != {"use_cache": False} and over_past_tokens:
                 with pytest.raises(ValueError, match="use_cache=False"):
                     model.generate(**batch, routing_strategy=strategy, **fields, **arguments)
                 with pytest.raises(ValueError, match="use_cache=False"):  # one row's weights would fit
@@ -247,6 +277,33 @@ def test_experts_on_a_layer_that_runs_over_all_past_tokens():
             else:
                 found = model.generate(**batch, routing_strategy=strategy, **fields, **arguments)
                 assert found[:, 7:].tolist() == expected, (strategy, arguments)
+    if over_past_tokens:
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model.generate(**batch, routing_strategy=by_token, **fields)
+    assert model.generate(**batch, routing_strategy=by_token, use_cache=False, **fields).shape == (2, 12)
     with torch.no_grad():  # a pass over a whole text is right with the cache that it fills
         found = model(torch.tensor(rows[:1]), routing_strategy="router").logits[0]
     torch.testing.assert_close(found, loop.logits(rows[0], "router", 7, 0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "by_token"])
+def test_experts_on_a_head_that_sees_some_tokens(by_token, strategy):
+    targets = ["lm_head", "model.layers.1.self_attn.q_proj"]
+    experts = [{"name": name, "r": 3, "lora_alpha": 6, "target_modules": targets} for name in ("one", "two")]
+    model = build(transformers.Qwen2Config(**GROUPED), experts)
+    batch = left_padded(random_rows((8, 5), seed=2))
+    with torch.no_grad():
+        whole = model(**batch, routing_strategy=strategy).logits
+        for keep in (1, 3, torch.tensor([0, 4, 7])):
+            kept = model(**batch, routing_strategy=strategy, logits_to_keep=keep).logits
+            wanted = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+            torch.testing.assert_close(kept, wanted, atol=1e-5, rtol=0)
+    repeating = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    fields = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "routing_strategy": strategy}
+    expected = model.generate(repeating, use_cache=False, **fields).tolist()
+    for arguments in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": model.foundation}):
+        model.reset_round_robin()
+        if strategy == "round_robin":  # its turn comes with every call
+            expected = model.generate(repeating, use_cache=False, **fields).tolist()
+            model.reset_round_robin()
+        assert model.generate(repeating, **fields, **arguments).tolist() == expected, arguments
