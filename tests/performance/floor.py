@@ -11,6 +11,8 @@ keys and values.
 import argparse
 import re
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,11 +31,17 @@ def copy_rate(device) -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.empty(2**30, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    took = replay_milliseconds(lambda: target.copy_(source), 20)
+    took = milliseconds(lambda: target.copy_(source), 20)
     return 2 * source.nbytes / took * 1000
 
 
-def replay_milliseconds(function, repeats: int = 50) -> float:
+def replay(session, stepper, tokens: int) -> None:
+    """One step after so many tokens, again and again: the buffers would be full after some."""
+    session.index.fill_(tokens)
+    stepper.graph.replay()
+
+
+def milliseconds(function: Callable, repeats: int = 50) -> float:
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -57,13 +65,13 @@ def bytes_of(model, strategy: str, passes: int, streams: int, batch: int, tokens
     return passes * foundation + stacks * acting // count + cached
 
 
-def kinds_of(graph, steps: int = 5) -> dict[str, float]:
-    """Kernels of one replay, and milliseconds of all and of each kind."""
-    graph.replay()
+def kinds_of(function: Callable, steps: int = 5) -> dict[str, float]:
+    """Kernels of one call, and milliseconds of all and of each kind."""
+    function()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
-            graph.replay()
+            function()
         torch.cuda.synchronize()
     kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
     found = {"kernels": len(kernels) / steps, "in kernels": 0.0, **dict.fromkeys(KINDS, 0.0), "others": 0.0}
@@ -96,10 +104,8 @@ def main() -> None:
                         stepper(session)
                     least = bytes_of(model, strategy, passes, session.strategy.num_streams, batch, options.prompt)
                     row = {"batch": batch, "strategy": strategy + name, "floor": 1000 * least / rate}
-                    row["step"] = replay_milliseconds(
-                        lambda: (session.index.fill_(options.prompt), stepper.graph.replay())
-                    )
-                    found = kinds_of(stepper.graph)
+                    step = partial(replay, session, stepper, options.prompt)
+                    row["step"], found = milliseconds(step), kinds_of(step)
                     rows.append({**row, **found, "between": row["step"] - found["in kernels"]})
                     print(rows[-1], flush=True)
                 model.forget_decoding_sessions()

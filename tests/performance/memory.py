@@ -3,8 +3,8 @@
     python tests/performance/memory.py --json memory.json
 
 GiB: the weights, the keys and values of all streams at the last token, and the peak of a whole `generate` (prompt of 256
-tokens, 128 new ones), ordinary and fast; and what is allocated after 100 and 1,000 calls of several sizes, of a model of
-four layers. PEFT's ways to serve several adapters run in the same process, X-LoRA, which keeps no keys and values, for the
+tokens, 128 new ones), ordinary and fast; and what is taken after 100 and 1,000 calls of four strategies, two batch sizes and
+eight lengths, of a model of four layers. PEFT's ways to serve several adapters run in the same process, X-LoRA, which keeps no keys and values, for the
 last 16 tokens of as long a text.
 """
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
+    parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--no_peers", action="store_true")
     with report("Memory, GiB", parser) as (options, rows):
         bytes_per_token = 28 * 2 * 2 * 128 * 2
@@ -67,23 +68,30 @@ def main() -> None:
                 add(model, name, batch, streams, new)
             del model
         free()
-        model = routed(4)
+        model = routed(options.experts)
         for batch in options.batches:
-            for strategy, streams in (("base", 1), ("single:0", 1), ("best", 1), ("router", 2), ("ensemble", 4)):
+            for strategy, streams in (
+                ("base", 1),
+                ("single:0", 1),
+                ("best", 1),
+                ("router", 2),
+                ("ensemble", options.experts),
+            ):
                 add(model, strategy, batch, streams, routing_strategy=strategy)
         del model
         free()
         model = routed(4, layers=4)
         for call in range(options.calls):
-            generate(
-                model, 1 + call // 2 % 2, 16 + 29 * (call % 8), 4, routing_strategy=("router", "single:0")[call % 2]
-            )
+            # 16 graphs in all, of which eight are kept: some are dropped and recorded anew all the time.
+            strategy = ("router", "single:0", "uniform", "ensemble")[call // 25 % 4]
+            generate(model, 1 + call % 2, 16 + 29 * (call // 2 % 8), 4, routing_strategy=strategy)
             if call + 1 in (options.calls // 10, options.calls):
                 torch.cuda.synchronize()
                 gc.collect()
-                rows.append(
-                    {"model": f"allocated after {call + 1} calls", "fast": torch.cuda.memory_allocated() / GIB}
-                )
+                free_on_gpu, total = torch.cuda.mem_get_info()
+                taken = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+                for kind, count in {**taken, "taken of the GPU": total - free_on_gpu}.items():
+                    rows.append({"model": f"{kind} after {call + 1} calls", "fast": count / GIB})
                 print(rows[-1], flush=True)
 
 
