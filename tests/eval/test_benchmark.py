@@ -252,6 +252,7 @@ def test_wrong_options_end_in_one_line_and_leave_nothing(repo, tmp_path, options
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_two_processes_one_of_which_is_killed_make_the_same_files_as_one(repo, tmp_path):
     """The launcher's flag for several processes is named after GPUs; there are none here."""
     arguments = [
@@ -353,6 +354,7 @@ def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monk
         benchmark(".", **SMALL)
 
 
+@pytest.mark.slow
 def test_an_alpha_that_the_runs_best_model_knows_counts_for_the_cached_export(tmp_path):
     checkpoint = save_text_checkpoint(tmp_path)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -374,6 +376,7 @@ def test_models_of_one_name_are_told_apart(repo, tmp_path):
     assert [run.model_label for run in runs] == ["run_a--best_model", "run_b--best_model"]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_hold_the_same_are_scored_each_and_names_that_come_to_be_the_same_are_refused(tmp_path):
     folders = [tmp_path / name for name in ("a/best_model", "b/best_model", "a--best_model", "checkpoint-9")]
     checkpoint = save_text_checkpoint(tmp_path / "text", length=10)

@@ -248,6 +248,7 @@ export(source, output, overwrite=True, verify=False, progress=die)
 """
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_run_again(tmp_path, checkpoint, repo):
     """With the old repo there, and with nothing there; both at once to save time."""
     old, new = snapshot(repo), tmp_path / "new"

@@ -290,6 +290,7 @@ def test_a_state_dict_with_the_names_of_an_older_transformers(tmp_path):
     assert "down_proj of the foundation is [11, 32, 48], its config says [12, 32, 48]" in read_error(whole)
 
 
+@pytest.mark.slow
 def test_a_repo_that_was_saved_under_the_names_of_files(tmp_path):
     """As a model that was put together in Python is saved: with a module for each of the foundation's own experts."""
     folder = save_model(tmp_path / "base", "renamed and stacked: mixtral", head_dim=8)

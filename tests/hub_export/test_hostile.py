@@ -145,7 +145,7 @@ def hostile_repo(repo: Path, ran: Path, way: str) -> None:
 WAYS = ("its own files", "custom_generate", "a sub-folder", "another repo", "a path")
 
 
-@pytest.mark.parametrize("ways", [WAYS[:2], WAYS[3:4]])
+@pytest.mark.parametrize("ways", [pytest.param(WAYS[:2], marks=pytest.mark.slow), WAYS[3:4]])
 def test_code_of_an_exported_repo_never_runs_in_an_export(checked, tmp_path, ran, ways):
     """The check included, which compares with what the repo computes by this package's code."""
     repo = shutil.copytree(checked[0], tmp_path / "repo")
@@ -166,7 +166,7 @@ def test_verify_runs_no_code_but_this_packages(checked, checkpoint, tmp_path, ra
     assert code == 1 and "--trust_remote_code runs it" in said and not ran.exists(), said
 
 
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", ["full", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_code_that_a_checkpoint_or_its_foundation_names_never_runs(foundation, checkpoint, tmp_path, ran, layout):
     """Their own classes are transformers', so that all goes well; nothing of the names is carried on."""
     base = shutil.copytree(foundation, tmp_path / "foundation")

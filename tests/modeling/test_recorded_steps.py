@@ -37,7 +37,7 @@ def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments
 def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
     monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
     model = build(seed=7)
-    for call in range(24):
+    for call in range(14):
         lengths = (5,) * (1 + call % 3) if call % 2 else (9, 4)
         inputs = left_padded(random_rows(lengths, seed=call))
         if call % 7 == 6:
