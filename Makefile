@@ -10,9 +10,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
 
-# A process for each core, each with one thread: the models are too small for more.
+# A process for each core, each with one thread: the models are too small for more. The files with the longest tests come first.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The suites that take minutes. HUMANEVAL_OVERRIDE_PATH names EvalPlus's HumanEvalPlus.jsonl(.gz), if it is at hand.
 test-slow: $(INSTALLED)

@@ -165,6 +165,7 @@ def test_the_loop_of_the_main_branch(checkpoint, tmp_path, monkeypatch):
     assert found.read_bytes() == expected.read_bytes() and found.name == expected.name
 
 
+@pytest.mark.slow
 def test_the_examples_run(checkpoint, tmp_path, capsys):
     few = ["--limit", "3", "--max_new_tokens", "16"]
     scores = example("compare_strategies").main(

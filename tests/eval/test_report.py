@@ -377,6 +377,7 @@ def test_a_picture_shows_the_beginning_of_a_long_text():
         assert text.startswith("".join(shown(code))) and max(map(len, shown(code))) <= 110
 
 
+@pytest.mark.slow
 def test_pictures_of_a_large_dense_mixture(folder, tmp_path):
     """More experts than colours, more tasks than labels: every picture still has room for what is in it."""
     experts = tuple(f"expert_number_{index}" for index in range(32))

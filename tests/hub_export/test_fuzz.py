@@ -323,6 +323,7 @@ def test_a_damaged_foundation_is_bad_input_to_an_export_that_leaves_it_where_it_
             assert not (root / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_repo_that_names_its_foundation_relatively_is_checked(sources, tmp_path):
     """From its own folder; once more by the whole check, in a process of its own."""
     root = shutil.copytree(sources["adapter repo"], tmp_path / "root")

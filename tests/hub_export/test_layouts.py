@@ -83,6 +83,7 @@ def test_a_checked_conversion(tmp_path, light):
     assert result.check.passed and result.check.compared_logits and result.routing_strategy == "uniform"
 
 
+@pytest.mark.slow
 def test_several_dtypes_and_gpt2s_transposed_layers(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)

@@ -109,6 +109,7 @@ def test_malformed_adapter_configs_are_bad_input(sources, tmp_path, field, value
     assert not (tmp_path / "repo").exists()
 
 
+@pytest.mark.slow
 def test_the_check_works_where_torch_is_on_the_python_path(sources, tmp_path):
     """As with packages of a user or a cluster: the repo's side is another process, which must find them too."""
     site = Path(torch.__file__).parents[1]

@@ -39,6 +39,7 @@ def test_a_trained_foundation_is_remembered_by_the_repo(tmp_path):
         assert "was trained" in limits and "differ" in limits
 
 
+@pytest.mark.slow
 def test_adapters_of_another_foundation_are_not_appended(tmp_path, checked):
     other = save_foundation(tmp_path / "other")
     adapter = save_adapter(tmp_path / "adapter", other)
@@ -124,6 +125,7 @@ def test_marks_in_the_wrong_order_make_a_card_somebodys_own(repo, checkpoint):
     assert "mine" in (repo / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_verifying_with_the_options_of_the_export(tmp_path, checkpoint, adapters):
     chosen = {"dtype": "bfloat16", "router_mode": "dense", "router_temperature": 0.5}
     export(checkpoint, tmp_path / "chosen", verify=False, **chosen)

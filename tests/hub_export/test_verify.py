@@ -164,6 +164,7 @@ def test_foreign_code_is_run_only_if_trusted(tmp_path, repo, checkpoint):
     assert mark.exists() and found["logits"][0] is True and found["code"][0] is False
 
 
+@pytest.mark.slow
 def test_the_command(repo, checkpoint):
     command = [sys.executable, "-m", "dylora_moe", "verify", str(repo)]
     good = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -91,7 +91,15 @@ def test_both_layouts_are_pushed_whole(hub, pushed):
     assert len(shards) > 1 and "model.safetensors.index.json" in full.branches["sharded"].files
 
 
-@pytest.mark.parametrize("repo", [("guild/full",), ("guild/full", "sharded"), ("ada/adapter",), ("ada/saved_full",)])
+@pytest.mark.parametrize(
+    "repo",
+    [
+        ("guild/full",),
+        ("ada/adapter",),
+        pytest.param(("guild/full", "sharded"), marks=pytest.mark.slow),
+        pytest.param(("ada/saved_full",), marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_pushed_loads_from_the_hub_and_computes_the_same(hub, pushed, tmp_path, repo):
     assert run(hub, tmp_path, LOAD, *repo) == pushed
 
