@@ -4,6 +4,7 @@
 
 The root mean square difference from the logits of the same weights in float32, of the ordinary path and of fast decoding,
 over all steps and rows of texts whose tokens are fixed beforehand, and the ratio of the two: 1.00 is as close, less closer.
+`spread` is the standard deviation of the logits themselves.
 """
 
 import argparse
@@ -53,19 +54,21 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=9)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=8, help="at least, where a batch has fewer")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32])
     with report("Closeness to float32", parser) as (options, rows):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = routed(options.experts, device=device, layers=options.layers)
         exact = copy.deepcopy(model).float()
-        texts = torch.randint(0, VOCABULARY, (options.texts, options.prompt + options.new), device=device)
+        texts = torch.randint(
+            0, VOCABULARY, (max(*options.batches, options.texts), options.prompt + options.new), device=device
+        )
         for batch in options.batches:
             for strategy in STRATEGIES:
-                squares = {"float32": [], "ordinary": [], "fast": []}
-                for text in texts.split(batch):
+                squares = {"spread": [], "ordinary": [], "fast": []}
+                for text in texts[: max(batch, options.texts)].split(batch):
                     truth = logits_of(exact, text, options.prompt, strategy, False)
-                    squares["float32"].append(truth.var().item())
+                    squares["spread"].append(truth.var().item())
                     for way in ("ordinary", "fast"):
                         found = logits_of(model, text, options.prompt, strategy, way == "fast")
                         squares[way].append((found - truth).pow(2).mean().item())

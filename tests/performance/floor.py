@@ -83,6 +83,7 @@ def kinds_of(function: Callable, steps: int = 5) -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=4)
@@ -96,7 +97,7 @@ def main() -> None:
                 generate(model, batch, options.prompt, 24, routing_strategy=strategy)
                 session = next(reversed(model._decoding_sessions.sessions.values()))
                 steppers = {"": (session._whole, 2 if strategy == "router" else 1)}
-                if session._guessed is not None:
+                if session._guessed is not None and session._guessed.graph is not None:
                     steppers = {", right guess": (session._guessed, 1), ", two passes": steppers[""]}
                 for name, (stepper, passes) in steppers.items():
                     session.index.fill_(options.prompt)
