@@ -9,7 +9,16 @@ from contextlib import suppress
 import pytest
 import torch
 from helpers_graphs import ordinary_and_fast
-from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows
+from helpers_models import (
+    STRATEGIES,
+    PeftLoop,
+    build,
+    character_tokenizer,
+    left_padded,
+    llama_config,
+    random_rows,
+    text_of,
+)
 from transformers import AutoModelForCausalLM, utils
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
@@ -226,6 +235,20 @@ def test_graphs_draw_the_same_samples(strategy):
     for seed in range(3):
         expected, found = ordinary_and_fast(model, rows_on_gpu(seed, 3), seed, **arguments)
         assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_end_at_stop_strings(strategy):
+    model, tokenizer = build(seed=7).to("cuda"), character_tokenizer()
+    batch = rows_on_gpu(2, 3)
+    free, _ = ordinary_and_fast(model, batch, routing_strategy=strategy)
+    start = batch["input_ids"].shape[1] + 2
+    stops = [text_of(row[start + 2 * index :][:2]) for index, row in enumerate(free.tolist())]
+    model.forget_decoding_sessions()
+    arguments = {"routing_strategy": strategy, "stop_strings": stops, "tokenizer": tokenizer}
+    expected, found = ordinary_and_fast(model, batch, **arguments)
+    assert found.tolist() == expected.tolist() and found.shape[1] < free.shape[1]
+    assert len(model._decoding_sessions.sessions) == 1
 
 
 @pytest.mark.parametrize("count", [25, 2, 1])
