@@ -19,13 +19,7 @@ from .experts_dylora_moe import use_experts
 from .fast_buffers_dylora_moe import PromptLayer, PromptLayers
 from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor, mix, single_expert
 from .generation_dylora_moe import _call
-from .routing_strategies_dylora_moe import (
-    BestStrategy,
-    EnsembleStrategy,
-    RoundRobinStrategy,
-    RoutingStrategy,
-    one_hot_rows,
-)
+from .routing_strategies_dylora_moe import EnsembleStrategy, RoutingStrategy, one_hot_rows
 
 
 DEVICES = ("cuda",)
@@ -64,10 +58,12 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         or cache.get_seq_length() > 0
         or any(type(layer) not in (DynamicLayer, RowExpertsLayer) for layer in cache.layers),
         "a mask of another form": mask is not None and mask.dim() != 2,
-        "a strategy of another form": not (
-            strategy.name in ("router", "ensemble") or type(strategy).run is RoutingStrategy.run
-        )
-        or (strategy.chooses_row_experts and type(strategy) not in (BestStrategy, RoundRobinStrategy)),
+        "a strategy of another form": type(strategy).__module__ != RoutingStrategy.__module__
+        and (
+            type(strategy).run is not RoutingStrategy.run
+            or strategy.chooses_row_experts
+            or strategy.name in ("router", "ensemble", "single")
+        ),
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
         "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
         "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,

@@ -59,12 +59,13 @@ class RoutedPass:
         """The body's output with the experts at `weights`, with the keys and values of `stream`."""
         active = self.model.active_experts(weights, self.sequence_length if self.strategy.tokens_differ else None)
         inputs, kept = {**self.inputs, **self._cache(stream), "return_dict": True}, None
-        if getattr(active, "tokens", None) and isinstance(self.model.get_output_embeddings(), DyloraMoeLinear):
-            kept = inputs.pop("logits_to_keep", None)  # the head's experts have weights for all tokens
+        head = self.model.get_output_embeddings() if self.has_head else None
+        if getattr(active, "tokens", None) and isinstance(head, DyloraMoeLinear):
+            kept = inputs.pop("logits_to_keep", None)  # its experts have weights for all tokens
         with use_experts(active):
             outputs = self.body(**inputs)
         if kept is not None:
-            outputs.logits = outputs.logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
+            outputs.logits = outputs.logits[:, slice(-kept, None) if isinstance(kept, int) else kept].clone()
         return outputs
 
     def _cache(self, stream: int) -> dict:

@@ -35,6 +35,14 @@ from dylora_moe.modeling import fast_buffers_dylora_moe as fast_buffers
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
 from dylora_moe.modeling.cache_dylora_moe import CACHE
+from dylora_moe.modeling.routing_strategies_dylora_moe import (
+    ROUTING_STRATEGIES,
+    EnsembleStrategy,
+    RouterStrategy,
+    RoutingStrategy,
+    SingleStrategy,
+    UniformStrategy,
+)
 from dylora_moe.modeling.saving_dylora_moe import OPTIONAL
 
 
@@ -548,6 +556,20 @@ def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
     ordinary, found = both(model)
     assert found.tolist() == ordinary.tolist()
     assert reason in reasons[-1] and reasons[0] == "switched off" and not steps
+
+
+@pytest.mark.parametrize("theirs", [EnsembleStrategy, RouterStrategy, SingleStrategy, UniformStrategy], ids=str)
+def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, theirs):
+    """Its own weights count: all for expert 1, whatever the name says."""
+    own = type("Own", (RoutingStrategy,), {"name": theirs.name, "expert_weights": lambda self, routed_pass: 1})
+    monkeypatch.setitem(ROUTING_STRATEGIES, theirs.name, own)
+    model = build(seed=7)
+    _, found = both(model, routing_strategy=theirs.name)
+    assert bool(steps) == (theirs is UniformStrategy)  # a name that nothing goes by
+    assert (
+        found.tolist()
+        == both(model, routing_strategy="single:1" if theirs is not SingleStrategy else "single")[0].tolist()
+    )
 
 
 def test_it_is_off_unless_it_is_asked_for(steps, monkeypatch):

@@ -15,7 +15,7 @@ from helpers_models import (
 )
 from peft import PeftModel
 
-from dylora_moe.modeling import DyloraMoeForCausalLM
+from dylora_moe.modeling import DyloraMoeForCausalLM, DyloraMoeModel
 from dylora_moe.modeling.routing_strategies_dylora_moe import ROUTING_STRATEGIES, RoutingStrategy, register
 
 
@@ -287,7 +287,7 @@ def test_experts_on_a_layer_that_runs_over_all_past_tokens(make, by_token):
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "by_token"])
-def test_experts_on_a_head_that_sees_some_tokens(by_token, strategy):
+def test_experts_on_a_head_that_sees_some_tokens(by_token, tmp_path, strategy):
     targets = ["lm_head", "model.layers.1.self_attn.q_proj"]
     experts = [{"name": name, "r": 3, "lora_alpha": 6, "target_modules": targets} for name in ("one", "two")]
     model = build(transformers.Qwen2Config(**GROUPED), experts)
@@ -298,6 +298,14 @@ def test_experts_on_a_head_that_sees_some_tokens(by_token, strategy):
             kept = model(**batch, routing_strategy=strategy, logits_to_keep=keep).logits
             wanted = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
             torch.testing.assert_close(kept, wanted, atol=1e-5, rtol=0)
+            assert kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes  # the others are free again
+        labels = batch["input_ids"][:, -3:]
+        assert model(**batch, routing_strategy=strategy, logits_to_keep=3, labels=labels).loss > 0
+        if strategy != "ensemble":  # which has no hidden states of its own
+            model.save_pretrained(tmp_path)
+            headless = DyloraMoeModel.from_pretrained(tmp_path)
+            hidden = headless(**batch, routing_strategy=strategy, logits_to_keep=1).last_hidden_state
+            torch.testing.assert_close(hidden, headless(**batch, routing_strategy=strategy).last_hidden_state)
     repeating = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
     fields = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "routing_strategy": strategy}
     expected = model.generate(repeating, use_cache=False, **fields).tolist()
