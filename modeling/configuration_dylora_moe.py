@@ -209,7 +209,7 @@ def _complete_expert(index: int, entry: dict) -> dict:
     unknown = sorted(set(entry) - set(EXPERT_DEFAULTS))
     if unknown:
         raise ValueError(
-            f"`expert_configs[{index}]` has unknown fields {unknown}; known are {sorted(EXPERT_DEFAULTS)}."
+            f"`expert_configs[{index}]` has unknown fields {unknown}; the known ones are {sorted(EXPERT_DEFAULTS)}."
         )
     expert = {**EXPERT_DEFAULTS, **entry}
     expert["name"] = f"expert_{index}" if expert["name"] is None else str(expert["name"])

@@ -293,7 +293,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         before = self.get_input_embeddings().weight.shape
         if (args or kwargs) and isinstance(self.get_output_embeddings(), DyloraMoeLinear):
             raise ValueError(
-                "Experts adapt the head: the vocabulary cannot be resized, as they would not fit any more."
+                "Experts adapt the head, so the vocabulary cannot be resized: their matrices would not fit."
             )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self._is_resized |= embeddings.weight.shape != before
