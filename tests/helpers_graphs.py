@@ -30,6 +30,20 @@ def ordinary_and_fast(model, inputs, seed=0, **arguments) -> list:
     return outputs
 
 
+def decode_fast_on_a_cpu(monkeypatch, fast) -> None:
+    """Have fast decoding, the module, take over on a CPU, with plain steps in place of graphs."""
+    monkeypatch.setattr(fast, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
+
+
+def count_steps(monkeypatch, fast) -> list:
+    """A list that gets the session of every step that is decoded fast."""
+    taken = []
+    step = fast.Session.step
+    monkeypatch.setattr(fast.Session, "step", lambda session: (taken.append(session), step(session))[1])
+    return taken
+
+
 class RecordedGraph(TorchDispatchMode):
     """In the place of `torch.cuda.CUDAGraph`."""
 
@@ -71,10 +85,9 @@ class Stream:
 
 def record_on_a_cpu(monkeypatch, fast) -> None:
     """Have fast decoding, the module, take over on a CPU and record its steps there."""
-    monkeypatch.setattr(fast, "DEVICES", ("cpu",))
+    decode_fast_on_a_cpu(monkeypatch, fast)
     sessions = sys.modules[fast.SessionStore.__module__]
     monkeypatch.setattr(sessions, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(fast, "ON_BY_ITSELF", True)
     monkeypatch.setattr(sessions, "fused_functions", lambda *args: nullcontext())
     monkeypatch.setattr(sessions, "GraphPool", partial(SimpleNamespace, handle=None, stream=Stream()))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)

@@ -22,19 +22,21 @@ PAD, VOCABULARY = 2, 97
 LATENTS_ARE_CACHED = hasattr(DeepseekV3Attention, "expand_kv")  # by newer releases of transformers
 
 
+SIZES = {  # of all foundations whose configs spell them so
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": PAD,
+}
+
+
 def llama_config(**fields) -> LlamaConfig:
-    defaults = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": PAD,
-    }
-    return LlamaConfig(**{**defaults, **fields})
+    return LlamaConfig(**{**SIZES, **fields})
 
 
 def llama_experts() -> list[dict]:
@@ -89,10 +91,7 @@ def build_on_latent_attention() -> DyloraMoeForCausalLM:
     """Experts on the layer that makes keys and values of DeepSeek's latents: `[batch, 1, tokens, latent]` goes in, and
     where the latents are what is cached, those of all past tokens at every step."""
     heads = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    dense = {"first_k_dense_replace": 2, "num_key_value_heads": 4, "attention_dropout": 0.0}
-    fields = {name: getattr(llama_config(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    base = DeepseekV3Config(**sizes, **heads, **dense, **fields, num_attention_heads=4)
+    base = DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, **heads, first_k_dense_replace=2)
     kinds = {"one": ("kv_b_proj",), "two": ("kv_b_proj", "o_proj"), "three": ("o_proj", "kv_a_proj_with_mqa")}
     experts = [
         {

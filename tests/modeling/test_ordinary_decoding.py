@@ -1,0 +1,150 @@
+"""What goes the ordinary way though fast decoding is on, and how it is switched off or left out."""
+
+import pytest
+import torch
+from helpers_graphs import GREEDY, count_steps, decode_fast_on_a_cpu, ordinary_and_fast
+from helpers_models import SIZES, build, left_padded, llama_config, random_rows
+from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, Qwen2Config
+
+
+pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+from dylora_moe.modeling import fast_decoding_dylora_moe as fast
+from dylora_moe.modeling.cache_dylora_moe import CACHE
+from dylora_moe.modeling.routing_strategies_dylora_moe import (
+    ROUTING_STRATEGIES,
+    EnsembleStrategy,
+    RouterStrategy,
+    RoutingStrategy,
+    SingleStrategy,
+    UniformStrategy,
+)
+from dylora_moe.modeling.saving_dylora_moe import OPTIONAL
+
+
+BATCH = left_padded(random_rows((9, 5, 7), seed=2))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    decode_fast_on_a_cpu(monkeypatch, fast)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many steps were decoded fast."""
+    return count_steps(monkeypatch, fast)
+
+
+def both(model, inputs=BATCH, *args, **arguments):
+    return ordinary_and_fast(model, inputs, *args, **arguments)
+
+
+ORDINARY = {
+    "switched off": {"fast_decoding": False},
+    "beams": {"num_beams": 2},
+    "no cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+    "a cache of the caller's": {CACHE: lambda model: DynamicCache(config=model.config)},
+    "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "a prompt in chunks": {"prefill_chunk_size": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_where_it_does_not_apply(steps, case):
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    arguments = {name: value(model) if callable(value) else value for name, value in ORDINARY[case].items()}
+    output = model.generate(**one, **GREEDY, **arguments)
+    assert not steps
+    if "num_beams" not in arguments:
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        assert sequences.tolist() == model.generate(**one, **GREEDY).tolist() and steps
+
+
+def replaced_forward():
+    model = build(seed=7)
+    model.forward = model.forward
+    return model
+
+
+def recomputing():
+    model = build(seed=7)
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def experts_on(config, *names):
+    return build(config, [{"name": name, "r": 2, "target_modules": list(names)} for name in ("one", "two")])
+
+
+ATTENTION = "model.layers.0.self_attn."
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+ORDINARY_MODELS = {  # reason: a model
+    "the model's forward was replaced": replaced_forward,
+    "training": lambda: build(seed=7).train(),
+    "hooks on modules": recomputing,
+    "positions that depend on the length": lambda: build(llama_config(rope_parameters=DYNAMIC)),
+    "prepares inputs or masks its own way": lambda: experts_on(Phi3Config(**SIZES), ATTENTION + "qkv_proj"),
+    "quantised": lambda: setattr(model := build(seed=7), "is_quantized", True) or model,
+}
+
+
+@pytest.mark.parametrize("reason", ORDINARY_MODELS)
+def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
+    reasons, why_not = [], fast.why_not
+    monkeypatch.setattr(fast, "why_not", lambda *args: (reasons.append(why_not(*args)), reasons[-1])[1])
+    model = ORDINARY_MODELS[reason]()
+    ordinary, found = both(model)
+    assert found.tolist() == ordinary.tolist()
+    assert reason in reasons[-1] and reasons[0] == "switched off" and not steps
+
+
+@pytest.mark.parametrize("theirs", [EnsembleStrategy, RouterStrategy, SingleStrategy, UniformStrategy], ids=str)
+def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, theirs):
+    """Its own weights count: all for expert 1, whatever the name says."""
+    model = build(seed=7)
+    expected, _ = both(model, routing_strategy="single:1")
+    steps.clear()
+    own = type("Own", (RoutingStrategy,), {"name": theirs.name, "expert_weights": lambda self, routed_pass: 1})
+    monkeypatch.setitem(ROUTING_STRATEGIES, theirs.name, own)
+    ordinary, found = both(model, routing_strategy=theirs.name)
+    assert found.tolist() == ordinary.tolist() == expected.tolist()
+    assert bool(steps) == (theirs is UniformStrategy)  # a name that nothing goes by
+
+
+def test_it_is_off_unless_it_is_asked_for(steps, monkeypatch):
+    monkeypatch.setattr(fast, "ON_BY_ITSELF", False)
+    model = build(seed=7)
+    model.generate(**BATCH, **GREEDY)
+    assert not steps
+    model.generate(**BATCH, **GREEDY, fast_decoding=True)
+    assert steps
+
+
+def test_what_else_goes_the_ordinary_way(steps):
+    model = build(seed=7)
+    model.generation_config.fast_decoding = False
+    model.generate(**BATCH, **GREEDY)
+    model.generation_config.fast_decoding = None
+    seen = []
+    hook = model.foundation.get_submodule("model.layers.0").register_forward_hook(lambda *args: seen.append(1))
+    model.generate(**BATCH, **GREEDY)
+    assert len(seen) == 2 * GREEDY["max_new_tokens"] and not steps  # a hook sees every pass
+    hook.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(**BATCH, **GREEDY)
+    assert not steps
+    sliding = build(Qwen2Config(**{**SIZES, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}))
+    assert sliding.generate(**BATCH, **GREEDY).shape == (3, 21) and not steps
+
+
+def test_a_repo_of_a_package_without_the_optional_files_loads(tmp_path):
+    model = build(seed=7)
+    model.save_pretrained(tmp_path)
+    for part in OPTIONAL:
+        (tmp_path / f"fast_{part}_dylora_moe.py").write_text("")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert "FastDecodingMixin" in {base.__name__ for base in type(loaded).__mro__}
+    assert not hasattr(loaded, "_decoding_sessions")
+    assert loaded.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()
