@@ -10,7 +10,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
 
-# A process for each core, each with one thread: the models are too small for more. The files with the longest tests come first.
+# A process for each core, each with one thread: the models are too small for more. Files in the order of their names,
+# which begins with the longest tests.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
