@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
 from .configuration_dylora_moe import WEIGHTS_LAYOUTS
@@ -24,7 +25,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
-OPTIONAL = ("buffers", "decoding", "kernels", "loading", "norms", "products", "sessions", "updates")  # fast_…
 
 
 class SavingMixin:
@@ -161,11 +161,11 @@ class SavingMixin:
 
 def save_code(directory: str | Path) -> None:
     """Copy the files of this folder, so that `directory` loads anywhere."""
-    for source in Path(__file__).parent.glob("*.py"):
-        if source.parent.resolve() != Path(directory).resolve():
-            shutil.copyfile(source, Path(directory) / source.name)
-    for part in OPTIONAL:  # empty if it was left out: the Hub's loader wants all that is imported
-        (Path(directory) / f"fast_{part}_dylora_moe.py").touch()
+    target, files = Path(directory), list(Path(__file__).parent.glob("*.py"))
+    for file in files if target.resolve() != Path(__file__).parent.resolve() else ():
+        shutil.copyfile(file, target / file.name)
+        for name in set(get_relative_imports(file)) - {other.stem for other in files}:
+            (target / f"{name}.py").write_text("")  # left out; the Hub's loader wants all that is imported
 
 
 __all__ = ["AUTO_MAP", "SavingMixin", "save_code"]

@@ -8,12 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from environments import python_path
 from helpers_checkpoints import change_json, save_tokenizer
 from helpers_models import build
 from hub_server import TOKENS, Hub
+
+from dylora_moe.hub_export.repo_files import repo_files
+from dylora_moe.modeling import saving_dylora_moe
 
 
 CARD = "---\nbase_model: guild/foundation\nlibrary_name: transformers\n---\n\n# A mixture\n"
@@ -144,6 +148,22 @@ def test_a_push_holds_the_repos_files_and_nothing_of_the_export_before(hub, fold
     assert shards <= set(small["deleted"]) and "experts/first/adapter_model.safetensors" in small["uploaded"]
     assert updated["commit"] == repo.branches["main"].sha and small["revision"] == "small"
     assert small["url"].endswith("/tree/small")
+
+
+@pytest.mark.parametrize("left_out", ["fast_*.py", "fast_loading_*.py", "fast_kernels_*.py", "fast_updates_*.py"])
+def test_a_repo_of_a_package_without_optional_files_is_sent_whole(folders, tmp_path, monkeypatch, left_out):
+    package, repo = tmp_path / "package", tmp_path / "repo"
+    shutil.copytree(Path(saving_dylora_moe.__file__).parent, package)
+    for file in package.glob(left_out):
+        file.unlink()
+    shutil.copytree(folders / "full", repo, ignore=shutil.ignore_patterns("*.py"))
+    monkeypatch.setattr(saving_dylora_moe, "__file__", str(package / "saving_dylora_moe.py"))
+    saving_dylora_moe.save_code(repo)
+    files = repo_files(repo)
+    assert set(files.files) == names(repo) and not files.left_out
+    empty = {name for name in names(repo) if name.endswith(".py") and not (repo / name).stat().st_size}
+    assert empty and empty.isdisjoint(names(package))
+    assert {name for name in names(repo) if name.endswith(".py")} == names(package) | empty
 
 
 def test_layout_full_says_that_the_foundation_and_its_licence_go_along(pushed):
