@@ -221,26 +221,27 @@ class _Loop:
             return forward(**inputs, return_dict=True)
 
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        while True:
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-            wrong = (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any()
-            tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
-            read = _start_reading(torch.cat([tokens, wrong[None].to(tokens.dtype)]))
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-            if decoding is not None and input_ids.shape[1] < generation_config.max_length:
-                outputs = step(decoding)  # for all rows anyway, and while the GPU is at it their tokens are looked at
-            *tokens, wrong = read()
-            if wrong:
-                name = self.rows[self.going_on[0]].task_id
-                raise FailureError(f"the model's logits are NaN (at {name} or beside it); try another --dtype")
-            self._take(tokens, end, max_new_tokens)
-            if not self.going_on:
-                return input_ids
-            if decoding is None:
-                if len(self.going_on) < len(tokens):
-                    input_ids, model_kwargs = self._drop_done(input_ids, model_kwargs)
-                outputs = step(model)
+        with model._optimize_model_for_decode():  # as `generate` does: a mixture of experts has faster steps on a GPU
+            while True:
+                model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+                scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                wrong = (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any()
+                tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
+                read = _start_reading(torch.cat([tokens, wrong[None].to(tokens.dtype)]))
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+                if decoding is not None and input_ids.shape[1] < generation_config.max_length:
+                    outputs = step(decoding)  # of all rows; while the GPU is at it, their tokens are looked at
+                *tokens, wrong = read()
+                if wrong:
+                    name = self.rows[self.going_on[0]].task_id
+                    raise FailureError(f"the model's logits are NaN (at {name} or beside it); try another --dtype")
+                self._take(tokens, end, max_new_tokens)
+                if not self.going_on:
+                    return input_ids
+                if decoding is None:
+                    if len(self.going_on) < len(tokens):
+                        input_ids, model_kwargs = self._drop_done(input_ids, model_kwargs)
+                    outputs = step(model)
 
     def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
         """Scores `[rows, vocabulary]` -> one token a row, `[rows]`."""

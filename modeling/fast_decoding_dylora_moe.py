@@ -13,20 +13,31 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import logging
 
 from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts, stream_of
 from .experts_dylora_moe import use_experts
 from .fast_buffers_dylora_moe import PromptLayer, PromptLayers
-from .fast_sessions_dylora_moe import Session, SessionStore, every_module, every_tensor, mix, single_expert
+from .fast_sessions_dylora_moe import (
+    NotRecordable,
+    Session,
+    SessionStore,
+    every_module,
+    every_tensor,
+    mix,
+    single_expert,
+)
 from .generation_dylora_moe import _call
 from .routing_strategies_dylora_moe import EnsembleStrategy, RoutingStrategy, one_hot_rows
 
 
+logger = logging.get_logger(__name__)
 DEVICES = ("cuda",)
 ON_BY_ITSELF = True  # or only where `fast_decoding=True` asks for it
 PROMPT_TOKENS = 2048  # tokens of prompts that run together: enough to keep a GPU busy
 KNOWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits"}
+OF_THE_MODEL = ("forward", "prepare_inputs_for_generation")
 OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer", "tokenizer"}
 
 
@@ -41,9 +52,10 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     strategy = model.routing_strategy(arguments["routing_strategy"])
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each type of layer
     modules = every_module(model)
     reasons = {
-        "the model's forward was replaced, by a compiled one for instance": "forward" in vars(model),
+        "the model's forward was replaced, by a compiled one for instance": model.runs_otherwise(),
         "training": model.training,
         "autocast": torch.is_autocast_enabled(model.device.type),
         "arguments that it does not know": not (KNOWN_ARGUMENTS | OF_THE_LOOP).issuperset(
@@ -58,26 +70,28 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         or cache.get_seq_length() > 0
         or any(type(layer) not in (DynamicLayer, RowExpertsLayer) for layer in cache.layers),
         "a mask of another form": mask is not None and mask.dim() != 2,
-        "a strategy of another form": type(strategy).__module__ != RoutingStrategy.__module__
-        and (
-            type(strategy).run is not RoutingStrategy.run
-            or strategy.chooses_row_experts
-            or strategy.name in ("router", "ensemble", "single")
-        ),
+        "a strategy of somebody's own, which may read what no graph has": type(strategy).__module__
+        != RoutingStrategy.__module__,
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
         "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
         "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
         "a foundation that prepares inputs or masks its own way": type(foundation).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
         or hasattr(type(foundation), "create_masks_for_generate"),
-        "positions that depend on the length": str(rope.get("rope_type")) in ("dynamic", "longrope"),
+        "adapters of PEFT, which a field switches": any(
+            type(module).__module__.startswith("peft.") for module in modules
+        ),
+        "positions that depend on the length": any(
+            str(each.get("rope_type")) in ("dynamic", "longrope") for each in ropes
+        ),
         "several devices, or offloaded": len({tensor.device for tensor in every_tensor(modules)}) != 1,
         "hooks on modules, which a graph does not call": any(
             "_hf_hook" in vars(module)
             or any(map(_looks_on, list(module._forward_hooks.values())))
             or module._forward_pre_hooks
             for module in modules
-        ),
+        )
+        or torch.nn.modules.module._has_any_global_hook(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -90,6 +104,16 @@ def _looks_on(hook: Callable) -> bool:
 class FastDecodingMixin:
     """What hands the decode steps of `generate` over. `fast_decoding`, an argument of `generate` or a field of the
     generation config, switches it on (True) or off (False)."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "_own_forward"):  # of the model's class; not of what somebody derives from it
+            cls._own_forward = {name: getattr(cls, name) for name in OF_THE_MODEL}
+
+    def runs_otherwise(self) -> bool:
+        """Whether somebody replaced what makes a step, on the model, on its class, or in a class of their own."""
+        own = type(self)._own_forward
+        return any(name in vars(self) or getattr(type(self), name) is not own[name] for name in OF_THE_MODEL)
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
@@ -120,7 +144,8 @@ class FastDecodingMixin:
             return
         try:
             with torch.cuda.device_of(next(self.parameters())):  # Triton and streams go by the current GPU
-                _call.decoding = Decoding(self, store, arguments, generation_config.max_length)
+                decoding = Decoding(self, store, arguments, generation_config.max_length)
+                _call.decoding = None if store.refused else decoding
                 yield _call.decoding
         finally:
             _call.decoding = None
@@ -184,6 +209,8 @@ class FastDecodingMixin:
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         # `inputs_embeds` is named for transformers, which looks for it here.
         decoding = _decoding_of(self)
+        if decoding is not None:
+            decoding.asked_with = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
         if decoding is not None and decoding.session is not None:
             return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -272,9 +299,12 @@ class Decoding:
         self.session: Session | None = None
         self.layers: list[tuple[torch.Tensor, ...]] = []  # buffers of keys and values, `[streams * batch, ...]`
         self.length = 0
+        self.asked_with: dict = {}  # what the last step's inputs were made of
         store.look_at_model(model, self.strategy)
 
     def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
+        if self.store.refused:
+            return self.model(input_ids=input_ids, **arguments)
         if self.session is None:
             self._start(input_ids, **arguments)
         elif self.length == self.session.capacity:
@@ -282,6 +312,12 @@ class Decoding:
         self.session.input_ids.copy_(input_ids)
         try:
             self.session.step()
+        except NotRecordable as error:
+            logger.warning_once(f"Decoding goes the ordinary way: {error}.")
+            self.session = None
+            self.hand_back()
+            self.store.give_up()
+            return self.model(**self.model.prepare_inputs_for_generation(**self.asked_with), return_dict=True)
         except BaseException:
             self.store.sessions.clear()  # a recording that breaks off takes the graphs' common pool with it
             raise
@@ -336,12 +372,15 @@ class Decoding:
 
     def hand_back(self) -> None:
         """Give the cache keys and values of its own, for who gets it from `generate`."""
+        if not self.layers:  # it has them already
+            return
         batch = len(self.layers[0][0]) // self.strategy.num_streams
         for stream in range(self.strategy.num_streams):
             for index, both in enumerate(self.layers):
                 layer = DynamicLayer()
                 layer.update(*(buffer[stream * batch : (stream + 1) * batch, :, : self.length] for buffer in both))
                 self.cache.layers[stream * len(self.layers) + index] = layer
+        self.layers = []
 
 
 __all__ = ["FastDecodingMixin", "why_not"]

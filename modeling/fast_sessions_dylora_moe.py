@@ -7,6 +7,7 @@ serve several. Knows nothing about `generate`, prompts or choosing tokens.
 
 import gc
 import math
+import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
@@ -17,6 +18,8 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from .experts_dylora_moe import DyloraMoeLinear, use_experts
@@ -25,7 +28,7 @@ from .fast_norms_dylora_moe import FusedNorms, replaced_forward
 from .fast_products_dylora_moe import SharedProducts
 from .generation_dylora_moe import _call
 from .routed_pass_dylora_moe import RoutedPass
-from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
+from .routing_strategies_dylora_moe import RoutingStrategy
 
 
 try:
@@ -62,6 +65,58 @@ def every_tensor(modules: list[nn.Module]) -> list[torch.Tensor]:
     return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
 
 
+def what_runs(modules: list[nn.Module]) -> list:
+    """What a graph has taken in and somebody may replace: modules, their `forward`s, their classes, and what the files of
+    these define."""
+    kinds = dict.fromkeys(map(type, modules))
+    files = dict.fromkeys(sys.modules.get(kind.__module__) for kind in kinds)
+    defined = [value for file in files if file for value in list(vars(file).values())]
+    replaced = [replaced_forward(module) or module for module in modules]
+    parts = [*modules, *replaced, *map(type, modules), *(kind.forward for kind in kinds)]
+    return parts + [value for value in defined if callable(value)]
+
+
+def weak(part) -> Callable:
+    """What returns it while it lives; the address of what is gone may be another's."""
+    try:
+        return weakref.ref(part)
+    except TypeError:
+        return lambda: part
+
+
+class NotRecordable(RuntimeError):
+    """A step has an operation whose result the host waits for."""
+
+
+class Recordable(TorchDispatchMode):
+    """Within the context such an operation is refused: in a recording it would fail, too, and leave the GPU's random numbers
+    unusable."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if host_waits(function, args, kwargs or {}):
+            raise NotRecordable(f"the host waits for what {function} gives, which no CUDA graph can record")
+        return function(*args, **(kwargs or {}))
+
+
+def host_waits(function, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation copies between host and GPU, or whether the host must know numbers that it gives or takes."""
+    name = function.name().partition("::")[2].lstrip("_")
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
+    if name.startswith(("to_copy", "copy_")):
+        target = tensors[0].device if kwargs.get("device") is None else torch.device(kwargs["device"])
+        return target.type != tensors[-1].device.type
+    if on_gpu and (name.startswith("lift_fresh") or any(tensor.is_cpu and tensor.dim() for tensor in tensors)):
+        return True  # of numbers that Python listed, for instance as an index
+    if name.startswith("grouped_mm") and on_gpu:  # there is a kernel for some; else the host asks for the groups
+        major, _ = torch.cuda.get_device_capability(tensors[0].device)
+        return "fallback" in name or tensors[0].dtype != torch.bfloat16 or major not in (9, 10)
+    if name.startswith(("index", "unsafe_index")):  # with which numbers, or where a mask is true
+        masks = [leaf for leaf in tree_leaves(args[1:2]) if isinstance(leaf, torch.Tensor)]
+        return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
+    return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(function.tags)
+
+
 class SessionStore:
     """The sessions of one model, the least recently used first, and the memory that their keys and values share."""
 
@@ -80,25 +135,32 @@ class SessionStore:
         """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which training
         changes in place."""
         modules = every_module(model)
-        weights = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in every_tensor(modules)]
-        code = [(id(module), type(module), id(replaced_forward(module))) for module in modules]
-        seen = hash((*weights, *code, *model._rank_layouts))
-        if seen != self.seen:
+        weights = [
+            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in every_tensor(modules)
+        ]
+        way = str(
+            getattr(model.config.get_text_config(), "_experts_implementation", None)
+        )  # a foundation's of experts
+        seen, code = hash((*weights, *model._rank_layouts, way)), what_runs(modules)
+        known = len(code) == len(self.code) and all(was() is part for was, part in zip(self.code, code, strict=True))
+        if seen != self.seen or not known:
             self.forget()
+            self.code = [weak(part) for part in code]
             self.norms = FusedNorms(model.foundation)
             self.products.tell_apart(model.config.num_experts, model._rank_layouts)
             self.seen = seen
-        with torch.inference_mode(False), torch.no_grad():
-            self.products.read_stacks(single_expert(strategy))
+        if not self.refused:
+            with torch.inference_mode(False), torch.no_grad():
+                self.products.read_stacks(single_expert(strategy))
 
     def session(self, model, strategy: RoutingStrategy, batch: int, layers: list, instead=None) -> "Session":
         """A session in the buffers that `layers` has for the keys and values of every layer. `instead`: a strategy
         of the same tokens, taken where many experts, unlike each other, would take each other's places."""
         config, single = model.config.get_text_config(), single_expert(strategy)
         key = (str(strategy) if single is None else self.products.alike(single), batch, layers[0][0].shape[2])
-        # What a graph has taken in besides: the router's settings, and how a foundation of experts runs them.
+        # What a graph has taken in besides.
         key += (config._attn_implementation, *(getattr(model.config, name) for name in ROUTER_SETTINGS))
-        key += (model.routes_densely, str(getattr(config, "_experts_implementation", None)))
+        key += (model.routes_densely,)
         if key not in self.sessions:
             full = len(self.sessions) >= MAX_SESSIONS
             if full and instead not in (None, strategy) and any(self.products.first_alike):
@@ -117,10 +179,17 @@ class SessionStore:
         return self.sessions[key]
 
     def forget(self) -> None:
+        self.give_up()
+        self.seen: int | None = None  # of the model, when it was last looked at
+        self.code: list[Callable] = []  # `what_runs` then
+        self.refused = False
+
+    def give_up(self) -> None:
+        """Keep nothing, and go the ordinary way until the model changes: a step of it cannot be recorded."""
         self.sessions.clear()
         self.products.__init__()
-        self.seen: int | None = None  # of the model, when it was last looked at
         self.buffers = Buffers(on_growth=self.sessions.clear)
+        self.refused = True
 
 
 class GraphPool:
@@ -159,7 +228,7 @@ class Session:
         self.positions = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
         self.mask = torch.full((self.rows, 1, 1, capacity), self.closed, dtype=dtype, device=device)
         self.expert_ids = torch.zeros(batch, dtype=torch.long, device=device)
-        self.weights = torch.zeros(batch, 1, max(experts, 1), device=device)
+        self.weights = torch.zeros(batch, 1, max(experts, 1), dtype=torch.float32, device=device)
         self.agreed = torch.zeros((), dtype=torch.bool, device=device)
         self.router_logits = torch.zeros_like(self.weights) if strategy.name == "router" else None
         self.logits: torch.Tensor | None = None
@@ -254,7 +323,7 @@ class Session:
         self._advance()
         model, strategy = self.model, self.strategy
         if strategy.chooses_row_experts:
-            weights = one_hot_rows(self.expert_ids, model.config.num_experts)
+            weights = torch.zeros_like(self.weights).scatter_(2, self.expert_ids[:, None, None], 1.0)
         else:
             routed_pass = RoutedPass(model, model.foundation, strategy, {"input_ids": self.input_ids})
             weights = strategy.expert_weights(routed_pass)
@@ -264,7 +333,11 @@ class Session:
         """The ensemble's experts as one batch."""
         self._advance()
         count = self.strategy.num_experts
-        weights = torch.eye(count, device=self.weights.device).repeat_interleave(self.batch, dim=0).unsqueeze(1)
+        weights = (
+            torch.eye(count, dtype=torch.float32, device=self.weights.device)
+            .repeat_interleave(self.batch, dim=0)
+            .unsqueeze(1)
+        )
         logits = self._pass(self.model.foundation, weights, streams=count).logits
         self._keep(mix(F.log_softmax(logits, dim=-1, dtype=torch.float32).split(self.batch)))
 
@@ -341,14 +414,17 @@ class Stepper:
         with session.norms.in_use(), fused_functions(session.model.foundation, session.index):
             stream = session.pool.stream
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
-                    self.function(session)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
+                        self.function(session)
+                        restore()
+                    session.products.read_stacks(single_expert(session.strategy))
+                    with Recordable():
+                        self.function(session)
                     restore()
-                session.products.read_stacks(single_expert(session.strategy))
-                self.function(session)
-                restore()
-            torch.cuda.current_stream().wait_stream(stream)
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             recording = torch.cuda.graph(graph, session.pool.handle, stream, capture_error_mode="thread_local")
             with no_collection(), torch.cuda.stream(torch.cuda.current_stream()), recording:  # which stays if it fails
@@ -374,4 +450,4 @@ def single_expert(strategy: RoutingStrategy) -> int | None:
     return strategy.expert if strategy.name == "single" else None
 
 
-__all__ = ["Session", "SessionStore", "every_module", "every_tensor", "mix", "single_expert"]
+__all__ = ["NotRecordable", "Session", "SessionStore", "every_module", "every_tensor", "mix", "single_expert"]

@@ -175,7 +175,7 @@ class UniformStrategy(RoutingStrategy):
     tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
-        return torch.full((1, 1, self.num_experts), 1 / self.num_experts, device=routed_pass.device)
+        return torch.full((1, 1, self.num_experts), 1 / self.num_experts, dtype=torch.float, device=routed_pass.device)
 
 
 def one_hot_rows(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:

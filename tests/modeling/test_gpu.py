@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_graphs import ordinary_and_fast
 from helpers_models import (
+    SIZES,
     STRATEGIES,
     PeftLoop,
     build,
@@ -19,7 +20,7 @@ from helpers_models import (
     random_rows,
     text_of,
 )
-from transformers import AutoModelForCausalLM, utils
+from transformers import AutoModelForCausalLM, FalconConfig, MixtralConfig, utils
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
@@ -135,19 +136,22 @@ def test_flash_attention(tmp_path, strategy, version):
 # Fast decoding
 
 
-def rows_on_gpu(seed: int, count: int = 25) -> dict[str, torch.Tensor]:
-    lengths = torch.randint(3, 40, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+def rows_on_gpu(seed: int, count: int = 25, longest: int = 39) -> dict[str, torch.Tensor]:
+    lengths = torch.randint(3, longest + 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return {name: rows.to("cuda") for name, rows in left_padded(random_rows(tuple(lengths), seed)).items()}
 
 
-def compare_prompts(model, strategy: str, counts: tuple[int, ...] = (25, 25, 25, 25)) -> None:
+def compare_prompts(
+    model, strategy: str, counts: tuple[int, ...] = (25, 25, 25, 25), longest: int = 39, new: int = 16
+):
     """Batches of so many prompts. A row may go another way only where the two best logits lie within 1e-4; where that is
     shows as a warning."""
-    wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 16}
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": new}
     ties = []
     for seed, count in enumerate(counts):
-        expected, found = ordinary_and_fast(model, rows_on_gpu(seed, count), routing_strategy=strategy, **wanted)
-        length = found.sequences.shape[1] - 16
+        rows = rows_on_gpu(seed, count, longest)
+        expected, found = ordinary_and_fast(model, rows, routing_strategy=strategy, **wanted)
+        length = found.sequences.shape[1] - new
         for row, (one, other) in enumerate(zip(found.sequences, expected.sequences, strict=True)):
             different = (one != other).nonzero().flatten().tolist()
             if different:
@@ -203,6 +207,49 @@ def test_graphs_of_a_few_rows_give_the_tokens_of_the_ordinary_path(large, strate
     """Their experts' products have kernels of their own; the experts of the small model are of unequal ranks."""
     model = large if kind == "large" else build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
     compare_prompts(model, strategy, counts=(1, 2, 3, 4) * (2 if kind == "large" else 10))
+
+
+@pytest.mark.parametrize("kind", ["large", "small"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graphs_of_long_texts_give_the_tokens_of_the_ordinary_path(large, strategy, kind):
+    """The benchmarks' length, whose attention goes in twelve parts, and texts that outgrow their buffers once."""
+    if kind == "large":
+        return compare_prompts(large, strategy, counts=(1, 3), longest=256, new=128)
+    fields = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 2048}
+    model = build(llama_config(**fields), seed=7).to("cuda")
+    compare_prompts(model, strategy, counts=(1, 4, 9), longest=300, new=300)
+
+
+@pytest.mark.parametrize("way", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("strategy", ["router", "best", "uniform", "ensemble"])
+def test_a_foundation_of_experts(strategy, way):
+    """Where its experts run one by one the host asks which of them act, which no graph can record."""
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    config = MixtralConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4})
+    model = build(config, experts, seed=7).to("cuda")
+    model.foundation.set_experts_implementation(way)
+    for seed, arguments in enumerate(({}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}) * 2):
+        expected, found = ordinary_and_fast(
+            model, rows_on_gpu(seed, 3), seed, routing_strategy=strategy, max_new_tokens=16, **arguments
+        )
+        assert found.tolist() == expected.tolist()
+    store = model._decoding_sessions
+    assert store.refused == (way == "eager") and bool(store.sessions) == (way != "eager")
+
+
+def test_a_foundation_that_makes_numbers_of_the_host_an_index():
+    """Falcon's queries, keys and values: `[..., [-2], :]`."""
+    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+    config = FalconConfig(**{**SIZES, "hidden_size": 64, "multi_query": True, "new_decoder_architecture": False})
+    names = [f"transformer.h.{layer}.mlp.dense_h_to_4h" for layer in range(2)]
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    model = build(config, experts, seed=7).to("cuda")
+    for seed in range(2):
+        expected, found = ordinary_and_fast(model, rows_on_gpu(seed, 3), seed, do_sample=True, top_k=20)
+        assert found.tolist() == expected.tolist()
+    assert model._decoding_sessions.refused
 
 
 @pytest.mark.parametrize("strategy", ["best", "round_robin", "single"])

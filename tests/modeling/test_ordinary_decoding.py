@@ -1,9 +1,13 @@
 """What goes the ordinary way though fast decoding is on, and how it is switched off or left out."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers_graphs import GREEDY, count_steps, decode_fast_on_a_cpu, ordinary_and_fast
 from helpers_models import SIZES, build, left_padded, llama_config, random_rows
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, Qwen2Config
 
 
@@ -20,6 +24,7 @@ from dylora_moe.modeling.routing_strategies_dylora_moe import (
 )
 
 
+SHIPPED = fast.ON_BY_ITSELF, fast.DEVICES
 BATCH = left_padded(random_rows((9, 5, 7), seed=2))
 
 
@@ -77,12 +82,48 @@ def experts_on(config, *names):
     return build(config, [{"name": name, "r": 2, "target_modules": list(names)} for name in ("one", "two")])
 
 
+def inside_peft():
+    model = build(seed=7)
+    get_peft_model(model, LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+    return model
+
+
+def of_a_class_of_ones_own():
+    model = build(seed=7)
+    kind = type(model)
+
+    def forward(self, *args, **kwargs):
+        outputs = kind.forward(self, *args, **kwargs)
+        outputs.logits = -outputs.logits
+        return outputs
+
+    model.__class__ = type("Mine", (kind,), {"forward": functools.wraps(kind.forward)(forward)})
+    return model
+
+
+def with_inputs_of_ones_own():
+    model = build(seed=7)
+    prepare = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: prepare(*args, **{**kwargs, "position_ids": None})
+    return model
+
+
+def with_positions_by_type_of_layer():
+    model = build(seed=7)
+    model.config.get_text_config().rope_parameters = {"full_attention": DYNAMIC, "sliding_attention": None}
+    return model
+
+
 ATTENTION = "model.layers.0.self_attn."
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 ORDINARY_MODELS = {  # reason: a model
     "the model's forward was replaced": replaced_forward,
+    "forward was replaced": of_a_class_of_ones_own,
+    "was replaced": with_inputs_of_ones_own,
+    "that depend on the length": with_positions_by_type_of_layer,
     "training": lambda: build(seed=7).train(),
     "hooks on modules": recomputing,
+    "adapters of PEFT": inside_peft,
     "positions that depend on the length": lambda: build(llama_config(rope_parameters=DYNAMIC)),
     "prepares inputs or masks its own way": lambda: experts_on(Phi3Config(**SIZES), ATTENTION + "qkv_proj"),
     "quantised": lambda: setattr(model := build(seed=7), "is_quantized", True) or model,
@@ -101,7 +142,7 @@ def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
 
 @pytest.mark.parametrize("theirs", [EnsembleStrategy, RouterStrategy, SingleStrategy, UniformStrategy], ids=str)
 def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, theirs):
-    """Its own weights count: all for expert 1, whatever the name says."""
+    """Its own weights count: all for expert 1, whatever it is called."""
     model = build(seed=7)
     expected, _ = both(model, routing_strategy="single:1")
     steps.clear()
@@ -109,7 +150,84 @@ def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, thei
     monkeypatch.setitem(ROUTING_STRATEGIES, theirs.name, own)
     ordinary, found = both(model, routing_strategy=theirs.name)
     assert found.tolist() == ordinary.tolist() == expected.tolist()
-    assert bool(steps) == (theirs is UniformStrategy)  # a name that nothing goes by
+    assert not steps
+
+
+def test_what_makes_a_step_is_replaced_on_the_class(steps, monkeypatch):
+    model = build(seed=7)
+    expected, _ = both(model)
+    forward = type(model).forward
+
+    def negated(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        outputs.logits = -outputs.logits
+        return outputs
+
+    steps.clear()
+    monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(negated))
+    ordinary, found = both(model)
+    assert found.tolist() == ordinary.tolist() != expected.tolist() and not steps
+
+
+def test_prompts_that_peft_learns(steps):
+    model = build(seed=7)
+    sizes = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **sizes))
+    prompted.eval()
+    ordinary, found = both(prompted)
+    assert found.tolist() == ordinary.tolist() and not steps
+
+
+class ByLength(RoutingStrategy):
+    name = "by_length"
+
+    def expert_weights(self, routed_pass):
+        cache = routed_pass.past_key_values
+        return (0 if cache is None else int(cache.get_seq_length())) % self.num_experts
+
+
+class ByPosition(RoutingStrategy):
+    name = "by_position"
+
+    def expert_weights(self, routed_pass):
+        return F.one_hot(routed_pass.inputs["position_ids"] % self.num_experts, self.num_experts).float()
+
+
+class InTurn(UniformStrategy):
+    name = "in_turn"
+    steps = 0
+
+    def expert_weights(self, routed_pass):
+        type(self).steps += 1
+        return type(self).steps % self.num_experts
+
+
+@pytest.mark.parametrize("own", [ByLength, ByPosition, InTurn])
+def test_a_strategy_of_somebodys_own_reads_what_it_likes(steps, monkeypatch, own):
+    monkeypatch.setitem(ROUTING_STRATEGIES, own.name, own)
+    model, found = build(seed=7), []
+    for wanted in (False, None):
+        InTurn.steps = 0
+        found.append(model.generate(**BATCH, **GREEDY, routing_strategy=own.name, fast_decoding=wanted).tolist())
+    assert found[0] == found[1] and not steps
+
+
+def test_hooks_on_all_modules_are_called(steps):
+    model, seen = build(seed=7), []
+    model.generate(**BATCH, **GREEDY)
+    assert len(steps) == 11
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        model.generate(**BATCH, **GREEDY)
+    finally:
+        handle.remove()
+    assert len(steps) == 11 and seen.count(model.foundation.model.norm) == 2 * 12  # the router's passes, too
+    model.generate(**BATCH, **GREEDY)
+    assert len(steps) == 22
+
+
+def test_it_is_shipped_switched_on_for_cuda():
+    assert SHIPPED == (True, ("cuda",))
 
 
 def test_it_is_off_unless_it_is_asked_for(steps, monkeypatch):

@@ -3,13 +3,25 @@
 import copy
 import gc
 import itertools
+import sys
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from helpers_graphs import GREEDY, RecordedGraph, Stream, ordinary_and_fast, record_on_a_cpu
-from helpers_models import LATENTS_ARE_CACHED, STRATEGIES, build, build_on_latent_attention, left_padded, random_rows
+from helpers_models import (
+    LATENTS_ARE_CACHED,
+    SIZES,
+    STRATEGIES,
+    build,
+    build_on_latent_attention,
+    left_padded,
+    random_rows,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LogitsProcessorList, MixtralConfig
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
@@ -90,6 +102,224 @@ def test_modules_that_somebody_patches_between_two_calls(strategy):
         assert found.tolist() == ordinary.tolist()
         seen.append(found.tolist())
     assert all(one != other for one, other in itertools.pairwise(seen))
+
+
+@contextmanager
+def scaled_forward(model, monkeypatch, factor):
+    mlp = model.foundation.model.layers[0].mlp
+    mlp.forward = lambda hidden_states: type(mlp).forward(mlp, hidden_states) * factor
+    yield
+    del mlp.forward
+
+
+@contextmanager
+def scaled_activation(model, monkeypatch, factor):
+    mlp = model.foundation.model.layers[0].mlp
+    mlp.act_fn = None
+    mlp.act_fn = torch.nn.LeakyReLU(factor)
+    yield
+
+
+@contextmanager
+def scaled_forward_of_the_class(model, monkeypatch, factor):
+    kind = type(model.foundation.model.layers[0].mlp)
+    with monkeypatch.context() as patch:
+        forward = kind.forward
+        patch.setattr(kind, "forward", lambda mlp, hidden_states: forward(mlp, hidden_states) * factor)
+        yield
+
+
+@contextmanager
+def scaled_positions(model, monkeypatch, factor):
+    file = sys.modules[type(model.foundation).__module__]
+    with monkeypatch.context() as patch:
+        rotate = file.apply_rotary_pos_emb
+        patch.setattr(
+            file, "apply_rotary_pos_emb", lambda *args, **kwargs: [x * factor for x in rotate(*args, **kwargs)]
+        )
+        yield
+
+
+@contextmanager
+def scaled_positions_by_no_function(model, monkeypatch, factor):
+    file = sys.modules[type(model.foundation).__module__]
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "apply_rotary_pos_emb", partial(times, factor, file.apply_rotary_pos_emb))
+        yield
+
+
+def times(factor, rotate, *args, **kwargs):
+    return [states * factor for states in rotate(*args, **kwargs)]
+
+
+SCALED = [scaled_forward, scaled_activation, scaled_forward_of_the_class, scaled_positions]
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [*SCALED, scaled_positions_by_no_function],
+    ids=lambda scaled: scaled.__name__,
+)
+def test_replacements_that_come_and_go_one_after_the_other(monkeypatch, scaled):
+    """Each may lie where the last one lay, and is another nonetheless."""
+    model = build(seed=7)
+    with torch.no_grad():  # so much that it shows
+        for weight in model.foundation.model.layers[0].parameters():
+            weight.mul_(10)
+    inputs = left_padded(random_rows((9, 5, 7), seed=2))
+    seen = [ordinary_and_fast(model, inputs)[1].tolist()]
+    for factor in (-3.0, 0.0, 5.0, -1.0, 2.0):
+        with scaled(model, monkeypatch, factor):
+            ordinary, found = ordinary_and_fast(model, inputs)
+        assert found.tolist() == ordinary.tolist()
+        seen.append(found.tolist())
+        if factor in (0.0, 2.0):  # what is gone is noticed, too
+            ordinary, found = ordinary_and_fast(model, inputs)
+            assert found.tolist() == ordinary.tolist()
+    assert len({str(tokens) for tokens in seen}) > 2
+    sessions = model._decoding_sessions
+    graphs = list(sessions.sessions.values())
+    ordinary_and_fast(model, inputs)
+    ordinary_and_fast(model, inputs)
+    assert len(sessions.sessions) == 1 and (
+        scaled is not scaled_activation or list(sessions.sessions.values()) == graphs
+    )
+
+
+@pytest.mark.parametrize("strategy", ["router", "uniform", "ensemble"])
+def test_a_default_dtype_that_is_another_at_the_first_call(strategy):
+    model = build(seed=7)
+    inputs = left_padded(random_rows((9, 5, 7), seed=2))
+    arguments = {"routing_strategy": strategy, "return_dict_in_generate": True, "output_logits": True}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ordinary_and_fast(model, inputs, routing_strategy=strategy)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ordinary, found = ordinary_and_fast(model, inputs, **arguments)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_read_the_same_tensor_have_one_product_with_their_A(monkeypatch):
+    """Queries, keys and values; the attention's output; gate and up; down."""
+    products, multiplied = fast_sessions.SharedProducts, []
+    multiply = products._multiply
+
+    def counted(self, *args):
+        ranks = multiply(self, *args)
+        multiplied.append(len(ranks))
+        return ranks
+
+    monkeypatch.setattr(products, "_multiply", counted)
+    model = build(experts=experts_on_all_layers(), seed=7)
+    layers = model.config.get_text_config().num_hidden_layers
+    for strategy in ("uniform", "single:1"):
+        multiplied.clear()
+        ordinary_and_fast(model, left_padded(random_rows((9, 5, 7), seed=2)), routing_strategy=strategy)
+        assert multiplied[-4 * layers :] == [3, 1, 2, 1] * layers
+
+
+def experts_on_all_layers() -> list[dict]:
+    names = [name for name, _ in build().foundation.named_modules() if name.endswith("_proj")]
+    return [{"name": name, "r": 3, "target_modules": names} for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
+    """A mixture as the foundation, whose experts run one by one: the host asks which of them act."""
+    config = MixtralConfig(**SIZES, num_local_experts=4)
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    model = build(config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7)
+    model.foundation.set_experts_implementation("eager")
+    inputs = left_padded(random_rows((9, 5, 7), seed=2))
+    for arguments in ({"return_dict_in_generate": True}, {}, {"do_sample": True, "num_return_sequences": 2}):
+        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
+        assert torch.equal(*(getattr(output, "sequences", output) for output in (ordinary, found)))
+        if arguments.get("return_dict_in_generate"):
+            for one, other in zip(ordinary.past_key_values.layers, found.past_key_values.layers, strict=True):
+                assert (one.keys is None) == (other.keys is None)
+                if one.keys is not None:
+                    torch.testing.assert_close(other.keys, one.keys)
+                    torch.testing.assert_close(other.values, one.values)
+    store = model._decoding_sessions
+    assert RecordedGraph.replays == 0 and store.refused and not store.sessions and not store.buffers.stretches
+    model.foundation.set_experts_implementation("batched_mm")
+    ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
+    assert found.tolist() == ordinary.tolist() and RecordedGraph.replays >= 11
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch, strategy):
+    """A foundation that takes another way in the middle of a text, shortly before its graphs are recorded anew."""
+    monkeypatch.setattr(sys.modules[fast.PromptLayer.__module__], "BUCKET", 8)  # so that texts outgrow their buffers
+    config = MixtralConfig(**SIZES, num_local_experts=4)
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    model = build(config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7)
+    inputs, asked = left_padded(random_rows((9, 5, 7), seed=2)), []
+
+    def switch(input_ids, scores):
+        asked.append(len(asked))
+        if len(asked) == 3:
+            model.foundation.set_experts_implementation("eager")
+        return scores
+
+    found = []
+    for fast_decoding in (False, None):
+        asked.clear()
+        model.reset_round_robin()
+        model.foundation.set_experts_implementation("batched_mm")
+        processors = LogitsProcessorList([switch])
+        arguments = {**GREEDY, "max_new_tokens": 40, "routing_strategy": strategy, "fast_decoding": fast_decoding}
+        found.append(model.generate(**inputs, **arguments, logits_processor=processors).tolist())
+    assert found[0] == found[1]
+    assert model._decoding_sessions.refused and RecordedGraph.replays >= 2
+
+
+def test_what_makes_the_host_wait():
+    """With tensors that only say that they are on a GPU."""
+    aten, seen = torch.ops.aten, []
+    with FakeTensorMode():
+        here, there = torch.empty(4), torch.empty(4, device="cuda")
+        index, mask = torch.zeros(2, dtype=torch.long), torch.zeros(4, dtype=torch.bool, device="cuda")
+        waits = fast_sessions.host_waits
+        for function, args, kwargs, expected in (
+            (aten.copy_.default, (there, here), {}, True),
+            (aten.copy_.default, (here, there), {}, True),
+            (aten.copy_.default, (there, there), {}, False),
+            (aten._to_copy.default, (there,), {"device": "cpu"}, True),
+            (aten._to_copy.default, (here,), {"device": "cuda"}, True),
+            (aten._to_copy.default, (there,), {"dtype": torch.half}, False),
+            (aten._local_scalar_dense.default, (there,), {}, True),
+            (aten.nonzero.default, (there,), {}, True),
+            (aten.index.Tensor, (there, [mask]), {}, True),
+            (aten.index.Tensor, (there, [mask.to(torch.uint8)]), {}, True),
+            (aten._unsafe_index.Tensor, (there, [mask]), {}, True),
+            (aten.index.Tensor, (there, [index]), {}, True),
+            (aten.index.Tensor, (there, [None, torch.zeros(2, dtype=torch.long, device="cuda")]), {}, False),
+            (aten.index_fill_.int_Scalar, (there, 0, torch.zeros(1, dtype=torch.long, device="cuda"), 0.0), {}, False),
+            (aten.lift_fresh.default, (there,), {}, True),
+            (aten.lift_fresh.default, (here,), {}, False),
+            (aten.add.Tensor, (there, torch.empty(())), {}, False),
+            (aten.mm.default, (there, there), {}, False),
+        ):
+            seen.append((str(function), waits(function, args, kwargs), expected))
+    assert [found for found in seen if found[1] != found[2]] == []
+
+
+def test_an_ensembles_step_is_one_batch(monkeypatch):
+    model = build(seed=7)
+    body, rows = type(model.foundation_body), []
+    forward = body.forward
+
+    def counted(self, *args, **kwargs):
+        if kwargs["input_ids"].shape[1] == 1:
+            rows.append(len(kwargs["input_ids"]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(body, "forward", counted)
+    inputs = left_padded(random_rows((9, 5, 7), seed=2))
+    model.generate(**inputs, **GREEDY, routing_strategy="ensemble")
+    assert rows and set(rows) == {3 * model.config.num_experts} and RecordedGraph.replays == 11
 
 
 def test_a_shallow_copy_outlives_its_model():

@@ -4,8 +4,8 @@
 
 Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the ratio to the
 bare foundation's `generate` in the same process. `first` is what the first call takes longer, in seconds: recording its
-graphs, and whatever else runs for the first time. Models with few and with many experts take turns. PEFT's peers run once,
-and X-LoRA for 16 new tokens, since it runs two passes over the whole text at every token.
+graphs, and whatever else runs for the first time. Models with few and with many experts take turns. PEFT's peers run five
+times for 32 new tokens, and X-LoRA for 16, since it runs two passes over the whole text at every token.
 """
 
 import argparse
@@ -50,24 +50,20 @@ def main() -> None:
     with report("Decoding", parser) as (options, rows):
         bare = {}
 
-        def add(
-            name: str, models: dict[int, object], batch: int, once: int | None = None, agreement=None, **arguments
-        ):
-            """Rows for models by their number of experts, which take turns; `once`: new tokens of a single run."""
-            new, repeats, warm = (once, 1, 0) if once else (options.new, options.repeats, 1)
-            if once:
-                generate(models[max(models)], batch, options.prompt, 2)
+        def add(name: str, models: dict[int, object], batch: int, few: int | None = None, agreement=None, **arguments):
+            """Rows for models by their number of experts, which take turns; `few`: new tokens of a slow peer."""
+            new, repeats = (few, min(options.repeats, 5)) if few else (options.new, options.repeats)
             runs = {
                 count: partial(generate, model, batch, options.prompt, new, **arguments)
                 for count, model in models.items()
             }
-            first = alternating(runs, warm, warm=0)
+            first = alternating(runs, 1, warm=0)
             for count, times in alternating(runs, repeats, warm=0).items():
                 took = [1000 * seconds / new for seconds in times]
                 bare.setdefault(batch, statistics.median(took))
                 row = {"batch": batch, "model": name, "experts": count, "ms/token": statistics.median(took)}
                 row |= {"of bare": row["ms/token"] / bare[batch], "fastest": min(took)}
-                row["first"] = first[count][0] - statistics.median(times) if warm else None
+                row["first"] = first[count][0] - statistics.median(times)
                 rows.append({**row, "agreement": (agreement or {}).get(count)})
                 print(rows[-1], flush=True)
 
@@ -94,7 +90,7 @@ def main() -> None:
         models = {count: routed(count) for count in options.experts}
         for batch in options.batches:
             for name, strategy, agreement in STRATEGIES:
-                some = models if strategy not in ("base", "ensemble") else {min(models): models[min(models)]}
+                some = models if strategy != "ensemble" else {min(models): models[min(models)]}
                 seen = routes_alike(some, batch, agreement) if strategy == "router" else {}
                 add(name, some, batch, agreement=seen, routing_strategy=strategy)
                 for model in some.values():
@@ -104,7 +100,7 @@ def main() -> None:
             free()
             model = build(count)
             for batch in options.batches:
-                add(name, {count: model}, batch, once=16 if build is xlora_model else options.new)
+                add(name, {count: model}, batch, few=16 if build is xlora_model else 32)
             model = None
 
 
