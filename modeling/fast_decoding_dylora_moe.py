@@ -55,7 +55,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
     ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each type of layer
     modules = every_module(model)
     reasons = {
-        "the model's forward was replaced, by a compiled one for instance": model.runs_otherwise(),
+        "the model's forward was replaced, by a compiled one for instance": _is_overridden(model),
         "training": model.training,
         "autocast": torch.is_autocast_enabled(model.device.type),
         "arguments that it does not know": not (KNOWN_ARGUMENTS | OF_THE_LOOP).issuperset(
@@ -101,19 +101,20 @@ def _looks_on(hook: Callable) -> bool:
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
+def _is_overridden(model) -> bool:
+    """Whether somebody replaced what makes a step, on the model, on its class, or in a class of their own."""
+    own = type(model)._own_methods
+    return any(name in vars(model) or getattr(type(model), name) is not own[name] for name in OF_THE_MODEL)
+
+
 class FastDecodingMixin:
     """What hands the decode steps of `generate` over. `fast_decoding`, an argument of `generate` or a field of the
     generation config, switches it on (True) or off (False)."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "_own_forward"):  # of the model's class; not of what somebody derives from it
-            cls._own_forward = {name: getattr(cls, name) for name in OF_THE_MODEL}
-
-    def runs_otherwise(self) -> bool:
-        """Whether somebody replaced what makes a step, on the model, on its class, or in a class of their own."""
-        own = type(self)._own_forward
-        return any(name in vars(self) or getattr(type(self), name) is not own[name] for name in OF_THE_MODEL)
+        if not hasattr(cls, "_own_methods"):  # of the model's class; not of what somebody derives from it
+            cls._own_methods = {name: getattr(cls, name) for name in OF_THE_MODEL}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
@@ -313,7 +314,7 @@ class Decoding:
         try:
             self.session.step()
         except NotRecordable as error:
-            logger.warning_once(f"Decoding goes the ordinary way: {error}.")
+            logger.warning_once(f"Decoding goes the ordinary way, since no CUDA graph can record a step: {error}.")
             self.session = None
             self.hand_back()
             self.store.give_up()

@@ -1,7 +1,7 @@
 """The decode steps of fast decoding, as CUDA graphs over buffers that stay where they are. Optional, too.
 
 A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules, are recorded at
-their first call and replayed from then on. Streams lie one after the other in the rows of the buffers, so that one pass can
+their first call, unless a trial finds that they cannot be, and replayed from then on, until what they run changes. Streams lie one after the other in the rows of the buffers, so that one pass can
 serve several. Knows nothing about `generate`, prompts or choosing tokens.
 """
 
@@ -28,7 +28,7 @@ from .fast_norms_dylora_moe import FusedNorms, replaced_forward
 from .fast_products_dylora_moe import SharedProducts
 from .generation_dylora_moe import _call
 from .routed_pass_dylora_moe import RoutedPass
-from .routing_strategies_dylora_moe import RoutingStrategy
+from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
 
 try:
@@ -85,7 +85,7 @@ def weak(part) -> Callable:
 
 
 class NotRecordable(RuntimeError):
-    """A step has an operation whose result the host waits for."""
+    """A step has an operation that no CUDA graph can record."""
 
 
 class Recordable(TorchDispatchMode):
@@ -94,7 +94,7 @@ class Recordable(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if host_waits(function, args, kwargs or {}):
-            raise NotRecordable(f"the host waits for what {function} gives, which no CUDA graph can record")
+            raise NotRecordable(f"{function} copies between host and GPU, or the host waits for it")
         return function(*args, **(kwargs or {}))
 
 
@@ -135,13 +135,12 @@ class SessionStore:
         """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which training
         changes in place."""
         modules = every_module(model)
-        weights = [
-            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in every_tensor(modules)
-        ]
-        way = str(
-            getattr(model.config.get_text_config(), "_experts_implementation", None)
-        )  # a foundation's of experts
-        seen, code = hash((*weights, *model._rank_layouts, way)), what_runs(modules)
+        tensors = every_tensor(modules)
+        weights = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        way = getattr(
+            model.config.get_text_config(), "_experts_implementation", None
+        )  # of a mixture as the foundation
+        seen, code = hash((*weights, *model._rank_layouts, str(way))), what_runs(modules)
         known = len(code) == len(self.code) and all(was() is part for was, part in zip(self.code, code, strict=True))
         if seen != self.seen or not known:
             self.forget()
@@ -323,7 +322,7 @@ class Session:
         self._advance()
         model, strategy = self.model, self.strategy
         if strategy.chooses_row_experts:
-            weights = torch.zeros_like(self.weights).scatter_(2, self.expert_ids[:, None, None], 1.0)
+            weights = one_hot_rows(self.expert_ids, model.config.num_experts)
         else:
             routed_pass = RoutedPass(model, model.foundation, strategy, {"input_ids": self.input_ids})
             weights = strategy.expert_weights(routed_pass)
@@ -333,11 +332,8 @@ class Session:
         """The ensemble's experts as one batch."""
         self._advance()
         count = self.strategy.num_experts
-        weights = (
-            torch.eye(count, dtype=torch.float32, device=self.weights.device)
-            .repeat_interleave(self.batch, dim=0)
-            .unsqueeze(1)
-        )
+        experts = torch.arange(count, device=self.weights.device)
+        weights = one_hot_rows(experts.repeat_interleave(self.batch), count)
         logits = self._pass(self.model.foundation, weights, streams=count).logits
         self._keep(mix(F.log_softmax(logits, dim=-1, dtype=torch.float32).split(self.batch)))
 

@@ -180,7 +180,7 @@ class UniformStrategy(RoutingStrategy):
 
 def one_hot_rows(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """`[batch]` -> weights `[batch, 1, num_experts]`."""
-    return F.one_hot(expert_ids, num_experts).to(torch.float32).unsqueeze(1)
+    return torch.eye(num_experts, dtype=torch.float32, device=expert_ids.device)[expert_ids].unsqueeze(1)
 
 
 def default_routing_strategy(config: DyloraMoeConfig) -> str:

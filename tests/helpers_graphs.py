@@ -11,15 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_models import PAD
+from helpers_models import PAD, left_padded, random_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+BATCH = left_padded(random_rows((9, 5, 7), seed=2))
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
 
 
-def ordinary_and_fast(model, inputs, seed=0, **arguments) -> list:
+def ordinary_and_fast(model, inputs=BATCH, seed=0, **arguments) -> list:
     """What `generate` returns without and with fast decoding, greedy if nothing else is said."""
     pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
     outputs = []

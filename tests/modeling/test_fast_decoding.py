@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from helpers_graphs import GREEDY, count_steps, decode_fast_on_a_cpu, ordinary_and_fast
+from helpers_graphs import BATCH, GREEDY, ordinary_and_fast
 from helpers_models import (
     SIZES,
     STRATEGIES,
@@ -34,24 +34,7 @@ from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
 from dylora_moe.modeling.cache_dylora_moe import CACHE
 
 
-BATCH = left_padded(random_rows((9, 5, 7), seed=2))
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    decode_fast_on_a_cpu(monkeypatch, fast)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """How many steps were decoded fast."""
-    return count_steps(monkeypatch, fast)
-
-
-def both(model, inputs=BATCH, *args, **arguments):
-    return ordinary_and_fast(model, inputs, *args, **arguments)
-
-
+pytestmark = pytest.mark.usefixtures("fast_on_a_cpu")
 SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 20}
 
 
@@ -61,7 +44,7 @@ def test_tokens_equal_those_of_the_ordinary_path(steps, strategy, arguments):
     model = build(seed=7)
     for seed in range(2):  # the second call runs in the first one's buffers, with the layers' A in one product
         inputs = left_padded(random_rows((9, 5, 7), seed=seed))
-        ordinary, found = both(model, inputs, seed, routing_strategy=strategy, **arguments)
+        ordinary, found = ordinary_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
         assert found.tolist() == ordinary.tolist()
     assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
     assert len(set(map(id, steps))) == 1
@@ -70,9 +53,9 @@ def test_tokens_equal_those_of_the_ordinary_path(steps, strategy, arguments):
 @pytest.mark.parametrize("strategy", ["router", "best", "round_robin", "ensemble", "single:1"])
 def test_rows_that_end_at_different_times(steps, strategy):
     model = build(seed=7)
-    free, _ = both(model, routing_strategy=strategy)
+    free, _ = ordinary_and_fast(model, routing_strategy=strategy)
     ends = sorted({row[9 + 3] for row in free.tolist()})
-    ordinary, found = both(model, routing_strategy=strategy, eos_token_id=ends[:2])
+    ordinary, found = ordinary_and_fast(model, routing_strategy=strategy, eos_token_id=ends[:2])
     assert found.tolist() == ordinary.tolist()
     assert steps and ordinary.shape[1] <= free.shape[1]
 
@@ -90,9 +73,9 @@ class StopAt(StoppingCriteria):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stop_strings(steps, strategy):
     model, tokenizer = build(seed=7), character_tokenizer()
-    free, _ = both(model, routing_strategy=strategy)
+    free, _ = ordinary_and_fast(model, routing_strategy=strategy)
     stops = [text_of(row[start : start + 2]) for row, start in zip(free.tolist(), (11, 14, 12), strict=True)]
-    ordinary, found = both(model, routing_strategy=strategy, stop_strings=stops, tokenizer=tokenizer)
+    ordinary, found = ordinary_and_fast(model, routing_strategy=strategy, stop_strings=stops, tokenizer=tokenizer)
     assert found.tolist() == ordinary.tolist()
     assert found.shape[1] < free.shape[1] and len(steps) > GREEDY["max_new_tokens"]
 
@@ -102,16 +85,16 @@ def test_prompts_as_embeddings(steps):
     embedded = {**BATCH, "inputs_embeds": model.get_input_embeddings()(BATCH["input_ids"])}
     for inputs in (embedded, {name: embedded[name] for name in ("inputs_embeds", "attention_mask")}):
         for strategy in ("router", "best", "single:1"):
-            ordinary, found = both(model, inputs, routing_strategy=strategy)
+            ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
             assert found.tolist() == ordinary.tolist()
     assert len(steps) == 6 * (GREEDY["max_new_tokens"] - 1)
 
 
 def test_criteria_streamers_and_scores(steps):
     model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
-    free, _ = both(model, one)
+    free, _ = ordinary_and_fast(model, one)
     stop = StopAt(int(free[0, 9 + 4]))
-    ordinary, found = both(model, one, stopping_criteria=[stop])
+    ordinary, found = ordinary_and_fast(model, one, stopping_criteria=[stop])
     assert found.tolist() == ordinary.tolist() and found.shape[1] < free.shape[1]
 
     class Streamer:
@@ -128,7 +111,7 @@ def test_criteria_streamers_and_scores(steps):
     model.generate(**one, **GREEDY, streamer=streamer)
     assert streamer.seen == [*free[0].tolist(), "end"]
     wanted = {"output_scores": True, "output_logits": True, "output_router_logits": True}
-    ordinary, found = both(model, return_dict_in_generate=True, **wanted)
+    ordinary, found = ordinary_and_fast(model, return_dict_in_generate=True, **wanted)
     assert len(steps) > 20
     for name in ("scores", "logits"):
         for one_step, other in zip(ordinary[name], found[name], strict=True):
@@ -139,7 +122,7 @@ def test_criteria_streamers_and_scores(steps):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
     model = build(seed=7)
-    output = both(model, routing_strategy=strategy, return_dict_in_generate=True)[1]
+    output = ordinary_and_fast(model, routing_strategy=strategy, return_dict_in_generate=True)[1]
     again = {**BATCH, "input_ids": output.sequences}
     again["attention_mask"] = torch.cat([BATCH["attention_mask"], torch.ones(3, 12, dtype=torch.long)], dim=1)
     count = len(steps)
@@ -169,7 +152,7 @@ def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, cop
     wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "num_return_sequences": copies}
     wanted["do_sample"] = copies > 1
     for new in (1, 3):  # of one new token the prompt's pass is all
-        ordinary, found = both(model, max_new_tokens=new, **wanted)
+        ordinary, found = ordinary_and_fast(model, max_new_tokens=new, **wanted)
         caches = [
             [layer.keys for layer in output[CACHE].layers if hasattr(layer, "dtype")] for output in (ordinary, found)
         ]
@@ -186,11 +169,11 @@ def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, cop
 def test_prompts_that_run_a_few_at_a_time(steps, monkeypatch, strategy, arguments):
     model, passes = build(seed=7), []
     wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "output_router_logits": True}
-    ordinary, _ = both(model, **wanted, **arguments)
+    ordinary, _ = ordinary_and_fast(model, **wanted, **arguments)
     monkeypatch.setattr(fast, "PROMPT_TOKENS", 20)  # of 27
     take = fast.Decoding.take_prompts
     monkeypatch.setattr(fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2]), take(*args))[1])
-    found = both(model, **wanted, **arguments)[1]
+    found = ordinary_and_fast(model, **wanted, **arguments)[1]
     assert found.sequences.tolist() == ordinary.sequences.tolist()
     torch.testing.assert_close(found.router_logits, ordinary.router_logits, atol=1e-4, rtol=1e-4)
     alone = strategy == "round_robin" and arguments  # a prompt's rows have experts of their own
@@ -205,7 +188,7 @@ def test_a_text_that_outgrows_its_buffers(steps, monkeypatch):
     monkeypatch.setattr(fast_buffers, "BUCKET", 12)
     model = build(seed=7)
     for strategy in ("router", "best", "ensemble"):
-        ordinary, found = both(model, routing_strategy=strategy, max_new_tokens=40)
+        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy, max_new_tokens=40)
         assert found.tolist() == ordinary.tolist()
     assert len({session.capacity for session in steps}) == 3
 
@@ -218,7 +201,7 @@ def test_guessing_is_given_up_where_it_loses_and_changes_no_token(steps, agreein
             model.router.gate.bias[1] = 1000.0
         else:  # another expert from token to token
             model.router.gate.weight.mul_(100)
-    ordinary, found = both(model, max_new_tokens=60, repetition_penalty=2.0)
+    ordinary, found = ordinary_and_fast(model, max_new_tokens=60, repetition_penalty=2.0)
     assert found.tolist() == ordinary.tolist()
     session = steps[-1]
     if agreeing:
@@ -232,7 +215,7 @@ def test_guessing_begins_by_itself_where_it_would_have_been_right(steps, monkeyp
     with torch.no_grad():
         model.router.gate.bias[1] = 1000.0
     monkeypatch.setattr(fast_sessions, "GUESSING_PAYS", 0.8)  # more than is usual for three rows
-    ordinary, found = both(model, max_new_tokens=60)
+    ordinary, found = ordinary_and_fast(model, max_new_tokens=60)
     assert found.tolist() == ordinary.tolist()
     assert steps[-1].hits == steps[-1].guesses == 59 - fast_sessions.WINDOW
 
@@ -246,13 +229,13 @@ def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, 
     monkeypatch.setattr(fast, "PROMPT_TOKENS", 27)
     take = fast.Decoding.take_prompts
     monkeypatch.setattr(fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2:]), take(*args))[1])
-    ordinary, found = both(model, inputs, routing_strategy=strategy, **arguments)
+    ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
     assert found.tolist() == ordinary.tolist() and steps
     copies = arguments.get("num_return_sequences", 1) if strategy != "round_robin" else 1
     if copies == arguments.get("num_return_sequences", 1):
         assert passes == [(first * copies, copies, cut) for first, cut in ((0, 0), (1, 1), (2, 10), (5, 18))]
     for more in ({}, {"position_ids": torch.arange(19).expand(6, 19) + 3}, {"output_router_logits": True}):
-        ordinary, found = both(model, {**inputs, **more}, routing_strategy=strategy)
+        ordinary, found = ordinary_and_fast(model, {**inputs, **more}, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
 
 
@@ -260,7 +243,7 @@ def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, 
     "fields", [{"router_input": "experts_sum"}, {"router_mode": "dense"}, {"num_experts_per_tok": 2}]
 )
 def test_other_routers(steps, fields):
-    ordinary, found = both(build(seed=7, **fields), routing_strategy="router")
+    ordinary, found = ordinary_and_fast(build(seed=7, **fields), routing_strategy="router")
     assert found.tolist() == ordinary.tolist() and steps
 
 
@@ -280,13 +263,13 @@ def test_other_foundations(steps, kind, attention):
     model = build(base, experts, seed=5)
     model.set_attn_implementation(attention)
     for strategy in ("router", "ensemble", "single:1"):
-        ordinary, found = both(model, routing_strategy=strategy)
+        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
     assert steps
 
 
 def test_double_precision(steps):
-    ordinary, found = both(build(seed=7).double())
+    ordinary, found = ordinary_and_fast(build(seed=7).double())
     assert found.tolist() == ordinary.tolist() and steps
 
 
@@ -303,24 +286,24 @@ def test_experts_on_the_head(steps, strategy):
     names = [*(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)), "lm_head"]
     model = build(experts=[{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")], seed=7)
     for _ in range(2):
-        ordinary, found = both(model, routing_strategy=strategy)
+        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
     assert steps
 
 
 def test_weights_that_change_between_calls(steps):
     model = build(seed=7)
-    both(model)
+    ordinary_and_fast(model)
     with torch.no_grad():
         for layer in model.expert_layers().values():
             layer.lora_A.data.mul_(-1.5)  # in place, which leaves no trace
-    ordinary, found = both(model)
+    ordinary, found = ordinary_and_fast(model)
     assert found.tolist() == ordinary.tolist()
     model.add_expert("fourth", target_modules=llama_experts()[0]["target_modules"], r=4)
-    ordinary, found = both(model, routing_strategy="uniform")
+    ordinary, found = ordinary_and_fast(model, routing_strategy="uniform")
     assert found.tolist() == ordinary.tolist()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()
+        assert other.generate(**BATCH, **GREEDY).tolist() == ordinary_and_fast(model)[0].tolist()
 
 
 @pytest.mark.parametrize("tokens, passes", [(9, []), (18, [2]), (27, [3]), (2048, [3])])
@@ -337,7 +320,7 @@ def test_an_ensemble_reads_a_prompt_with_as_many_experts_at_once_as_may_run_toge
     wanted = {"routing_strategy": "ensemble", "return_dict_in_generate": True, "output_logits": True}
     for inputs, arguments in ((one, {}), (one, SAMPLED), (BATCH, SAMPLED)):
         seen.clear()
-        ordinary, found = both(model, inputs, **wanted, **arguments)
+        ordinary, found = ordinary_and_fast(model, inputs, **wanted, **arguments)
         assert found.sequences.tolist() == ordinary.sequences.tolist()
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3)
         for one_layer, other in zip(found[CACHE].layers, ordinary[CACHE].layers, strict=True):
@@ -355,12 +338,12 @@ def test_an_ensemble_after_weights_changed(steps, monkeypatch, tokens):
     monkeypatch.setattr(fast, "PROMPT_TOKENS", tokens)
     model = build(seed=7)
     for _ in range(2):
-        both(model, routing_strategy="single:0")
+        ordinary_and_fast(model, routing_strategy="single:0")
     with torch.no_grad():
         for layer in model.expert_layers().values():
             layer.lora_A.data.mul_(-1.5)
     wanted = {"routing_strategy": "ensemble", "return_dict_in_generate": True, "output_logits": True}
-    ordinary, found = both(model, **wanted)
+    ordinary, found = ordinary_and_fast(model, **wanted)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3)
 
 
@@ -390,7 +373,7 @@ def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, wh
     steps.clear()
     assert not model._decoding_sessions.sessions  # of those that there are, the graphs may be half recorded
     for _ in range(2):
-        ordinary, found = both(model, routing_strategy=strategy)
+        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()
     assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
 
@@ -471,7 +454,7 @@ def test_a_model_that_was_deleted_is_gone(no_collection):
 
 def test_inside_inference_mode_and_then_outside(steps):
     model = build(seed=7)
-    ordinary, _ = both(model)
+    ordinary, _ = ordinary_and_fast(model)
     with torch.inference_mode():
         assert model.generate(**BATCH, **GREEDY).tolist() == ordinary.tolist()
     assert model.generate(**BATCH, **GREEDY).tolist() == ordinary.tolist()

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_graphs import GREEDY, count_steps, decode_fast_on_a_cpu, ordinary_and_fast
-from helpers_models import SIZES, build, left_padded, llama_config, random_rows
+from helpers_graphs import BATCH, GREEDY, ordinary_and_fast
+from helpers_models import SIZES, build, llama_config
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, Qwen2Config
 
@@ -25,24 +25,7 @@ from dylora_moe.modeling.routing_strategies_dylora_moe import (
 
 
 SHIPPED = fast.ON_BY_ITSELF, fast.DEVICES
-BATCH = left_padded(random_rows((9, 5, 7), seed=2))
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    decode_fast_on_a_cpu(monkeypatch, fast)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """How many steps were decoded fast."""
-    return count_steps(monkeypatch, fast)
-
-
-def both(model, inputs=BATCH, *args, **arguments):
-    return ordinary_and_fast(model, inputs, *args, **arguments)
-
-
+pytestmark = pytest.mark.usefixtures("fast_on_a_cpu")
 ORDINARY = {
     "switched off": {"fast_decoding": False},
     "beams": {"num_beams": 2},
@@ -135,7 +118,7 @@ def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
     reasons, why_not = [], fast.why_not
     monkeypatch.setattr(fast, "why_not", lambda *args: (reasons.append(why_not(*args)), reasons[-1])[1])
     model = ORDINARY_MODELS[reason]()
-    ordinary, found = both(model)
+    ordinary, found = ordinary_and_fast(model)
     assert found.tolist() == ordinary.tolist()
     assert reason in reasons[-1] and reasons[0] == "switched off" and not steps
 
@@ -144,18 +127,18 @@ def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
 def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, theirs):
     """Its own weights count: all for expert 1, whatever it is called."""
     model = build(seed=7)
-    expected, _ = both(model, routing_strategy="single:1")
+    expected, _ = ordinary_and_fast(model, routing_strategy="single:1")
     steps.clear()
     own = type("Own", (RoutingStrategy,), {"name": theirs.name, "expert_weights": lambda self, routed_pass: 1})
     monkeypatch.setitem(ROUTING_STRATEGIES, theirs.name, own)
-    ordinary, found = both(model, routing_strategy=theirs.name)
+    ordinary, found = ordinary_and_fast(model, routing_strategy=theirs.name)
     assert found.tolist() == ordinary.tolist() == expected.tolist()
     assert not steps
 
 
 def test_what_makes_a_step_is_replaced_on_the_class(steps, monkeypatch):
     model = build(seed=7)
-    expected, _ = both(model)
+    expected, _ = ordinary_and_fast(model)
     forward = type(model).forward
 
     def negated(self, *args, **kwargs):
@@ -165,7 +148,7 @@ def test_what_makes_a_step_is_replaced_on_the_class(steps, monkeypatch):
 
     steps.clear()
     monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(negated))
-    ordinary, found = both(model)
+    ordinary, found = ordinary_and_fast(model)
     assert found.tolist() == ordinary.tolist() != expected.tolist() and not steps
 
 
@@ -174,7 +157,7 @@ def test_prompts_that_peft_learns(steps):
     sizes = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **sizes))
     prompted.eval()
-    ordinary, found = both(prompted)
+    ordinary, found = ordinary_and_fast(prompted)
     assert found.tolist() == ordinary.tolist() and not steps
 
 
@@ -264,4 +247,4 @@ def test_a_repo_of_a_package_without_the_optional_files_loads(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert "FastDecodingMixin" in {base.__name__ for base in type(loaded).__mro__}
     assert not hasattr(loaded, "_decoding_sessions")
-    assert loaded.generate(**BATCH, **GREEDY).tolist() == both(model)[0].tolist()
+    assert loaded.generate(**BATCH, **GREEDY).tolist() == ordinary_and_fast(model)[0].tolist()
