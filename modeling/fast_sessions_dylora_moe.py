@@ -1,8 +1,8 @@
 """The decode steps of fast decoding, as CUDA graphs over buffers that stay where they are. Optional, too.
 
 A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules, are recorded at
-their first call, unless a trial finds that they cannot be, and replayed from then on, until what they run changes. Streams lie one after the other in the rows of the buffers, so that one pass can
-serve several. Knows nothing about `generate`, prompts or choosing tokens.
+their first call, unless a trial finds that they cannot be, and replayed until what they run changes. Streams lie one after the
+other in the rows of the buffers, so that one pass can serve several. Knows nothing about `generate`, prompts or choosing tokens.
 """
 
 import gc
