@@ -20,7 +20,7 @@ from helpers_models import (
     random_rows,
     text_of,
 )
-from transformers import AutoModelForCausalLM, FalconConfig, MixtralConfig, utils
+from transformers import AutoModelForCausalLM, Cache, FalconConfig, MixtralConfig, utils
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
@@ -37,6 +37,18 @@ def fast_decoding_is_on(monkeypatch):
         monkeypatch.setattr(
             importlib.import_module("dylora_moe.modeling.fast_decoding_dylora_moe"), "ON_BY_ITSELF", True
         )
+
+
+@pytest.fixture
+def offloading_in_order(monkeypatch):
+    """Before 5.20, transformers may fetch a layer's keys and values while they are still being offloaded."""
+    prefetch = Cache.prefetch
+
+    def prefetch_what_is_there(cache, *arguments, **keywords):
+        torch.cuda.synchronize()
+        prefetch(cache, *arguments, **keywords)
+
+    monkeypatch.setattr(Cache, "prefetch", prefetch_what_is_there)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +72,7 @@ def test_tokens_equal_those_of_the_cpu(pair, strategy, arguments):
 
 @pytest.mark.parametrize("cache", ["offloaded", "static", "offloaded_static"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_caches(pair, strategy, cache):
+def test_caches(pair, strategy, cache, offloading_in_order):
     cpu, gpu = pair
     found = on_gpu(gpu, strategy, cache_implementation=cache, disable_compile=True)
     assert found == on_gpu(cpu, strategy)
