@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -54,6 +55,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each type of layer
     modules = every_module(model)
+    tensors = every_tensor(modules)
     reasons = {
         "the model's forward was replaced, by a compiled one for instance": _is_overridden(model),
         "training": model.training,
@@ -73,6 +75,9 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "a strategy of somebody's own, which may read what no graph has": type(strategy).__module__
         != RoutingStrategy.__module__,
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
+        "weights that consist of several tensors, quantised or spread": any(
+            map(is_traceable_wrapper_subclass, tensors)
+        ),
         "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
         "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
         "a foundation that prepares inputs or masks its own way": type(foundation).prepare_inputs_for_generation
@@ -84,7 +89,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "positions that depend on the length": any(
             str(each.get("rope_type")) in ("dynamic", "longrope") for each in ropes
         ),
-        "several devices, or offloaded": len({tensor.device for tensor in every_tensor(modules)}) != 1,
+        "several devices, or offloaded": len({tensor.device for tensor in tensors}) != 1,
         "hooks on modules, which a graph does not call": any(
             "_hf_hook" in vars(module)
             or any(map(_looks_on, list(module._forward_hooks.values())))

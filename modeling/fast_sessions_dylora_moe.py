@@ -411,7 +411,7 @@ class Stepper:
             stream = session.pool.stream
             stream.wait_stream(torch.cuda.current_stream())
             try:
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), on_trial():
                     for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
                         self.function(session)
                         restore()
@@ -427,6 +427,17 @@ class Stepper:
                 self.function(session)
             restore()
         self.graph = graph
+
+
+@contextmanager
+def on_trial():
+    """What fails within the context is a step in buffers; the ordinary one, which gives other masks, may still run."""
+    try:
+        yield
+    except (NotRecordable, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise NotRecordable(f"it fails with {type(error).__name__}: {error}") from error
 
 
 @contextmanager

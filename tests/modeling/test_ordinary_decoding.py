@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers_graphs import BATCH, GREEDY, ordinary_and_fast
 from helpers_models import SIZES, build, llama_config
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, Qwen2Config
 
 
@@ -97,6 +98,13 @@ def with_positions_by_type_of_layer():
     return model
 
 
+def with_weights_of_two_tensors():
+    """As torchao's are, whose addresses say nothing. This one nobody reads."""
+    model = build(seed=7)
+    model.get_output_embeddings().register_buffer("scale", TwoTensor(torch.ones(2), torch.ones(2)))
+    return model
+
+
 ATTENTION = "model.layers.0.self_attn."
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 ORDINARY_MODELS = {  # reason: a model
@@ -109,6 +117,7 @@ ORDINARY_MODELS = {  # reason: a model
     "adapters of PEFT": inside_peft,
     "positions that depend on the length": lambda: build(llama_config(rope_parameters=DYNAMIC)),
     "prepares inputs or masks its own way": lambda: experts_on(Phi3Config(**SIZES), ATTENTION + "qkv_proj"),
+    "weights that consist of several tensors": with_weights_of_two_tensors,
     "quantised": lambda: setattr(model := build(seed=7), "is_quantized", True) or model,
 }
 

@@ -21,7 +21,7 @@ from helpers_models import (
     random_rows,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LogitsProcessorList, MixtralConfig
+from transformers import FalconConfig, LogitsProcessorList, MixtralConfig
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
@@ -273,6 +273,22 @@ def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch
         found.append(model.generate(**inputs, **arguments, logits_processor=processors).tolist())
     assert found[0] == found[1]
     assert model._decoding_sessions.refused and RecordedGraph.replays >= 2
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+def test_a_foundation_that_reads_its_mask_goes_the_ordinary_way(monkeypatch, strategy):
+    """Falcon's ALiBi counts the tokens of a mask `[batch, sequence]`; steps in buffers give another."""
+    warned = []
+    monkeypatch.setattr(fast.logger, "warning_once", warned.append)
+    config = FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False, multi_query=False)
+    names = [f"transformer.h.{layer}.self_attention.query_key_value" for layer in range(2)]
+    model = build(config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7)
+    for arguments in ({}, {"do_sample": True, "num_return_sequences": 2}):
+        inputs = left_padded(random_rows((9, 5, 7), seed=2))
+        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
+        assert found.tolist() == ordinary.tolist()
+    assert RecordedGraph.replays == 0 and model._decoding_sessions.refused
+    assert len(warned) == 1 and "it fails with ValueError" in warned[0]
 
 
 def test_what_makes_the_host_wait():
