@@ -53,7 +53,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     strategy = model.routing_strategy(arguments["routing_strategy"])
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each type of layer
+    ropes = [each for each in (rope, *rope.values()) if isinstance(each, dict)]  # there may be one for a type of layer
     modules = every_module(model)
     tensors = every_tensor(modules)
     reasons = {
@@ -75,20 +75,14 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "a strategy of somebody's own, which may read what no graph has": type(strategy).__module__
         != RoutingStrategy.__module__,
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
-        "weights that consist of several tensors, quantised or spread": any(
-            map(is_traceable_wrapper_subclass, tensors)
-        ),
+        "weights that consist of several tensors": any(map(is_traceable_wrapper_subclass, tensors)),
         "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
         "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
         "a foundation that prepares inputs or masks its own way": type(foundation).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
         or hasattr(type(foundation), "create_masks_for_generate"),
-        "adapters of PEFT, which a field switches": any(
-            type(module).__module__.startswith("peft.") for module in modules
-        ),
-        "positions that depend on the length": any(
-            str(each.get("rope_type")) in ("dynamic", "longrope") for each in ropes
-        ),
+        "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(map(type, modules))),
+        "positions that depend on the length": any(each.get("rope_type") in ("dynamic", "longrope") for each in ropes),
         "several devices, or offloaded": len({tensor.device for tensor in tensors}) != 1,
         "hooks on modules, which a graph does not call": any(
             "_hf_hook" in vars(module)

@@ -137,10 +137,8 @@ class SessionStore:
         modules = every_module(model)
         tensors = every_tensor(modules)
         weights = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
-        way = getattr(
-            model.config.get_text_config(), "_experts_implementation", None
-        )  # of a mixture as the foundation
-        seen, code = hash((*weights, *model._rank_layouts, str(way))), what_runs(modules)
+        way = str(getattr(model.config.get_text_config(), "_experts_implementation", None))  # of a mixture
+        seen, code = hash((*weights, *model._rank_layouts, way)), what_runs(modules)
         known = len(code) == len(self.code) and all(was() is part for was, part in zip(self.code, code, strict=True))
         if seen != self.seen or not known:
             self.forget()
