@@ -226,8 +226,9 @@ def warn_about_older_transformers(found: FoundTokenizer) -> None:
 
 
 def as_it_stands(found: FoundTokenizer) -> dict[str, Any] | None:
-    """The behaviour of the source's tokenizer.json without what a class makes of it; None where there is none."""
-    if found.has_own_code or not (found.folder / "tokenizer.json").is_file():
+    """The behaviour of the source's tokenizer.json without what a class makes of it; None where no class does."""
+    is_as_it_stands = type(found.tokenizer).__name__ == "TokenizersBackend"
+    if found.has_own_code or is_as_it_stands or not (found.folder / "tokenizer.json").is_file():
         return None
     with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
         folder = Path(directory)

@@ -163,6 +163,23 @@ def test_every_family_with_a_foreign_class(declared, kind, tmp_path):
     assert compared >= len(families) * 2 // 3, f"{compared} of {len(families)}"
 
 
+def test_what_a_loader_mends_beside_the_foundation_is_saved(tmp_path):
+    """transformers mends the expression of large tokenizers beside an old config of Mistral's, and not beside ours."""
+    fields = json.loads(byte_level(split_digits=False))
+    vocabulary = fields["model"]["vocab"]
+    vocabulary.update({f"filler{index}": index for index in range(len(vocabulary), 100_100)})
+    base = tmp_path / "base"
+    write_tokenizer_files(
+        base, json.dumps(fields), tokenizer_class="LlamaTokenizerFast", fix_mistral_regex=True, **END
+    )
+    config = family_config("mistral")
+    config.save_pretrained(base)
+    change_json(base / "config.json", transformers_version=config.transformers_version)
+    write_repo(tmp_path / "repo", base, config)
+    assert stock_ids(tmp_path / "repo") == stock_ids(base)
+    assert (tmp_path / "repo" / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes()
+
+
 def write_repo(repo, source, config):
     repo.mkdir()
     (repo / "config.json").write_text(json.dumps({"model_type": "dylora_moe", "auto_map": AUTO_MAP}))
