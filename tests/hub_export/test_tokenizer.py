@@ -150,11 +150,11 @@ def test_every_family_with_a_foreign_class(declared, kind, tmp_path):
         folder = tmp_path / model_type
         fields = {} if declared is None else {"tokenizer_class": declared}
         write_tokenizer_files(folder / "base", text, **fields, **END)
-        config = family_config(model_type)
-        config.save_pretrained(folder / "base")
         try:
+            config = family_config(model_type)
+            config.save_pretrained(folder / "base")
             stock = behaviour(AutoTokenizer.from_pretrained(folder / "base", trust_remote_code=False))
-        except Exception:  # a class that needs files or packages that are not here
+        except Exception:  # a class that needs files or packages that are not here, a config without defaults
             continue
         write_repo(folder / "repo", folder / "base", config)
         repo = AutoTokenizer.from_pretrained(folder / "repo", trust_remote_code=False)
@@ -176,8 +176,10 @@ def test_what_a_loader_mends_beside_the_foundation_is_saved(tmp_path):
     config.save_pretrained(base)
     change_json(base / "config.json", transformers_version=config.transformers_version)
     write_repo(tmp_path / "repo", base, config)
-    assert stock_ids(tmp_path / "repo") == stock_ids(base)
-    assert (tmp_path / "repo" / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes()
+    mended = stock_ids(base)
+    assert stock_ids(tmp_path / "repo") == mended
+    change_json(base / "tokenizer_config.json", fix_mistral_regex=False)
+    assert mended != stock_ids(base)
 
 
 def write_repo(repo, source, config):
