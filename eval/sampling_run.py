@@ -19,7 +19,6 @@ from dylora_moe.hub_export.errors import FailureError, InputError
 
 from .decoding import Row, decode_rows
 from .evalplus_data import Benchmark
-from .evalplus_decoder import ask, unfinished_files, write_samples
 from .loading import FoundModel, LoadedModel
 from .run_record import Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal
@@ -88,6 +87,8 @@ def _make(
         "max_new_tokens": run.max_new_tokens,
         "force_base_prompt": run.force_base_prompt,
     }
+    from .evalplus_decoder import ask
+
     questions, stop_strings = ask(benchmark, tokenizer, **decoder)
     there = journal.read()
     rows = _missing(run, questions, there)[process::processes]
@@ -139,6 +140,8 @@ def _alone(run: Run, process: int) -> Iterator[None]:
         raise InputError(
             f"another command is making {run.samples_path} just now; wait for it, or choose another -o"
         ) from None
+    from .evalplus_decoder import unfinished_files
+
     try:
         shutil.rmtree(unfinished_files(run.samples_path), ignore_errors=True)  # a killed command's
         yield
@@ -200,6 +203,8 @@ def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: Sample
     lacking = recorded.n_samples * len(benchmark.tasks) - len(completions)
     if lacking:
         raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
+    from .evalplus_decoder import write_samples
+
     write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
     recorded.samples_sha256 = file_sha256(recorded.samples_path)
     recorded.raw_samples_sha256 = file_sha256(recorded.raw_samples_path)

@@ -12,6 +12,29 @@ from .report_content import read_folder
 from .report_tables import report_tables
 
 
+OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE: nothing is sent, so no key is needed
+
+
+def check_wandb(project: str) -> tuple[str | None, str]:
+    """Look whether tables could be logged now. Returns entity, if one is named, and project.
+
+    Args:
+        project: PROJECT or ENTITY/PROJECT.
+
+    Raises:
+        InputError: no SDK, no API key, or another form of project.
+        FailureError: W&B does not answer.
+    """
+    *entity, name = project.split("/")
+    if len(entity) > 1 or not all(NAME.fullmatch(part) for part in (*entity, name)):
+        raise InputError(f"--wandb_project is {project!r}; it has the form PROJECT or ENTITY/PROJECT")
+    wandb = sdk()
+    with wandb_errors(project):
+        if os.environ.get("WANDB_MODE") not in OFFLINE:
+            check_ready(wandb)
+    return (entity[0] if entity else None), name
+
+
 def log_to_wandb(folder: str | Path, project: str) -> str:
     """Log every table of the folder's report, and the scores as the run's summary. Returns the run's name.
 
@@ -19,21 +42,17 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
         project: PROJECT or ENTITY/PROJECT.
 
     Raises:
-        InputError: no SDK, no API key, another form of project, or a folder with nothing to report.
+        InputError: as `check_wandb`, or a folder with nothing to report.
         FailureError: W&B does not answer.
     """
-    *entity, name = project.split("/")
-    if len(entity) > 1 or not all(NAME.fullmatch(part) for part in (*entity, name)):
-        raise InputError(f"--wandb_project is {project!r}; it has the form PROJECT or ENTITY/PROJECT")
+    entity, name = check_wandb(project)
     tables = report_tables(read_folder(folder))
     wandb = sdk()
     with wandb_errors(project):
-        if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            check_ready(wandb)
         settings = wandb.Settings(silent=True, console="off")
         run = wandb.init(
             project=name,
-            entity=entity[0] if entity else None,
+            entity=entity,
             job_type="evaluation",
             settings=settings,
             dir=str(folder),
@@ -55,4 +74,4 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
     return run.name
 
 
-__all__ = ["log_to_wandb"]
+__all__ = ["check_wandb", "log_to_wandb"]
