@@ -37,8 +37,10 @@ def test_what_is_new_enough_passes(version, monkeypatch):
 
 
 def test_the_package_requires_what_its_repos_say():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    root = Path(__file__).parents[2]
+    text = (root / "pyproject.toml").read_text()
     assert all(f'"{requirement}"' in text for requirement in REQUIREMENTS)
+    assert f"transformers {REQUIRED_TRANSFORMERS} or later" in (root / "README.md").read_text()
     assert f"transformers>={REQUIRED_TRANSFORMERS}" in REQUIREMENTS
 
 
