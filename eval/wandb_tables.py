@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, sdk, wandb_errors
+from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, mode, sdk, wandb_errors
 
 from .report_content import read_folder
 from .report_tables import report_tables
-
-
-OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE: nothing is sent, so no key is needed
 
 
 def check_wandb(project: str) -> tuple[str | None, str]:
@@ -30,7 +26,7 @@ def check_wandb(project: str) -> tuple[str | None, str]:
         raise InputError(f"--wandb_project is {project!r}; it has the form PROJECT or ENTITY/PROJECT")
     wandb = sdk()
     with wandb_errors(project):
-        if os.environ.get("WANDB_MODE") not in OFFLINE:
+        if mode(wandb) not in ("offline", "dryrun", "disabled"):
             check_ready(wandb)
     return (entity[0] if entity else None), name
 

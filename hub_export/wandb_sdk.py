@@ -103,6 +103,11 @@ def check_ready(wandb: Any, token: str | None = None) -> None:
         raise FailureError(f"{url} cannot be reached ({one_line(error)}); is there a network?") from None
 
 
+def mode(wandb: Any) -> str:
+    """Where a run would go: "online", "offline", "dryrun" (an older word for that) or "disabled"."""
+    return os.environ.get("WANDB_MODE") or wandb.setup().settings.mode or "online"
+
+
 def base_url(wandb: Any) -> str:
     return os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
 

@@ -9,9 +9,10 @@ from helpers_report import leave_folder
 from dylora_moe import cli
 from dylora_moe.eval import expert_analysis as analysis
 from dylora_moe.eval import figures, report, wandb_tables
-from dylora_moe.hub_export import wandb_sdk
+from dylora_moe.hub_export import mirror, wandb_sdk
 from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.repo_files import RepoFiles
 
 
 COMMANDS = ("benchmark", "expert-analysis", "routing-analysis")
@@ -60,10 +61,20 @@ def test_a_package_that_lacks_something_itself_is_not_called_missing(tmp_path, m
 def test_wandb_without_a_login_is_said_before_any_work(command, tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda url: False)
     line = error_of([command, "--model", "no such model", "-o", str(tmp_path / "out"), "--wandb_project", "p"], capsys)
     assert "no W&B API key on this machine" in line and not (tmp_path / "out").exists()
+
+
+def test_mirror_push_without_a_login_reads_no_weights(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb.sdk", reason="the SDK is optional")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda url: False)
+    monkeypatch.setattr(mirror, "repo_files", lambda folder: RepoFiles(["config.json"], [], "full", {}))
+    line = error_of(["mirror", "push", str(tmp_path), "guild/moe/mixture"], capsys)  # has no file to be hashed
+    assert "no W&B API key on this machine" in line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
