@@ -71,6 +71,8 @@ def _make(
     processes: int,
     progress: Progress | None,
 ) -> Run:
+    from .evalplus_decoder import ask
+
     tell = progress or (lambda done, total: None)
     journal = SampleJournal(run.samples_path, process)
     recorded = _claim(run, journal, overwrite) if process == 0 else None
@@ -87,8 +89,6 @@ def _make(
         "max_new_tokens": run.max_new_tokens,
         "force_base_prompt": run.force_base_prompt,
     }
-    from .evalplus_decoder import ask
-
     questions, stop_strings = ask(benchmark, tokenizer, **decoder)
     there = journal.read()
     rows = _missing(run, questions, there)[process::processes]
@@ -128,6 +128,8 @@ def _make(
 @contextmanager
 def _alone(run: Run, process: int) -> Iterator[None]:
     """No other command makes the same samples file meanwhile. The operating system lets go of it for a killed process."""
+    from .evalplus_decoder import unfinished_files
+
     if process:
         yield  # the first process holds it for all of a command's
         return
@@ -140,8 +142,6 @@ def _alone(run: Run, process: int) -> Iterator[None]:
         raise InputError(
             f"another command is making {run.samples_path} just now; wait for it, or choose another -o"
         ) from None
-    from .evalplus_decoder import unfinished_files
-
     try:
         shutil.rmtree(unfinished_files(run.samples_path), ignore_errors=True)  # a killed command's
         yield
@@ -199,12 +199,12 @@ def _missing(run: Run, questions: list, there: dict) -> list[Row]:
 
 
 def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: SampleJournal, decoder: dict) -> None:
+    from .evalplus_decoder import write_samples
+
     completions = journal.read()
     lacking = recorded.n_samples * len(benchmark.tasks) - len(completions)
     if lacking:
         raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
-    from .evalplus_decoder import write_samples
-
     write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
     recorded.samples_sha256 = file_sha256(recorded.samples_path)
     recorded.raw_samples_sha256 = file_sha256(recorded.raw_samples_path)

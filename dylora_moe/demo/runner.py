@@ -52,8 +52,8 @@ def run_demo(
 
     A folder that holds a finished demo of this seed is not done again: its table is shown. What an interrupted demo
     left is cleared away first. Any other folder must be empty or absent. The table is printed to `console` (standard
-    output unless given), progress to standard error. Raises `InputError` for a folder that holds something else or without EvalPlus, and
-    `StockEvalPlusError` when EvalPlus fails.
+    output unless given), progress to standard error. Raises `InputError` for a folder that holds something else
+    or without EvalPlus, and `StockEvalPlusError` when EvalPlus fails.
     """
     folder = Path(output_dir).resolve()
     console = console or Console()
