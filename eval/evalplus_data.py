@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dylora_moe.hub_export.errors import FailureError, InputError, one_line
+from dylora_moe.hub_export.extras import check_packages
 
 
 # What users write, and what EvalPlus calls it. Its two sets are HumanEval+ and MBPP+, with the base tests among them.
@@ -69,7 +70,9 @@ def load_benchmark(
         FailureError: the data cannot be had.
     """
     name = canonical_benchmark(name)
-    data = _evalplus_data()
+    check_packages("evalplus")
+    from evalplus import data
+
     get, get_hash = {
         "humaneval": (data.get_human_eval_plus, data.get_human_eval_plus_hash),
         "mbpp": (data.get_mbpp_plus, data.get_mbpp_plus_hash),
@@ -87,14 +90,6 @@ def load_benchmark(
     if len(tasks) < len(every):
         subset = f"tasks {chosen[0]} to {chosen[1] - 1}, {len(tasks)} of {len(every)}"
     return Benchmark(name, mini, dataset_hash, tasks, chosen if subset else None, subset)
-
-
-def _evalplus_data() -> Any:
-    try:
-        from evalplus import data
-    except ImportError as error:
-        raise InputError("EvalPlus is not installed; pip install 'dylora-moe[eval]'") from error
-    return data
 
 
 def _stretch(

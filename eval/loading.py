@@ -31,7 +31,16 @@ BACKENDS = ("hf", "peft_moe")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # What stands in a folder and changes nothing that a model computes.
-NO_PART_OF_A_MODEL = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "SHA256SUMS", ".gitattributes")
+NO_PART_OF_A_MODEL = (
+    "README.md",
+    "requirements.txt",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+    "SHA256SUMS",
+    ".gitattributes",
+)
 LONGEST_LABEL = 120  # bytes
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
