@@ -62,9 +62,12 @@ def _sentence(part: str, cause: str, remedy: str) -> str:
 def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
     """The same expert with its layers called as the foundation calls them, where PEFT reads them so."""
     modules = dict(foundation.named_modules())
+    if all(name in modules for name in expert.layers):
+        return expert
+    now_called = converted([name for name in expert.layers if name not in modules], foundation)
     old_names: dict[str, str] = {}
     for name in expert.layers:
-        now = name if name in modules else converted(name, foundation)
+        now = now_called.get(name, name)
         old_names[now if isinstance(modules.get(now), nn.Linear) and now not in expert.layers else name] = name
     if all(now == name for now, name in old_names.items()):
         return expert
@@ -72,19 +75,27 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
     return replace(expert, layers=layers, read=lambda module: expert.read(old_names[module]))
 
 
-def converted(name: str, foundation: nn.Module) -> str:
-    """The layer that PEFT puts the adapter of `name` on, or `name` where it converts nothing."""
+def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
+    """Name to the layer that PEFT puts its adapter on, for those that it converts one by one."""
     from peft import LoraConfig
 
+    # the number of rows tells them apart afterwards
+    stored = {
+        f"{PREFIX}{name}.lora_A.weight": torch.empty(rows, 1, device="meta") for rows, name in enumerate(names, 1)
+    }
     try:
         from peft.utils.transformers_weight_conversion import (
             convert_peft_adapter_state_dict_for_transformers as convert,
         )
 
-        made = convert(foundation, LoraConfig(), {f"{PREFIX}{name}.lora_A.weight": torch.empty(1, 1, device="meta")})
+        made = convert(foundation, LoraConfig(), stored)
     except Exception:  # a PEFT that converts no names, or in another way
-        return name
-    return next(iter(made)).removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        return {}
+    if len(made) != len(names):
+        return {}  # some were put together
+    return {
+        names[len(tensor) - 1]: key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key, tensor in made.items()
+    }
 
 
 def why_missing(name: str, foundation: nn.Module, called: str) -> str:
@@ -97,7 +108,7 @@ def why_missing(name: str, foundation: nn.Module, called: str) -> str:
             f", one matrix of a mixture-of-experts layer. In {called} the matrices of all its experts are one parameter of "
             "three dimensions; only linear layers can be adapted, such as those of the attention"
         )
-    now = converted(name, foundation)
+    now = converted([name], foundation).get(name, name)
     module = dict(foundation.named_modules()).get(now)
     if module is not None:
         return f", which in {called} is {now}, a {type(module).__name__}; only linear layers can be adapted"
