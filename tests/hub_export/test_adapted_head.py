@@ -43,7 +43,7 @@ def peft_logits(foundation, adapter):
 
 
 @pytest.mark.parametrize("layout", ["full", "adapter"])
-def test_the_repo_computes_what_peft_does(adapter, tied, tmp_path, layout):
+def test_the_repo_computes_what_peft_does(quick_check, adapter, tied, tmp_path, layout):
     assert inspect(adapter).missing == []
     result = export(adapter, tmp_path / "out", layout=layout)
     assert result.check.passed
