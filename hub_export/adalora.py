@@ -10,6 +10,7 @@ PEFT adds lora_alpha / (init_r + 1e-5) · B (A · E) x, whatever rank r a layer 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,6 @@ from .training_run import number
 
 MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[ABE])")
 
-# fields of training that leave what the adapter computes as it is, on top of LoRA's
-HARMLESS_FIELDS = {
-    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-}  # fmt: skip
 MOST_RANKS = 1 << 20
 
 
@@ -61,7 +58,7 @@ def ranks(config: dict[str, Any]) -> dict[str, int]:
 def layers(
     file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any], folder: Path
 ) -> dict[str, AdaptedLayer]:
-    """The layers that kept any rank; one that was pruned away computes nothing.
+    """The layers that kept any rank; one that was pruned away computes nothing. Where none did, all with rank 1.
 
     Raises:
         InputError: a matrix is missing, or shapes do not fit each other or the config.
@@ -70,13 +67,13 @@ def layers(
     strange = sorted(set(pruned) - set(keys))
     if strange:
         raise InputError(f"{folder}/adapter_config.json: rank_pattern names {strange[0]}, {file.path} does not")
-    found = {}
-    for module, matrices in keys.items():
-        layer = _layer(file, module, matrices, config, pruned.get(module, config["init_r"]), folder)
-        if layer.rank:
-            found[module] = layer
-    if not found:
-        raise InputError(f"{file.path}: every layer was pruned to rank 0, so the adapter does nothing")
+    all_layers = {
+        module: _layer(file, module, matrices, config, pruned.get(module, config["init_r"]), folder)
+        for module, matrices in keys.items()
+    }
+    found = {module: layer for module, layer in all_layers.items() if layer.rank}
+    if not found:  # a model has no expert without layers; one of rank 1 whose matrices are zero does nothing, either
+        return {module: replace(layer, rank=1, lora_alpha=1.0) for module, layer in all_layers.items()}
     return found
 
 
@@ -108,11 +105,16 @@ def _layer(
 
 
 def read(file: TensorFile, matrices: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A · E and B. The product is taken, and kept, in float32, as PEFT computes it; rounding it would change it."""
+    """A · E and B. The product is taken, and kept, in float32, as PEFT computes it; rounding it would change it.
+
+    Of a layer of rank 0, zeros of rank 1.
+    """
     dtype = _product_dtype(file, matrices)
     product = file.read(matrices["A"]).to(dtype) * file.read(matrices["E"]).to(dtype)
     matrix_b = file.read(matrices["B"])
     both = torch.promote_types(dtype, matrix_b.dtype)
+    if not len(product):
+        return product.new_zeros(1, product.shape[1], dtype=both), matrix_b.new_zeros(len(matrix_b), 1, dtype=both)
     return product.to(both), matrix_b.to(both)
 
 

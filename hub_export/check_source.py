@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.adalora import AdaLoraLayer
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,7 +122,6 @@ def reference(
             foundation = AutoModelForCausalLM.from_pretrained(
                 base_model, revision=base_revision, dtype=torch.float32, trust_remote_code=False
             )
-        _round(foundation, foundation_dtype)
         if source_format == "final checkpoint":
             model, names = _final_checkpoint(foundation, folders[0], lora_alpha)
             _round_adapters(model, dtype)
@@ -132,14 +133,16 @@ def reference(
         else:
             names = [f"adapter_{index}" for index in range(len(folders))]
             model, names = _adapters(foundation, folders, names, dtype)
+        _round(model, foundation_dtype)
     if gate is not None:
         gate = {**gate, **router_settings}
     return Reference(model, names, gate)
 
 
 def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    if dtype is not None:
-        for parameter in model.parameters():
+    """The foundation's own parameters, whether adapters are on it or not."""
+    for path, parameter in model.named_parameters() if dtype is not None else ():
+        if ".lora_" not in path:
             parameter.data = parameter.data.to(dtype).float()
 
 
@@ -164,11 +167,60 @@ def _adapters(
     }
     if len(kinds) > 1:
         return _adapters_of_two_kinds(foundation, folders, names, dtype), names
-    model = PeftModel.from_pretrained(foundation, str(folders[0]), adapter_name=names[0], torch_device="cpu")
-    for name, folder in zip(names[1:], folders[1:], strict=True):
-        model.load_adapter(str(folder), adapter_name=name, torch_device="cpu")
+    model = _as_peft_loads(foundation, folders, names) if not any(map(_by_names_alone, folders)) else None
+    if model is None:
+        for name, folder in zip(names, folders, strict=True):
+            model = _add_by_names(foundation, model, name, folder)
     _round_adapters(model, dtype)
     return model, names
+
+
+def _as_peft_loads(foundation: torch.nn.Module, folders: list[Path], names: list[str]) -> PeftModel | None:
+    """PEFT's own loading; None where that leaves tensors of an adapter out, or takes them for a stack of experts'.
+
+    It moves targets that are called as the matrices of a mixture-of-experts layer once were onto their stack, dense and
+    shared layers of these names as well, which then get no adapter.
+    """
+    model = None
+    for name, folder in zip(names, folders, strict=True):
+        config = PeftConfig.from_pretrained(str(folder))
+        if model is None:
+            with suppress(ValueError):  # it targets nothing as PEFT reads it
+                model = PeftModel(foundation, config, adapter_name=name)
+        whole = model is not None and not config.target_parameters
+        if not whole or model.load_adapter(str(folder), adapter_name=name, torch_device="cpu").unexpected_keys:
+            if model is not None:
+                model.unload()
+            return None
+    return model
+
+
+def _by_names_alone(folder: Path) -> bool:
+    """Whether PEFT's own loading is of no use here: it refuses the text "true" in a field, has no layer to hook where a
+    weight is adapted as a parameter, and sets weights of the foundation, which are the foundation's to set."""
+    fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if fields["peft_type"] == "ADALORA":
+        return False
+    if isinstance(fields.get("init_lora_weights"), str) or fields.get("target_parameters"):
+        return True
+    return any(".lora_" not in key for key in load_peft_weights(str(folder), device="cpu"))
+
+
+def _add_by_names(foundation: torch.nn.Module, model: PeftModel | None, name: str, folder: Path) -> PeftModel:
+    """PEFT's layers where the names of the adapter's tensors say."""
+    fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = _named_as_now(foundation, load_peft_weights(str(folder), device="cpu"))
+    patterns, parameters = fields.get("alpha_pattern") or {}, fields.get("target_parameters") or ()
+    alphas, named = {}, {}
+    for key, value in tensors.items():
+        module, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            continue
+        by_weight = any(f".{module}.weight".endswith(f".{parameter}") for parameter in parameters)
+        pattern = get_pattern_key(patterns.keys(), f"{module}.weight" if by_weight else module)
+        alphas[module] = patterns.get(pattern, fields["lora_alpha"])
+        named[f"{key.removesuffix('.weight')}.{name}.weight"] = value
+    return _add_adapter(foundation, model, name, named, alphas, bool(fields.get("use_rslora")))
 
 
 def _adapters_of_two_kinds(
@@ -196,6 +248,14 @@ def _adapters_of_two_kinds(
     return model
 
 
+def _named_as_now(foundation: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # an older PEFT, which converts no names
+        return tensors
+    return convert_peft_adapter_state_dict_for_transformers(foundation, LoraConfig(), tensors)
+
+
 def _final_checkpoint(
     foundation: torch.nn.Module, folder: Path, lora_alpha: float | None
 ) -> tuple[PeftModel, list[str]]:
@@ -219,30 +279,51 @@ def _add_adapter(
     model: PeftModel | None,
     name: str,
     tensors: dict[str, torch.Tensor],
-    alpha: float | None,
+    alpha: float | dict[str, float] | None,
+    use_rslora: bool = False,
 ) -> PeftModel:
-    """PEFT's own layers around the foundation, filled with an adapter's tensors. Without `alpha`, the scale is 1."""
+    """PEFT's own layers around the foundation, filled with an adapter's tensors.
+
+    Args:
+        alpha: of all layers, or of each by its name; None for a scale of 1.
+    """
+    plain = {f"{key.removesuffix(f'.{name}.weight')}.weight": value for key, value in tensors.items()}
+    tensors = {
+        f"{key.removesuffix('.weight')}.{name}.weight": value
+        for key, value in _named_as_now(foundation, plain).items()
+    }
     ranks = {
         key.split(".lora_A.")[0].removeprefix("base_model.model."): value.shape[0]
         for key, value in tensors.items()
         if ".lora_A." in key
     }
-    patterns = {re.escape(module): rank for module, rank in ranks.items()}
+    alphas = ranks if alpha is None else alpha if isinstance(alpha, dict) else dict.fromkeys(ranks, alpha)
     config = LoraConfig(
         r=next(iter(ranks.values())),
-        lora_alpha=1 if alpha is None else alpha,
         target_modules=list(ranks),
-        rank_pattern=patterns,
-        alpha_pattern=patterns if alpha is None else {},
+        rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
+        alpha_pattern={re.escape(module): alphas[module] for module in ranks},
+        use_rslora=use_rslora,
     )
-    if model is None:
-        model = PeftModel(foundation, config, adapter_name=name)
-    else:
-        model.add_adapter(name, config)
+    with _no_other_targets(foundation):
+        if model is None:
+            model = PeftModel(foundation, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
     unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"PEFT has no place for {unexpected[0]}")
     return model
+
+
+@contextmanager
+def _no_other_targets(foundation: torch.nn.Module):
+    """Let PEFT put its layers where the config says: which targets it moves elsewhere, it looks up by the model's type."""
+    foundation.config.model_type = ""  # over the class's own
+    try:
+        yield
+    finally:
+        del foundation.config.model_type
 
 
 def _nested_adapters(folder: Path) -> dict[str, Path]:
@@ -312,8 +393,10 @@ def _stored_alpha(folder: Path) -> float:
 
 
 def _gate(folder: Path) -> dict[str, Any]:
-    """The gate where a checkpoint keeps it, and how its logits become weights."""
+    """The gate where a checkpoint keeps it, or the run beside it, and how its logits become weights."""
     state = folder / "dylo_moe_state" / "router.pt"
+    if not state.is_file():
+        state = folder.resolve().parent / "dylo_moe_state" / "router.pt"
     flat = folder / "router.pt"
     if (folder / "router.safetensors").is_file():
         tensors = load_file(folder / "router.safetensors")

@@ -228,10 +228,13 @@ def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout `full`."""
+    from dylora_moe.modeling.layouts_dylora_moe import peft_config
+
     weights = {}
     for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
         place = folder / "experts" / name
-        _check_adapter_config(contained(folder, place / "adapter_config.json"), entry)
+        written = peft_config(config, config.expert_names.index(name), False)
+        _check_adapter_config(contained(folder, place / "adapter_config.json"), name, (written, entry))
         file = TensorFile(contained(folder, place / "adapter_model.safetensors"))
         weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
     if config.router_input is not None:
@@ -240,19 +243,24 @@ def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     return weights
 
 
-def _check_adapter_config(path: Path, entry: dict[str, Any]) -> None:
+def _check_adapter_config(path: Path, name: str, forms: tuple[dict[str, Any], ...]) -> None:
     """PEFT goes by this file and the model by `config.json`, which must mean the same expert.
+
+    Args:
+        forms: the fields as they are written now, and as earlier versions wrote them.
 
     Raises:
         InputError: it is damaged, or names the field that differs.
     """
     stored = read_json(path)
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"):
-        if stored.get(field) != entry[field]:
-            raise InputError(
-                f"{path}: {field} is {str(stored.get(field))[:80]}, config.json has {str(entry[field])[:80]} for "
-                f"{entry['name']}; one of the two was changed"
-            )
+    fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "target_parameters")
+    differing = [[field for field in fields if stored.get(field) != form.get(field)] for form in forms]
+    if all(differing):
+        field, meant = differing[0][0], str(forms[0].get(differing[0][0]))[:80]
+        raise InputError(
+            f"{path}: {field} is {str(stored.get(field))[:80]}, config.json has {meant} for {name}; one of the two was "
+            "changed"
+        )
 
 
 def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]) -> Expert:

@@ -23,7 +23,7 @@ from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .exported_repo import is_exported_repo, is_replaceable
 from .formats import open_sources, read_sources
 from .licence import foundation_licence, stored_licence
-from .mixture import Mixture, ReadOptions, check_expert_names
+from .mixture import Mixture, ReadOptions, check_expert_names, idle_experts
 from .model_card import keep_edits, model_card
 from .options import ExportOptions, ExportResult
 from .plan import Plan, make_plan
@@ -93,6 +93,7 @@ def export(
     _refuse_inside(output, [Path(name) for name in (plan.foundation.name, chosen.tokenizer) if name])
     if tokenizer is not None:
         warn_about_older_transformers(tokenizer)
+    _warn_about_idle_experts(mixture)
     strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
     for scored in read_results(chosen.results):
         _routing_strategy(scored.routing_strategy, plan.config)
@@ -206,6 +207,12 @@ def _routing_strategy(strategy: str | None, config: Any) -> str:
         return str(resolve_routing_strategy(strategy, config))
     except ValueError as error:
         raise InputError(one_line(error, 2000)) from error
+
+
+def _warn_about_idle_experts(mixture: Mixture) -> None:
+    note = idle_experts(mixture)
+    if note is not None:
+        warnings.warn(note, DyloraMoeWarning, stacklevel=3)
 
 
 def _write(

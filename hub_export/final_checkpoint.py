@@ -4,7 +4,7 @@
                                    _dylora_lora_alpha, _dylora_lora_dropout, the rest copied from the foundation
     peft_adapters/expert_<i>.pt    dict of full parameter names to tensors, for instance
                                    base_model.model.model.layers.0.self_attn.q_proj.lora_A.expert_0.weight
-    dylo_moe_state/router.pt       dict of gate_state_dict (weight, bias), num_experts, input_size, top_k, temperature
+    dylo_moe_state/router.pt       (in the folder, or in the one it lies in) dict of gate_state_dict (weight, bias), num_experts, input_size, top_k, temperature
 
 Training matched names by substring and kept only what required a gradient. So `expert_1.pt` may also hold the tensors
 of expert_10 to expert_19, and a file may be an empty dict. The earlier form of the trainer's checkpoints (config.json
@@ -34,6 +34,7 @@ from .training_run import (
     make_router,
     maturity_note,
     number,
+    own_state,
     read_state,
     stored_setting,
     where_else,
@@ -87,6 +88,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     folder = folders[0]
     config = read_json(contained(folder, folder / "config.json"))
     problems: list[str] = []
+    notes: list[str] = []
     alpha = lora_alpha(folder, config, options, problems)
     experts = [
         _read_expert(folder, index, path, config, alpha, problems) for index, path in _complete(folder, config).items()
@@ -96,10 +98,10 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         reason=reason,
         folders=folders,
         experts=experts,
-        router=_read_router(folder, len(experts), options, problems),
+        router=_read_router(folder, len(experts), options, problems, notes),
         foundation=foundation_reference(folder, config),
         problems=problems,
-        notes=_notes(folder),
+        notes=notes,
     )
 
 
@@ -163,12 +165,14 @@ def _empty_expert(folder: Path, name: str, file: TensorFile) -> str:
     return f"{file.path} {what}: training kept only what required a gradient; {where_else(folder, name)}"
 
 
-def _read_router(folder: Path, num_experts: int, options: ReadOptions, problems: list[str]) -> Router | None:
-    path = folder / STATE
-    if not path.is_file():
-        problems.append(f"{path} is missing, so there is no router; copy it from the training run's output")
+def _read_router(
+    folder: Path, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
+) -> Router | None:
+    path = own_state(folder, problems, notes, f"{folder / STATE} is missing")
+    if path is None:
         return None
-    state = read_state(contained(folder, path))
+    state = read_state(path)
+    notes += maturity_note(path, state)
     top_k = _setting(state, "top_k", options.num_experts_per_tok, path, problems)
     temperature = _setting(state, "temperature", options.router_temperature, path, problems)
     return make_router(path, gate_of_state(path, state), num_experts, top_k, temperature, state)
@@ -180,8 +184,3 @@ def _setting(state: dict, key: str, given: float | None, path: Path, problems: l
         option = {"top_k": "--num_experts_per_tok", "temperature": "--router_temperature"}[key]
         problems.append(f"{path} has no {key}; pass {option}")
     return value
-
-
-def _notes(folder: Path) -> list[str]:
-    path = folder / STATE
-    return maturity_note(path, read_state(path)) if path.is_file() else []

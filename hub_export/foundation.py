@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, one_line
+from .layer_names import why_missing
 from .mixture import Expert, FoundationReference, Router
 from .sources import HUB_ID
 from .tensor_files import read_json
@@ -166,8 +167,7 @@ def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -
         for layer_name, layer in expert.layers.items():
             if layer_name not in modules:
                 raise InputError(
-                    f"expert {expert.name} ({expert.origin}) adapts {layer_name}, which the foundation {name} does not "
-                    "have; pass the model it was trained on with --base_model"
+                    f"expert {expert.name} ({expert.origin}) adapts {layer_name}{why_missing(layer_name, foundation, name)}"
                 )
             shape = _linear_shape(modules[layer_name])
             if shape is None:

@@ -132,6 +132,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def tied_head(model: nn.Module) -> str | None:
+    """The name of the layer that makes the logits, where its weight is the embeddings' own."""
+    return next((name.rpartition(".")[0] for name in tied_names(model)), None)
+
+
 def _folder(reference: FoundationReference) -> Path:
     if is_local(reference):
         return Path(reference.name)

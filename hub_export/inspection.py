@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .formats import open_sources, read_sources
-from .foundation import in_hub_cache, is_local, resolve_foundation
-from .foundation_weights import WEIGHT_NAMES, weight_files
-from .mixture import Expert, FoundationReference, Mixture, ReadOptions, Router
+from .foundation import in_hub_cache, is_local, load_foundation_config, resolve_foundation
+from .foundation_weights import WEIGHT_NAMES, foundation_weights, skeleton, tied_head, weight_files
+from .mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, idle_experts
+from .plan import check_fit
 from .sources import is_elsewhere
 from .tensor_files import TensorFile
 from .tokenizer import has_tokenizer
+from .whole_weights import check_whole_weights
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -94,7 +96,12 @@ def inspect(
     resolved = open_sources(sources, revision=revision, subfolder=subfolder)
     mixture = read_sources(resolved, ReadOptions(lora_alpha=lora_alpha, base_model=base_model))
     missing = list(mixture.problems)
+    notes = list(mixture.notes)
     foundation = _foundation(mixture, base_model, missing)
+    _compare(mixture, foundation, missing, notes)
+    idle = idle_experts(mixture)
+    if idle is not None:
+        notes.append(idle)
     tokenizer = _tokenizer(mixture, base_model, missing)
     return Inspection(
         sources=[str(source.folder) for source in resolved],
@@ -107,7 +114,7 @@ def inspect(
         tokenizer=tokenizer,
         memory=_memory(mixture, foundation),
         missing=missing,
-        notes=mixture.notes,
+        notes=notes,
     )
 
 
@@ -154,6 +161,29 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
     files = next((files for name in WEIGHT_NAMES if (files := weight_files(folder, name))), [])
     count = sum(_num_parameters(path) for path in files) if files else None
     return FoundationSummary(found.name, found.revision, str(folder), count)
+
+
+def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str], notes: list[str]) -> None:
+    """Add what an export would refuse in experts or router beside their foundation, where that is on this machine."""
+    if foundation.folder is None or not mixture.experts:
+        return
+    reference = FoundationReference(foundation.folder)
+    carried = mixture.foundation_weights is not None
+    try:
+        model = skeleton(mixture.foundation_config if carried else load_foundation_config(reference))
+        check_fit(mixture, model, replace(reference, name=foundation.name))
+        if any(expert.whole_weights for expert in mixture.experts):
+            check_whole_weights(mixture.experts, model, foundation_weights(reference, model), foundation.name)
+    except InputError as error:
+        missing.append(str(error))
+        return
+    head = tied_head(model)
+    adapted = [expert.name for expert in mixture.experts if head in expert.layers]
+    if adapted:
+        notes.append(
+            f"{head} is tied to the embeddings and adapted by {', '.join(adapted)}: that acts on the head's output alone, "
+            "and the embeddings stay as they are"
+        )
 
 
 def _place(reference: FoundationReference, base_model: str | None) -> tuple[FoundationReference, Path | None]:

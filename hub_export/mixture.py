@@ -43,6 +43,8 @@ class Expert:
         layers: module name inside the foundation (`model.layers.0.self_attn.q_proj`) to its ranks and shapes.
         read: module name to the pair (`lora_A` [rank, in], `lora_B` [out, rank]), in the dtype they are stored in.
         origin: the file or folder it was read from, for error messages.
+        whole_weights: tensors of the foundation that the adapter's file holds as well, by their names there. They are
+            left out, once they are seen to be the foundation's own.
     """
 
     name: str
@@ -52,6 +54,14 @@ class Expert:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     mature: bool = True
+    whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether A or B is zero on every layer, as before training. Reads no layer after the first that does something."""
+        return bool(self.layers) and not any(
+            all(bool(matrix.any()) for matrix in self.read(module)) for module in self.layers
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -146,6 +156,18 @@ class ReadOptions:
     base_model: str | None = None
     num_experts_per_tok: int | None = None
     router_temperature: float | None = None
+
+
+def idle_experts(mixture: Mixture) -> str | None:
+    """What to tell of experts that do nothing; None where every one does something."""
+    names = [expert.name for expert in mixture.experts if expert.does_nothing]
+    if not names:
+        return None
+    which = f"expert {names[0]} does" if len(names) == 1 else f"experts {', '.join(names)} do"
+    return (
+        f"{which} nothing: A or B is zero on every layer, as in an adapter that was saved before training or pruned away; "
+        "with such an expert alone, the mixture computes what its foundation does"
+    )
 
 
 def _most_common(values):

@@ -22,8 +22,11 @@ import torch
 from . import adalora
 from .containment import contained
 from .errors import InputError
+from .layer_names import PREFIX, why_unreadable
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, natural_order
 from .patterns import LONGEST_NAME, check_pattern
+from .peft_fields import check_fields
+from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
 from .training_run import number
 
@@ -36,32 +39,8 @@ OTHER_ADAPTER = re.compile(r".+\.lora_[ABE]\.expert_\d+(\.weight)?")
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # of the folders that a training run saves its states under
 CHECKPOINT = re.compile(r"best_model|checkpoint-\d+")
+BACKWARD_ALONE = ".lora_velora_embed"  # what VeLoRA's backward pass needs
 MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
-
-# fields that make an adapter more than a low-rank sum, with what to call them
-REFUSED_FIELDS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "a bias on lora_B",
-    "modules_to_save": "fully trained modules (modules_to_save)",
-    "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "arrow_config": "Arrow routing",
-    "megatron_config": "Megatron layers",
-}
-# fields that say how training went or where the adapter sits; they leave what it computes as it is
-HARMLESS_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-# initialisations that leave the foundation's own weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them
-PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def recognise(folder: Path) -> str | None:
@@ -154,25 +133,7 @@ def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
         raise InputError(
             f"{path}: peft_type is {config.get('peft_type')!r}; only LORA and ADALORA adapters can be exported"
         )
-    for field, meaning in REFUSED_FIELDS.items():
-        if config.get(field):
-            raise InputError(f"{path}: {field} is set: {meaning} is not a plain low-rank sum and cannot be an expert")
-    if config.get("bias", "none") != "none":
-        raise InputError(
-            f"{path}: bias is {config['bias']!r}: trained biases cannot be an expert, only bias 'none' can"
-        )
-    initialisation = config.get("init_lora_weights", True)
-    if initialisation not in PLAIN_INITIALISATIONS:
-        raise InputError(
-            f"{path}: init_lora_weights is {initialisation!r}, which changes the foundation's own weights; convert the "
-            "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
-        )
-    harmless = HARMLESS_FIELDS | adalora.HARMLESS_FIELDS if _is_adalora(config) else HARMLESS_FIELDS
-    for field, value in config.items():
-        if field not in harmless and field not in REFUSED_FIELDS and value:
-            raise InputError(
-                f"{path}: {field} is {value!r}, a field that may change what the adapter computes; it is not known"
-            )
+    check_fields(path, config)
     number(config.get("lora_dropout") or 0.0, f"{path}: lora_dropout")
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         for pattern in _texts(config.get(field), field):  # not used here, but by PEFT in the check
@@ -215,7 +176,7 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
         raise InputError(f"{folder} has adapter_config.json but neither {WEIGHT_FILES[0]} nor {WEIGHT_FILES[1]}")
     file = TensorFile(contained(root or folder, path))
     pattern = adalora.MATRIX if _is_adalora(config) else MATRIX
-    keys = _matrix_keys(file, pattern, None if root is None else OTHER_ADAPTER)
+    keys, whole = _sorted(file, pattern, None if root is None else OTHER_ADAPTER)
     if not keys:
         raise InputError(f"{path} holds no LoRA matrices; the adapter was saved empty")
     if _is_adalora(config):
@@ -225,6 +186,7 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
             read=lambda module: adalora.read(file, keys[module]),
             origin=folder,
             lora_dropout=config.get("lora_dropout") or 0.0,
+            whole_weights=whole,
         )
     return Expert(
         name=name,
@@ -233,24 +195,40 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
         origin=folder,
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
+        whole_weights=whole,
     )
 
 
-def _matrix_keys(file: TensorFile, pattern: re.Pattern, passed_over: re.Pattern | None) -> dict[str, dict[str, str]]:
-    """Module to {"A": key, "B": key}, for AdaLoRA also "E"; any other tensor is refused by what it is."""
-    names = [key for key in file.keys() if passed_over is None or passed_over.fullmatch(key) is None]  # noqa: SIM118
-    strange = [key for key in names if pattern.fullmatch(key) is None]
-    if strange:
-        # an adapted embedding comes with its whole weight; the former says more
-        key = min(strange, key=lambda key: ".lora_" not in key)
-        raise InputError(
-            f"{file.path}: {key} is {_what_it_is(key)}; only lora_A and lora_B of linear layers can be exported"
-        )
+def _sorted(
+    file: TensorFile, pattern: re.Pattern, passed_over: re.Pattern | None
+) -> tuple[dict[str, dict[str, str]], dict[str, StoredTensor]]:
+    """Module to {"A": key, "B": key}, for AdaLoRA also "E", and the foundation's own tensors that lie beside them.
+
+    PEFT saves an adapted head whole, and with `save_embedding_layers` the embeddings. Only the foundation can tell
+    whether they were trained.
+
+    Raises:
+        InputError: names the first tensor that is neither.
+    """
     keys: dict[str, dict[str, str]] = {}
-    for key in sorted(names, key=natural_order):
+    whole, strange = {}, []
+    for key in sorted(file.keys(), key=natural_order):
+        if (passed_over is not None and passed_over.fullmatch(key)) or key.endswith(BACKWARD_ALONE):
+            continue
+        if why_unreadable(key) is not None:
+            raise InputError(f"{file.path}: {key} cannot be read: {why_unreadable(key)}")
         match = pattern.fullmatch(key)
-        keys.setdefault(match["module"], {})[match["matrix"]] = key
-    return keys
+        if match is not None:
+            keys.setdefault(match["module"], {})[match["matrix"]] = key
+        elif key.startswith(PREFIX) and ".lora_" not in key and not key.endswith(".ranknum"):
+            whole[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = of_file(file, key)
+        else:
+            strange.append(key)
+    if strange:
+        raise InputError(
+            f"{file.path}: {strange[0]} is {_what_it_is(strange[0])}; only lora_A and lora_B of linear layers can be exported"
+        )
+    return keys, whole
 
 
 def _what_it_is(key: str) -> str:
@@ -260,11 +238,11 @@ def _what_it_is(key: str) -> str:
         return "a DoRA magnitude"
     if key.endswith("lora_B.bias"):
         return "a bias on lora_B"
+    if not key.startswith(PREFIX):
+        return f"a tensor whose name lacks PEFT's {PREFIX!r} (rename the tensors by putting it before each key)"
     if ".lora_" in key:
         return "a LoRA tensor under an unknown name"
-    if ".ranknum" in key:
-        return "AdaLoRA's ranknum, which PEFT does not store"
-    return "a whole weight (modules_to_save, or an embedding saved along)"
+    return "AdaLoRA's ranknum, which PEFT does not store"
 
 
 def _layer(
@@ -282,7 +260,8 @@ def _layer(
             f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
         )
-    rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    target = _target(module, config.get("target_parameters") or ())
+    rank = _by_pattern(config.get("rank_pattern") or {}, target, config["r"])
     if shape_a[0] != rank:
         raise InputError(
             f"{file.path}: {module} has rank {shape_a[0]}, {folder}/adapter_config.json says {rank}; "
@@ -290,11 +269,17 @@ def _layer(
         )
     return AdaptedLayer(
         rank=rank,
-        lora_alpha=_by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"]),
+        lora_alpha=_by_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"]),
         in_features=shape_a[1],
         out_features=shape_b[0],
         dtype=torch.promote_types(file.dtype(matrices["A"]), file.dtype(matrices["B"])),
     )
+
+
+def _target(module: str, parameters: Iterable[str]) -> str:
+    """What PEFT looks up in `rank_pattern` and `alpha_pattern`: the layer, or its weight where that is what it adapts."""
+    weight = f"{module}.weight"
+    return weight if any(weight == name or weight.endswith(f".{name}") for name in parameters) else module
 
 
 def _by_pattern(pattern: dict[str, Any], module: str, otherwise: Any) -> Any:

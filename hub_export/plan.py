@@ -28,10 +28,12 @@ from .foundation import (
     resolve_foundation,
 )
 from .foundation_weights import carried_weights, foundation_weights, skeleton
+from .layer_names import named_as_now
 from .mixture import FoundationReference, Mixture
 from .options import ExportOptions
 from .stored_tensors import StoredTensor, same_numbers
 from .tensor_files import read_json
+from .whole_weights import check_whole_weights
 from .writer import finest_dtype
 
 
@@ -97,14 +99,34 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
                 f"{reference.name} is quantised; pass the original model in full precision with --base_model"
             )
         model = skeleton(base_config)
-        _check_fit(mixture, model, reference)
+        check_fit(mixture, model, reference)
         own = carried_weights(mixture.foundation_weights, model, mixture.folders[0]) if carried else None
         find = _find_weights(mixture, own, reference, model, options)
     config = _config(mixture, base_config, reference, options)
+    _check_it_can_be_built(config)
     plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
+    if any(expert.whole_weights for expert in mixture.experts):
+        check_whole_weights(mixture.experts, model, plan.weights, reference.name)
     main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
     config.dtype = options.torch_dtype or main_dtype or getattr(base_config, "dtype", None)
     return plan
+
+
+def _check_it_can_be_built(config: Any) -> None:
+    """Build the model without weights, as loading the repo will.
+
+    Raises:
+        InputError: no model can be made of this config.
+    """
+    from dylora_moe.modeling import DyloraMoeForCausalLM
+
+    if config.base_config is None:
+        return
+    try:
+        with torch.device("meta"):
+            DyloraMoeForCausalLM(copy.deepcopy(config))
+    except ValueError as error:
+        raise InputError(f"no model can be made of these experts: {one_line(error, 500)}") from error
 
 
 def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
@@ -130,7 +152,12 @@ def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: E
         return mixture.foundation_config
 
 
-def _check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReference) -> None:
+def check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReference) -> None:
+    """Compare router and experts with the foundation; layers get the names that they have there.
+
+    Raises:
+        InputError: one of them does not fit.
+    """
     name = reference.name or "the source"
     vocab_size = model.config.get_text_config().vocab_size
     if mixture.foundation.vocab_size not in (None, vocab_size):
@@ -140,6 +167,7 @@ def _check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReferenc
         )
     if mixture.router is not None:
         check_router_fits(mixture.router, model.config, name)
+    mixture.experts[:] = [named_as_now(expert, model) for expert in mixture.experts]
     check_experts_fit(mixture.experts, model, name)
 
 

@@ -25,12 +25,12 @@ from .peft_adapters import holds_matrices, read_config, read_expert, same_founda
 from .stored_tensors import StoredTensor, of_file, of_tensor
 from .tensor_files import TensorFile, read_json
 from .training_run import (
-    STATE,
     best_model_config,
     count_of_experts,
     gate_of_state,
     make_router,
     maturity_note,
+    own_state,
     read_state,
     settings_or_defaults,
     where_else,
@@ -167,13 +167,12 @@ def _foundation(
 def _read_router(
     folder: Path, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
 ) -> Router | None:
-    path = next((folder / name for name in ROUTER_FILES if (folder / name).is_file()), folder / STATE)
-    if not path.is_file():
-        problems.append(
-            f"{folder} has neither {' nor '.join(ROUTER_FILES)}, so there is no router; copy it from the training run"
-        )
+    path = next((contained(folder, folder / name) for name in ROUTER_FILES if (folder / name).is_file()), None)
+    if path is None:
+        path = own_state(folder, problems, notes, f"{folder} has neither {' nor '.join(ROUTER_FILES)}")
+    if path is None:
         return None
-    gate, state = _read_gate(contained(folder, path))
+    gate, state = _read_gate(path)
     top_k, temperature = settings_or_defaults(folder, (path, state), options, notes)
     notes += maturity_note(path, state)
     return make_router(path, gate, num_experts, top_k, temperature, state)

@@ -27,6 +27,7 @@ from .tensor_files import TensorFile, load_torch_file, read_json
 PARAMETER = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.(?P<expert>[^.]+)\.weight")
 
 STATE = Path("dylo_moe_state") / "router.pt"
+STEP = re.compile(r"checkpoint-\d+")
 # of training runs that do not store theirs, as its documentation gives them
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0
 # more experts than this is a damaged number, not a mixture
@@ -282,6 +283,30 @@ def state_files(folder: Path) -> list[Path]:
     own, run = folder / STATE, folder.resolve().parent
     found = [contained(folder, own)] if own.is_file() else []
     return found + [path for path in (run / STATE, run / "best_model" / STATE) if path.is_file()]
+
+
+def own_state(folder: Path, problems: list[str], notes: list[str], needed: str) -> Path | None:
+    """The `dylo_moe_state/router.pt` with the checkpoint's own gate: in its folder, or beside it, where older runs left
+    the last one.
+
+    Args:
+        problems, notes: get what there is to say: that there is none, where `needed` says what else was looked for, or
+            that it was taken from beside the folder.
+    """
+    own, beside = folder / STATE, folder.resolve().parent / STATE
+    if own.is_file():
+        return contained(folder, own)
+    if not beside.is_file():
+        problems.append(f"{needed}, so there is no router; copy it from the training run's output")
+        return None
+    if STEP.fullmatch(folder.resolve().name):
+        problems.append(
+            f"{needed}; {beside} is that of the run's end, not of this step. Export the run's best_model or last checkpoint, "
+            f"or copy the file to {own} if it belongs to this one"
+        )
+        return None
+    notes.append(f"the router is that of {beside}, since {folder} has none of its own")
+    return beside
 
 
 def maturity_note(path: Path, state: dict[str, Any]) -> list[str]:

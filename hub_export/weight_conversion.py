@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, one_line
-from .stored_tensors import StoredTensor
+from .stored_tensors import StoredTensor, of_tensor
 
 
 class UnknownConversion(Exception):
@@ -108,6 +108,15 @@ def named_as_now(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[dic
         return by_model_name(stored, model)
     except UnknownConversion:
         return {name: tensor for name, tensor in stored.items() if name in names}, unknown
+
+
+def is_part(key: str, model: nn.Module) -> bool:
+    """Whether transformers would make one tensor of the model out of a checkpoint's `key` and others."""
+    try:
+        _, groups, _ = _assign({key: of_tensor(torch.empty(0))}, model)
+    except Exception:  # this version does it in another way
+        return False
+    return bool(groups)
 
 
 def _assign(

@@ -63,15 +63,12 @@ def foundation_config(
 
 
 def foundation_weights(
-    folder: Path, config: Any, tensors: dict[str, StoredTensor], adapted: set[str], notes: list[str]
+    folder: Path, config: Any, tensors: dict[str, StoredTensor], notes: list[str]
 ) -> dict[str, StoredTensor]:
     """The tensors that a model of this config has, by its own names, tied ones left out.
 
     Training always unties the head. Where it still equals the embedding bit for bit it is tied again, else `config` is
     changed to say that it is not.
-
-    Args:
-        adapted: the modules that an expert adapts; a head among them stays apart from the embedding.
 
     Raises:
         InputError: a tensor is missing, unknown, or of another shape than the config says.
@@ -90,7 +87,7 @@ def foundation_weights(
             f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have; what it does "
             "is not known"
         )
-    _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, adapted, notes)
+    _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, notes)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     missing = [name for name in names if name not in found and name not in tied]
     if missing:
@@ -113,20 +110,17 @@ def _on_meta(folder: Path, config: Any) -> Any:
         raise InputError(f"{folder}: its config makes no causal language model: {one_line(error)}") from error
 
 
-def _tie(
-    config: Any, tied: dict[str, str], found: dict[str, StoredTensor], adapted: set[str], notes: list[str]
-) -> None:
+def _tie(config: Any, tied: dict[str, str], found: dict[str, StoredTensor], notes: list[str]) -> None:
     """Leave tied tensors out of `found` where they are equal; where one is not, untie them in `config`."""
     for name, source in tied.items():
         if name not in found or source not in found:
             continue
-        module = name.rpartition(".")[0]
-        if module not in adapted and same_bits(found[name], found[source]):
+        if same_bits(found[name], found[source]):
             del found[name]
             continue
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
-        why = "is adapted by an expert" if module in adapted else f"was trained, and is not {source} any more"
         notes.append(
-            f"{name} {why}; it is kept, with tie_word_embeddings false, and serves every strategy, base included"
+            f"{name} was trained, and is not {source} any more; it is kept, with tie_word_embeddings false, and serves "
+            "every strategy, base included"
         )

@@ -115,9 +115,8 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     experts = _experts(folder, expert_names, matrices, config, options, problems)
     reference = foundation_reference(folder, config)
     stored = foundation_config(folder, config, reference, options, len(tensors))
-    adapted = {module for expert in experts for module in expert.layers}
-    weights = foundation_weights(folder, stored, rest, adapted, notes)
-    _check_modules(folder, experts, weights)
+    weights = foundation_weights(folder, stored, rest, notes)
+    _check_modules(folder, experts, rest)
     limits = list(notes)  # up to here, all that is told is of what the model computes
     return Mixture(
         format=FORMAT,
@@ -253,10 +252,10 @@ def _expert(
     )
 
 
-def _check_modules(folder: Path, experts: list[Expert], weights: dict[str, StoredTensor]) -> None:
+def _check_modules(folder: Path, experts: list[Expert], foundation: dict[str, StoredTensor]) -> None:
     for expert in experts:
         for module in expert.layers:
-            if f"{module}.weight" not in weights:
+            if f"{module}.weight" not in foundation:
                 raise InputError(f"{folder}: {expert.name} adapts {module}, whose own weight is not there")
 
 

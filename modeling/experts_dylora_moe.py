@@ -257,6 +257,12 @@ def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]
     )
 
 
+def in_base_layer(name: str, adapted: set[str]) -> str:
+    """The name of a foundation's parameter once the layers `adapted` are wrapped: `<layer>.base_layer.weight`."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.base_layer.{kind}" if module in adapted else name
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a layer that experts can adapt.
 
@@ -274,6 +280,7 @@ __all__ = [
     "ActiveExperts",
     "DyloraMoeLinear",
     "checkpoint_with_experts",
+    "in_base_layer",
     "linear_shape",
     "refuse_offloaded",
     "use_experts",

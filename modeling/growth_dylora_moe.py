@@ -6,7 +6,7 @@ Knows the stacks and the gate's rows. Knows nothing about how a model is trained
 import torch
 
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import refuse_offloaded
+from .experts_dylora_moe import in_base_layer, refuse_offloaded
 from .router_dylora_moe import DyloraMoeRouter
 
 
@@ -40,7 +40,11 @@ class GrowthMixin:
         entry = {"name": name, "target_modules": target_modules, "mature": mature, **fields}
         grown = DyloraMoeConfig(expert_configs=[*self.config.expert_configs, entry])
         new_modules = [module for module in grown.adapted_modules() if module not in self._adapted_modules]
+        wrapped = {f"foundation.{module}" for module in new_modules}
         self._wrap_modules(new_modules, grown)  # may fail, so it comes before anything else changes
+        self.all_tied_weights_keys = {
+            in_base_layer(target, wrapped): source for target, source in self.all_tied_weights_keys.items()
+        }
         self.config.expert_configs = grown.expert_configs
         self._adapted_modules = grown.adapted_modules()
         layouts, dropouts = grown.rank_layouts(), tuple(expert["lora_dropout"] for expert in grown.expert_configs)

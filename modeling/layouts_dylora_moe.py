@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -24,12 +25,21 @@ from .experts_dylora_moe import refuse_offloaded
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
+# what the matrices of a mixture-of-experts layer were called before they were stacked, and its gate
+STACKED_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> dict:
-    """The `adapter_config.json` of one expert."""
-    entry = config.expert_configs[expert]
+    """The `adapter_config.json` of one expert.
+
+    On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets that are called as
+    these matrices were before onto that parameter, and leaves dense and shared layers of the same names out. There such
+    a layer is named by its weight, as a parameter, which PEFT takes as it stands; it then wants a dropout of 0.
+    """
+    entry = {name: value for name, value in config.expert_configs[expert].items() if name not in ("name", "mature")}
+    if has_stacked_experts(config.base_config):
+        entry |= _targets_by_weight(entry)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -38,7 +48,30 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        **{name: value for name, value in entry.items() if name not in ("name", "mature")},
+        **entry,
+    }
+
+
+def has_stacked_experts(base_config: PreTrainedConfig | None) -> bool:
+    """Whether transformers stacks the matrices of a layer's experts when it loads a model of this type."""
+    transforms = get_checkpoint_conversion_mapping(getattr(base_config, "model_type", "")) or ()
+    return any(name.endswith("gate_up_proj") for transform in transforms for name in transform.target_patterns)
+
+
+def _targets_by_weight(entry: dict) -> dict:
+    moved = {name for name in entry["target_modules"] if name.rpartition(".")[2] in STACKED_NAMES}
+    if not moved:
+        return {}
+
+    def by_weight(pattern: dict) -> dict:
+        return {f"{name}.weight" if name in moved else name: value for name, value in pattern.items()}
+
+    return {
+        "target_modules": [name for name in entry["target_modules"] if name not in moved],
+        "target_parameters": [f"{name}.weight" for name in entry["target_modules"] if name in moved],
+        "rank_pattern": by_weight(entry["rank_pattern"]),
+        "alpha_pattern": by_weight(entry["alpha_pattern"]),
+        "lora_dropout": 0.0,
     }
 
 
@@ -261,6 +294,7 @@ def merge_expert(model, expert: int | str):
         if type(layer.weight.data) is not torch.Tensor or not layer.weight.is_floating_point():
             raise ValueError(f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that.")
     merged = deepcopy(model.foundation)
+    _tie_as_before(merged, keep_tied=not any(_adapts(model, index, name) for name in merged.all_tied_weights_keys))
     for name in model.config.adapted_modules():
         layer = merged.get_submodule(name)
         base = layer.base_layer
@@ -274,6 +308,29 @@ def merge_expert(model, expert: int | str):
         setattr(merged.get_submodule(parent_name), child_name, base)
     merged.requires_grad_(True)
     return merged.eval()
+
+
+def _adapts(model, expert: int, parameter: str) -> bool:
+    module = parameter.rpartition(".")[0].removesuffix(".base_layer")
+    return module in model.config.expert_configs[expert]["target_modules"]
+
+
+def _tie_as_before(foundation: PreTrainedModel, keep_tied: bool) -> None:
+    """Give tied weights the names that they have without experts, or make each a parameter of its own: folded into a
+    tied head, an expert would change the embeddings, too."""
+    tied = foundation.all_tied_weights_keys
+    vars(foundation).pop("_tied_weights_keys", None)  # the class's own hold again
+    if keep_tied:
+        names = {target.replace(".base_layer.", "."): source for target, source in tied.items()}
+        foundation.all_tied_weights_keys = names
+        return
+    for target in tied:
+        module, _, kind = target.rpartition(".")
+        parameter = foundation.get_parameter(target)
+        setattr(foundation.get_submodule(module), kind, torch.nn.Parameter(parameter.detach().clone()))
+    foundation.all_tied_weights_keys = {}
+    for config in (foundation.config, foundation.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 __all__ = [

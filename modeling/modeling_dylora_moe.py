@@ -24,7 +24,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_dylora_moe import CACHE, new_cache, prepare_streams
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, checkpoint_with_experts, refuse_offloaded
+from .experts_dylora_moe import (
+    ActiveExperts,
+    DyloraMoeLinear,
+    checkpoint_with_experts,
+    in_base_layer,
+    refuse_offloaded,
+)
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
 from .layouts_dylora_moe import HUB_OPTIONS, foundation_config, keep_single_expert, read_adapter, read_full, subset_of
@@ -169,10 +175,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         wrapped, layouts = {}, config.rank_layouts()
         for name in names:
             try:
-                module = self.foundation.get_submodule(name)
-                if module is self.foundation.get_output_embeddings() and self.foundation.config.tie_word_embeddings:
-                    raise ValueError("It is tied to the input embeddings, which would change with it.")
-                wrapped[name] = DyloraMoeLinear(module, layouts[name], dropouts)
+                wrapped[name] = DyloraMoeLinear(self.foundation.get_submodule(name), layouts[name], dropouts)
             except AttributeError as error:
                 whole = [module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")]
                 raise ValueError(
@@ -185,6 +188,17 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             layer.train(self.foundation.training)
             parent_name, _, child_name = name.rpartition(".")
             setattr(self.foundation.get_submodule(parent_name), child_name, layer)
+        self._rename_tied_weights(set(wrapped))
+
+    def _rename_tied_weights(self, wrapped: set[str]) -> None:
+        """A tied head that experts adapt stays tied, under its new name: they act on its output, not on its weight."""
+        tied = self.foundation.all_tied_weights_keys
+        if not any(name.rpartition(".")[0] in wrapped for name in tied):
+            return
+        renamed = {in_base_layer(target, wrapped): in_base_layer(source, wrapped) for target, source in tied.items()}
+        # transformers reads both: the one when it loads, the other when it saves or ties anew.
+        self.foundation.all_tied_weights_keys = dict(renamed)
+        self.foundation._tied_weights_keys = renamed
 
     def _describe_foundation(self) -> None:
         """Note what every pass needs to know of the modules, once."""

@@ -50,6 +50,9 @@ def foundation_of(mixture: Mixture, base_model: Path | None) -> torch.nn.Module:
 def mixture_quantities(mixture: Mixture, base_model: Path | None) -> dict[str, torch.Tensor]:
     """Logits by weights that have the low-rank sums added to them: what the reader's numbers come to."""
     model = foundation_of(mixture, base_model)
+    for name in model.all_tied_weights_keys:  # what is added to a head is not added to the embeddings
+        module, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(module), kind, torch.nn.Parameter(model.get_parameter(name).clone()))
     originals = {name: parameter.clone() for name, parameter in model.named_parameters()}
     sums = [low_rank_sums(expert) for expert in mixture.experts]
 

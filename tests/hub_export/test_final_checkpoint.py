@@ -197,3 +197,40 @@ def test_stored_maturity_is_told(damaged, tmp_path):
     save_router(damaged, 3, expert_maturity=torch.tensor([1, 0, 1]))
     with pytest.warns(UserWarning, match=r"expert_maturity \[1, 0, 1\]"):
         export(damaged, tmp_path / "out", verify=False)
+
+
+@pytest.fixture
+def older(damaged):
+    """`dylo_moe_state/` beside the checkpoint's folder, as older runs left it."""
+    shutil.move(damaged / "dylo_moe_state", damaged.parent / "dylo_moe_state")
+    return damaged
+
+
+def test_a_router_beside_the_folder_is_read_and_told(checked, older, tmp_path):
+    found = inspect(older)
+    assert found.missing == [] and found.router["num_experts"] == 3
+    assert any(str(older.parent / "dylo_moe_state" / "router.pt") in note for note in found.notes)
+    result = export(older, tmp_path / "out")
+    assert result.check.passed and "router" in {c.quantity for c in result.check.comparisons}
+    first, second = (DyloraMoeForCausalLM.from_pretrained(folder) for folder in (checked[0], tmp_path / "out"))
+    assert torch.equal(first.router.gate.weight, second.router.gate.weight)
+    assert torch.equal(first.router.gate.bias, second.router.gate.bias)
+
+
+def test_the_folder_s_own_router_comes_first(older, tmp_path):
+    (older / "dylo_moe_state").mkdir()
+    save_router(older, 3, temperature=0.5)
+    found = inspect(older)
+    assert found.router["router_temperature"] == 0.5 and not any("has none of its own" in note for note in found.notes)
+
+
+def test_the_end_of_a_run_is_no_router_of_a_step(older, tmp_path):
+    """The gate went on being trained after that step."""
+    step = older.rename(older.parent / "checkpoint-5")
+    message = export_error(step, tmp_path)
+    assert "not of this step" in message and str(step / "dylo_moe_state") in message
+
+
+def test_a_router_beside_the_folder_of_another_number_of_experts(older, tmp_path):
+    save_router(older.parent, 4)
+    assert "there are 3 experts" in export_error(older, tmp_path)

@@ -147,7 +147,6 @@ def test_what_is_more_than_a_low_rank_sum_is_refused_by_name(adapter, tmp_path, 
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "LoRA on an embedding"),
-        ({"target_modules": ["q_proj"], "target_parameters": ["down_proj.weight"]}, "target_parameters"),
     ],
 )
 def test_adapters_that_peft_itself_saved_are_refused_by_name(foundation, tmp_path, fields, expected):

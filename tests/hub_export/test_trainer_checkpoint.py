@@ -325,3 +325,17 @@ def test_what_older_versions_of_peft_save_along_is_passed_over(foundation, tmp_p
     assert set(read(folder).experts[1].layers) == {
         key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors
     }
+
+
+def test_a_router_beside_the_last_checkpoint_alone(trained, foundation, tmp_path):
+    """As older runs left it; what lies beside a step is of another one."""
+    (best := tmp_path / "run" / "best_model").parent.mkdir()
+    shutil.copytree(trained, best)
+    (best / "router.safetensors").unlink()
+    (best.parent / "dylo_moe_state").mkdir()
+    save_router(best.parent, 3)
+    mixture = read(best)
+    assert any(str(best.parent) in note for note in mixture.notes)
+    assert_same(mixture, foundation)
+    step = best.rename(best.parent / "checkpoint-7")
+    assert "not of this step" in read(step).problems[0]

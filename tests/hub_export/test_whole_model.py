@@ -164,7 +164,7 @@ def test_a_tied_model_without_its_head_is_whole(tied_foundation, tmp_path):
     assert_same(read(whole))
 
 
-def test_a_head_that_experts_adapt_is_never_tied(tied_foundation, tmp_path):
+def test_a_head_that_experts_adapt_is_tied_again_like_any_other(tied_foundation, tmp_path):
     whole = save_whole_model(tmp_path / "wrapper", tied_foundation, head="equal")
 
     def adapt(tensors):
@@ -176,7 +176,8 @@ def test_a_head_that_experts_adapt_is_never_tied(tied_foundation, tmp_path):
     change_tensors(whole, adapt)
     mixture = read(whole)
     assert "lm_head" in mixture.experts[0].layers and "lm_head" not in mixture.experts[1].layers
-    assert mixture.foundation_config.tie_word_embeddings is False
+    assert mixture.foundation_config.tie_word_embeddings is True
+    assert "lm_head.weight" not in mixture.foundation_weights
     assert_same(mixture)
 
 

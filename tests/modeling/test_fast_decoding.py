@@ -14,6 +14,7 @@ from helpers_models import (
     build,
     character_tokenizer,
     left_padded,
+    llama_config,
     llama_experts,
     random_rows,
     text_of,
@@ -280,11 +281,13 @@ def test_wrong_experts_are_refused_however_many_prompts_run_at_a_time(monkeypatc
         build(seed=7).generate(**BATCH, **GREEDY, routing_strategy="best", expert_ids=torch.tensor(given))
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_experts_on_the_head(steps, strategy):
+def test_experts_on_the_head(steps, strategy, tied):
     """It sees a prompt's last token alone, and the router has weights for all of them."""
     names = [*(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)), "lm_head"]
-    model = build(experts=[{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")], seed=7)
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    model = build(llama_config(tie_word_embeddings=tied), experts, seed=7)
     for _ in range(2):
         ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
         assert found.tolist() == ordinary.tolist()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers_models import STRATEGIES, build, llama_config, random_rows
+from helpers_models import STRATEGIES, build, random_rows
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
@@ -95,13 +95,6 @@ def test_guidance_uses_the_calls_strategy():
     called = model.generate(IDS[:1], routing_strategy="single:1", **arguments)
     model.generation_config.routing_strategy = "single:1"
     assert called.tolist() == model.generate(IDS[:1], **arguments).tolist()
-
-
-def test_a_head_tied_to_the_embeddings_is_not_adapted():
-    experts = [{"name": "a", "target_modules": ["lm_head"]}]
-    with pytest.raises(ValueError, match=r"lm_head.*tied"):
-        build(llama_config(tie_word_embeddings=True), experts)
-    build(llama_config(tie_word_embeddings=False), experts, router_input=None)
 
 
 def test_frozen_experts_stay_frozen_in_a_copy_and_whatever_was_trainable_before():
