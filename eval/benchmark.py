@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
 from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
@@ -93,6 +94,16 @@ class BenchmarkOptions:
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
             )
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any], function: Callable) -> BenchmarkOptions:
+        """Make them from what a caller of `function` gave by name beside its own parameters.
+
+        Raises:
+            InputError: a name that neither has, or a value that cannot be used.
+        """
+        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+        return cls(**options)
+
 
 @dataclass
 class BenchmarkResult:
@@ -129,7 +140,7 @@ def benchmark(
         InputError: an option, a source or a strategy that cannot be used, or a folder that holds another run.
         FailureError: the work failed.
     """
-    chosen = _options(options)
+    chosen = BenchmarkOptions.of(options, benchmark)
     if score:
         _check_settings(chosen)
     folder = Path(output_dir)
@@ -153,13 +164,6 @@ def benchmark(
     if score and state.is_main_process:
         result.runs = [_score(run, chosen, progress) for run in result.runs]
     return result
-
-
-def _options(options: dict[str, Any]) -> BenchmarkOptions:
-    unknown = sorted(set(options) - {entry.name for entry in fields(BenchmarkOptions)})
-    if unknown:
-        raise InputError(f"unknown options {', '.join(unknown)}")
-    return BenchmarkOptions(**options)
 
 
 def _as_list(models: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import InputError
 
-from .benchmark import DEFAULT_FOLDER, Progress, benchmark
+from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
 from .evalplus_data import canonical_benchmark, load_benchmark
 from .expert_figures import CONFIDENCE, ROUTER, figures, strategies_of
 from .expert_tables import print_expert_analysis
@@ -82,6 +82,7 @@ def expert_analysis(
             results do not suffice.
         FailureError: the work failed.
     """
+    BenchmarkOptions.of(benchmark_options, expert_analysis)
     folder = Path(output_dir)
     source = _one_model(model)
     if source is None and benchmark_options.get("adapter_path") is None:

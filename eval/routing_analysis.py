@@ -93,7 +93,7 @@ def routing_analysis(
         InputError: a model without a router, or a source, an option or a folder that cannot be used.
         FailureError: the work failed.
     """
-    chosen = BenchmarkOptions(**options)
+    chosen = BenchmarkOptions.of(options, routing_analysis)
     tell = progress or (lambda what, done, total: None)
     folder = Path(output_dir)
     found = find_model(model, **{name: getattr(chosen, name) for name in SOURCE_OPTIONS})

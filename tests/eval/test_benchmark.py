@@ -242,7 +242,7 @@ def test_a_model_on_the_hub_is_recorded_by_its_commit_and_is_not_fetched_again(r
         ({"parallel": 0}, "--parallel"),
         ({"strategies": "single:9"}, "out of range"),
         ({"backend": "vllm"}, "hf, peft_moe"),
-        ({"colour": "red"}, "unknown options colour"),
+        ({"colour": "red"}, "unknown option colour"),
     ],
     ids=str,
 )

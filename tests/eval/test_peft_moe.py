@@ -16,7 +16,12 @@ from helpers_checkpoints import save_adapters
 from helpers_text import save_text_checkpoint
 from wandb_server import Artifact, WandbServer
 
-from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, register, run_codegen
+from dylora_moe import hub_export
+from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, peft_moe, register, run_codegen
+from dylora_moe.eval import benchmark as benchmark_module
+from dylora_moe.eval.benchmark import benchmark
+from dylora_moe.eval.expert_analysis import expert_analysis
+from dylora_moe.eval.routing_analysis import routing_analysis
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -124,9 +129,20 @@ def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, regist
         evalplus.provider.make_model(str(tmp_path / "nothing"), "hf", "humaneval")
 
 
+def _later_make_model(
+    model, backend, dataset, batch_size=1, temperature=0.0, force_base_prompt=False, instruction_prefix=None,
+    response_prefix=None, dtype="bfloat16", trust_remote_code=False, tp=1, base_url=None, attn_implementation="eager",
+    device_map=None, gguf_file=None, enable_prefix_caching=False,
+):  # fmt: skip
+    """The parameters of EvalPlus's main branch."""
+
+
 @pytest.mark.parametrize("main_branch", [False, True])
-def test_make_model_gives_a_decoder(checkpoint, registered, main_branch):
+def test_make_model_gives_a_decoder(checkpoint, registered, main_branch, monkeypatch):
     later = {"device_map": None, "gguf_file": None, "enable_prefix_caching": False} if main_branch else {}
+    if main_branch:
+        monkeypatch.setattr(evalplus.provider, "make_model", _later_make_model)
+        register()
     decoder = evalplus.provider.make_model(
         model=str(checkpoint),
         backend="peft_moe",
@@ -148,6 +164,59 @@ def test_make_model_gives_a_decoder(checkpoint, registered, main_branch):
     assert "\nclass " in decoder.eos
     mbpp = evalplus.provider.make_model(str(checkpoint), "peft_moe", "mbpp", dtype="float32")
     assert "\nclass " not in mbpp.eos and '\n"""' in mbpp.eos
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing_stratgy": "single:0"}, "unknown option routing_stratgy.*routing_strategy"),
+        ({"basemodel": "x"}, "unknown option basemodel.*base_model"),
+        ({"max_token": 3}, "unknown option max_token.*max_new_tokens"),
+        ({"enable_prefix_caching": True}, "unknown option enable_prefix_caching"),  # not of this EvalPlus
+        ({"colour": "red"}, "unknown option colour.*there are .*routing_strategy"),
+        ({"wandb_artifact": "guild/moe/text:v0"}, "leave one out"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_neither_evalplus_nor_the_backend_knows_is_refused(registered, options, message, tmp_path):
+    for call in (
+        lambda: evalplus.provider.make_model(str(tmp_path), "peft_moe", "humaneval", **options),
+        lambda: PeftMoEDecoder(str(tmp_path), "humaneval", **options),
+        lambda: evalplus.codegen.run_codegen(str(tmp_path), "humaneval", backend="peft_moe", **options),
+        lambda: run_codegen(tmp_path, **options),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_options_of_every_public_function_are_refused_with_the_nearest_one(tmp_path):
+    for call, nearest in (
+        (lambda: benchmark(tmp_path, temprature=0.2), "temperature"),
+        (lambda: benchmark(tmp_path, strategy="router"), "strategies"),
+        (lambda: evaluate("humaneval", tmp_path / "samples.jsonl", base_onyl=True), "base_only"),
+        (lambda: expert_analysis(output_dir=tmp_path, temprature=0.2), "temperature"),
+        (lambda: routing_analysis(tmp_path, batchsize=2), "batch_size"),
+        (lambda: hub_export.export(tmp_path, tmp_path / "out", base_modle="x"), "base_model"),
+        (lambda: hub_export.verify(tmp_path, lora_alfa=2), "lora_alpha"),
+        (lambda: hub_export.mirror_pull("guild/moe/text:v0", tmp_path / "out", lora_alfa=2), "lora_alpha"),
+    ):
+        with pytest.raises(InputError, match=rf"unknown option \w+ \(did you mean {nearest}\?\)"):
+            call()
+
+
+@pytest.mark.parametrize("way", ["make_model", "run_codegen"])
+def test_an_artifact_is_a_model(registered, monkeypatch, way):
+    class Sought(Exception):
+        pass
+
+    def find_model(source, **options):
+        raise Sought(source)
+
+    monkeypatch.setattr(benchmark_module, "find_model", find_model)
+    monkeypatch.setattr(peft_moe, "find_model", find_model)
+    make = evalplus.provider.make_model if way == "make_model" else evalplus.codegen.run_codegen
+    with pytest.raises(Sought, match="wandb:guild/moe/text:v0"):
+        make(backend="peft_moe", dataset="humaneval", wandb_artifact="guild/moe/text:v0")
 
 
 def test_the_loop_of_the_main_branch(checkpoint, tmp_path, monkeypatch):
