@@ -101,8 +101,13 @@ class BenchmarkOptions:
         Raises:
             InputError: a name that neither has, or a value that cannot be used.
         """
-        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+        cls.check_names(options, function)
         return cls(**options)
+
+    @classmethod
+    def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
+        """Raises InputError: a name that neither these options nor the parameters of `function` have."""
+        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
 
 
 @dataclass

@@ -109,15 +109,12 @@ class FoundModel:
             return ["base"]
         from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
+        if not wanted:
+            return [exported_repo.stored_routing_strategy(self.folder, self.config)]
         try:
-            wanted = list(wanted) if wanted else [self._default_strategy()]
             return list(dict.fromkeys(str(resolve_routing_strategy(strategy, self.config)) for strategy in wanted))
         except ValueError as error:
             raise InputError(one_line(error, 2000)) from error
-
-    def _default_strategy(self) -> str | None:
-        path = self.folder / "generation_config.json"
-        return json.loads(path.read_text(encoding="utf-8")).get("routing_strategy") if path.is_file() else None
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""

@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.version import __version__
 
 
 RUN_FILE = "run.json"
@@ -132,23 +133,44 @@ def read_runs(folder: str | Path) -> list[Run]:
     """What a benchmark's folder holds, in the order in which it was begun; nothing where there is no `run.json`.
 
     Raises:
-        InputError: the file is damaged, or of a later version of this package.
+        InputError: the file is damaged, or was written by a newer version of this package.
     """
     folder = Path(folder)
     path = folder / RUN_FILE
     if not path.is_file():
         return []
+    content = read_versioned(path, FORMAT_VERSION, "choose another -o")
+    known = {entry.name for entry in fields(Run)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format_version"] > FORMAT_VERSION:
-            raise InputError(f"{path} was written by a later version of this package; update it, or choose another -o")
-        known = {entry.name for entry in fields(Run)}
         return [
             Run(folder=folder, **{name: value for name, value in values.items() if name in known})
             for values in content["runs"].values()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); choose another -o") from error
+
+
+def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that states its `format_version`.
+
+    Args:
+        latest: the newest version that the caller understands.
+        remedy: what else a user can do about a file that cannot be read.
+
+    Raises:
+        InputError: the file is damaged, or was written by a newer version of this package.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = int(content["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    if version > latest:
+        raise InputError(
+            f"{path} was written by a newer version of dylora-moe (its format is {version}, and {__version__} reads up "
+            f"to {latest}): update dylora-moe, or {remedy}"
+        )
+    return content
 
 
 def write_run(run: Run) -> None:

@@ -352,6 +352,9 @@ def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monk
     (model / "generation_config.json").write_text("{}")
     with pytest.raises(InputError, match="model_sha256"):
         benchmark(".", **SMALL)
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json is not valid JSON"):
+        benchmark(".", **SMALL)
 
 
 @pytest.mark.slow

@@ -300,15 +300,22 @@ def test_tokens_of_another_analysis_are_not_shown(folder):
     assert not list(content.routing_lines())
 
 
-@pytest.mark.parametrize("name", ["expert_analysis.json", "routing_analysis.json"])
+@pytest.mark.parametrize("name", ["run.json", "expert_analysis.json", "routing_analysis.json"])
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "is damaged"), ("[]", "is damaged"), ('{"format_version": 2}', "later version")]
+    ("content", "words"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format_version": "new"}', "is damaged"),
+        ('{"format_version": 2, "tracks": []}', "newer version of dylora-moe .* update dylora-moe, or"),
+    ],
 )
 def test_a_damaged_or_newer_file_is_an_error_that_names_it(folder, name, content, words):
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=words) as error:
         read_folder(folder)
     assert name in str(error.value)
+    assert ("is damaged" in str(error.value)) == ("is damaged" in words)
 
 
 def test_a_damaged_line_is_an_error_that_names_it(folder):
