@@ -185,7 +185,7 @@ def test_the_bar_beside_a_share_of_the_gain_is_as_long_as_the_share(folder, shar
         assert texts[2] == f"{expected:.0%}"
         assert one - zero == pytest.approx(scale) and length == pytest.approx(abs(expected) * scale)
         assert start == pytest.approx(zero if expected >= 0 else zero - length)
-        assert -1e-6 <= start and start + length <= 140 + 1e-6
+        assert start >= -1e-6 and start + length <= 140 + 1e-6
 
 
 def test_where_no_share_is_defined_there_is_no_bar(folder):
