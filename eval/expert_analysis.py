@@ -40,7 +40,7 @@ WHERE = ("adapter_path", "backend", "revision", "subfolder", "lora_alpha", "trus
 SAME = (*(name for name in DECISIVE if name != "routing_strategy"), "mini")
 DESCRIBED = (
     "model", "model_label", "model_sha256", "model_revision", "model_format", "expert_names", "benchmark", "mini", "subset",
-    "dataset_hash", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
 )  # fmt: skip
 
 

@@ -186,7 +186,10 @@ def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """Which samples were traced, and how the model that was loaded turns logits into weights."""
     dense = loaded.model.routes_densely
     config = loaded.model.config
-    named = ("model", "model_label", "benchmark", "mini", "samples", "samples_sha256", "n_samples", "dtype")
+    named = (
+        "model", "model_label", "benchmark", "mini", "dataset_file", "samples", "samples_sha256", "n_samples",
+        "temperature", "dtype",
+    )  # fmt: skip
     return {
         "format_version": FORMAT_VERSION,
         **{name: getattr(run, name) for name in named},

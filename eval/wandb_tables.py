@@ -10,6 +10,7 @@ from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, sdk, wandb_errors
 
 from .report_content import read_folder
 from .report_tables import report_tables
+from .run_labels import one_line_names
 
 
 def log_to_wandb(folder: str | Path, project: str) -> str:
@@ -45,8 +46,11 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
                     for table in tables.values()
                 }
             )
-            for row in tables["scores"].records() if "scores" in tables else []:
-                where = f"{row['model']}/{row['routing strategy']}/{row['benchmark']}"
+            records = tables["scores"].records() if "scores" in tables else []
+            others = one_line_names(records, columns=("tasks", "samples a task", "settings"))
+            for row, other in zip(records, others, strict=True):
+                named = (row["model"], row["routing strategy"], row["benchmark"], other)
+                where = "/".join(filter(None, named))
                 run.summary.update(
                     {f"{where}/{name}": value for name, value in row.items() if "pass@" in name and value is not None}
                 )

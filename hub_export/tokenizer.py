@@ -74,8 +74,11 @@ def _common(folders: list[Path], trust_remote_code: bool) -> Any:
     return first
 
 
-def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False, config: Any = None) -> Any:
     """The tokenizer of a folder or a Hub repo.
+
+    Args:
+        config: the model's, where it is of a class that transformers does not know.
 
     Raises:
         InputError: there is none, or it needs code of its own that is not trusted.
@@ -83,7 +86,9 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, config=config
+        )
     except Exception as error:  # tokenizers raise many kinds, bare Exception among them
         raise InputError(
             f"the tokenizer of {name} cannot be read: {one_line(error)}; pass one with --tokenizer"

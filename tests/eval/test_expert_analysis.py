@@ -193,7 +193,7 @@ def test_what_is_printed(tmp_path):
     analysis = expert_analysis(output_dir=tmp_path)
     text = printed(analysis)
     for part in (
-        "mixture on humaneval, all 8 tasks, greedy",
+        "mixture on HumanEval, all 8 tasks, greedy",
         "single:0 sorter",
         "62.5%",
         "sorting",
@@ -232,7 +232,7 @@ def test_many_experts_share_a_column(tmp_path):
 def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path):
     write_runs(tmp_path, expert_names=["[red]one", "two"], model_label="[bold]m")
     text = printed(expert_analysis(output_dir=tmp_path))
-    assert "single:0 [red]one" in text and "[bold]m on humaneval" in text
+    assert "single:0 [red]one" in text and "[bold]m on HumanEval" in text
 
 
 # what a folder alone may lack
