@@ -21,6 +21,7 @@ import transformers
 from filelock import FileLock
 
 from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer, training_run
+from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.foundation import resolve_foundation
 from dylora_moe.version import __version__
@@ -301,13 +302,12 @@ def _exported(
     mixture = formats.read_sources(
         resolved, formats.ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
     )
-    # What a checkpoint does not say itself may be in its run's best model, beside it,
-    # as may the router's state.
+    # What a checkpoint does not say itself may be in its run's best model and state, beside it.
     content = [
         (
             file_hashes(found.folder),
             training_run.best_model_config(found.folder)[1],
-            file_hashes(found.folder.parent / training_run.STATE.parent),
+            [sha256(path) for path in training_run.state_files(found.folder)],
         )
         for found in resolved
     ]

@@ -251,4 +251,5 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and HASH.fullmatch(value):
         return value[:12]
     text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+    most = 200 if isinstance(value, str) else 60  # a path is known by its end
+    return text if len(text) <= most else text[: most - 3] + "…"
