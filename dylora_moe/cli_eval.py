@@ -142,8 +142,9 @@ def benchmark(
 
     def table(result: Any, console: Any) -> None:
         from dylora_moe.eval.benchmark_table import benchmark_table
+        from dylora_moe.eval.run_record import read_runs
 
-        console.print(benchmark_table(result.runs))
+        console.print(benchmark_table(result.runs, read_runs(result.folder)))
 
     _show(result, table, output_dir, wandb_project, as_json)
 

@@ -14,10 +14,15 @@ from .statistics import interval
 from .stock_evalplus import read_results
 
 
-def benchmark_table(runs: Sequence[Run]) -> Table:
-    """A rich table of scored runs: pass@k of the base tests and, as `+`, of base and plus tests together."""
+def benchmark_table(runs: Sequence[Run], others: Sequence[Run] = ()) -> Table:
+    """A rich table of scored runs: pass@k of the base tests and, as `+`, of base and plus tests together.
+
+    Args:
+        others: what else the folder holds, from which the table's runs are told apart, too.
+    """
     columns = list(dict.fromkeys(name for run in runs for name in sorted(run.scores, key=_order)))
-    labels = run_labels(runs)
+    shown = {run.samples for run in runs}
+    labels = run_labels([*runs, *(run for run in others if run.samples not in shown)])[: len(runs)]
     settings = ["settings"] if any(label.settings for label in labels) else []
     table = Table("model", "routing strategy", "benchmark", "tasks", "samples", *settings)
     for column in columns:

@@ -9,7 +9,7 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, sdk, wandb_errors
 
 from .report_content import read_folder
-from .report_tables import report_tables
+from .report_tables import ReportTable, report_tables
 from .run_labels import one_line_names
 
 
@@ -46,17 +46,22 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
                     for table in tables.values()
                 }
             )
-            records = tables["scores"].records() if "scores" in tables else []
-            others = one_line_names(records, columns=("tasks", "samples a task", "settings"))
-            for row, other in zip(records, others, strict=True):
-                named = (row["model"], row["routing strategy"], row["benchmark"], other)
-                where = "/".join(filter(None, named))
-                run.summary.update(
-                    {f"{where}/{name}": value for name, value in row.items() if "pass@" in name and value is not None}
-                )
+            if "scores" in tables:
+                run.summary.update(scores_summary(tables["scores"]))
         finally:
             run.finish()
     return run.name
+
+
+def scores_summary(scores: ReportTable) -> dict[str, float]:
+    """Every score under `model/strategy/benchmark/measure`, with what else tells runs apart before the measure."""
+    records = scores.records()
+    others = one_line_names(records, columns=("tasks", "samples a task", "settings"))
+    summary = {}
+    for row, other in zip(records, others, strict=True):
+        where = "/".join(filter(None, (row["model"], row["routing strategy"], row["benchmark"], other)))
+        summary |= {f"{where}/{name}": value for name, value in row.items() if "pass@" in name and value is not None}
+    return summary
 
 
 __all__ = ["log_to_wandb"]

@@ -18,6 +18,7 @@ from dylora_moe.eval.report import write_report
 from dylora_moe.eval.report_tables import scores
 from dylora_moe.eval.run_labels import one_line_names, run_labels
 from dylora_moe.eval.run_record import DECISIVE, Run, file_sha256, write_run
+from dylora_moe.eval.wandb_tables import scores_summary
 
 
 # Of every field that may differ between runs of a folder, another value than `made` has.
@@ -84,6 +85,7 @@ def texts(runs, monkeypatch) -> dict[str, list]:
         "table": [tuple(row[:6]) for row in table.rows],
         "picture": [label.get_text() for label in axes.get_yticklabels()],
         "console": [line for line in capture.get().splitlines() if line.startswith("│")],
+        "summary": [name for name in scores_summary(table) if name.endswith("/pass@1")],
         "one line": one_line_names(table.records(), always=("model", "routing strategy", "benchmark")),
     }
 
@@ -108,6 +110,17 @@ def test_any_runs_look_different_everywhere(monkeypatch):
         runs = [replace(made(), **{**others, "samples": f"{place}.jsonl"}) for place, others in enumerate(drawn)]
         for place, labels in texts(runs, monkeypatch).items():
             assert len(set(labels)) == len(runs), (place, drawn)
+
+
+def test_a_commands_table_tells_its_runs_from_those_that_the_folder_held(monkeypatch):
+    monkeypatch.setattr("dylora_moe.eval.benchmark_table._cell", lambda run, column: "")
+    greedy, sampled = made(), made(samples="humaneval/t2.jsonl", temperature=2.0)
+    for shown, words in ((greedy, "greedy"), (sampled, "temperature 2")):
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(benchmark_table([shown], [greedy, sampled]))
+        (line,) = [line for line in capture.get().splitlines() if line.startswith("│")]
+        assert f" {words} " in line
 
 
 def test_what_runs_do_not_differ_in_is_not_shown():
