@@ -125,9 +125,7 @@ class FoundModel:
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
-        # Without the config transformers would look for one of a class that it does not know, and warn of that.
-        config = self.config if self.is_mixture and not self.trust_remote_code else None
-        return tokenizer.load_tokenizer(str(self.folder), config=config, trust_remote_code=self.trust_remote_code)
+        return tokenizer.load_tokenizer(str(self.folder), None, self.trust_remote_code)
 
     def load(
         self,

@@ -32,7 +32,7 @@ from .router_prompts import read_prompts, router_from_prompts
 from .side_files import make_readable, write_config_and_code, write_generation_config
 from .sources import Source
 from .staging import check_output, staged_folder
-from .tokenizer import find_tokenizer
+from .tokenizer import FoundTokenizer, check_vocabulary, find_tokenizer, warn_about_older_transformers, write_tokenizer
 from .writer import write_adapter, write_full
 
 
@@ -86,9 +86,10 @@ def export(
     for source in resolved:
         if is_exported_repo(source.folder) and source.folder.resolve() in output.parents:
             raise InputError(f"{output} lies in the repo {source.folder}, which is the source; choose another folder")
-    mixture, plan, tokenizer, tokenizer_origin = prepare(resolved, chosen, tell)
+    mixture, plan, tokenizer = prepare(resolved, chosen, tell)
     _refuse_inside(output, [Path(name) for name in (plan.foundation.name, chosen.tokenizer) if name])
-    _warn_about_vocabulary(tokenizer, plan)
+    if tokenizer is not None:
+        warn_about_older_transformers(tokenizer)
     strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
     for scored in read_results(chosen.results):
         _routing_strategy(scored.routing_strategy, plan.config)
@@ -101,7 +102,7 @@ def export(
         experts=list(plan.config.expert_names),
         router=plan.config.router_input is not None,
         routing_strategy=strategy,
-        tokenizer=tokenizer_origin,
+        tokenizer=None if tokenizer is None else tokenizer.origin,
         notes=mixture.notes,
     )
     with staged_folder(output, chosen.overwrite, is_replaceable) as folder:
@@ -116,22 +117,24 @@ def export(
 
 def prepare(
     sources: list[Source], options: ExportOptions, tell: Callable[[str], None]
-) -> tuple[Mixture, Plan, Any, str | None]:
-    """What will be written: experts and router, foundation and config, the tokenizer and where it came from.
+) -> tuple[Mixture, Plan, FoundTokenizer | None]:
+    """What will be written: experts and router, foundation and config, the tokenizer.
 
     Raises:
         InputError: what was given cannot be exported as it is.
     """
     mixture = read_mixture(sources, options)
     plan = make_plan(mixture, options)
-    tokenizer, origin = find_tokenizer(options, mixture, plan.foundation)
+    tokenizer = find_tokenizer(options, mixture, plan.foundation, plan.config.base_config)
+    if tokenizer is not None and plan.skeleton is not None:
+        check_vocabulary(tokenizer, plan.skeleton.get_input_embeddings().weight.shape[0])
     if options.router_prompts is not None:
         tell("making a router from the prompts")
         if mixture.router is None and mixture.routing_strategy == "uniform":
             mixture.routing_strategy = None  # what a mixture without a router starts with
-        mixture.router = router_from_prompts(mixture, plan, tokenizer, options)
+        mixture.router = router_from_prompts(mixture, plan, tokenizer and tokenizer.tokenizer, options)
         plan = make_plan(mixture, options)
-    return mixture, plan, tokenizer, origin
+    return mixture, plan, tokenizer
 
 
 def _refuse_inside(output: Path, folders: list[Path]) -> None:
@@ -202,17 +205,14 @@ def _routing_strategy(strategy: str | None, config: Any) -> str:
         raise InputError(one_line(error, 2000)) from error
 
 
-def _warn_about_vocabulary(tokenizer: Any, plan: Plan) -> None:
-    if tokenizer is None or plan.skeleton is None:
-        return
-    rows = plan.skeleton.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        message = f"the tokenizer has {len(tokenizer)} tokens, the foundation embeds {rows}: the rest cannot be read by the model"
-        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
-
-
 def _write(
-    folder: Path, output: Path, mixture: Mixture, plan: Plan, tokenizer: Any, strategy: str, options: ExportOptions
+    folder: Path,
+    output: Path,
+    mixture: Mixture,
+    plan: Plan,
+    tokenizer: FoundTokenizer | None,
+    strategy: str,
+    options: ExportOptions,
 ) -> None:
     """Everything an exported repo holds.
 
@@ -226,7 +226,7 @@ def _write(
     write_config_and_code(folder, plan.config)
     write_generation_config(folder, plan.generation, strategy)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder, plan.config)
     card = model_card(
         output.name,
         plan.config,

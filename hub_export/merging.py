@@ -20,7 +20,8 @@ from .options import DTYPES
 from .side_files import make_readable, write_generation_config
 from .sources import resolve_sources
 from .staging import check_output, staged_folder
-from .tokenizer import has_tokenizer, load_tokenizer
+from .tokenizer import open_tokenizer, write_tokenizer
+from .tokenizer_files import has_tokenizer
 
 
 TOLERANCE = 1e-4
@@ -100,7 +101,8 @@ def merge(
         merged.save_pretrained(place)
         write_generation_config(place, fields, None)
         if has_tokenizer(folder):
-            load_tokenizer(str(folder), None, False).save_pretrained(place)
+            found = open_tokenizer(str(folder), folder, merged.config, config.base_model_name_or_path)
+            write_tokenizer(found, place, merged.config)
         name = config.expert_names[index]
         (place / "README.md").write_text(_card(Path(output_dir).resolve().name, name, config), encoding="utf-8")
         make_readable(place)

@@ -23,17 +23,19 @@ from .exporter import prepare
 from .formats import open_sources
 from .foundation import check_experts_fit, check_router_fits
 from .foundation_weights import skeleton, tied_names
-from .mixture import ReadOptions
+from .mixture import FoundationReference, ReadOptions
 from .options import ExportOptions
 from .sources import resolve_sources
 from .stored_tensors import StoredTensor, is_finite
 from .tensor_files import TensorFile, read_json
-from .tokenizer import has_tokenizer, load_tokenizer
+from .tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
+from .tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
+from .tokenizer_files import has_tokenizer, load_tokenizer
 from .unknown_options import refuse_unknown
 from .weight_conversion import named_as_now
 
 
-SAMPLES = ("def add(a, b):\n    return a + b\n", "x = {'key': [1, 2.5]}  # a comment\n", "naïve Σ 数 🙂")
+SAMPLES = (TEXTS[0], TEXTS[1], "naïve Σ 数 🙂")  # which every tokenizer of code gives back
 MOST_DIFFERING_LINES = 40
 # What may be said of the export that is checked; its layout is in the repo's config.
 OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
@@ -228,25 +230,74 @@ def _difference(ours: Path, theirs: Path) -> str:
 
 
 def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
-    """Encoding what was decoded gives the same tokens, and the model has a row for each."""
+    """The tokenizer has a vocabulary, and gives the ids here that it gives beside the foundation."""
     if not has_tokenizer(folder):
         result.add("tokenizer", None, "there is none")
         return
-    tokenizer = load_tokenizer(str(folder), None, False)
+    tokenizer = load_tokenizer(folder, config)
+    rows = None if config.base_config is None else config.get_text_config().vocab_size
+    lack = lacks_vocabulary(tokenizer, rows)
+    if lack is not None:
+        result.add("tokenizer", False, f"it {lack}; the file that holds its vocabulary is missing")
+        return
+    wrong = _not_read_back(tokenizer)
+    if wrong is not None:
+        result.add("tokenizer", False, wrong)
+        return
+    here = behaviour(tokenizer)
+    if config.base_config is not None:
+        beside = open_tokenizer(str(folder), folder, config.base_config, config.base_model_name_or_path)
+        names = differences(here, beside.behaviour)
+        if names:
+            detail = describe(names[0], here, beside.behaviour)
+            result.add("tokenizer", False, f"beside its foundation it is read otherwise: {detail}; export it again")
+            return
+    notes = _tokenizer_notes(here, len(tokenizer), rows, config)
+    if notes:
+        result.add("tokenizer", None, "; ".join(notes))
+        return
+    result.add(
+        "tokenizer", True, f"{len(tokenizer)} tokens; {len(TEXTS)} texts become the foundation's tokens and text again"
+    )
+
+
+def _not_read_back(tokenizer: Any) -> str | None:
+    """The first text whose tokens become a text of other tokens, in words. Unknown tokens are let through."""
     for text in SAMPLES:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        again = tokenizer(tokenizer.decode(ids, clean_up_tokenization_spaces=False), add_special_tokens=False)[
-            "input_ids"
-        ]
+        again = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        ids_again = tokenizer(again, add_special_tokens=False)["input_ids"]
         unknown = tokenizer.unk_token_id
-        if again != ids and (unknown is None or unknown not in ids):
-            result.add("tokenizer", False, f"{text!r} becomes {len(ids)} tokens, and their text {len(again)} others")
-            return
-    rows = None if config.base_config is None else config.get_text_config().vocab_size
-    if rows is not None and len(tokenizer) > rows:
-        result.add("tokenizer", None, f"it has {len(tokenizer)} tokens, and the foundation embeds {rows}")
+        if ids_again != ids and (unknown is None or unknown not in ids):
+            return f"{text!r} becomes {len(ids)} tokens, and their text {len(ids_again)} others"
+    return None
+
+
+def _tokenizer_notes(here: dict[str, Any], num_tokens: int, rows: int | None, config: Any) -> list[str]:
+    """What a user should know and an owner may have meant."""
+    notes = []
+    if rows is not None and num_tokens > rows:
+        notes.append(f"it has {num_tokens} tokens, and the foundation embeds {rows}")
+    reference = FoundationReference(config.base_model_name_or_path, config.base_model_revision)
+    own = foundations_tokenizer(reference)
+    texts = [] if own is None else text_differences(here, own.behaviour)
+    if texts:
+        notes.append(f"it is not the foundation's ({own.folder}): {describe(texts[0], here, own.behaviour)}")
+    return notes
+
+
+def _compare_tokenizers(folder: Path, config: Any, source: FoundTokenizer | None, result: Verification) -> None:
+    """The repo's tokenizer gives the ids that the source's gives beside the foundation."""
+    if source is None or not has_tokenizer(folder):
         return
-    result.add("tokenizer", True, f"{len(tokenizer)} tokens; text goes there and back")
+    here = behaviour(load_tokenizer(folder, config))
+    texts, others = text_differences(here, source.behaviour), differences(here, source.behaviour)
+    if not others:
+        result.add("tokenizer of the source", True, f"it gives the tokens of {source.origin}")
+        return
+    # a chat template or a padding side is the owner's to change
+    passed = False if texts else None
+    result.add("tokenizer of the source", passed, describe((texts or others)[0], here, source.behaviour))
 
 
 def _against(
@@ -260,7 +311,8 @@ def _against(
     chosen = ExportOptions(layout=config.weights_layout, **options)
     tell("reading the source")
     sources = open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision)
-    mixture, plan, _, _ = prepare(sources, chosen, tell)
+    mixture, plan, tokenizer = prepare(sources, chosen, tell)
+    _compare_tokenizers(folder, config, tokenizer, result)
     tell("checking the repo against the source")
     try:
         report = check_export(folder, mixture, plan, chosen)

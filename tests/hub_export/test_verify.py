@@ -28,7 +28,16 @@ def test_a_whole_repo_passes(tmp_path, checkpoint, checked, layout):
     result = verify(repo, against=checkpoint)
     assert result.passed
     found = findings(result)
-    assert list(found) == ["files", "safetensors", "checksums", "code", "tokenizer", "tensors", "logits"]
+    assert list(found) == [
+        "files",
+        "safetensors",
+        "checksums",
+        "code",
+        "tokenizer",
+        "tokenizer of the source",
+        "tensors",
+        "logits",
+    ]
     assert all(passed for passed, _ in found.values())
     assert "strategy router" in found["files"][1] and "8 quantities" in found["logits"][1]
 

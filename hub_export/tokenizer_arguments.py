@@ -1,0 +1,111 @@
+"""Which arguments of a stored tokenizer may reach its class: an allow-list by key and type.
+
+transformers hands every field of `tokenizer_config.json` and `special_tokens_map.json` to the tokenizer's class, and some
+classes open what they find there: with `"vocab": "/proc/self/environ"`, BertTokenizer makes tokens of the environment,
+which saving or pushing the tokenizer would publish. So only what cannot name a file is handed on.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+# Arguments of the call that loaded the tokenizer before it was saved; they say nothing about it.
+OF_THE_LOADING_CALL = {"is_local", "local_files_only", "trust_remote_code", "force_download", "use_fast"}
+# What a class may open: the number 3 is a file to Python's `open`, too.
+OPENED = re.compile(r"vocab|merges|init_inputs|.*_(file|files|path|dir)")
+
+TOKEN_COLLECTIONS = {
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+    "chat_control_tokens",
+}
+TEMPLATES = {"chat_template", "tool_use_template", "grounded_generation_template"}
+CHOICES = {
+    "padding_side": {"left", "right"},
+    "truncation_side": {"left", "right"},
+    "errors": {"strict", "replace", "ignore"},
+}
+TOKEN_FIELDS = {
+    "content": str,
+    "lstrip": bool,
+    "rstrip": bool,
+    "normalized": bool,
+    "single_word": bool,
+    "special": bool,
+}
+NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def allowed_arguments(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `tokenizer_config.json` that cannot name a file or code.
+
+    Numbers, booleans, token strings and token dicts under their own keys (`</s>` and `/` are tokens, not paths), chat
+    templates, the class's name, and the few strings that are one of a fixed set. Everything else is left out.
+    """
+    return {key: value for key, value in stored.items() if _is_allowed(key, value)}
+
+
+def allowed_tokens(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `special_tokens_map.json` that are tokens. transformers makes arguments of all of them."""
+    return {key: value for key, value in stored.items() if _is_token_argument(key, value)}
+
+
+def _is_allowed(key: str, value: Any) -> bool:
+    if key in OF_THE_LOADING_CALL or OPENED.fullmatch(key):
+        return False
+    if _has_no_text(value) or _is_token_argument(key, value):
+        return True
+    if key in TEMPLATES:
+        return _is_template(value)
+    if key in CHOICES:
+        return value in CHOICES[key] if isinstance(value, str) else False
+    if key == "tokenizer_class":
+        return _is_name(value)
+    if key == "model_input_names":
+        return isinstance(value, list) and all(map(_is_name, value))
+    if key == "added_tokens_decoder":
+        return isinstance(value, dict) and all(
+            id_.isdecimal() and isinstance(token, dict) and _is_token(token) for id_, token in value.items()
+        )
+    return False
+
+
+def _is_token_argument(key: str, value: Any) -> bool:
+    if key in TOKEN_COLLECTIONS:
+        tokens = value.values() if isinstance(value, dict) else value
+        return value is None or (isinstance(value, dict | list) and all(map(_is_token, tokens)))
+    return key.endswith("_token") and (value is None or _is_token(value))
+
+
+def _is_token(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    fields = {name: field for name, field in value.items() if name != "__type"}
+    is_known = all(name in TOKEN_FIELDS and isinstance(field, TOKEN_FIELDS[name]) for name, field in fields.items())
+    return is_known and "content" in fields and value.get("__type", "AddedToken") == "AddedToken"
+
+
+def _is_template(value: Any) -> bool:
+    """One text, or several under names, as `{name: text}` or `[{"name": …, "template": …}]`."""
+    if isinstance(value, list):
+        return all(
+            isinstance(entry, dict) and all(isinstance(text, str) for text in entry.values()) for entry in value
+        )
+    texts = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def _has_no_text(value: Any) -> bool:
+    """Numbers, booleans and null, and collections of nothing else."""
+    if isinstance(value, dict):
+        return all(map(_has_no_text, value.values()))
+    if isinstance(value, list):
+        return all(map(_has_no_text, value))
+    return value is None or isinstance(value, bool | int | float)

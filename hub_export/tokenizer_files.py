@@ -1,0 +1,160 @@
+"""A tokenizer's files: which they are, how they are copied, and how stock transformers loads them.
+
+transformers chooses a tokenizer's class by the config of the model beside it, so loading takes a config. Nothing is loaded
+from the folder itself, but from a copy whose arguments passed the allow-list of `tokenizer_arguments`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .containment import contained
+from .errors import InputError, one_line
+from .repo_files import is_tokenizer_file
+from .sources import HUB_ID
+from .tensor_files import read_json
+from .tokenizer_arguments import allowed_arguments, allowed_tokens
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+FILTERS = {TOKENIZER_CONFIG: allowed_arguments, SPECIAL_TOKENS_MAP: allowed_tokens}
+TEMPLATE_FOLDER = "additional_chat_templates"
+# Any of these makes a folder one with a tokenizer.
+MARKS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "vocab.txt")
+# They configure processors of images or sound, which no language model has.
+OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MARKS)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Paths of the tokenizer's files, relative to the folder, sorted.
+
+    Raises:
+        InputError: one of them is a link that leads out of the folder: a chat template may be any text of this machine.
+    """
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    found = [name for name in names if is_tokenizer_file(name) and name not in OF_PROCESSORS]
+    return [name for name in found if contained(folder, folder / name).is_file()]
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy a tokenizer's files byte for byte, without the arguments that the allow-list drops.
+
+    Raises:
+        InputError: a file leads out of the folder, or is not what its name says.
+    """
+    for name in tokenizer_files(folder):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+        if name in FILTERS:
+            stored = read_json(folder / name)
+            allowed = FILTERS[name](stored)
+            if allowed != stored:
+                write_json(target / name, allowed)
+    if (target / "tokenizer.json").is_file():
+        _check_vocabulary(folder / "tokenizer.json")
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_vocabulary(path: Path) -> None:
+    """A vocabulary given as a string would be opened as a file by the classes that rebuild a tokenizer from its parts."""
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise InputError(f"{path} holds no vocabulary; copy it again from where it came")
+
+
+def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer as stock transformers does beside a model of this config.
+
+    Args:
+        folder: holds its files.
+        config: the model's; that of the folder, if left out.
+        trust_remote_code: run the tokenizer's own code, where `auto_map` names some.
+
+    Raises:
+        InputError: there is none, it is damaged, or it needs code of its own that is not trusted.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    folder = Path(folder)
+    try:
+        if trust_remote_code and needs_own_code(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        config = _own_config(folder, trust_remote_code) if config is None else config
+        with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
+            copy_tokenizer(folder, Path(directory))
+            # transformers' fix of Mistral's expression looks for these two fields beside the tokenizer
+            version = getattr(config, "transformers_version", None)
+            write_json(
+                Path(directory, "config.json"),
+                {"model_type": config.model_type, "transformers_version": version},
+            )
+            tokenizer = AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raise many kinds, bare Exception among them
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read: {one_line(error)}; pass one with --tokenizer"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"the tokenizer in {folder} is a {type(tokenizer).__name__}, which reads no text by itself")
+    return tokenizer
+
+
+def needs_own_code(folder: Path) -> bool:
+    path = folder / TOKENIZER_CONFIG
+    return path.is_file() and bool(read_json(path).get("auto_map"))
+
+
+def _own_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The config of the model in this folder, as transformers' tokenizer loader looks for it."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from .exported_repo import is_exported_repo, load_config
+
+    if not (folder / "config.json").is_file():
+        return PreTrainedConfig()
+    if is_exported_repo(folder):
+        return load_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError):
+        return PreTrainedConfig.from_pretrained(folder)
+
+
+def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
+
+    Raises:
+        InputError: there is no such folder, nor a Hub repo that can be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer")
+    from huggingface_hub import errors, snapshot_download
+
+    network_errors = getattr(errors, "HTTPError", OSError)
+    patterns = ["*.json", "*.model", "*.txt", "*.bpe", "*.tiktoken", "*.jinja", f"{TEMPLATE_FOLDER}/*", "*.py"]
+    try:
+        fetched = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.index.json", "*/*.json"]
+        )
+        return Path(fetched)
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(
+            f"the tokenizer of {name}{at} cannot be downloaded: {one_line(error)}; pass a folder with --tokenizer"
+        ) from error
