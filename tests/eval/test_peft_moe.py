@@ -18,8 +18,9 @@ import evalplus.provider
 import huggingface_hub
 import pytest
 import torch
-from helpers_checkpoints import change_json, save_adapters
+from helpers_checkpoints import change_json, save_adapters, snapshot
 from helpers_text import save_text_checkpoint
+from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 from wandb_server import Artifact, WandbServer
 
@@ -164,6 +165,41 @@ def test_a_foundation_on_the_hub_counts_by_its_commit(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_at_hand)
     assert model_identity.foundation_hashes("guild/moe", "v1") == {"foundation": "guild/moe@v1"}
+
+
+@pytest.mark.slow
+def test_a_foundation_that_moved_on_on_the_hub_makes_another_export_and_another_model(bare, tmp_path):
+    change_json(bare / "config.json", base_model_name_or_path="guild/foundation")
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    script = (
+        "import json, sys; from dylora_moe.eval.loading import find_model; found = find_model(sys.argv[1]); "
+        "print(json.dumps([str(found.folder), found.sha256, found.config.base_config.rms_norm_eps, found.files['foundation']]))"
+    )
+
+    def find(**environment):
+        ran = subprocess.run(
+            [sys.executable, "-c", script, str(bare)],
+            env={**keep, **environment, "DYLORA_MOE_CACHE": str(tmp_path / "exports")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    files = snapshot(bare.parent / "foundation")
+    with Hub() as hub:
+        hub.repos["guild/foundation"] = Repo()
+        first = hub.repos["guild/foundation"].commit("main", "first", files)
+        environment = hub.environment(tmp_path, "hf_write")
+        before = find(**environment)
+        config = json.dumps({**json.loads(files["config.json"]), "rms_norm_eps": 0.125}).encode()
+        second = hub.repos["guild/foundation"].commit("main", "second", {**files, "config.json": config})
+        after = find(**environment)
+        offline = find(**environment, HF_HUB_OFFLINE="1")
+    assert before[3] == f"guild/foundation@{first.sha}" and after[2:] == [0.125, f"guild/foundation@{second.sha}"]
+    assert before[0] != after[0] and before[1] != after[1] and offline == after
 
 
 def test_the_same_foundation_elsewhere_is_the_same_run_and_another_is_named(checkpoint, own_cache, tmp_path):
