@@ -324,7 +324,8 @@ def _exported(
 def _foundation(mixture: Any, base_model: str | None) -> Any:
     """The foundation that an export takes config and tokenizer from: its name, and what is there under that name now.
 
-    Weights count by size and date: the export holds none of them, and reading them all would take minutes each time.
+    Weights count by size and date: an export of layout `adapter` holds none of them, and reading them all would take minutes
+    each time.
     """
     try:
         reference = resolve_foundation(mixture.foundation, base_model, None)

@@ -45,8 +45,9 @@ THEMES = {
              "good": "#3ecf9f", "bad": "#f59a5b", "warn": "#e69f00"},
 }  # fmt: skip
 RECORDED = (
-    "model", "model_format", "model_revision", "model_sha256", "base_model", "backend", "routing_strategy", "benchmark", "mini", "subset",
-    "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype", "attn_implementation",
+    "model", "model_format", "model_revision", "model_sha256", "base_model", "backend", "routing_strategy", "benchmark",
+    "mini", "subset", "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "attn_implementation",
     "force_base_prompt", "batch_size", "device", "seconds", "samples", "samples_sha256", "results",
 )  # fmt: skip
 
