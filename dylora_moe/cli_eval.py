@@ -128,6 +128,7 @@ def benchmark(
     **options: Any,
 ) -> None:
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
+    _check_needs(wandb_project)
     with steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
 
@@ -159,6 +160,7 @@ def expert_analysis(
     **options: Any,
 ) -> None:
     """Say what each expert is good at, and whether the router is worth having; generates only what is missing."""
+    _check_needs(wandb_project)
     from dylora_moe.eval import expert_analysis as analysis
 
     result = _analyse(analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
@@ -175,6 +177,7 @@ def routing_analysis(
     **options: Any,
 ) -> None:
     """Say what the router does: weights, confidence, switches, balance, by task and by category."""
+    _check_needs(wandb_project)
     from dylora_moe.eval import routing_analysis as analysis
 
     result = _analyse(analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
@@ -202,18 +205,33 @@ def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
     return [*(models or []), *artifacts] or None
 
 
+def _check_needs(project: str | None) -> None:
+    """Whatever the report and W&B take at the end must be there before hours of work begin."""
+    from dylora_moe.hub_export.extras import REPORT, check_packages
+
+    check_packages(*REPORT)
+    if project is not None:
+        from dylora_moe.eval.wandb_tables import check_wandb
+
+        check_wandb(project)
+
+
 def _show(result: Any, show: Callable, folder: Path, project: str | None, as_json: bool) -> None:
     if not is_main_process():
         return
     from dylora_moe.eval.report import write_report
 
-    report = write_report(folder)
-    _log(folder, project)
-    if as_json:
-        print_json({**result.to_dict(), "report": str(report)})
-    else:
-        show(result, out)
-        out.print(f"report: {report}", markup=False)
+    report = None
+    try:
+        report = write_report(folder)
+        _log(folder, project)
+    finally:  # the result was computed, whatever becomes of the page and of W&B
+        if as_json:
+            print_json({**result.to_dict(), "report": None if report is None else str(report)})
+        else:
+            show(result, out)
+            if report is not None:
+                out.print(f"report: {report}", markup=False)
 
 
 def _log(folder: Path, project: str | None) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dylora_moe.hub_export.extras import check_packages
+
 
 if TYPE_CHECKING:
     from .benchmark import BenchmarkOptions, BenchmarkResult
@@ -31,6 +33,8 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _PLACES[name] == "peft_moe":  # a backend of EvalPlus's, which is imported with it
+        check_packages("evalplus")
     return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
 
 

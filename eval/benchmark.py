@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
@@ -145,6 +146,7 @@ def benchmark(
         InputError: an option, a source or a strategy that cannot be used, or a folder that holds another run.
         FailureError: the work failed.
     """
+    check_packages("evalplus")
     chosen = BenchmarkOptions.of(options, benchmark)
     if score:
         _check_settings(chosen)

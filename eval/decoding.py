@@ -93,6 +93,7 @@ def decode_rows(
             finished(row, tokens)
             done.add((row.task_id, row.sample))
 
+        too_large = False
         try:
             _decode_batch(model, tokenizer, batch, note, stop_strings, seed, arguments)
         except Exception as error:
@@ -103,10 +104,12 @@ def decode_rows(
                     f"the memory does not suffice for {batch[0].task_id} alone, a prompt of {len(batch[0].input_ids)} "
                     "tokens; use a smaller --max_new_tokens, another --dtype, or --device_map auto"
                 ) from error
+            too_large = True
+        if too_large:  # and the error is gone, which held the batch's tensors
             batch_size = len(batch) // 2 or 1
             if hasattr(model, "forget_decoding_sessions"):  # the larger batch's buffers
                 model.forget_decoding_sessions()
-        clear_device_cache()
+            clear_device_cache()
         waiting = [row for row in waiting if (row.task_id, row.sample) not in done]
     return batch_size
 

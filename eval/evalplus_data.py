@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.errors import FailureError, InputError, one_line
+from dylora_moe.hub_export.extras import check_packages
 
 
 # What users write, and what EvalPlus calls it. Its two sets are HumanEval+ and MBPP+, with the base tests among them.
@@ -72,7 +73,9 @@ def load_benchmark(
         FailureError: the data cannot be had.
     """
     name = canonical_benchmark(name)
-    data = _evalplus_data()
+    check_packages("evalplus")
+    from evalplus import data
+
     get, get_hash = {
         "humaneval": (data.get_human_eval_plus, data.get_human_eval_plus_hash),
         "mbpp": (data.get_mbpp_plus, data.get_mbpp_plus_hash),
@@ -98,14 +101,6 @@ def _own_file(name: str) -> str | None:
 
     path = {"humaneval": humaneval.HUMANEVAL_OVERRIDE_PATH, "mbpp": mbpp.MBPP_OVERRIDE_PATH}[name]
     return Path(path).name if path else None
-
-
-def _evalplus_data() -> Any:
-    try:
-        from evalplus import data
-    except ImportError as error:
-        raise InputError("EvalPlus is not installed; pip install 'dylora-moe[eval]'") from error
-    return data
 
 
 def _stretch(

@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.extras import check_packages
 
 from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
 from .evalplus_data import canonical_benchmark, load_benchmark
@@ -83,6 +84,7 @@ def expert_analysis(
             results do not suffice.
         FailureError: the work failed.
     """
+    check_packages("evalplus", "scipy")
     BenchmarkOptions.check_names(benchmark_options, expert_analysis)
     folder = Path(output_dir)
     source = _one_model(model)

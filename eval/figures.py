@@ -63,11 +63,12 @@ def write_figures(content: ReportContent, tables: dict[str, ReportTable]) -> lis
     if code is not None:
         tables = {**tables, "routed_code": code.table()}
     written = []
+    for name, table in tables.items():
+        for suffix, write in (("csv", table.write_csv), ("json", table.write_json)):
+            write(folder / f"{name}.{suffix}")
+            written.append(folder / f"{name}.{suffix}")
     with _style():
         for name, table in tables.items():
-            for suffix, write in (("csv", table.write_csv), ("json", table.write_json)):
-                write(folder / f"{name}.{suffix}")
-                written.append(folder / f"{name}.{suffix}")
             figure = _figure_of_code(code) if name == "routed_code" else _figure(table)
             written.append(_save(figure, folder / f"{name}.png"))
         written.append(_save(_overview(tables, code), content.folder / OVERVIEW))

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dylora_moe.hub_export.extras import REPORT, check_packages
 from dylora_moe.version import __version__
 
 from .figures import write_figures
@@ -56,13 +57,14 @@ def write_report(folder: str | Path) -> Path:
     """Write `report.html` and `figures/` from whatever a benchmark's folder holds, and return the page's path.
 
     Raises:
-        InputError: the folder holds nothing to report on, or a damaged file.
+        InputError: the folder holds nothing to report on, or a damaged file; or a package that the report takes is missing.
     """
+    check_packages(*REPORT)
     content = read_folder(folder)
     tables = report_tables(content)
-    write_figures(content, tables)
     path = content.folder / REPORT_FILE
     replace_text(path, render(content, tables))
+    write_figures(content, tables)  # last: a figure that cannot be drawn takes nothing else with it
     return path
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.extras import check_packages
 
 from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
 from .evalplus_data import Benchmark, load_benchmark
@@ -93,6 +94,7 @@ def routing_analysis(
         InputError: a model without a router, or a source, an option or a folder that cannot be used.
         FailureError: the work failed.
     """
+    check_packages("evalplus", "scipy")
     chosen = BenchmarkOptions.of(options, routing_analysis)
     tell = progress or (lambda what, done, total: None)
     folder = Path(output_dir)

@@ -19,7 +19,6 @@ from dylora_moe.hub_export.errors import FailureError, InputError
 
 from .decoding import Row, decode_rows
 from .evalplus_data import Benchmark
-from .evalplus_decoder import ask, unfinished_files, write_samples
 from .loading import FoundModel, LoadedModel
 from .run_record import Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal
@@ -72,6 +71,8 @@ def _make(
     processes: int,
     progress: Progress | None,
 ) -> Run:
+    from .evalplus_decoder import ask
+
     tell = progress or (lambda done, total: None)
     journal = SampleJournal(run.samples_path, process)
     recorded = _claim(run, journal, overwrite) if process == 0 else None
@@ -127,6 +128,8 @@ def _make(
 @contextmanager
 def _alone(run: Run, process: int) -> Iterator[None]:
     """No other command makes the same samples file meanwhile. The operating system lets go of it for a killed process."""
+    from .evalplus_decoder import unfinished_files
+
     if process:
         yield  # the first process holds it for all of a command's
         return
@@ -196,6 +199,8 @@ def _missing(run: Run, questions: list, there: dict) -> list[Row]:
 
 
 def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: SampleJournal, decoder: dict) -> None:
+    from .evalplus_decoder import write_samples
+
     completions = journal.read()
     lacking = recorded.n_samples * len(benchmark.tasks) - len(completions)
     if lacking:

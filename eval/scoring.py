@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError, one_line
+from dylora_moe.hub_export.extras import check_packages
 
 from .check_workers import Check, Verdict, run_checks
 from .evalplus_data import Benchmark, load_benchmark
@@ -152,10 +153,9 @@ def check_settings(sandbox: bool) -> None:
         find_bubblewrap()
     if TIME_VARIABLE in os.environ:
         raise InputError(f"{TIME_VARIABLE} is set, which EvalPlus 0.3.1 cannot compare with a number; unset it")
-    try:
-        from evalplus.eval import query_maximum_memory_bytes
-    except ImportError as error:
-        raise InputError("EvalPlus is not installed; pip install 'dylora-moe[eval]'") from error
+    check_packages("evalplus")
+    from evalplus.eval import query_maximum_memory_bytes
+
     wanted = query_maximum_memory_bytes()
     if wanted is None:
         return

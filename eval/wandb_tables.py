@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, sdk, wandb_errors
+from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, mode, sdk, wandb_errors
 
 from .report_content import read_folder
 from .report_tables import ReportTable, report_tables
 from .run_labels import one_line_names
+
+
+def check_wandb(project: str) -> tuple[str | None, str]:
+    """Look whether tables could be logged now. Returns entity, if one is named, and project.
+
+    Args:
+        project: PROJECT or ENTITY/PROJECT.
+
+    Raises:
+        InputError: no SDK, no API key, or another form of project.
+        FailureError: W&B does not answer.
+    """
+    *entity, name = project.split("/")
+    if len(entity) > 1 or not all(NAME.fullmatch(part) for part in (*entity, name)):
+        raise InputError(f"--wandb_project is {project!r}; it has the form PROJECT or ENTITY/PROJECT")
+    wandb = sdk()
+    with wandb_errors(project):
+        if mode(wandb) not in ("offline", "dryrun", "disabled"):
+            check_ready(wandb)
+    return (entity[0] if entity else None), name
 
 
 def log_to_wandb(folder: str | Path, project: str) -> str:
@@ -20,21 +39,17 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
         project: PROJECT or ENTITY/PROJECT.
 
     Raises:
-        InputError: no SDK, no API key, another form of project, or a folder with nothing to report.
+        InputError: as `check_wandb`, or a folder with nothing to report.
         FailureError: W&B does not answer.
     """
-    *entity, name = project.split("/")
-    if len(entity) > 1 or not all(NAME.fullmatch(part) for part in (*entity, name)):
-        raise InputError(f"--wandb_project is {project!r}; it has the form PROJECT or ENTITY/PROJECT")
+    entity, name = check_wandb(project)
     tables = report_tables(read_folder(folder))
     wandb = sdk()
     with wandb_errors(project):
-        if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            check_ready(wandb)
         settings = wandb.Settings(silent=True, console="off")
         run = wandb.init(
             project=name,
-            entity=entity[0] if entity else None,
+            entity=entity,
             job_type="evaluation",
             settings=settings,
             dir=str(folder),
@@ -64,4 +79,4 @@ def scores_summary(scores: ReportTable) -> dict[str, float]:
     return summary
 
 
-__all__ = ["log_to_wandb"]
+__all__ = ["check_wandb", "log_to_wandb"]

@@ -8,6 +8,7 @@ Each strategy has a samples file of its own; nothing has to be exported first.
 import argparse
 
 from dylora_moe.eval import evaluate, run_codegen
+from dylora_moe.hub_export import DyloraMoeError
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -20,24 +21,25 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--max_new_tokens", type=int, default=768)
     parser.add_argument("--output_dir", default="results")
     given = parser.parse_args(arguments)
-    scores, files = {}, set()
-    for strategy in given.strategies:
-        samples = run_codegen(
-            model=given.model,
-            backend="peft_moe",
-            base_model=given.base_model,
-            dataset=given.dataset,
-            routing_strategy=strategy,
-            root=given.output_dir,
-            limit=given.limit,
-            max_new_tokens=given.max_new_tokens,
-        )
-        files.add(samples)
-        scores[strategy] = evaluate(dataset=given.dataset, samples=samples)
+    scores = {}
+    for strategy in dict.fromkeys(given.strategies):
+        try:
+            samples = run_codegen(
+                model=given.model,
+                backend="peft_moe",
+                base_model=given.base_model,
+                dataset=given.dataset,
+                routing_strategy=strategy,
+                root=given.output_dir,
+                limit=given.limit,
+                max_new_tokens=given.max_new_tokens,
+            )
+            scores[strategy] = evaluate(dataset=given.dataset, samples=samples)
+        except DyloraMoeError as error:
+            parser.exit(error.exit_code, f"error: {error}\n")
         print(
             f"{strategy:<14} " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in scores[strategy].items())
         )
-    assert len(files) == len(given.strategies)
     return scores
 
 

@@ -2,7 +2,7 @@
 
     python examples/is_the_router_worth_it.py SOURCE --output_dir results
 
-Exit code 0 if the router helps, 1 if it does not, so that a script can go on from there.
+Exit code 0 if the router helps, 1 if it does not, 2 if nothing could be said, so that a script can go on from there.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from dylora_moe.eval.expert_analysis import expert_analysis
 from dylora_moe.eval.report import write_report
+from dylora_moe.hub_export import DyloraMoeError
+from dylora_moe.hub_export.extras import REPORT, check_packages
 
 
 def main(arguments: list[str] | None = None) -> bool:
@@ -21,16 +23,22 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument("--max_new_tokens", type=int, default=768)
     parser.add_argument("--output_dir", type=Path, default=Path("results"))
     given = parser.parse_args(arguments)
-    analysis = expert_analysis(
-        given.model,
-        dataset=given.dataset,
-        output_dir=given.output_dir,
-        limit=given.limit,
-        max_new_tokens=given.max_new_tokens,
-    )
-    verdict = analysis.summary["verdict"]
-    print(verdict["text"])
-    print(f"report: {write_report(given.output_dir)}")
+    try:
+        check_packages(*REPORT)
+        analysis = expert_analysis(
+            given.model,
+            dataset=given.dataset,
+            output_dir=given.output_dir,
+            limit=given.limit,
+            max_new_tokens=given.max_new_tokens,
+        )
+        verdict = analysis.summary["verdict"]
+        print("There is no router to judge." if verdict is None else verdict["text"])
+        print(f"report: {write_report(given.output_dir)}")
+    except DyloraMoeError as error:
+        parser.exit(2, f"error: {error}\n")
+    if verdict is None:
+        parser.exit(2)
     return verdict["router"] == "helps"
 
 

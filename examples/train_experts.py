@@ -5,7 +5,8 @@
 Runs on a CPU in seconds. Put a foundation of your own in `foundation`, and your tokenised texts in `texts`.
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
@@ -31,7 +32,12 @@ def train(model: DyloraMoeForCausalLM, dataset: list[dict], output_dir: str) -> 
     return Trainer(model=model, args=arguments, train_dataset=dataset).train().training_loss
 
 
-def main(output_dir: str) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", help="where the trained model is saved")
+    output_dir = parser.parse_args(arguments).output_dir
+    if Path(output_dir).is_file():
+        parser.error(f"{output_dir} is a file; give a folder")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
@@ -53,4 +59,4 @@ def main(output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,7 +1,7 @@
 """SHA256SUMS: what an export wrote, in the form that `sha256sum --check` understands.
 
-Covered is what decides what a repo computes: weights, config, code. The card and the default strategy are the owner's to
-change. It knows nothing about what is in any file.
+Covered is what decides what a repo computes: weights, config, code and what it needs. The card and the default strategy
+are the owner's to change. It knows nothing about what is in any file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .errors import InputError
 
 
 FILE = "SHA256SUMS"
-COVERED = ("*.safetensors", "experts/*/*", "config.json", "*.py")
+COVERED = ("*.safetensors", "experts/*/*", "config.json", "*.py", "requirements.txt")
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 

@@ -33,7 +33,16 @@ PEFT_PREFIX = "base_model.model."
 
 # Of what an export, or saving the model, leaves in a folder.
 REPO_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model", ".tiktoken")
-REPO_FILES = ("README.md", "LICENSE", "SHA256SUMS", ".gitattributes", "merges.txt", "vocab.txt", "vocab.bpe")
+REPO_FILES = (
+    "README.md",
+    "requirements.txt",
+    "LICENSE",
+    "SHA256SUMS",
+    ".gitattributes",
+    "merges.txt",
+    "vocab.txt",
+    "vocab.bpe",
+)
 REPO_FOLDERS = ("experts", "__pycache__", "additional_chat_templates")
 
 

@@ -36,8 +36,8 @@ from .tokenizer import FoundTokenizer, check_vocabulary, find_tokenizer, warn_ab
 from .writer import write_adapter, write_full
 
 
-# What a person may have put into a repo, and an export never writes: overwriting keeps it.
-KEPT_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", ".gitattributes")
+# What a person may have put into a repo, or added lines to: overwriting keeps it.
+KEPT_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "requirements.txt", ".gitattributes")
 
 
 def export(
@@ -219,6 +219,9 @@ def _write(
     Raises:
         OSError: the disk is full, or the file system refuses.
     """
+    for name in KEPT_FILES:
+        if (output / name).is_file():
+            shutil.copyfile(output / name, folder / name)
     if options.layout == "full":
         write_full(folder, mixture, plan.config, plan.weights, options.torch_dtype, options.max_shard_size)
     else:
@@ -237,9 +240,6 @@ def _write(
         results=read_results(options.results),
     )
     (folder / "README.md").write_text(keep_edits(card, output / "README.md"), encoding="utf-8")
-    for name in KEPT_FILES:
-        if (output / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(output / name, folder / name)
     write_checksums(folder)
     make_readable(folder)
 

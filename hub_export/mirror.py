@@ -22,7 +22,7 @@ from .options import ExportOptions
 from .repo_files import RepoFiles, repo_files
 from .staging import check_output, staged_folder
 from .unknown_options import refuse_unknown
-from .wandb_sdk import ArtifactName, check_ready, parse_name, sdk, wandb_errors
+from .wandb_sdk import ArtifactName, check_ready, mode, parse_name, sdk, wandb_errors
 
 
 Progress = Callable[[str], None]
@@ -90,6 +90,12 @@ def mirror_push(
     content = repo_files(folder)
     wandb = sdk()
     notes = [note for note in [content.note()] if note]
+    with wandb_errors(str(name)):
+        if mode(wandb) == "disabled":
+            raise InputError("WANDB_MODE is disabled, so nothing would be sent; use online or offline")
+        offline = mode(wandb) in ("offline", "dryrun")
+        if not offline:
+            check_ready(wandb)
     tell("computing checksums")
     metadata = _metadata(folder, content)
     if content.layout == "adapter" and metadata["foundation"] is None:
@@ -97,12 +103,6 @@ def mirror_push(
             "the foundation is a folder of this machine, so whoever pulls this repo needs to pass base_model="
         )
     with wandb_errors(str(name)), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        mode = str(wandb.setup().settings.mode or "online")
-        if mode == "disabled":
-            raise InputError("WANDB_MODE is disabled, so nothing would be sent; use online or offline")
-        offline = mode in ("offline", "dryrun")
-        if not offline:
-            check_ready(wandb)
         tell(f"{'staging' if offline else 'sending'} {len(content.files)} files")
         result = _log(wandb, folder, name, content.files, metadata, aliases, None if offline else scratch)
     if offline:

@@ -240,9 +240,12 @@ def _strategies(config: Any, routing_strategy: str) -> str:
 
 
 def _loading(name: str) -> str:
+    from dylora_moe.modeling.configuration_dylora_moe import REQUIRED_TRANSFORMERS
+
     return f"""## Loading
 
-The repo brings its own code: the `.py` files beside the weights. Read them before you trust them.
+The repo brings its own code: the `.py` files beside the weights. Read them before you trust them. They need transformers
+{REQUIRED_TRANSFORMERS} or later, as `requirements.txt` says: `pip install --upgrade "transformers>={REQUIRED_TRANSFORMERS}"`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

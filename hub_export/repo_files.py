@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "config.json",
     "generation_config.json",
     "README.md",
+    "requirements.txt",
     "SHA256SUMS",
     "LICENSE",
     "LICENSE.txt",

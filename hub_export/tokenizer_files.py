@@ -95,6 +95,7 @@ def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bo
         config = _own_config(folder, trust_remote_code) if config is None else config
         with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
             copy_tokenizer(folder, Path(directory))
+            _restore_auto_map(folder, Path(directory))
             # transformers' fix of Mistral's expression looks for these two fields beside the tokenizer
             version = getattr(config, "transformers_version", None)
             write_json(
@@ -114,8 +115,18 @@ def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bo
 
 
 def needs_own_code(folder: Path) -> bool:
+    return _auto_map(folder) is not None
+
+
+def _auto_map(folder: Path) -> Any:
     path = folder / TOKENIZER_CONFIG
-    return path.is_file() and bool(read_json(path).get("auto_map"))
+    return read_json(path).get("auto_map") or None if path.is_file() else None
+
+
+def _restore_auto_map(folder: Path, copy: Path) -> None:
+    """Say again that a tokenizer has code of its own, so that loading it without trust fails where stock's does."""
+    if needs_own_code(folder):
+        write_json(copy / TOKENIZER_CONFIG, {**read_json(copy / TOKENIZER_CONFIG), "auto_map": _auto_map(folder)})
 
 
 def _own_config(folder: Path, trust_remote_code: bool) -> Any:

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from .errors import DyloraMoeError, FailureError, InputError, one_line
+from .extras import how_to_install
 from .hub_errors import without
 
 
 PREFIX = "wandb:"
 TIMEOUT = 30  # seconds for the SDK's calls; file transfers take what they take
+NOT_INSTALLED = f"W&B needs the wandb SDK, which is not installed: {how_to_install('wandb')}"
 LOGIN = "log in with `wandb login`, or set WANDB_API_KEY"
 NAME = re.compile(r"(?!\.{1,2}$)[^/\\#?%:\s\0-\x1f][^/\\#?%:\r\n\0-\x1f]{0,127}")
 
@@ -67,12 +69,10 @@ def sdk() -> Any:
         # a module that the SDK itself lacks is another matter
         missing = (error.name or "wandb").split(".")[0]
         raise InputError(
-            "W&B artifacts need the wandb SDK, which is not installed: pip install 'dylora-moe[wandb]'"
-            if missing == "wandb"
-            else f"the wandb SDK cannot be imported: {one_line(error)}"
+            NOT_INSTALLED if missing == "wandb" else f"the wandb SDK cannot be imported: {one_line(error)}"
         ) from None
     if not hasattr(wandb, "Api"):  # a folder `wandb/`, which runs leave behind, is importable as an empty package
-        raise InputError("W&B artifacts need the wandb SDK, which is not installed: pip install 'dylora-moe[wandb]'")
+        raise InputError(NOT_INSTALLED)
     return wandb
 
 
@@ -101,6 +101,11 @@ def check_ready(wandb: Any, token: str | None = None) -> None:
         socket.create_connection((address.hostname, port), timeout=10).close()
     except (OSError, ValueError) as error:
         raise FailureError(f"{url} cannot be reached ({one_line(error)}); is there a network?") from None
+
+
+def mode(wandb: Any) -> str:
+    """Where a run would go: "online", "offline", "dryrun" (an older word for that) or "disabled"."""
+    return os.environ.get("WANDB_MODE") or wandb.setup().settings.mode or "online"
 
 
 def base_url(wandb: Any) -> str:

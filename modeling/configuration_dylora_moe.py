@@ -7,7 +7,21 @@ import math
 from copy import deepcopy
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from packaging.version import Version
+
+
+# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs. An older one
+# fails later, in errors that do not name the cause: this must stand before anything else is imported from it.
+REQUIRED_TRANSFORMERS = "5.10"
+if Version(transformers.__version__) < Version(REQUIRED_TRANSFORMERS):
+    # An ImportError: transformers goes on after an OSError or a ValueError here, as if there were no config.
+    raise ImportError(
+        f"This model needs transformers {REQUIRED_TRANSFORMERS} or later, and {transformers.__version__} is installed: "
+        f"run pip install --upgrade 'transformers>={REQUIRED_TRANSFORMERS}'"
+    )
+
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
 
 
 ROUTER_INPUTS = ("base", "experts_sum")
@@ -232,4 +246,4 @@ def _complete_expert(index: int, entry: dict) -> dict:
     return expert
 
 
-__all__ = ["WEIGHTS_LAYOUTS", "DyloraMoeConfig"]
+__all__ = ["REQUIRED_TRANSFORMERS", "WEIGHTS_LAYOUTS", "DyloraMoeConfig"]

@@ -3,6 +3,7 @@
 Knows what makes a folder complete. Knows nothing about how tensors lie in files: that is `layouts_dylora_moe`.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
-from .configuration_dylora_moe import WEIGHTS_LAYOUTS
+from .configuration_dylora_moe import REQUIRED_TRANSFORMERS, WEIGHTS_LAYOUTS
 from .layouts_dylora_moe import merge_expert, save_adapters, save_router
 
 
@@ -25,6 +26,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
+
+REQUIREMENTS = ("torch>=2.7", f"transformers>={REQUIRED_TRANSFORMERS}")
+GENERATED_REQUIREMENT = re.compile(r"(torch|transformers)>=[\d.]+")
 
 
 class SavingMixin:
@@ -160,12 +164,21 @@ class SavingMixin:
 
 
 def save_code(directory: str | Path) -> None:
-    """Copy the files of this folder, so that `directory` loads anywhere."""
+    """Copy the files of this folder, and say in `requirements.txt` what they need, so that `directory` loads anywhere."""
     target, files = Path(directory), list(Path(__file__).parent.glob("*.py"))
     for file in files if target.resolve() != Path(__file__).parent.resolve() else ():
         shutil.copyfile(file, target / file.name)
         for name in set(get_relative_imports(file)) - {other.stem for other in files}:
             (target / f"{name}.py").write_text("")  # left out; the Hub's loader wants all that is imported
+    write_requirements(target)
 
 
-__all__ = ["AUTO_MAP", "SavingMixin", "save_code"]
+def write_requirements(directory: Path) -> None:
+    """Write `requirements.txt`: what the code needs, then the lines that a person added to such a file."""
+    path = directory / "requirements.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    added = [line for line in lines if not GENERATED_REQUIREMENT.fullmatch(line.strip())]
+    path.write_text("\n".join([*REQUIREMENTS, *added]) + "\n", encoding="utf-8")
+
+
+__all__ = ["AUTO_MAP", "REQUIREMENTS", "SavingMixin", "save_code"]

@@ -33,6 +33,32 @@ assert text.split() == ("AbCdE" + tokenizer.decode(new_tokens, skip_special_toke
 print("loaded", text)
 """
 
+REQUIRED = ("torch", "transformers", "accelerate", "huggingface_hub", "peft", "safetensors", "rich", "typer")
+WITHOUT_EXTRAS = """
+import contextlib, importlib.util, io, runpy, sys
+from dylora_moe.cli import main
+from dylora_moe.hub_export import InputError
+
+assert importlib.util.find_spec("evalplus") is None
+options = ["--model", "no such model", "-o", "out"]
+for command in ("benchmark", "expert-analysis", "routing-analysis"):
+    for run in (main, lambda arguments: runpy.run_module(module, run_name="__main__")):
+        sys.argv = ["python", *options]
+        module = "dylora_moe.eval." + command.replace("-", "_")
+        sys.modules.pop(module, None)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                run([command, *options])
+        except SystemExit as ended:
+            assert ended.code == 2, said.getvalue()
+        print(said.getvalue().strip())
+for name in ("run_codegen", "evaluate"):
+    try:
+        getattr(importlib.import_module("dylora_moe.eval"), name)
+    except InputError as error:
+        print(error)
+"""
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -47,13 +73,24 @@ def test_a_repo_loads_where_nothing_of_this_project_is_installed(checkpoint, tmp
     assert "loaded" in run_python(python, LOAD, str(tmp_path / "repo"), home=tmp_path)
 
 
-def test_a_wheel_can_export_in_a_clean_environment(checkpoint, tmp_path):
-    needs = ("torch", "transformers", "accelerate", "huggingface_hub", "peft", "safetensors", "rich", "typer")
-    python = make_environment(tmp_path / "environment", needs, wheel=build_wheel(tmp_path / "wheel"))
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The Python of an environment with the wheel and what it requires, and no extra."""
+    folder = tmp_path_factory.mktemp("installed")
+    return make_environment(folder / "environment", REQUIRED, wheel=build_wheel(folder / "wheel"))
+
+
+def test_a_wheel_can_export_in_a_clean_environment(checkpoint, installed, tmp_path):
     code = "import sys; from dylora_moe.cli import main; sys.argv = ['dylora-moe', *sys.argv[1:]]; main()"
     output = run_python(
-        python, code, "export", str(checkpoint), "-o", str(tmp_path / "repo"), "--json", home=tmp_path, stderr=False
+        installed, code, "export", str(checkpoint), "-o", str(tmp_path / "repo"), "--json", home=tmp_path, stderr=False
     )
     assert json.loads(output)["experts"] == ["expert_0", "expert_1", "expert_2"]
     stock = make_environment(tmp_path / "stock", ("torch", "transformers"))
     assert "loaded" in run_python(stock, LOAD, str(tmp_path / "repo"), home=tmp_path)
+
+
+def test_without_extras_every_way_in_says_what_to_install(installed, tmp_path):
+    lines = run_python(installed, WITHOUT_EXTRAS, home=tmp_path, stderr=False).splitlines()
+    assert [line for line in lines if "evalplus" in line and "pip install 'dylora-moe[eval]'" in line] == lines
+    assert len(lines) == 8

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.extras import check_packages
 
 from .checkpoint import save_final_checkpoint, save_foundation
 from .problems import FAMILIES, load_problems, write_dataset
@@ -51,13 +52,14 @@ def run_demo(
 
     A folder that holds a finished demo of this seed is not done again: its table is shown. What an interrupted demo
     left is cleared away first. Any other folder must be empty or absent. The table is printed to `console` (standard
-    output unless given), progress to standard error. Raises `InputError` for a folder that holds something else and
-    `StockEvalPlusError` when EvalPlus fails.
+    output unless given), progress to standard error. Raises `InputError` for a folder that holds something else
+    or without EvalPlus, and `StockEvalPlusError` when EvalPlus fails.
     """
     folder = Path(output_dir).resolve()
     console = console or Console()
     results = _finished(folder, seed)
     if results is None:
+        check_packages("evalplus")
         _clear(folder)
         with _progress() as progress:
             parts = _train(seed, recipe or Recipe(), progress)

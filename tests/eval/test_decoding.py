@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import weakref
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dylora_moe.eval import decoding
 from dylora_moe.eval.decoding import Row, StopStrings, _Loop, decode_rows, row_generator
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
@@ -185,6 +187,24 @@ def test_a_batch_that_is_too_large_is_halved_and_nothing_is_made_twice(model, to
     left = decode_rows(model, tokenizer, rows(), finished, batch_size=5, **arguments)
     assert left == 2 and max(sizes) == 5
     assert got == expected and sorted(made) == sorted(set(made))
+
+
+def test_the_devices_cache_is_emptied_only_after_running_out_of_memory(model, tokenizer, monkeypatch):
+    held, emptied, forward = [], [], model.forward
+    monkeypatch.setattr(decoding, "clear_device_cache", lambda: emptied.append([tensor() for tensor in held]))
+    decode(model, tokenizer, rows(), 2)
+    assert not emptied  # three batches, each in memory that the one before left for it
+
+    @functools.wraps(forward)
+    def limited(*args, **kwargs):
+        if len(kwargs["input_ids"]) > 2:
+            held.append(weakref.ref(kwargs["input_ids"]))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    decode(model, tokenizer, rows(), 5)
+    assert emptied == [[None]]  # once, when nothing of the batch that was too large was there any more
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_said(model, tokenizer, monkeypatch):

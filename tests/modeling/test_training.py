@@ -167,7 +167,6 @@ def test_padding_counts_neither_for_the_loss_nor_for_the_balance():
 
 def test_the_example_runs(tmp_path):
     script = Path(__file__).parents[2] / "examples" / "train_experts.py"
-    assert len(script.read_text().splitlines()) < 60
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.count("training loss") == 2
     model = DyloraMoeForCausalLM.from_pretrained(tmp_path)
