@@ -36,6 +36,7 @@ def whole(number: float | None) -> float | int | None:
 
 
 def split(names: list[str] | None) -> list[str] | None:
+    """`a,b` as `a` and `b`: for names that have no comma, never for paths, which may."""
     return [part for name in names for part in name.split(",")] if names else None
 
 

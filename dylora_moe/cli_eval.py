@@ -94,8 +94,8 @@ def _with_shared_options(command: Callable) -> Callable:
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser understands; and old
-    spellings as today's."""
+    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser understands, and
+    `--model=a b` as `--model=a --model b`; and old spellings as today's."""
     arguments = translate(arguments)
     if not arguments or arguments[0].replace("_", "-") not in COMMANDS:
         return list(arguments)
@@ -103,8 +103,9 @@ def spread(arguments: Sequence[str]) -> list[str]:
     option, given = None, False
     for argument in arguments:
         if argument.startswith("-") and not argument.lstrip("-").replace(".", "").isdigit():
-            name = argument.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-            option, given = (argument if name in SEVERAL and "=" not in argument else None), False
+            spelling, separator, _ = argument.partition("=")
+            name = spelling.replace("-", "_").replace("__", "--", 1)
+            option, given = (spelling if name in SEVERAL else None), bool(separator)
             spelt.append(argument)
         else:
             spelt += [option, argument] if option is not None and given else [argument]
@@ -142,8 +143,9 @@ def benchmark(
 
     def table(result: Any, console: Any) -> None:
         from dylora_moe.eval.benchmark_table import benchmark_table
+        from dylora_moe.eval.run_record import read_runs
 
-        console.print(benchmark_table(result.runs))
+        console.print(benchmark_table(result.runs, read_runs(result.folder)))
 
     _show(result, table, output_dir, wandb_project, as_json)
 
@@ -193,14 +195,14 @@ def _analyse(analyse: Callable, models: list[str] | None, dataset: str, folder: 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
     return {
         **options,
-        "adapter_path": split(options["adapter_path"]),
+        "adapter_path": options["adapter_path"] or None,
         "lora_alpha": whole(options["lora_alpha"]),
     }
 
 
 def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
     artifacts = [] if artifact is None else [f"wandb:{artifact.removeprefix('wandb:')}"]
-    return [*(split(models) or []), *artifacts] or None
+    return [*(models or []), *artifacts] or None
 
 
 def _check_needs(project: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import CONTEXT_SETTINGS, Json, Overwrite, out, print_json, progress, split, whole
+from dylora_moe.cli_common import CONTEXT_SETTINGS, Json, Overwrite, out, print_json, progress, whole
 
 
 Repo = Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")]
@@ -63,7 +63,7 @@ def mirror_push(
         _quiet_sdk()
         from dylora_moe.hub_export.mirror import mirror_push as send
 
-        result = send(repo, artifact, aliases=tuple(split(aliases) or ("latest",)), progress=tell)
+        result = send(repo, artifact, aliases=tuple(aliases or ("latest",)), progress=tell)
     if as_json:
         return print_json(result.to_dict())
     done = f"staged in {result.run_folder}" if result.offline else "logged"

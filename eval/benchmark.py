@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache
@@ -19,6 +19,7 @@ from typing import Any
 
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
 from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
@@ -94,6 +95,21 @@ class BenchmarkOptions:
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
             )
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any], function: Callable) -> BenchmarkOptions:
+        """Make them from what a caller of `function` gave by name beside its own parameters.
+
+        Raises:
+            InputError: a name that neither has, or a value that cannot be used.
+        """
+        cls.check_names(options, function)
+        return cls(**options)
+
+    @classmethod
+    def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
+        """Raises InputError: a name that neither these options nor the parameters of `function` have."""
+        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+
 
 @dataclass
 class BenchmarkResult:
@@ -131,7 +147,7 @@ def benchmark(
         FailureError: the work failed.
     """
     check_packages("evalplus")
-    chosen = _options(options)
+    chosen = BenchmarkOptions.of(options, benchmark)
     if score:
         _check_settings(chosen)
     folder = Path(output_dir)
@@ -155,13 +171,6 @@ def benchmark(
     if score and state.is_main_process:
         result.runs = [_score(run, chosen, progress) for run in result.runs]
     return result
-
-
-def _options(options: dict[str, Any]) -> BenchmarkOptions:
-    unknown = sorted(set(options) - {entry.name for entry in fields(BenchmarkOptions)})
-    if unknown:
-        raise InputError(f"unknown options {', '.join(unknown)}")
-    return BenchmarkOptions(**options)
 
 
 def _as_list(models: Any) -> list[Any]:
@@ -254,7 +263,9 @@ def _describe(
         model=model.source,
         model_label=model.label,
         model_sha256=model.sha256,
+        model_files=model.files,
         model_revision=model.revision,
+        base_model=model.base_model,
         model_format=model.format,
         expert_names=model.expert_names,
         backend=model.backend,
@@ -262,6 +273,7 @@ def _describe(
         benchmark=data.name,
         mini=data.mini,
         dataset_hash=data.dataset_hash,
+        dataset_file=data.file,
         task_ids=data.task_ids,
         subset=data.subset,
         n_samples=options.n_samples,

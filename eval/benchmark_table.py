@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
+from .run_labels import run_labels
 from .run_record import Run
 from .scoring import pass_at_k_of_tasks
 from .statistics import interval
 from .stock_evalplus import read_results
 
 
-NAMES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
+def benchmark_table(runs: Sequence[Run], others: Sequence[Run] = ()) -> Table:
+    """A rich table of scored runs: pass@k of the base tests and, as `+`, of base and plus tests together.
 
-
-def benchmark_table(runs: Sequence[Run]) -> Table:
-    """A rich table of scored runs: pass@k of the base tests and, as `+`, of base and plus tests together."""
+    Args:
+        others: what else the folder holds, from which the table's runs are told apart, too.
+    """
     columns = list(dict.fromkeys(name for run in runs for name in sorted(run.scores, key=_order)))
-    table = Table("model", "routing strategy", "benchmark", "tasks", "samples")
+    shown = {run.samples for run in runs}
+    labels = run_labels([*runs, *(run for run in others if run.samples not in shown)])[: len(runs)]
+    settings = ["settings"] if any(label.settings for label in labels) else []
+    table = Table("model", "routing strategy", "benchmark", "tasks", "samples", *settings)
     for column in columns:
         table.add_column(column.replace("plus_pass", "+ pass"), justify="right")
-    for run in runs:
-        name = NAMES[run.benchmark] + (" mini" if run.mini else "")
-        tasks = f"{len(run.task_ids)}" if run.subset is None else run.subset
-        cells = [_cell(run, column) for column in columns]
-        table.add_row(run.model_label, run.routing_strategy, name, tasks, str(run.n_samples), *cells)
+    for run, label in zip(runs, labels, strict=True):
+        named = [escape(str(cell)) for cell in label.cells()[: 5 + len(settings)]]
+        table.add_row(*named, *(_cell(run, column) for column in columns))
     return table
 
 

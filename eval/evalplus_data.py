@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.errors import FailureError, InputError, one_line
@@ -30,6 +31,7 @@ class Benchmark:
         tasks: those that are asked, by their ids, in EvalPlus's order; its own dicts.
         id_range: which these are, from the first number up to but not with the second, or None for all.
         subset: the same in words, for tables and file names.
+        file: the name of the user's own file that it was read from (HUMANEVAL_OVERRIDE_PATH, MBPP_OVERRIDE_PATH), or None.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Benchmark:
     tasks: dict[str, dict[str, Any]]
     id_range: tuple[int, int] | None = None
     subset: str | None = None
+    file: str | None = None
 
     @property
     def task_ids(self) -> list[str]:
@@ -89,7 +92,15 @@ def load_benchmark(
     subset = None
     if len(tasks) < len(every):
         subset = f"tasks {chosen[0]} to {chosen[1] - 1}, {len(tasks)} of {len(every)}"
-    return Benchmark(name, mini, dataset_hash, tasks, chosen if subset else None, subset)
+    return Benchmark(name, mini, dataset_hash, tasks, chosen if subset else None, subset, _own_file(name))
+
+
+def _own_file(name: str) -> str | None:
+    """The file that EvalPlus reads in place of its own, which need not hold what the benchmark's name says."""
+    from evalplus.data import humaneval, mbpp
+
+    path = {"humaneval": humaneval.HUMANEVAL_OVERRIDE_PATH, "mbpp": mbpp.MBPP_OVERRIDE_PATH}[name]
+    return Path(path).name if path else None
 
 
 def _stretch(

@@ -21,12 +21,13 @@ from accelerate import PartialState
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.extras import check_packages
 
-from .benchmark import DEFAULT_FOLDER, Progress, benchmark
+from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
 from .evalplus_data import canonical_benchmark, load_benchmark
 from .expert_figures import CONFIDENCE, ROUTER, figures, strategies_of
 from .expert_tables import print_expert_analysis
 from .loading import find_model
-from .run_record import DECISIVE, Run, read_runs, replace_text
+from .report_content import FORMAT_VERSION as UNDERSTOOD_VERSION
+from .run_record import DECISIVE, Run, read_runs, read_versioned, replace_text
 from .stock_evalplus import TaskResult, read_results
 from .task_categories import categories_of
 
@@ -40,7 +41,7 @@ WHERE = ("adapter_path", "backend", "revision", "subfolder", "lora_alpha", "trus
 SAME = (*(name for name in DECISIVE if name != "routing_strategy"), "mini")
 DESCRIBED = (
     "model", "model_label", "model_sha256", "model_revision", "model_format", "expert_names", "benchmark", "mini", "subset",
-    "dataset_hash", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def expert_analysis(
         FailureError: the work failed.
     """
     check_packages("evalplus", "scipy")
+    BenchmarkOptions.check_names(benchmark_options, expert_analysis)
     folder = Path(output_dir)
     source = _one_model(model)
     if source is None and benchmark_options.get("adapter_path") is None:
@@ -266,14 +268,13 @@ def _routing_analysis_of(run: Run, folder: Path) -> dict[str, Any] | None:
     path = folder / ROUTING_FILE
     if not path.is_file():
         return None
+    remedy = "delete it, and it is made again"
+    content = read_versioned(path, UNDERSTOOD_VERSION, remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         of_these = (content["samples"], content["samples_sha256"]) == (run.samples, run.samples_sha256)
         traced = {task["task_id"] for task in content["tasks"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete it, and it is made again"
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
     return content if of_these and traced >= set(run.task_ids) else None
 
 

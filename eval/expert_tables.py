@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from .run_labels import benchmark_label, sampling_label
+
 
 MOST_COLUMNS = 8
 KINDS = {"base": "base tests", "plus": "base and plus tests"}
@@ -36,12 +38,10 @@ def print_expert_analysis(analysis: ExpertAnalysis, console: Console) -> None:
 
 
 def _what(summary: dict[str, Any]) -> str:
-    parts = [f"{summary['model_label']} on {summary['benchmark']}{' (mini)' if summary['mini'] else ''}"]
+    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary["dataset_file"])
+    parts = [f"{summary['model_label']} on {benchmark}"]
     parts.append(summary["subset"] or f"all {summary['num_tasks']} tasks")
-    greedy = summary["temperature"] == 0
-    parts.append(
-        "greedy" if greedy else f"{summary['n_samples']} samples a task at temperature {summary['temperature']:g}"
-    )
+    parts.append(sampling_label(summary["n_samples"], summary["temperature"]))
     return ", ".join(parts)
 
 

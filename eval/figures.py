@@ -20,6 +20,7 @@ from .palette import INK, SCALE, STRONGEST, expert_color, hatch
 from .report_content import ReportContent
 from .report_tables import ReportTable
 from .routed_code import RoutedCode, example
+from .run_labels import one_line_names
 
 
 if TYPE_CHECKING:
@@ -160,9 +161,7 @@ def _rows(axes: Axes, labels: list[str]) -> range:
 def _draw_scores(axes: Axes, table: ReportTable) -> None:
     """A point with its interval for pass@1 of the base tests, and one of base and plus tests."""
     records = table.records()
-    several = [name for name in ("model", "benchmark") if len({record[name] for record in records}) > 1]
-    labels = [", ".join([record["routing strategy"], *(record[name] for name in several)]) for record in records]
-    _rows(axes, labels)
+    _rows(axes, one_line_names(records, always=("routing strategy",)))
     measures = [("pass@1", "base tests", "o", -0.14), ("plus_pass@1", "base and plus tests", "D", 0.14)]
     for index, (name, label, marker, shift) in enumerate(measures):
         points = [

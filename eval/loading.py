@@ -17,32 +17,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import transformers
 from filelock import FileLock
 
 from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer, training_run
 from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.foundation import resolve_foundation
 from dylora_moe.version import __version__
 
-from .run_record import RUN_FILE
+from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
 BACKENDS = ("hf", "peft_moe")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# What stands in a folder and changes nothing that a model computes.
-NO_PART_OF_A_MODEL = (
-    "README.md",
-    "requirements.txt",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-    "SHA256SUMS",
-    ".gitattributes",
-)
 LONGEST_LABEL = 120  # bytes
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass
@@ -93,14 +83,22 @@ class FoundModel:
         return self.config.expert_names if self.is_mixture else []
 
     @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 by file of everything that decides what the model computes, its foundation's files included."""
+        return mixture_hashes(self.folder, self.config) if self.is_mixture else file_hashes(self.folder)
+
+    @property
     def sha256(self) -> str:
-        """Of everything that decides what the model computes, its foundation's files included."""
-        parts = folder_sha256(self.folder)
-        if self.is_mixture and self.config.weights_layout == "adapter":
-            name, revision = self.config.base_model_name_or_path, self.config.base_model_revision
-            foundation = folder_sha256(Path(name)) if Path(name).is_dir() else f"{name}@{revision}"
-            parts = hashlib.sha256(f"{parts} {foundation}".encode()).hexdigest()
-        return parts
+        """Of all `files` together."""
+        return digest(self.files)
+
+    @property
+    def base_model(self) -> str | None:
+        """Where the foundation is taken from, of a mixture that does not hold it."""
+        if not self.is_mixture or self.config.weights_layout != "adapter":
+            return None
+        revision = f"@{self.config.base_model_revision}" if self.config.base_model_revision else ""
+        return f"{self.config.base_model_name_or_path}{revision}"
 
     def strategies(self, wanted: Sequence[str] | None) -> list[str]:
         """Routing strategies in canonical form, each once; without a wish the repo's default. An ordinary model has one,
@@ -118,15 +116,12 @@ class FoundModel:
             return ["base"]
         from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
+        if not wanted:
+            return [exported_repo.stored_routing_strategy(self.folder, self.config)]
         try:
-            wanted = list(wanted) if wanted else [self._default_strategy()]
             return list(dict.fromkeys(str(resolve_routing_strategy(strategy, self.config)) for strategy in wanted))
         except ValueError as error:
             raise InputError(one_line(error, 2000)) from error
-
-    def _default_strategy(self) -> str | None:
-        path = self.folder / "generation_config.json"
-        return json.loads(path.read_text(encoding="utf-8")).get("routing_strategy") if path.is_file() else None
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
@@ -217,7 +212,7 @@ def find_model(
     reader = formats.detect(resolved[0].folder).reader
     label = _label(sources, [found.name for found in resolved])
     common = {"source": given, "label": label, "format": reader.FORMAT, "trust_remote_code": trust_remote_code}
-    commit = next((part for part in reversed(resolved[0].folder.parts) if COMMIT.fullmatch(part)), None)
+    commit = commit_in(resolved[0].folder)
     if len(sources) == 1 and reader in (exported_repo, merged_model) and not (reader is exported_repo and base_model):
         if backend == "peft_moe" and reader is merged_model:
             raise InputError(f"{given} is an ordinary model without experts; leave out --backend, or use hf")
@@ -302,45 +297,47 @@ def _exported(
     """The cached export of a source; made now if the source, the options or this package's version are new."""
     from dylora_moe import hub_export
 
-    # What a checkpoint does not say itself may be in its run's best model, beside it.
-    content = [(folder_sha256(found.folder), training_run.best_model_config(found.folder)[1]) for found in resolved]
-    key = hashlib.sha256(json.dumps([__version__, content, options], sort_keys=True, default=str).encode()).hexdigest()
+    mixture = formats.read_sources(
+        resolved, formats.ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
+    )
+    # What a checkpoint does not say itself may be in its run's best model and state, beside it.
+    content = [
+        (
+            file_hashes(found.folder),
+            training_run.best_model_config(found.folder)[1],
+            [sha256(path) for path in training_run.state_files(found.folder)],
+        )
+        for found in resolved
+    ]
+    made_from = [__version__, transformers.__version__, content, _foundation(mixture, options["base_model"]), options]
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
     folder = cache_folder() / key[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not exported_repo.is_exported_repo(folder):
-            mixture = formats.read_sources(
-                resolved, formats.ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
-            )
             # A foundation that lies in the source may be one that training changed.
             layout = "adapter" if mixture.foundation_weights is None else "full"
             hub_export.export(sources, folder, layout=layout, revision=revision, subfolder=subfolder, **options)
     return folder
 
 
+def _foundation(mixture: Any, base_model: str | None) -> Any:
+    """The foundation that an export takes config and tokenizer from: its name, and what is there under that name now.
+
+    Weights count by size and date: an export of layout `adapter` holds none of them, and reading them all would take minutes
+    each time.
+    """
+    try:
+        reference = resolve_foundation(mixture.foundation, base_model, None)
+    except InputError:
+        return None  # the export says so, or does without
+    return reference.name, reference.revision, foundation_hashes(reference.name, reference.revision, by_date=WEIGHTS)
+
+
 def cache_folder() -> Path:
     """Where exports of sources are kept: `$DYLORA_MOE_CACHE`, else `dylora_moe/exports` in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "dylora_moe" / "exports")
-
-
-def folder_sha256(folder: Path) -> str:
-    """Of every file's name and content, but for what a person may write beside a model, what training leaves behind and
-    nothing ever opens, and folders of benchmarks."""
-    from dylora_moe.hub_export.sources import NAMES
-
-    digest = hashlib.sha256()
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    benchmarks = {path.parent for path in paths if path.name == RUN_FILE} - {folder}
-    for path in paths:
-        name = path.relative_to(folder)
-        if benchmarks.intersection(path.parents):
-            continue
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if hidden or path.name in NO_PART_OF_A_MODEL or any(path.match(pattern) for pattern in NAMES):
-            continue
-        digest.update(f"{name.as_posix()} {sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 __all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model", "tell_apart"]

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from evalplus import codegen as evalplus_codegen
 from evalplus import evaluate as evalplus_evaluate
 from evalplus import provider
+from evalplus.provider.base import DecoderBase
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.sources import ARTIFACT
+from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
-from .benchmark import DEFAULT_FOLDER, benchmark, score_run
+from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, benchmark, score_run
 from .evalplus_data import canonical_benchmark, load_benchmark
 from .evalplus_decoder import PromptDecoder
 from .loading import find_model
@@ -30,15 +33,6 @@ from .scoring import pass_at_k, score_samples
 
 
 BACKEND = "peft_moe"
-OWN_ARGUMENTS = ("base_model", "adapter_path", "routing_strategy", "lora_alpha", "revision", "subfolder")
-DECODER_ARGUMENTS = (
-    "batch_size",
-    "temperature",
-    "max_new_tokens",
-    "instruction_prefix",
-    "response_prefix",
-    "force_base_prompt",
-)
 
 
 class PeftMoEDecoder(PromptDecoder):
@@ -46,6 +40,7 @@ class PeftMoEDecoder(PromptDecoder):
 
     Args:
         name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the foundation, with `adapter_path`.
+        wandb_artifact: `entity/project/name:version`, in place of `name`.
         dataset: "humaneval" or "mbpp".
         routing_strategy: the repo's default unless given.
         base_model, adapter_path, lora_alpha, revision, subfolder: see `find_model`.
@@ -53,7 +48,7 @@ class PeftMoEDecoder(PromptDecoder):
         arguments: of EvalPlus's `DecoderBase`.
 
     Raises:
-        InputError: a source or a strategy that cannot be used.
+        InputError: a source, a strategy or an argument that cannot be used.
     """
 
     def __init__(
@@ -61,6 +56,7 @@ class PeftMoEDecoder(PromptDecoder):
         name: str | None,
         dataset: str,
         *,
+        wandb_artifact: str | None = None,
         routing_strategy: str | None = None,
         base_model: str | None = None,
         adapter_path: str | Path | Sequence[str | Path] | None = None,
@@ -75,6 +71,8 @@ class PeftMoEDecoder(PromptDecoder):
     ):
         from accelerate import PartialState
 
+        refuse_unknown(arguments, _decoder_parameters())
+        name = _source(name, wandb_artifact)
         found = find_model(
             name,
             base_model=base_model,
@@ -112,6 +110,7 @@ def run_codegen(
     dataset: str = "humaneval",
     root: str | Path = DEFAULT_FOLDER,
     *,
+    wandb_artifact: str | None = None,
     bs: int | None = None,
     routing_strategy: str | None = None,
     version: str = "default",
@@ -125,7 +124,7 @@ def run_codegen(
     """As EvalPlus's `run_codegen`, in batches; returns the path of the samples, whose name holds the strategy.
 
     Args:
-        model: any source, see `PeftMoEDecoder`.
+        model: any source, see `PeftMoEDecoder`; or `wandb_artifact`, `entity/project/name:version`.
         root: where EvalPlus's folders are made.
         bs: batch size, of tasks as well as of samples.
         options: see `BenchmarkOptions`.
@@ -133,6 +132,7 @@ def run_codegen(
     Raises:
         InputError: what cannot be used, EvalPlus's own options for other backends among it.
     """
+    BenchmarkOptions.of(options, run_codegen)
     others = {
         "version": version != "default",
         "jsonl_fmt": not jsonl_fmt,
@@ -144,7 +144,7 @@ def run_codegen(
     if refused:
         raise InputError(f"{', '.join(refused)} cannot be used with backend {BACKEND}")
     result = benchmark(
-        model,
+        _source(model, wandb_artifact),
         benchmarks=dataset,
         strategies=routing_strategy,
         output_dir=root,
@@ -166,8 +166,10 @@ def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, flo
         `{"pass@1": …, "plus_pass@1": …}` and so on for every k of 1, 10 and 100 with samples enough; fractions.
 
     Raises:
-        InputError: no such file, samples of other tasks, or of a benchmark that is not this one or not this version of it.
+        InputError: no such file, samples of other tasks, or of a benchmark that is not this one or not this version of
+            it; no such option.
     """
+    refuse_unknown(options, parameter_names(evaluate, score_samples))
     samples = Path(samples)
     recorded = find_run(read_runs(samples.parent.parent), samples=f"{samples.parent.name}/{samples.name}")
     if recorded is not None and recorded.has_samples:
@@ -190,7 +192,7 @@ def register() -> None:
     """Let the EvalPlus in this process take `backend="peft_moe"`: `evalplus.provider.make_model` and
     `evalplus.codegen.run_codegen` then accept `base_model`, `adapter_path`, `routing_strategy` and so on. Other backends
     go where they went. Calling it again changes nothing."""
-    make_model = _with_backend(provider.make_model, _make_decoder)
+    make_model = _with_backend(provider.make_model, _decoder_maker(provider.make_model))
     codegen = _with_backend(evalplus_codegen.run_codegen, run_codegen)
     provider.make_model = evalplus_codegen.make_model = make_model
     evalplus_codegen.run_codegen = evalplus_evaluate.run_codegen = codegen
@@ -215,10 +217,32 @@ def _with_backend(function: Any, ours: Any) -> Any:
     return either
 
 
-def _make_decoder(model: str | None = None, dataset: str = "humaneval", **arguments: Any) -> PeftMoEDecoder:
-    """`make_model` for our backend. EvalPlus passes every backend's arguments; those of others are left out."""
-    ours = (*OWN_ARGUMENTS, *DECODER_ARGUMENTS, "dtype", "attn_implementation", "device_map", "trust_remote_code")
-    return PeftMoEDecoder(model, dataset, **{name: value for name, value in arguments.items() if name in ours})
+def _decoder_maker(make_model: Callable) -> Callable[..., PeftMoEDecoder]:
+    """`make_model` for our backend. EvalPlus's own passes every backend's arguments: those of the others are left out,
+    and what EvalPlus does not know either reaches the decoder, which refuses it."""
+    of_others = set(parameter_names(make_model)) - set(_decoder_parameters())
+
+    def make_decoder(model: str | None = None, dataset: str = "humaneval", **arguments: Any) -> PeftMoEDecoder:
+        kept = {name: value for name, value in arguments.items() if name not in of_others}
+        return PeftMoEDecoder(model, dataset, **kept)
+
+    return make_decoder
+
+
+def _decoder_parameters() -> list[str]:
+    """What `PeftMoEDecoder` takes by name, EvalPlus's own parameters of a decoder among it."""
+    given = ("name", "dataset", "model", "tokenizer")
+    names = parameter_names(PeftMoEDecoder.__init__, PromptDecoder.__init__, DecoderBase.__init__)
+    return [name for name in names if name not in given]
+
+
+def _source(model: str | Path | None, wandb_artifact: str | None) -> str | Path | None:
+    """Raises InputError: both are given."""
+    if wandb_artifact is None:
+        return model
+    if model is not None:
+        raise InputError(f"model {model} and wandb_artifact {wandb_artifact} are both given; leave one out")
+    return f"{ARTIFACT}{wandb_artifact.removeprefix(ARTIFACT)}"
 
 
 __all__ = ["PeftMoEDecoder", "evaluate", "register", "run_codegen"]

@@ -20,8 +20,9 @@ from dylora_moe.version import __version__
 from .figures import write_figures
 from .palette import INK, PAGE, SCALE, STRONGEST, UNDERLINES, channels, expert_colors, underline
 from .report_content import ReportContent, read_folder
-from .report_tables import ReportTable, benchmark_label, report_tables
+from .report_tables import ReportTable, report_tables
 from .routed_code import RoutedCode, routed_code, shows_gate
+from .run_labels import benchmark_label, one_line_names, sampling_label
 from .run_record import Run, replace_text
 
 
@@ -45,8 +46,9 @@ THEMES = {
              "good": "#3ecf9f", "bad": "#f59a5b", "warn": "#e69f00"},
 }  # fmt: skip
 RECORDED = (
-    "model", "model_format", "model_revision", "model_sha256", "backend", "routing_strategy", "benchmark", "mini", "subset",
-    "dataset_hash", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype", "attn_implementation",
+    "model", "model_format", "model_revision", "model_sha256", "base_model", "backend", "routing_strategy", "benchmark",
+    "mini", "subset", "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "attn_implementation",
     "force_base_prompt", "batch_size", "device", "seconds", "samples", "samples_sha256", "results",
 )  # fmt: skip
 
@@ -94,7 +96,7 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
         groups=_groups(tables["scores"]) if "scores" in tables else [],
         experts=None if content.experts is None else _experts(content.experts),
         routing=None if routing is None else {**_routing(routing), "cut_note": cut_note},
-        runs=[_run(run) for run in content.runs],
+        runs=_runs(content.runs, tables),
         num_colors=len(expert_colors()),
         num_lines=len(UNDERLINES),
         style=Markup(style),
@@ -189,12 +191,9 @@ def _subtitle(content: ReportContent) -> str:
     parts = []
     for run in content.runs:
         tasks = run.subset or f"{len(run.task_ids)} tasks"
-        parts.append(f"{benchmark_label(run.benchmark, run.mini)}, {tasks}, {_sampling(run)}, {run.dtype}")
+        sampling = sampling_label(run.n_samples, run.temperature)
+        parts.append(f"{benchmark_label(run.benchmark, run.mini, run.dataset_file)}, {tasks}, {sampling}, {run.dtype}")
     return "; ".join(dict.fromkeys(parts)) or "Analysis of a mixture of LoRA experts"
-
-
-def _sampling(run: Run) -> str:
-    return "greedy" if run.temperature == 0 else f"{run.n_samples} samples a task at temperature {run.temperature:g}"
 
 
 def _groups(table: ReportTable) -> list[dict[str, Any]]:
@@ -202,14 +201,16 @@ def _groups(table: ReportTable) -> list[dict[str, Any]]:
     measures = [name for name in table.columns if "pass@" in name and not name.endswith((" low", " high"))]
     names = {name: name.replace("plus_pass", "+ pass") for name in measures}
     groups = []
-    key = lambda record: (record["model"], record["benchmark"], record["tasks"], record["samples a task"])  # noqa: E731
-    for (model, benchmark, tasks, samples), records in groupby(sorted(table.records(), key=key), key=key):
+    shared = ("model", "benchmark", "tasks", "samples a task", "settings")
+    key = lambda record: tuple(record[name] for name in shared)  # noqa: E731
+    for (model, benchmark, tasks, samples, settings), records in groupby(sorted(table.records(), key=key), key=key):
         rows = list(records)
         used = [name for name in measures if any(row[name] is not None for row in rows)]
         each = "one sample a task" if samples == 1 else f"{samples} samples a task"
         groups.append(
             {
-                "caption": f"{model} on {benchmark}, {tasks}{' tasks' if tasks.isdecimal() else ''}, {each}",
+                "caption": f"{model} on {benchmark}, {tasks}{' tasks' if tasks.isdecimal() else ''}, {each}"
+                + (f", {settings}" if settings else ""),
                 "measures": [names[name] for name in used],
                 "rows": [
                     {
@@ -234,7 +235,9 @@ def _groups(table: ReportTable) -> list[dict[str, Any]]:
 def _experts(experts: dict[str, Any]) -> dict[str, Any]:
     kind = {"plus": "base and plus tests", "base": "base tests"}[experts["headline_tests"]]
     tasks = experts["subset"] or f"all {experts['num_tasks']} tasks"
-    what = f"{experts['model_label']} on {benchmark_label(experts['benchmark'], experts['mini'])}, {tasks}; {kind}"
+    benchmark = benchmark_label(experts["benchmark"], experts["mini"], experts.get("dataset_file"))
+    sampling = sampling_label(experts["n_samples"], experts["temperature"])
+    what = f"{experts['model_label']} on {benchmark}, {tasks}, {sampling}; {kind}"
     verdict = experts["verdict"]
     if verdict is not None:
         sign, headline = VERDICTS[verdict["router"]]
@@ -253,7 +256,8 @@ def _routing(routing: dict[str, Any]) -> dict[str, Any]:
     how = routing["routing"]
     mode = "all experts weighted" if how["mode"] == "dense" else f"top {how['num_experts_per_tok']} of the experts"
     tasks = routing["subset"] or f"{routing['num_tasks']} tasks"
-    benchmark = benchmark_label(routing["benchmark"], routing["mini"])
+    benchmark = benchmark_label(routing["benchmark"], routing["mini"], routing.get("dataset_file"))
+    sampling = f", {sampling_label(routing['n_samples'], routing['temperature'])}" if "temperature" in routing else ""
     no_agreement = (
         "Not known: not every expert alone was scored on these tasks. `dylora-moe expert-analysis` does that."
     )
@@ -261,7 +265,7 @@ def _routing(routing: dict[str, Any]) -> dict[str, Any]:
         no_agreement = "Every expert solves the same of these tasks, so no choice matters."
     opacity = "the gate's probability of that expert" if shows_gate(routing) else "its weight"
     return {
-        "what": f"{routing['model_label']} on {benchmark}, {tasks}; {mode} at every token",
+        "what": f"{routing['model_label']} on {benchmark}, {tasks}{sampling}; {mode} at every token",
         "facts": _facts(routing),
         "expert_names": routing["expert_names"],
         "categories": _category_names(routing),
@@ -361,8 +365,14 @@ def _panel(code: RoutedCode, num_prompt_tokens: int) -> dict[str, Any]:
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
-    name = f"{run.model_label}, {run.routing_strategy or 'base'}, {benchmark_label(run.benchmark, run.mini)}"
+def _runs(runs: list[Run], tables: dict[str, ReportTable]) -> list[dict[str, Any]]:
+    if not runs:
+        return []
+    names = one_line_names(tables["scores"].records(), always=("model", "routing strategy", "benchmark"))
+    return [_run(run, name) for run, name in zip(runs, names, strict=True)]
+
+
+def _run(run: Run, name: str) -> dict[str, Any]:
     fields = [(field.replace("_", " "), getattr(run, field)) for field in RECORDED]
     fields += [("experts", ", ".join(run.expert_names) or None)]
     fields += [("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items()) or None)]

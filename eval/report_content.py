@@ -13,7 +13,7 @@ from typing import Any
 
 from dylora_moe.hub_export.errors import InputError
 
-from .run_record import Run, file_sha256, find_run, read_runs
+from .run_record import Run, file_sha256, find_run, read_runs, read_versioned
 
 
 EXPERTS_FILE = "expert_analysis.json"
@@ -101,14 +101,7 @@ def _why(run: Run) -> str:
 def _read(path: Path, command: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); run {command} again") from error
-    if version > FORMAT_VERSION:
-        raise InputError(f"{path} was written by a later version of this package; update it")
-    return content
+    return read_versioned(path, FORMAT_VERSION, f"run {command} again")
 
 
 def _note_changes(content: ReportContent, used: Any, what: str, command: str) -> None:

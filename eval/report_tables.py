@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .benchmark_table import NAMES, pass_at_1_interval
+from .benchmark_table import pass_at_1_interval
 from .report_content import ReportContent
 from .routing_summary import HISTOGRAM_BINS
+from .run_labels import run_labels, strategy_label
 from .run_record import Run
 from .statistics import interval
 from .stock_evalplus import read_results
@@ -61,32 +62,20 @@ def expert_label(index: int, expert_names: list[str]) -> str:
     return f"{index} {expert_names[index]}"
 
 
-def strategy_label(strategy: str, expert_names: list[str]) -> str:
-    """`single:0` with the expert's name; others as they are."""
-    kind, _, index = strategy.partition(":")
-    return f"{strategy} ({expert_names[int(index)]})" if kind == "single" else strategy
-
-
-def benchmark_label(benchmark: str, mini: bool = False) -> str:
-    return NAMES[benchmark] + (" mini" if mini else "")
-
-
 def scores(runs: list[Run]) -> ReportTable:
     """A row a run: pass@k of the base tests and, as `plus_pass@k`, of base and plus tests, with 95 % intervals."""
     measured = sorted({name for run in runs for name in run.scores}, key=_order)
-    columns = ["model", "routing strategy", "benchmark", "tasks", "samples a task"]
+    columns = ["model", "routing strategy", "benchmark", "tasks", "samples a task", "settings"]
     columns += [f"{name}{end}" for name in measured for end in ("", " low", " high")]
     rows = []
-    for run in runs:
-        strategy = strategy_label(run.routing_strategy or "base", run.expert_names)
-        tasks = str(len(run.task_ids)) if run.subset is None else run.subset
-        row = [run.model_label, strategy, benchmark_label(run.benchmark, run.mini), tasks, run.n_samples]
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        row = list(label.cells())
         for name in measured:
             row += [run.scores[name], *_interval(run, name)] if name in run.scores else [None, None, None]
         rows.append(row)
     note = (
         "Shares of tasks, with 95 % intervals over tasks. pass counts the samples that pass the base tests, plus_pass (+) "
-        "those that pass the base and the plus tests."
+        "those that pass the base and the plus tests. Settings are those in which these runs differ."
     )
     return ReportTable("scores", "pass@k by routing strategy", columns, rows, note)
 
@@ -277,4 +266,4 @@ def _tasks(routing: dict[str, Any], labels: list[str]) -> ReportTable:
     return ReportTable("routing_tasks", "Mean weight of every expert over each task's completion", columns, rows)
 
 
-__all__ = ["ReportTable", "expert_label", "report_tables", "strategy_label"]
+__all__ = ["ReportTable", "expert_label", "report_tables"]

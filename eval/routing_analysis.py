@@ -95,7 +95,7 @@ def routing_analysis(
         FailureError: the work failed.
     """
     check_packages("evalplus", "scipy")
-    chosen = BenchmarkOptions(**options)
+    chosen = BenchmarkOptions.of(options, routing_analysis)
     tell = progress or (lambda what, done, total: None)
     folder = Path(output_dir)
     found = find_model(model, **{name: getattr(chosen, name) for name in SOURCE_OPTIONS})
@@ -188,7 +188,10 @@ def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """Which samples were traced, and how the model that was loaded turns logits into weights."""
     dense = loaded.model.routes_densely
     config = loaded.model.config
-    named = ("model", "model_label", "benchmark", "mini", "samples", "samples_sha256", "n_samples", "dtype")
+    named = (
+        "model", "model_label", "benchmark", "mini", "dataset_file", "samples", "samples_sha256", "n_samples",
+        "temperature", "dtype",
+    )  # fmt: skip
     return {
         "format_version": FORMAT_VERSION,
         **{name: getattr(run, name) for name in named},

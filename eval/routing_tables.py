@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from .run_labels import benchmark_label
+
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +35,8 @@ def _what(summary: dict[str, Any]) -> str:
     routing = summary["routing"]
     how = "all experts" if routing["mode"] == "dense" else f"top {routing['num_experts_per_tok']}"
     tasks = summary["subset"] or f"all {summary['num_tasks']} tasks"
-    mini = " (mini)" if summary["mini"] else ""
-    return f"{summary['model_label']} on {summary['benchmark']}{mini}, {tasks}; routing: {routing['mode']}, {how}"
+    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary["dataset_file"])
+    return f"{summary['model_label']} on {benchmark}, {tasks}; routing: {routing['mode']}, {how}"
 
 
 def _figures(summary: dict[str, Any]) -> Table:

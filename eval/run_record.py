@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.version import __version__
 
 
 RUN_FILE = "run.json"
@@ -42,6 +44,10 @@ DECISIVE = (
 )
 
 
+HASH = re.compile(r"[0-9a-f]{64}")
+MOST_FILES = 3  # of a model, that are named where two runs differ in more
+
+
 @dataclass
 class Run:
     """One samples file: a model under a strategy on a benchmark.
@@ -51,10 +57,12 @@ class Run:
         samples: EvalPlus's samples file, `<benchmark>/<identifier>.jsonl`; raw ones lie beside it as `.raw.jsonl`.
         results: EvalPlus's result file, `<benchmark>/<identifier>_eval_results.json`; None until it is scored.
         model: as the user gave it. `model_label` is what tables call it.
-        model_sha256: of the weights, config and tokenizer, or None where `model_revision`, a commit on the Hub, says it.
+        model_sha256: of the weights, config and tokenizer, or None where `model_revision`, a commit on the Hub, says it;
+            `model_files` has them file by file, `base_model` says where the foundation was taken from.
         expert_names: empty for an ordinary model.
         routing_strategy: in canonical form; None for an ordinary model.
-        benchmark: "humaneval" or "mbpp"; `mini` for the set with few plus inputs; `dataset_hash` is EvalPlus's.
+        benchmark: "humaneval" or "mbpp"; `mini` for the set with few plus inputs; `dataset_hash` is EvalPlus's;
+            `dataset_file` is the name of the user's own file in its place, if it was one.
         task_ids: the tasks, in EvalPlus's order; `subset` says in words which these are, None for all.
         scores: "pass@1", "plus_pass@1" and so on, fractions.
         seconds: of generation, without loading; None where it was interrupted.
@@ -72,13 +80,16 @@ class Run:
     max_new_tokens: int
     dtype: str
     model_sha256: str | None = None
+    model_files: dict[str, str] = field(default_factory=dict)
     model_revision: str | None = None
+    base_model: str | None = None
     model_format: str | None = None
     expert_names: list[str] = field(default_factory=list)
     backend: str = "hf"
     routing_strategy: str | None = None
     subset: str | None = None
     mini: bool = False
+    dataset_file: str | None = None
     top_p: float | None = None
     seed: int | None = None
     attn_implementation: str | None = None
@@ -118,9 +129,22 @@ class Run:
         return self.results is not None and self.has_samples and file_sha256(self.results_path) == self.results_sha256
 
     def differences(self, other: Run) -> list[str]:
-        """`field: mine, other's` for each decisive field in which two runs differ."""
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in DECISIVE)
-        return [f"{name}: {_short(mine)}, {_short(theirs)}" for name, mine, theirs in pairs if mine != theirs]
+        """`field: mine, other's` for each decisive field in which two runs differ; of models, the files that differ."""
+        names, files = list(DECISIVE), []
+        if self.model_sha256 != other.model_sha256 and self.model_files and other.model_files:
+            names.remove("model_sha256")
+            names[:0] = ["model", "base_model"]
+            files = self._differing_files(other)
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [_difference(*pair) for pair in pairs if pair[1] != pair[2]] + files
+
+    def _differing_files(self, other: Run) -> list[str]:
+        """The first of the model's files that differ, and how many more do."""
+        names = sorted({*self.model_files, *other.model_files})
+        pairs = ((f"the model's {name}", self.model_files.get(name), other.model_files.get(name)) for name in names)
+        differing = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
+        more = len(differing) - MOST_FILES
+        return differing[:MOST_FILES] + ([f"and {more} more of its files"] if more > 0 else [])
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -132,23 +156,44 @@ def read_runs(folder: str | Path) -> list[Run]:
     """What a benchmark's folder holds, in the order in which it was begun; nothing where there is no `run.json`.
 
     Raises:
-        InputError: the file is damaged, or of a later version of this package.
+        InputError: the file is damaged, or was written by a newer version of this package.
     """
     folder = Path(folder)
     path = folder / RUN_FILE
     if not path.is_file():
         return []
+    content = read_versioned(path, FORMAT_VERSION, "choose another -o")
+    known = {entry.name for entry in fields(Run)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format_version"] > FORMAT_VERSION:
-            raise InputError(f"{path} was written by a later version of this package; update it, or choose another -o")
-        known = {entry.name for entry in fields(Run)}
         return [
             Run(folder=folder, **{name: value for name, value in values.items() if name in known})
             for values in content["runs"].values()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); choose another -o") from error
+
+
+def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that states its `format_version`.
+
+    Args:
+        latest: the newest version that the caller understands.
+        remedy: what else a user can do about a file that cannot be read.
+
+    Raises:
+        InputError: the file is damaged, or was written by a newer version of this package.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = int(content["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    if version > latest:
+        raise InputError(
+            f"{path} was written by a newer version of dylora-moe (its format is {version}, and {__version__} reads up "
+            f"to {latest}): update dylora-moe, or {remedy}"
+        )
+    return content
 
 
 def write_run(run: Run) -> None:
@@ -198,6 +243,13 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _difference(name: str, mine: Any, theirs: Any) -> str:
+    return f"{name}: {_short(mine)}, {_short(theirs)}"
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:12]
     text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+    most = 200 if isinstance(value, str) else 60  # a path is known by its end
+    return text if len(text) <= most else text[: most - 3] + "…"

@@ -8,7 +8,8 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.wandb_sdk import NAME, check_ready, mode, sdk, wandb_errors
 
 from .report_content import read_folder
-from .report_tables import report_tables
+from .report_tables import ReportTable, report_tables
+from .run_labels import one_line_names
 
 
 def check_wandb(project: str) -> tuple[str | None, str]:
@@ -60,14 +61,22 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
                     for table in tables.values()
                 }
             )
-            for row in tables["scores"].records() if "scores" in tables else []:
-                where = f"{row['model']}/{row['routing strategy']}/{row['benchmark']}"
-                run.summary.update(
-                    {f"{where}/{name}": value for name, value in row.items() if "pass@" in name and value is not None}
-                )
+            if "scores" in tables:
+                run.summary.update(scores_summary(tables["scores"]))
         finally:
             run.finish()
     return run.name
+
+
+def scores_summary(scores: ReportTable) -> dict[str, float]:
+    """Every score under `model/strategy/benchmark/measure`, with what else tells runs apart before the measure."""
+    records = scores.records()
+    others = one_line_names(records, columns=("tasks", "samples a task", "settings"))
+    summary = {}
+    for row, other in zip(records, others, strict=True):
+        where = "/".join(filter(None, (row["model"], row["routing strategy"], row["benchmark"], other)))
+        summary |= {f"{where}/{name}": value for name, value in row.items() if "pass@" in name and value is not None}
+    return summary
 
 
 __all__ = ["check_wandb", "log_to_wandb"]

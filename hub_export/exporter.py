@@ -76,10 +76,7 @@ def export(
         FailureError: writing failed, or the check found a difference. Nothing is left under `output_dir` then that was
             not there before.
     """
-    try:
-        chosen = ExportOptions(**options)
-    except TypeError as error:
-        raise InputError(one_line(error)) from None
+    chosen = ExportOptions.of(options)
     read_results(chosen.results)  # before anything else, since it may be wrong
     tell = progress or (lambda message: None)
     output = check_output(Path(output_dir), chosen.overwrite, is_replaceable)

@@ -18,8 +18,10 @@ from .checksums import sha256
 from .errors import InputError
 from .exported_repo import FORMAT, is_exported_repo, is_replaceable
 from .hub_push import is_hub_id
+from .options import ExportOptions
 from .repo_files import RepoFiles, repo_files
 from .staging import check_output, staged_folder
+from .unknown_options import refuse_unknown
 from .wandb_sdk import ArtifactName, check_ready, mode, parse_name, sdk, wandb_errors
 
 
@@ -206,6 +208,8 @@ def mirror_pull(
         FailureError: no network; damaged files; a full disk.
     """
     final, tell = Path(output_dir), progress or (lambda message: None)
+    if export is None:
+        refuse_unknown(options, ExportOptions.names())
     name = parse_name(artifact, version=True)
     parts = subfolder.split("/") if subfolder else []
     if any(part in ("", ".", "..") for part in parts):

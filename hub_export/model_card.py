@@ -26,6 +26,9 @@ BEGIN = "<!-- dylora-moe: generated from here; what stands outside these two mar
 END = "<!-- dylora-moe: generated up to here -->"
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n?", re.DOTALL)
 RECORD = re.compile(r"<!-- metadata that was generated, too: (.*) -->")
+# The repo's name where `_loading` and `_scoring` write it: a string of Python, and a word of a shell.
+LITERAL = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
+QUOTED = re.compile(r"""--model (?:'[^']*'|"[^"]*"|[^\s'"])+""")
 DATASETS = {  # on the Hub
     "HumanEval": "openai/openai_humaneval",
     "HumanEval+": "evalplus/humanevalplus",
@@ -127,8 +130,8 @@ def restate(card: str, name: str, routing_strategy: str | None = None) -> str:
     if routing_strategy is not None:
         default = f"The default here is `{routing_strategy}`"
         generated = re.sub(r"The default here is `[^`]*`", lambda _: default, generated, count=1)
-    generated = re.sub(r'from_pretrained\("[^"]*"', lambda _: f'from_pretrained("{name}"', generated)
-    generated = re.sub(r"--model ('[^']*'|\S+)", lambda _: f"--model {shlex.quote(name)}", generated)
+    generated = LITERAL.sub(lambda _: f"from_pretrained({_literal(name)}", generated)
+    generated = QUOTED.sub(lambda _: f"--model {shlex.quote(name)}", generated)
     return before + mark + generated + end + after
 
 
@@ -247,11 +250,16 @@ The repo brings its own code: the `.py` files beside the weights. Read them befo
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({_literal(name)}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({_literal(name)}, trust_remote_code=True)
 inputs = tokenizer("def add(a, b):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```"""
+
+
+def _literal(name: str) -> str:
+    """A string as Python and JSON both write it."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _scoring(name: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import InputError
+from .unknown_options import refuse_unknown
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +56,20 @@ class ExportOptions:
             raise InputError(
                 "--router_input none leaves the router out; leave out the other settings of a router, too"
             )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ExportOptions:
+        """Make them from what a caller gave by name.
+
+        Raises:
+            InputError: a name that is not a field, or a value that is none of those there are.
+        """
+        refuse_unknown(options, cls.names())
+        return cls(**options)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [entry.name for entry in fields(cls)]
 
     @property
     def router_settings(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from .check import check_export
 from .checksums import FILE, covered_files, read_checksums, sha256
 from .containment import contained
-from .errors import DyloraMoeError, FailureError, InputError, one_line
+from .errors import DyloraMoeError, FailureError
 from .exported_repo import load_config, read, stored_routing_strategy, weight_files
 from .exporter import prepare
 from .formats import open_sources
@@ -31,11 +31,14 @@ from .tensor_files import TensorFile, read_json
 from .tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
 from .tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
 from .tokenizer_files import has_tokenizer, load_tokenizer
+from .unknown_options import refuse_unknown
 from .weight_conversion import named_as_now
 
 
 SAMPLES = (TEXTS[0], TEXTS[1], "naïve Σ 数 🙂")  # which every tokenizer of code gives back
 MOST_DIFFERING_LINES = 40
+# What may be said of the export that is checked; its layout is in the repo's config.
+OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
 
 
 @dataclass
@@ -81,8 +84,9 @@ def verify(
         options: what was chosen in that export over what the source says; see `export`.
 
     Raises:
-        InputError: it is no exported repo at all, or `against` cannot be read.
+        InputError: it is no exported repo at all, `against` cannot be read, or there is no such option.
     """
+    refuse_unknown(options, OPTIONS)
     tell = progress or (lambda message: None)
     tell("looking at the repo")
     folder = resolve_sources(repo)[0].folder
@@ -304,10 +308,7 @@ def _against(
     result: Verification,
     tell: Callable[[str], None],
 ) -> None:
-    try:
-        chosen = ExportOptions(layout=config.weights_layout, **options)
-    except TypeError as error:
-        raise InputError(one_line(error)) from None
+    chosen = ExportOptions(layout=config.weights_layout, **options)
     tell("reading the source")
     sources = open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision)
     mixture, plan, tokenizer = prepare(sources, chosen, tell)

@@ -242,7 +242,7 @@ def test_a_model_on_the_hub_is_recorded_by_its_commit_and_is_not_fetched_again(r
         ({"parallel": 0}, "--parallel"),
         ({"strategies": "single:9"}, "out of range"),
         ({"backend": "vllm"}, "hf, peft_moe"),
-        ({"colour": "red"}, "unknown options colour"),
+        ({"colour": "red"}, "unknown option colour"),
     ],
     ids=str,
 )
@@ -350,7 +350,10 @@ def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monk
     with pytest.raises(InputError, match="model's own folder"):
         benchmark(".", output_dir=".", **SMALL)
     (model / "generation_config.json").write_text("{}")
-    with pytest.raises(InputError, match="model_sha256"):
+    with pytest.raises(InputError, match=r"another run \(the model's generation_config.json: \w{12}, \w{12}\)"):
+        benchmark(".", **SMALL)
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json is not valid JSON"):
         benchmark(".", **SMALL)
 
 

@@ -102,7 +102,8 @@ def write_routing_analysis(folder, run, chosen=(0, 0, 0, 0, 1, 1, 1, None), **fi
         {"task_id": task_id, "chosen": expert, "expert_shares": shares[expert]}
         for task_id, expert in zip(run.task_ids, chosen, strict=True)
     ]
-    content = {"samples": run.samples, "samples_sha256": run.samples_sha256, "tasks": tasks, **fields}
+    named = {"format_version": 1, "samples": run.samples, "samples_sha256": run.samples_sha256}
+    content = {**named, "tasks": tasks, **fields}
     (folder / "routing_analysis.json").write_text(json.dumps(content))
 
 
@@ -192,7 +193,7 @@ def test_what_is_printed(tmp_path):
     analysis = expert_analysis(output_dir=tmp_path)
     text = printed(analysis)
     for part in (
-        "mixture on humaneval, all 8 tasks, greedy",
+        "mixture on HumanEval, all 8 tasks, greedy",
         "single:0 sorter",
         "62.5%",
         "sorting",
@@ -231,7 +232,7 @@ def test_many_experts_share_a_column(tmp_path):
 def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path):
     write_runs(tmp_path, expert_names=["[red]one", "two"], model_label="[bold]m")
     text = printed(expert_analysis(output_dir=tmp_path))
-    assert "single:0 [red]one" in text and "[bold]m on humaneval" in text
+    assert "single:0 [red]one" in text and "[bold]m on HumanEval" in text
 
 
 # what a folder alone may lack
@@ -313,6 +314,9 @@ def test_a_routing_analysis_of_other_samples_or_fewer_tasks_does_not_count(tmp_p
     assert expert_analysis(output_dir=tmp_path).summary["router_choices"] is None
     (tmp_path / "routing_analysis.json").write_text("{")
     with pytest.raises(InputError, match=r"routing_analysis\.json is damaged"):
+        expert_analysis(output_dir=tmp_path)
+    (tmp_path / "routing_analysis.json").write_text('{"format_version": 2, "traces": []}')
+    with pytest.raises(InputError, match=r"routing_analysis\.json was written by a newer version"):
         expert_analysis(output_dir=tmp_path)
 
 

@@ -1,9 +1,13 @@
 """The backend `peft_moe` in Python: raw checkpoints and adapters, and the EvalPlus in this process; and the examples."""
 
+import functools
 import importlib.util
 import inspect
 import json
+import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +15,22 @@ from pathlib import Path
 import evalplus.codegen
 import evalplus.evaluate
 import evalplus.provider
+import huggingface_hub
 import pytest
-from helpers_checkpoints import save_adapters
+import torch
+from helpers_checkpoints import change_json, save_adapters, snapshot
 from helpers_text import save_text_checkpoint
+from hub_server import Hub, Repo
+from safetensors.torch import load_file, save_file
 from wandb_server import Artifact, WandbServer
 
-from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, register, run_codegen
+from dylora_moe import hub_export
+from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, model_identity, peft_moe, register, run_codegen
+from dylora_moe.eval import benchmark as benchmark_module
+from dylora_moe.eval.benchmark import benchmark
+from dylora_moe.eval.expert_analysis import expert_analysis
+from dylora_moe.eval.routing_analysis import routing_analysis
+from dylora_moe.eval.run_record import read_runs
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -84,6 +98,141 @@ def test_adapters_on_a_foundation(checkpoint, tmp_path):
     assert len(Path(path).read_text().splitlines()) == 4
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty one, filled without the check of each export, which takes a process of its own."""
+    monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub_export, "export", functools.partial(hub_export.export, verify=False), raising=False)
+
+
+@pytest.fixture
+def bare(checkpoint, tmp_path):
+    """A checkpoint that takes its tokenizer from its foundation, beside it."""
+    copy = tmp_path / "bare"
+    shutil.copytree(checkpoint.parent, copy, ignore=shutil.ignore_patterns("cache"))
+    for path in (copy / "checkpoint").glob("tokenizer*"):
+        path.unlink()
+    change_json(copy / "checkpoint" / "config.json", base_model_name_or_path="../foundation")
+    return copy / "checkpoint"
+
+
+def test_a_cached_export_is_made_anew_when_its_foundation_changed(bare, own_cache):
+    foundation = bare.parent / "foundation"
+    first = loading.find_model(bare)
+    (foundation / "README.md").write_text("what a model is does not change with what is said of it\n")
+    assert loading.find_model(bare).folder == first.folder
+    seen = [first]
+    template = "{% for message in messages %}{{ message['content'] }}!{% endfor %}"
+    (foundation / "chat_template.jinja").write_text(template)
+    seen.append(loading.find_model(bare))
+    assert first.load_tokenizer().chat_template != template == seen[-1].load_tokenizer().chat_template
+    change_json(foundation / "config.json", rms_norm_eps=0.125)
+    seen.append(loading.find_model(bare))
+    assert seen[-1].config.base_config.rms_norm_eps == 0.125
+    change_json(foundation / "generation_config.json", repetition_penalty=1.5)
+    seen.append(loading.find_model(bare))
+    assert json.loads((seen[-1].folder / "generation_config.json").read_text())["repetition_penalty"] == 1.5
+    weights = foundation / "model.safetensors"
+    os.utime(weights, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns + 1))
+    seen.append(loading.find_model(bare))
+    assert len({found.folder for found in seen}) == len(seen)
+    assert loading.find_model(bare).folder == seen[-1].folder
+
+
+def test_a_routers_state_beside_the_checkpoint_is_part_of_its_cached_export(bare, own_cache):
+    before = loading.find_model(bare).folder
+    state = torch.load(bare / "dylo_moe_state" / "router.pt", weights_only=True)
+    (bare.parent / "dylo_moe_state").mkdir()
+    torch.save({**state, "temperature": 5.0}, bare.parent / "dylo_moe_state" / "router.pt")
+    assert loading.find_model(bare).folder != before
+
+
+def test_a_foundation_on_the_hub_counts_by_its_commit(monkeypatch, tmp_path):
+    commits = iter(["a" * 40, "b" * 40])
+    asked = []
+
+    def hf_hub_download(name, file, revision=None):
+        asked.append((name, file, revision))
+        return str(tmp_path / "models--guild--moe" / "snapshots" / next(commits) / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    found = [model_identity.foundation_hashes("guild/moe", revision) for revision in (None, "main", "c" * 40)]
+    assert found == [{"foundation": f"guild/moe@{letter * 40}"} for letter in "abc"]
+    assert asked == [("guild/moe", "config.json", None), ("guild/moe", "config.json", "main")]
+
+    def not_at_hand(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_at_hand)
+    assert model_identity.foundation_hashes("guild/moe", "v1") == {"foundation": "guild/moe@v1"}
+
+
+@pytest.mark.slow
+def test_a_foundation_that_moved_on_on_the_hub_makes_another_export_and_another_model(bare, tmp_path):
+    change_json(bare / "config.json", base_model_name_or_path="guild/foundation")
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    script = (
+        "import json, sys; from dylora_moe.eval.loading import find_model; found = find_model(sys.argv[1]); "
+        "print(json.dumps([str(found.folder), found.sha256, found.config.base_config.rms_norm_eps, found.files['foundation']]))"
+    )
+
+    def find(**environment):
+        ran = subprocess.run(
+            [sys.executable, "-c", script, str(bare)],
+            env={**keep, **environment, "DYLORA_MOE_CACHE": str(tmp_path / "exports")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    files = snapshot(bare.parent / "foundation")
+    with Hub() as hub:
+        hub.repos["guild/foundation"] = Repo()
+        first = hub.repos["guild/foundation"].commit("main", "first", files)
+        environment = hub.environment(tmp_path, "hf_write")
+        before = find(**environment)
+        config = json.dumps({**json.loads(files["config.json"]), "rms_norm_eps": 0.125}).encode()
+        second = hub.repos["guild/foundation"].commit("main", "second", {**files, "config.json": config})
+        after = find(**environment)
+        offline = find(**environment, HF_HUB_OFFLINE="1")
+    assert before[3] == f"guild/foundation@{first.sha}" and after[2:] == [0.125, f"guild/foundation@{second.sha}"]
+    assert before[0] != after[0] and before[1] != after[1] and offline == after
+
+
+def test_the_same_foundation_elsewhere_is_the_same_run_and_another_is_named(checkpoint, own_cache, tmp_path):
+    foundations = [tmp_path / name for name in ("here", "there")]
+    for foundation in foundations:
+        shutil.copytree(checkpoint.parent / "foundation", foundation)
+    options = {"model": checkpoint, "root": tmp_path / "out", **SMALL}
+    first = run_codegen(base_model=str(foundations[0]), **options)
+    made = Path(first).stat().st_mtime_ns
+    assert run_codegen(base_model=str(foundations[1]), **options) == first
+    assert Path(first).stat().st_mtime_ns == made and len(read_runs(tmp_path / "out")) == 1
+    weights = load_file(foundations[1] / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, foundations[1] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="another run") as error:
+        run_codegen(base_model=str(foundations[1]), **options)
+    assert f'base_model: "{foundations[0]}", "{foundations[1]}"' in str(error.value)
+    assert re.search(r"the model's foundation/model\.safetensors: \w{12}, \w{12}\)", str(error.value))
+    assert "model_sha256" not in str(error.value)
+
+
+def test_transformers_does_not_warn_of_model_types_that_it_does_not_know(checkpoint, own_cache, tmp_path):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        run_codegen(model=checkpoint, root=tmp_path, **SMALL)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not [message for message in messages if "to instantiate a model of type" in message]
+
+
 @pytest.mark.slow
 def test_the_command_takes_a_wandb_artifact_as_it_takes_the_folder(checkpoint, tmp_path):
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
@@ -124,9 +273,20 @@ def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, regist
         evalplus.provider.make_model(str(tmp_path / "nothing"), "hf", "humaneval")
 
 
+def _later_make_model(
+    model, backend, dataset, batch_size=1, temperature=0.0, force_base_prompt=False, instruction_prefix=None,
+    response_prefix=None, dtype="bfloat16", trust_remote_code=False, tp=1, base_url=None, attn_implementation="eager",
+    device_map=None, gguf_file=None, enable_prefix_caching=False,
+):  # fmt: skip
+    """The parameters of EvalPlus's main branch."""
+
+
 @pytest.mark.parametrize("main_branch", [False, True])
-def test_make_model_gives_a_decoder(checkpoint, registered, main_branch):
+def test_make_model_gives_a_decoder(checkpoint, registered, main_branch, monkeypatch):
     later = {"device_map": None, "gguf_file": None, "enable_prefix_caching": False} if main_branch else {}
+    if main_branch:
+        monkeypatch.setattr(evalplus.provider, "make_model", _later_make_model)
+        register()
     decoder = evalplus.provider.make_model(
         model=str(checkpoint),
         backend="peft_moe",
@@ -148,6 +308,59 @@ def test_make_model_gives_a_decoder(checkpoint, registered, main_branch):
     assert "\nclass " in decoder.eos
     mbpp = evalplus.provider.make_model(str(checkpoint), "peft_moe", "mbpp", dtype="float32")
     assert "\nclass " not in mbpp.eos and '\n"""' in mbpp.eos
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing_stratgy": "single:0"}, "unknown option routing_stratgy.*routing_strategy"),
+        ({"basemodel": "x"}, "unknown option basemodel.*base_model"),
+        ({"max_token": 3}, "unknown option max_token.*max_new_tokens"),
+        ({"enable_prefix_caching": True}, "unknown option enable_prefix_caching"),  # not of this EvalPlus
+        ({"colour": "red"}, "unknown option colour.*there are .*routing_strategy"),
+        ({"wandb_artifact": "guild/moe/text:v0"}, "leave one out"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_neither_evalplus_nor_the_backend_knows_is_refused(registered, options, message, tmp_path):
+    for call in (
+        lambda: evalplus.provider.make_model(str(tmp_path), "peft_moe", "humaneval", **options),
+        lambda: PeftMoEDecoder(str(tmp_path), "humaneval", **options),
+        lambda: evalplus.codegen.run_codegen(str(tmp_path), "humaneval", backend="peft_moe", **options),
+        lambda: run_codegen(tmp_path, **options),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_options_of_every_public_function_are_refused_with_the_nearest_one(tmp_path):
+    for call, nearest in (
+        (lambda: benchmark(tmp_path, temprature=0.2), "temperature"),
+        (lambda: benchmark(tmp_path, strategy="router"), "strategies"),
+        (lambda: evaluate("humaneval", tmp_path / "samples.jsonl", base_onyl=True), "base_only"),
+        (lambda: expert_analysis(output_dir=tmp_path, temprature=0.2), "temperature"),
+        (lambda: routing_analysis(tmp_path, batchsize=2), "batch_size"),
+        (lambda: hub_export.export(tmp_path, tmp_path / "out", base_modle="x"), "base_model"),
+        (lambda: hub_export.verify(tmp_path, lora_alfa=2), "lora_alpha"),
+        (lambda: hub_export.mirror_pull("guild/moe/text:v0", tmp_path / "out", lora_alfa=2), "lora_alpha"),
+    ):
+        with pytest.raises(InputError, match=rf"unknown option \w+ \(did you mean {nearest}\?\)"):
+            call()
+
+
+@pytest.mark.parametrize("way", ["make_model", "run_codegen"])
+def test_an_artifact_is_a_model(registered, monkeypatch, way):
+    class Sought(Exception):
+        pass
+
+    def find_model(source, **options):
+        raise Sought(source)
+
+    monkeypatch.setattr(benchmark_module, "find_model", find_model)
+    monkeypatch.setattr(peft_moe, "find_model", find_model)
+    make = evalplus.provider.make_model if way == "make_model" else evalplus.codegen.run_codegen
+    with pytest.raises(Sought, match="wandb:guild/moe/text:v0"):
+        make(backend="peft_moe", dataset="humaneval", wandb_artifact="guild/moe/text:v0")
 
 
 def test_the_loop_of_the_main_branch(checkpoint, tmp_path, monkeypatch):

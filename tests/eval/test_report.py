@@ -141,6 +141,71 @@ def test_tables_have_headings_and_controls_have_labels(page):
         assert link["href"][1:] in ids
 
 
+class Bars(HTMLParser):
+    """The rows of a table: the texts of their cells, and start, length and marks of the bars in them."""
+
+    def __init__(self, text: str, table: str):
+        super().__init__()
+        self.table, self.inside, self.rows = table, False, []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "table":
+            self.inside = attributes.get("id") == self.table
+        if self.inside and tag == "tr":
+            self.rows.append(([], [], []))
+        if self.inside and tag == "rect":
+            self.rows[-1][1].append((float(attributes["x"]), float(attributes["width"])))
+        if self.inside and tag == "line":
+            self.rows[-1][2].append(float(attributes["x1"]))
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "table"
+
+    def handle_data(self, data):
+        if self.inside and data.strip():
+            self.rows[-1][0].append(data.strip())
+
+
+@pytest.mark.parametrize("share", [0.5, -1.25, 2.0])
+def test_the_bar_beside_a_share_of_the_gain_is_as_long_as_the_share(folder, share):
+    experts = json.loads((folder / "expert_analysis.json").read_text())
+    experts["tests"]["plus"]["possible_gain"]["reached"][0]["share"] = share
+    (folder / "expert_analysis.json").write_text(json.dumps(experts))
+    content = read_folder(folder)
+    tables = report_tables(content)
+    (_, *rows) = Bars(render(content, tables), "possible_gain").rows
+    shares = [row[2] for row in tables["possible_gain"].rows]
+    assert share in shares
+    scale = 140 / (max(*shares, 1) - min(*shares, 0))
+    for expected, (texts, bars, (zero, one)) in zip(shares, rows, strict=True):
+        ((start, length),) = bars
+        assert texts[2] == f"{expected:.0%}"
+        assert one - zero == pytest.approx(scale) and length == pytest.approx(abs(expected) * scale)
+        assert start == pytest.approx(zero if expected >= 0 else zero - length)
+        assert start >= -1e-6 and start + length <= 140 + 1e-6
+
+
+def test_where_no_share_is_defined_there_is_no_bar(folder):
+    experts = json.loads((folder / "expert_analysis.json").read_text())
+    gain = experts["tests"]["plus"]["possible_gain"]
+    gain["note"] = "no share is defined"
+    for row in gain["reached"]:
+        row["share"] = None
+    (folder / "expert_analysis.json").write_text(json.dumps(experts))
+    content = read_folder(folder)
+    (_, *rows) = Bars(render(content, report_tables(content)), "possible_gain").rows
+    assert rows and not any(bars for _, bars, _ in rows)
+
+
+def test_the_bar_beside_an_experts_weight_is_as_long_as_the_weight(made):
+    (_, *rows) = Bars((made / "report.html").read_text(encoding="utf-8"), "routing_load").rows
+    for texts, ((start, length),), _ in rows:
+        assert start == 0 and f"{length / 140:.1%}" == texts[2]
+
+
 def test_scores_and_verdict_are_on_the_page(made, page):
     for run in read_runs(made):
         assert f"{run.scores['pass@1']:.1%}" in page.text
@@ -300,15 +365,22 @@ def test_tokens_of_another_analysis_are_not_shown(folder):
     assert not list(content.routing_lines())
 
 
-@pytest.mark.parametrize("name", ["expert_analysis.json", "routing_analysis.json"])
+@pytest.mark.parametrize("name", ["run.json", "expert_analysis.json", "routing_analysis.json"])
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "is damaged"), ("[]", "is damaged"), ('{"format_version": 2}', "later version")]
+    ("content", "words"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format_version": "new"}', "is damaged"),
+        ('{"format_version": 2, "tracks": []}', "newer version of dylora-moe .* update dylora-moe, or"),
+    ],
 )
 def test_a_damaged_or_newer_file_is_an_error_that_names_it(folder, name, content, words):
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=words) as error:
         read_folder(folder)
     assert name in str(error.value)
+    assert ("is damaged" in str(error.value)) == ("is damaged" in words)
 
 
 def test_a_damaged_line_is_an_error_that_names_it(folder):

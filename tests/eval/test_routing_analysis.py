@@ -203,7 +203,7 @@ def test_the_set_is_printed(analysed):
     print_routing_analysis(analysed, console)
     printed = console.export_text()
     completion = analysed.summary["tokens"]["completion"]
-    assert "mixture on humaneval, tasks 0 to 4, 5 of 24; routing: dense, all experts" in printed
+    assert "mixture on HumanEval, tasks 0 to 4, 5 of 24; routing: dense, all experts" in printed
     for share in completion["expert_shares"]:
         assert f"{share:.1%}" in printed
     assert f"{completion['entropy']:.3f}" in printed and f"{completion['switches_per_100_tokens']:.1f}" in printed

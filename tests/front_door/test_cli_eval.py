@@ -7,7 +7,7 @@ import typer
 
 from dylora_moe import cli
 from dylora_moe.cli_eval import spread
-from dylora_moe.hub_export.errors import DyloraMoeWarning
+from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
 
 
 @pytest.mark.parametrize(
@@ -19,12 +19,38 @@ from dylora_moe.hub_export.errors import DyloraMoeWarning
             ["benchmark", "--routing-strategy", "a", "--routing-strategy", "b", "--id_range", "0", "5", "--model", "m", "--model", "n", "--json"],
         ),
         (["expert-analysis", "--model=m", "--temperature", "-1"], ["expert-analysis", "--model=m", "--temperature", "-1"]),
+        (
+            ["benchmark", "--model=a", "b", "c", "--adapter-path=p", "q", "--limit=2", "--benchmarks=humaneval"],
+            ["benchmark", "--model=a", "--model", "b", "--model", "c", "--adapter-path=p", "--adapter-path", "q", "--limit=2", "--benchmarks=humaneval"],
+        ),
         (["export", "a", "b", "-o", "c"], ["export", "a", "b", "-o", "c"]),
         ([], []),
     ],
 )  # fmt: skip
 def test_options_with_several_values(given, understood):
     assert spread(given) == understood
+
+
+@pytest.mark.parametrize("command", ["benchmark", "expert-analysis", "routing-analysis"])
+def test_paths_are_not_split_at_commas_and_names_are(command, monkeypatch, tmp_path):
+    given = {}
+
+    def stop(models, **options):
+        given.update(models=models, **options)
+        raise InputError("far enough")
+
+    for module in ("benchmark", "expert_analysis", "routing_analysis"):
+        monkeypatch.setattr(f"dylora_moe.eval.{module}.{module}", stop)
+    arguments = ["--model", "/data/run,1/best", "--adapter_path=/data/a,b", "c,d", "e", "-o", str(tmp_path)]
+    names = ["--benchmarks", "humaneval,mbpp", "--routing_strategy=router,base", "single:0"]
+    with pytest.raises(SystemExit):
+        cli.main([command, *arguments, *(names if command == "benchmark" else [])])
+    model = "/data/run,1/best"
+    assert given["models"] == ([model] if command == "benchmark" else model)
+    assert given["adapter_path"] == ["/data/a,b", "c,d", "e"]
+    if command == "benchmark":
+        assert given["benchmarks"] == ["humaneval", "mbpp"]
+        assert given["strategies"] == ["router", "base", "single:0"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The model card: facts, metadata that the Hub takes, results, and what a person wrote into it."""
 
+import ast
 import json
+import re
+import shlex
 
 import pytest
 import yaml
@@ -129,6 +132,27 @@ def test_a_variants_card_and_a_name(tmp_path, licensed):
     assert "The default here is `base`" in text and 'from_pretrained("variant"' in text and "# variant" in text
     assert text.endswith('# Mine\n\nfrom_pretrained("repo") --model repo\n')
     assert "--model org/name " in restate(text, "org/name")
+
+
+def commands_of(text: str) -> tuple[list[str], list[str]]:
+    """The name of the model in the card's command, and in its Python, as a shell and Python read them."""
+    (command,) = re.findall(r"^evalplus\.evaluate .*$", text, flags=re.MULTILINE)
+    words = shlex.split(command)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    loaded = [call.args[0].value for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]
+    assert words[3:5] == ["--dataset", "humaneval"] and len(loaded) == 2
+    return words[2:3], loaded
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b" c', "$(id)", "back\\slash", "two' 'parts", "plain"])
+def test_commands_of_a_card_are_right_whatever_the_repo_is_called(tmp_path, licensed, name):
+    repo = export(licensed, tmp_path / name, verify=False).output_dir
+    text = (repo / "README.md").read_text()
+    assert commands_of(text) == ([name], [name, name])
+    for other in ("org/name", "it's", 'a "b" c', name):
+        text = restate(text, other)
+        assert commands_of(text) == ([other], [other, other])
 
 
 def test_older_whole_models_say_that_routing_differs(tmp_path, foundation):

@@ -1,0 +1,32 @@
+"""Refuses options that no function has. It knows nothing about what options do."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+
+from .errors import InputError
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that are not known, and say which known one each is nearest to.
+
+    Raises:
+        InputError: one of `given` is not among `known`.
+    """
+    known = sorted(set(known))
+    unknown = sorted(set(given) - set(known))
+    if not unknown:
+        return
+    nearest = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
+    named = [f"{name} (did you mean {near[0]}?)" if near else name for name, near in nearest.items()]
+    text = f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(named)}"
+    raise InputError(text if all(nearest.values()) else f"{text}; there are {', '.join(known)}")
+
+
+def parameter_names(*functions: Callable) -> list[str]:
+    """List the parameters of functions by name, without `self` and without `*args` and `**kwargs`."""
+    gather = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [entry for function in functions for entry in inspect.signature(function).parameters.values()]
+    return [entry.name for entry in parameters if entry.kind not in gather and entry.name != "self"]

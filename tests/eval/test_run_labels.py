@@ -1,0 +1,201 @@
+"""No two runs of a folder look the same: not in tables, pictures, pages, CSV files or W&B."""
+
+import csv
+import itertools
+import json
+import random
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+
+import pytest
+from evalplus.data import humaneval, mbpp
+from rich.console import Console
+
+from dylora_moe.eval.benchmark_table import benchmark_table
+from dylora_moe.eval.evalplus_data import load_benchmark
+from dylora_moe.eval.figures import _draw_scores, _new
+from dylora_moe.eval.report import write_report
+from dylora_moe.eval.report_tables import scores
+from dylora_moe.eval.run_labels import one_line_names, run_labels
+from dylora_moe.eval.run_record import DECISIVE, Run, file_sha256, write_run
+from dylora_moe.eval.wandb_tables import scores_summary
+
+
+# Of every field that may differ between runs of a folder, another value than `made` has.
+OTHERS = {
+    "samples": "humaneval/elsewhere.jsonl",
+    "model_label": "other",
+    "backend": "peft_moe",
+    "model_sha256": "b" * 64,
+    "model_revision": "c" * 40,
+    "routing_strategy": "single:1",
+    "benchmark": "mbpp",
+    "dataset_hash": "d" * 32,
+    "dataset_file": "mine.jsonl",
+    "task_ids": ["HumanEval/0"],
+    "subset": "tasks 0 to 0, 1 of 2",
+    "mini": True,
+    "n_samples": 5,
+    "temperature": 2.0,
+    "top_p": 0.9,
+    "seed": 7,
+    "max_new_tokens": 512,
+    "dtype": "float32",
+    "attn_implementation": "sdpa",
+    "force_base_prompt": True,
+}
+
+
+def made(folder=None, **others) -> Run:
+    values = {
+        "folder": folder,
+        "samples": "humaneval/demo_hf_router_temp_0.0.jsonl",
+        "model": "models/demo",
+        "model_label": "demo",
+        "model_sha256": "a" * 64,
+        "expert_names": ["one", "two"],
+        "routing_strategy": "router",
+        "benchmark": "humaneval",
+        "dataset_hash": "0" * 32,
+        "task_ids": ["HumanEval/0", "HumanEval/1"],
+        "n_samples": 1,
+        "temperature": 0.0,
+        "top_p": 0.95,
+        "seed": 0,
+        "max_new_tokens": 768,
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "scores": {"pass@1": 0.5},
+    }
+    return Run(**{**values, **others})
+
+
+def texts(runs, monkeypatch) -> dict[str, list]:
+    """What each place calls the runs."""
+    monkeypatch.setattr("dylora_moe.eval.report_tables._interval", lambda run, name: (0.0, 1.0))
+    monkeypatch.setattr("dylora_moe.eval.benchmark_table._cell", lambda run, column: "")
+    table = scores(runs)
+    axes = _new(8, 4).add_subplot()
+    _draw_scores(axes, table)
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(benchmark_table(runs))
+    return {
+        "cells": [label.cells() for label in run_labels(runs)],
+        "table": [tuple(row[:6]) for row in table.rows],
+        "picture": [label.get_text() for label in axes.get_yticklabels()],
+        "console": [line for line in capture.get().splitlines() if line.startswith("│")],
+        "summary": [name for name in scores_summary(table) if name.endswith("/pass@1")],
+        "one line": one_line_names(table.records(), always=("model", "routing strategy", "benchmark")),
+    }
+
+
+def test_every_field_that_decides_what_samples_are_is_tried_here():
+    assert set(OTHERS) >= set(DECISIVE) and set(OTHERS) <= {field.name for field in fields(Run)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_runs_that_differ_in_one_field_look_different_everywhere(name, monkeypatch):
+    first = made()
+    second = replace(first, **{"samples": "humaneval/second.jsonl", name: OTHERS[name]})
+    for place, (mine, theirs) in texts([first, second], monkeypatch).items():
+        assert mine != theirs, place
+
+
+def test_any_runs_look_different_everywhere(monkeypatch):
+    """Runs of any fields that differ, many at a time."""
+    generator = random.Random(0)
+    for _ in range(40):
+        drawn = [{name: OTHERS[name] for name in OTHERS if generator.random() < 0.3} for _ in range(6)]
+        runs = [replace(made(), **{**others, "samples": f"{place}.jsonl"}) for place, others in enumerate(drawn)]
+        for place, labels in texts(runs, monkeypatch).items():
+            assert len(set(labels)) == len(runs), (place, drawn)
+
+
+def test_a_commands_table_tells_its_runs_from_those_that_the_folder_held(monkeypatch):
+    monkeypatch.setattr("dylora_moe.eval.benchmark_table._cell", lambda run, column: "")
+    greedy, sampled = made(), made(samples="humaneval/t2.jsonl", temperature=2.0)
+    for shown, words in ((greedy, "greedy"), (sampled, "temperature 2")):
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(benchmark_table([shown], [greedy, sampled]))
+        (line,) = [line for line in capture.get().splitlines() if line.startswith("│")]
+        assert f" {words} " in line
+
+
+def test_what_runs_do_not_differ_in_is_not_shown():
+    alone = run_labels([made()])[0]
+    assert alone.cells() == ("demo", "router", "HumanEval", "2", 1, "")
+    greedy, sampled = run_labels([made(seed=None, top_p=None), made(samples="s", temperature=2.0)])
+    assert (greedy.settings, sampled.settings) == ("greedy", "temperature 2")
+    ordinary, mixture = run_labels(
+        [made(samples="s", model_label="base", model_sha256="c" * 64), made(backend="peft_moe")]
+    )
+    assert (ordinary.model, mixture.model) == ("base", "demo")
+    first, second = run_labels([made(), made(samples="s", backend="peft_moe", model_sha256="c" * 64)])
+    assert (first.model, second.model) == ("demo (hf)", "demo (peft_moe)")
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "variable", "label"),
+    [
+        ("humaneval", humaneval, "HUMANEVAL_OVERRIDE_PATH", "HumanEval (file own tasks.jsonl)"),
+        ("mbpp", mbpp, "MBPP_OVERRIDE_PATH", "MBPP (file own tasks.jsonl)"),
+    ],
+)
+def test_a_file_of_ones_own_is_not_titled_as_the_benchmark_alone(
+    name, module, variable, label, problems_file, tmp_path, monkeypatch
+):
+    path = tmp_path / "own tasks.jsonl"
+    path.write_bytes(problems_file.read_bytes())
+    monkeypatch.setattr(module, variable, str(path))
+    data = load_benchmark(name)
+    run = leave_run(tmp_path, benchmark=name, dataset_file=data.file, task_ids=data.task_ids)
+    page = (write_report(run.folder)).read_text()
+    assert f"{label}, 24 tasks, greedy" in page and f"on {label}, 24 tasks" in page
+
+
+class Captions(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.inside, self.found = False, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag in ("caption", "summary")
+        if self.inside:
+            self.found.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.found[-1] += data
+
+
+def leave_run(folder, **others) -> Run:
+    run = made(folder / "results", **others)
+    run.results = run.samples.removesuffix(".jsonl") + "_eval_results.json"
+    run.samples_path.parent.mkdir(parents=True, exist_ok=True)
+    run.samples_path.write_text("{}\n")
+    verdicts = {task: [{"base_status": "pass", "plus_status": None}] * run.n_samples for task in run.task_ids}
+    run.results_path.write_text(json.dumps({"eval": verdicts}))
+    run.samples_sha256, run.results_sha256 = file_sha256(run.samples_path), file_sha256(run.results_path)
+    write_run(run)
+    return run
+
+
+def test_a_report_of_greedy_and_sampled_whole_and_limited_runs_tells_them_apart(tmp_path):
+    leave_run(tmp_path)
+    leave_run(tmp_path, samples="humaneval/t2.jsonl", temperature=2.0)
+    leave_run(tmp_path, samples="humaneval/part.jsonl", subset="tasks 0 to 0, 1 of 2", task_ids=["HumanEval/0"])
+    page = write_report(tmp_path / "results").read_text()
+    captions = Captions(page).found
+    assert len(captions) == 6 and len(set(captions[:3])) == len(set(captions[3:])) == 3
+    assert "demo on HumanEval, 2 tasks, one sample a task, temperature 2" in captions
+    assert "demo on HumanEval, tasks 0 to 0, 1 of 2, one sample a task, greedy" in captions
+    with open(tmp_path / "results" / "figures" / "scores.csv", newline="") as file:
+        rows = [tuple(row[:6]) for row in csv.reader(file)]
+    assert len(set(rows)) == 4
+    assert all(a != b for a, b in itertools.combinations([row[3:] for row in rows], 2))
