@@ -8,6 +8,7 @@ measured (rounding). This file knows how to compare, and nothing about formats.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -198,6 +199,7 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
         if options.drops_router:
             for name in [name for name in expected.values if name.startswith("router")]:
                 del expected.values[name]
+    gc.collect()  # the source's model goes before the repo's takes as much memory
     found = _repo_quantities(repo, rows, precision, router_logits=expected.values.get("router logits")).values
     if mixture.parts:
         found = {name: value for name, value in found.items() if name in expected.values}

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 
+# By its path: what lies beside this script is no module for the repo's code.
 rounding = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("rounding.py"))))
 
 

@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 from helpers_checkpoints import save_adapter, save_final_checkpoint, save_tokenizer, write_json
-from helpers_mixtures import CORRUPTIONS, random_mixture, repo_side, report, source_side
+from helpers_mixtures import CORRUPTIONS, ROWS, random_mixture, repo_side, report, source_side
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dylora_moe.hub_export import DyloraMoeWarning, FailureError, export, merge, rounding, verify
-from dylora_moe.hub_export.check import Comparison
+from dylora_moe.hub_export import DyloraMoeWarning, FailureError, export, merge, merging, rounding, verify
+from dylora_moe.hub_export.check import Comparison, compared
 
 
 DETECTABLE = 100  # times its rounding that a quantity is off by
@@ -53,6 +53,26 @@ def test_right_repos_pass_and_wrong_ones_do_not(seed):
 @pytest.mark.parametrize("seed", range(8, 12))
 def test_where_there_is_no_memory_for_float64(seed):
     outcomes(seed, torch.float32, (2, 3, 6), ["alpha is twice as large", "alpha is 5 % larger"])
+
+
+def merged_sum(seed: int, layers: tuple[int, ...]) -> Comparison:
+    """What `merge` compares of a random mixture's second expert."""
+    _, model = random_mixture(seed, layers)
+    merged = model.merge_expert(1)
+    values, moved = merging._measure(model, ROWS, 1)
+    effect = float((values["expert"] - values["base"]).abs().max())
+    return compared("merged", values["expert"], merging._logits(merged, ROWS), moved["expert"], effect)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_right_sums_are_not_refused(seed):
+    assert merged_sum(seed, (2, 3, 6)).passed is not False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 200))
+def test_right_sums_of_many_kinds_are_not_refused(seed):
+    assert merged_sum(seed, (2, 3, 6, 12, 20, 30)).passed is not False
 
 
 @pytest.mark.slow
