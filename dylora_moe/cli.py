@@ -356,8 +356,8 @@ def _print_export(result: Any) -> None:
         return
     out.print(f"checked: {check.num_tensors} tensors of experts and router are the source's, bit by bit")
     if check.compared_logits:
-        start = "checked" if check.passed else "not all checked"
-        out.print(f"{start}: logits of source and repo, {check.describe()}")
+        outcome = "equal the source's" if check.passed else "compared, not all of which can be told from wrong ones"
+        out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
         out.print("not checked: logits, because the foundation is not at hand")
 

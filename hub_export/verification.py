@@ -270,5 +270,9 @@ def _against(
     if not report.compared_logits:
         result.add("logits", None, "not compared: the foundation is not at hand")
     else:
-        details = {True: report.describe, False: report.describe_failures, None: report.describe_unclear}
-        result.add("logits", report.passed, details[report.passed]())
+        details = {
+            True: f"{len(report.comparisons)} quantities, {report.describe()}",
+            False: report.describe_failures(),
+            None: report.describe_unclear(),
+        }
+        result.add("logits", report.passed, details[report.passed])
