@@ -70,14 +70,14 @@ def test_right_sums_are_not_refused(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 200))
+@pytest.mark.parametrize("seed", range(100, 160))
 def test_right_sums_of_many_kinds_are_not_refused(seed):
     assert merged_sum(seed, (2, 3, 6, 12, 20, 30)).passed is not False
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("seed", range(100, 300))
+@pytest.mark.parametrize("seed", range(100, 160))
 def test_right_repos_pass_and_wrong_ones_do_not_of_many_kinds(seed, precision):
     outcomes(seed, precision, (2, 3, 6, 12, 20, 30), list(CORRUPTIONS))
 
