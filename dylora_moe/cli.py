@@ -301,7 +301,8 @@ def merge(
         print_json(result.to_dict())
     else:
         out.print(f"{result.output_dir}: expert {result.expert} in {result.dtype}", markup=False)
-        out.print(f"checked: its logits equal those of the expert, largest difference {result.difference:.1e}")
+        checked = "checked: its logits equal those of the expert" if result.passed else "not checked: its logits"
+        out.print(f"{checked}, largest difference {result.difference:.1e} (rounding allows {result.allowed:.1e})")
         if result.dtype != "float32":
             out.print(f"rounded to {result.dtype}, as it was written, they differ by {result.rounding:.1e}")
 
@@ -355,8 +356,8 @@ def _print_export(result: Any) -> None:
         return
     out.print(f"checked: {check.num_tensors} tensors of experts and router are the source's, bit by bit")
     if check.compared_logits:
-        quantities = f"{len(check.comparisons)} quantities equal the source's"
-        out.print(f"checked: {quantities}, largest difference {check.largest_difference:.1e}")
+        outcome = "equal the source's" if check.passed else "compared, not all of which can be told from wrong ones"
+        out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
         out.print("not checked: logits, because the foundation is not at hand")
 

@@ -1,13 +1,14 @@
 """The check after an export: does the written repo compute what the source computes?
 
-Both sides run on the same random tokens, in float32: the source by PEFT's layers from the raw files (check_source), the
-repo in a fresh process that imports nothing of this package (check_repo). Compared are the logits of the foundation
-alone, of every expert alone, of all experts mixed equally and by the router, and the gate's own logits. This file knows
-how to compare, and nothing about formats.
+Both sides run on the same random tokens: the source by PEFT's layers from the raw files (check_source), the repo in a
+fresh process that imports nothing of this package (check_repo). Compared are the logits of the foundation alone, of every
+expert alone, of all experts mixed equally and by the router, and the gate's own logits. How far the two may lie apart is
+measured (rounding). This file knows how to compare, and nothing about formats.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from .errors import FailureError, one_line
 from .exported_repo import FORMAT as EXPORTED_REPO
@@ -29,43 +31,71 @@ from .mixture import Mixture, ReadOptions
 from .options import ExportOptions
 from .own_code import link_with_own_code
 from .plan import Plan
+from .rounding import finest_precision
 from .tensor_files import read_json
 from .writer import finest_dtype
 
 
-# Largest difference between two ways of computing the same logits in float32. A model with large logits rounds more.
-ABSOLUTE_TOLERANCE = 1e-4
-RELATIVE_TOLERANCE = 1e-5
+# Times a quantity's measured rounding. The two right ways to compute it differ by up to 1.4 times of that on random
+# models (tests/hub_export/test_check_rounding.py), and an error of 100 times is to be caught.
+ALLOWED_PER_ROUNDING = 20
+# The share of what the experts do to a quantity that must show as an error, or comparing it says nothing about them.
+SMALLEST_ERROR = 0.01
 
 NUM_ROWS, NUM_TOKENS = 3, 8
 
 
 @dataclass
+class Computed:
+    """One side's quantities by name, and how far rounding moves each of them, where that was measured."""
+
+    values: dict[str, torch.Tensor]
+    rounding: dict[str, float]
+
+
+@dataclass
 class Comparison:
-    """One quantity: its largest difference, what is allowed, and how many token positions were compared."""
+    """One quantity of both sides.
+
+    Attributes:
+        difference: the largest one between any two numbers.
+        rounding: how far rounding alone moves the source's, and `allowed` what is allowed because of it.
+        effect: how far the experts move it from the foundation's; for the gate's logits the smaller of what its weight
+            and its bias do, for the foundation's own the largest of them.
+        positions: how many tokens were compared.
+    """
 
     quantity: str
     difference: float
-    tolerance: float
+    rounding: float
+    allowed: float
+    effect: float
     positions: int
 
     @property
-    def passed(self) -> bool:
-        return self.difference <= self.tolerance  # not a number is not less, either
+    def passed(self) -> bool | None:
+        """None if it cannot be told: an error in the experts could hide in what is allowed. Where they do nothing at all,
+        none can."""
+        if not self.difference <= self.allowed:  # not a number is not less, either
+            return False
+        return None if 0 < SMALLEST_ERROR * self.effect < self.allowed else True
 
 
 @dataclass
 class CheckReport:
-    """`num_tensors` experts' and gate's tensors are the source's bit by bit; `comparisons` are of logits, none where the
-    foundation was not at hand."""
+    """`num_tensors` experts' and gate's tensors are the source's bit by bit; `comparisons` are of logits, computed in
+    `precision`, none where the foundation was not at hand."""
 
     comparisons: list[Comparison]
     expert_names: list[str]
     num_tensors: int = 0
+    precision: str = "float32"
 
     @property
-    def passed(self) -> bool:
-        return all(comparison.passed for comparison in self.comparisons)
+    def passed(self) -> bool | None:
+        """False if any quantity differs; None if none does, and of some it cannot be told."""
+        outcomes = {comparison.passed for comparison in self.comparisons}
+        return False if False in outcomes else None if None in outcomes else True
 
     @property
     def compared_logits(self) -> bool:
@@ -75,13 +105,44 @@ class CheckReport:
     def largest_difference(self) -> float:
         return max((comparison.difference for comparison in self.comparisons), default=0.0)
 
+    @property
+    def allowed_from(self) -> str:
+        """Where what is allowed comes from."""
+        return (
+            f"{ALLOWED_PER_ROUNDING} times how far a quantity moves when each weight of the source moves by its last bit in "
+            f"{self.precision}"
+        )
+
+    def describe(self) -> str:
+        """The largest difference, and what rounding allows for it, in one line."""
+        worst = max(self.comparisons, key=lambda comparison: comparison.difference)
+        return f"largest difference {worst.difference:.1e} in {self.precision} (rounding allows {worst.allowed:.1e})"
+
     def describe_failures(self) -> str:
         """Which quantity of which expert differs by how much, in one line."""
         return "; ".join(
-            f"{self._name(comparison.quantity)} differ by {comparison.difference:.2g} (allowed {comparison.tolerance:.2g})"
+            f"{self._name(comparison.quantity)} differ by {comparison.difference:.2g} (rounding in {self.precision} allows "
+            f"{comparison.allowed:.2g})"
             for comparison in self.comparisons
-            if not comparison.passed
+            if comparison.passed is False
         )
+
+    def describe_unclear(self) -> str:
+        """Of which quantities it cannot be told whether they are right, and why, in one line."""
+        return "; ".join(
+            f"{self._name(comparison.quantity)} cannot be told from wrong ones: rounding in {self.precision} allows a "
+            f"difference of {comparison.allowed:.2g}, and {self._cause(comparison.quantity)} {comparison.effect:.2g}"
+            for comparison in self.comparisons
+            if comparison.passed is None
+        )
+
+    @staticmethod
+    def _cause(quantity: str) -> str:
+        if quantity == "base":
+            return "none of them is more than"
+        if quantity == "router logits":
+            return "the gate's weight or its bias makes no more than"
+        return "the experts make no more than"
 
     def _name(self, quantity: str) -> str:
         if quantity.startswith("single:"):
@@ -97,7 +158,9 @@ class CheckReport:
             "tensors_equal": self.num_tensors,
             "compared_logits": self.compared_logits,
             "largest_difference": self.largest_difference,
-            "quantities": [asdict(comparison) for comparison in self.comparisons],
+            "precision": self.precision,
+            "allowed_from": self.allowed_from,
+            "quantities": [{**asdict(entry), "passed": entry.passed} for entry in self.comparisons],
         }
 
 
@@ -109,31 +172,41 @@ def check_export(repo: Path, mixture: Mixture, plan: Plan, options: ExportOption
             logits do not raise; see `CheckReport.passed`.
     """
     num_tensors = check_tensors(repo, mixture, options.torch_dtype)
-    names = [expert.name for expert in mixture.experts]
-    return CheckReport(compare_logits(repo, mixture, plan, options), names, num_tensors)
+    report = compare_logits(repo, mixture, plan, options)
+    report.num_tensors = num_tensors
+    return report
 
 
-def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> list[Comparison]:
+def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> CheckReport:
     """Every quantity of the source against the repo's own code in a process of its own; none without a foundation.
 
     Raises:
         InputError: the foundation's files are damaged, or not all there.
         FailureError: one of the sides could not be computed.
     """
+    names = [expert.name for expert in mixture.experts]
     if plan.weights is None:
-        return []
-    config = read_json(repo / "config.json")
+        return CheckReport([], names)
+    precision = finest_precision(plan.num_foundation_parameters + _num_expert_parameters(mixture))
     rows = _random_rows(plan)
-    found = _repo_quantities(repo, rows, {}, None)
     if mixture.parts:
-        expected = _appended_quantities(mixture, plan, rows, options)
-        found = {name: value for name, value in found.items() if name in expected}
+        expected = _appended_quantities(mixture, plan, rows, options, precision)
     else:
-        expected = _expected_quantities(mixture, plan, rows, options)
+        expected = _expected_quantities(mixture, plan, rows, options, precision)
         if options.drops_router:
-            expected = {name: value for name, value in expected.items() if not name.startswith("router")}
-    num_experts_per_tok = config.get("num_experts_per_tok", 1) if config.get("router_mode") != "dense" else None
-    return compare(expected, found, num_experts_per_tok)
+            for name in [name for name in expected.values if name.startswith("router")]:
+                del expected.values[name]
+    gc.collect()  # the source's model goes before the repo's takes as much memory
+    found = _repo_quantities(repo, rows, precision, router_logits=expected.values.get("router logits")).values
+    if mixture.parts:
+        found = {name: value for name, value in found.items() if name in expected.values}
+    gate_bias = None if mixture.router is None else mixture.router.read()[1]
+    return CheckReport(compare(expected, found, gate_bias), names, precision=str(precision).removeprefix("torch."))
+
+
+def _num_expert_parameters(mixture: Mixture) -> int:
+    layers = [layer for expert in mixture.experts for layer in expert.layers.values()]
+    return sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> int:
@@ -167,25 +240,33 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
     return count
 
 
-def _expected_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions) -> dict:
+def _expected_quantities(
+    mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
+) -> Computed:
     if mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        return _own_code_quantities(mixture, plan, rows, options.router_settings, options)
-    return _source_quantities(mixture, plan, rows, options)
+        return _own_code_quantities(mixture, plan, rows, options.router_settings, options, precision)
+    return _source_quantities(mixture, plan, rows, options, precision)
 
 
-def _appended_quantities(mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions) -> dict:
+def _appended_quantities(
+    mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
+) -> Computed:
     """The foundation and every expert alone: the mixture's own by its repo, the appended ones by PEFT.
 
     What they do together is something that neither part has.
     """
     old, new = mixture.parts
-    of_repo = _own_code_quantities(old, plan, rows, {}, options)
-    of_adapters = _source_quantities(new, plan, rows, options, plan.load_foundation())
-    expected = {"base": of_repo["base"]}
-    for index in range(len(old.experts)):
-        expected[f"single:{index}"] = of_repo[f"single:{index}"]
-    for index in range(len(new.experts)):
-        expected[f"single:{len(old.experts) + index}"] = of_adapters[f"single:{index}"]
+    of_repo = _own_code_quantities(old, plan, rows, {}, options, precision)
+    of_adapters = _source_quantities(new, plan, rows, options, precision, plan.load_foundation(precision))
+    expected = Computed({}, {})
+    wanted = [("base", of_repo, "base")]
+    wanted += [(f"single:{index}", of_repo, f"single:{index}") for index in range(len(old.experts))]
+    wanted += [
+        (f"single:{len(old.experts) + index}", of_adapters, f"single:{index}") for index in range(len(new.experts))
+    ]
+    for name, side, its_name in wanted:
+        expected.values[name] = side.values[its_name]
+        expected.rounding[name] = side.rounding[its_name]
     return expected
 
 
@@ -195,22 +276,40 @@ def _random_rows(plan: Plan) -> torch.Tensor:
 
 
 def _own_code_quantities(
-    mixture: Mixture, plan: Plan, rows: torch.Tensor, settings: dict[str, Any], options: ExportOptions
-) -> dict[str, torch.Tensor]:
+    mixture: Mixture,
+    plan: Plan,
+    rows: torch.Tensor,
+    settings: dict[str, Any],
+    options: ExportOptions,
+    precision: torch.dtype,
+) -> Computed:
     """What an exported repo computes by this package's code: its own could do anything."""
     repo = mixture.folders[0].resolve()
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         link_with_own_code(repo, Path(directory))
-        dtype, is_full = options.torch_dtype, options.layout == "full"
         base_model = options.base_model
         if mixture.foundation_weights is None and is_local(plan.foundation):
             base_model = plan.foundation.name  # the repo may call it by a name that is relative to its own folder
-        return _repo_quantities(Path(directory), rows, settings, dtype, base_model, is_full)
+        return _repo_quantities(
+            Path(directory),
+            rows,
+            precision,
+            settings=settings,
+            dtype=options.torch_dtype,
+            base_model=base_model,
+            round_foundation=options.layout == "full",
+            measure_rounding=True,
+        )
 
 
 def _source_quantities(
-    mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, foundation: Any = None
-) -> dict:
+    mixture: Mixture,
+    plan: Plan,
+    rows: torch.Tensor,
+    options: ExportOptions,
+    precision: torch.dtype,
+    foundation: Any = None,
+) -> Computed:
     from .check_source import reference
 
     gate = None
@@ -230,9 +329,10 @@ def _source_quantities(
                 options.router_settings,
                 options.torch_dtype,
                 round_foundation=options.layout == "full",
+                gate=gate,
+                precision=precision,
             )
-            source.gate = gate or source.gate
-            return source.quantities(rows)
+            return Computed(*source.measure(rows))
     except Exception as error:  # whatever PEFT says to files that the reader accepted
         raise FailureError(f"the source could not be recomputed with PEFT: {one_line(error)}") from error
 
@@ -240,18 +340,34 @@ def _source_quantities(
 def _repo_quantities(
     repo: Path,
     rows: torch.Tensor,
-    settings: dict[str, Any],
-    dtype: torch.dtype | None,
+    precision: torch.dtype,
+    *,
+    settings: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
     base_model: str | None = None,
     round_foundation: bool = True,
-) -> dict[str, torch.Tensor]:
-    """What a repo computes, by its own code in a process of its own; one of layout `adapter` perhaps on `base_model`.
+    router_logits: torch.Tensor | None = None,
+    measure_rounding: bool = False,
+) -> Computed:
+    """What a repo computes, by its own code in a process of its own.
+
+    Args:
+        precision: the dtype to compute in.
+        settings: fields of the config to load it with.
+        dtype: what its experts are rounded to first and, with `round_foundation`, its foundation.
+        base_model: the foundation, for layout `adapter`, instead of where the config says.
+        router_logits: those by which sparse weights choose, [rows, tokens, experts]; its own, if left out. Where two
+            experts are as good as equal to the gate, rounding may choose either, and the other is not wrong.
+        measure_rounding: whether to find out how far rounding moves each quantity.
 
     Raises:
         FailureError: it could not be loaded or run; with the last line it said.
     """
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         request, result = Path(directory, "request.json"), Path(directory, "result.safetensors")
+        choice = None if router_logits is None else Path(directory, "router_logits.safetensors")
+        if choice is not None:
+            save_file({"router logits": router_logits.contiguous()}, choice)
         request.write_text(
             json.dumps(
                 {
@@ -259,9 +375,12 @@ def _repo_quantities(
                     "base_model": base_model
                     if read_json(repo / "config.json")["weights_layout"] == "adapter"
                     else None,
-                    "router_settings": settings,
+                    "precision": str(precision).removeprefix("torch."),
+                    "router_settings": settings or {},
                     "round_to": None if dtype is None else str(dtype).removeprefix("torch."),
                     "round_foundation": round_foundation,
+                    "router_logits": None if choice is None else str(choice),
+                    "measure_rounding": measure_rounding,
                 }
             )
         )
@@ -286,39 +405,43 @@ def _repo_quantities(
         if process.returncode != 0:
             said = [line.strip() for line in process.stderr.splitlines() if line.strip()]
             raise FailureError(f"the repo does not load with transformers: {said[-1] if said else 'no message'}")
-        return load_file(result)
+        with safe_open(result, "pt") as file:
+            return Computed(load_file(result), json.loads(file.metadata()["rounding"]))
 
 
 def compare(
-    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], num_experts_per_tok: int | None
+    expected: Computed, found: dict[str, torch.Tensor], gate_bias: torch.Tensor | None = None
 ) -> list[Comparison]:
     """Every quantity of both sides; one that only one side has differs infinitely.
 
     Args:
-        expected: the source's quantities, `found` the repo's.
-        num_experts_per_tok: how many experts the router picks per token, None where it weights all.
+        expected: the source's quantities, with their rounding; `found` the repo's.
+        gate_bias: the gate's, [experts].
     """
     comparisons = []
-    for quantity in [*expected, *(name for name in found if name not in expected)]:
-        if quantity not in expected or quantity not in found or expected[quantity].shape != found[quantity].shape:
-            comparisons.append(Comparison(quantity, float("inf"), ABSOLUTE_TOLERANCE, 0))
+    for quantity in [*expected.values, *(name for name in found if name not in expected.values)]:
+        left, right = expected.values.get(quantity), found.get(quantity)
+        if left is None or right is None or left.shape != right.shape:
+            comparisons.append(Comparison(quantity, float("inf"), 0.0, 0.0, 0.0, 0))
             continue
-        left, right = expected[quantity], found[quantity]
-        if quantity == "router" and num_experts_per_tok is not None:
-            clear = _clear_positions(expected["router logits"], num_experts_per_tok)
-            left, right = left[clear], right[clear]
-        tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * float(left.abs().max())) if left.numel() else 0.0
-        difference = float((left - right).abs().max()) if left.numel() else 0.0
-        comparisons.append(Comparison(quantity, difference, tolerance, left[..., 0].numel()))
+        base = None if quantity == "base" else expected.values.get("base")
+        effect = _effect_of_gate(left, gate_bias) if quantity == "router logits" else _difference(left, base)
+        rounding = expected.rounding[quantity]
+        comparisons.append(compared(quantity, left, right, rounding, effect))
     return comparisons
 
 
-def _clear_positions(router_logits: torch.Tensor, num_experts_per_tok: int) -> torch.Tensor:
-    """[rows, tokens]: where rounding cannot have changed which experts are picked, here or earlier in the row.
+def compared(quantity: str, expected: torch.Tensor, found: torch.Tensor, rounding: float, effect: float) -> Comparison:
+    """One quantity of both sides, [rows, tokens, numbers], with what its measured rounding allows."""
+    allowed = ALLOWED_PER_ROUNDING * rounding
+    return Comparison(quantity, _difference(expected, found), rounding, allowed, effect, expected[..., 0].numel())
 
-    Two experts whose gate logits are as good as equal may be picked either way round, and later tokens see the choice.
-    """
-    if num_experts_per_tok >= router_logits.shape[-1]:
-        return torch.ones(router_logits.shape[:-1], dtype=torch.bool)
-    top = router_logits.topk(num_experts_per_tok + 1, dim=-1).values
-    return (top[..., -2] - top[..., -1] > ABSOLUTE_TOLERANCE).long().cumprod(dim=-1).bool()
+
+def _difference(left: torch.Tensor, right: torch.Tensor | None) -> float:
+    return float((left if right is None else left - right).abs().max())
+
+
+def _effect_of_gate(router_logits: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """The smaller of what weight and bias do, of those that do anything."""
+    parts = [router_logits] if bias is None else [router_logits - bias.to(router_logits.dtype), bias]
+    return min((float(part.abs().max()) for part in parts if part.any()), default=0.0)

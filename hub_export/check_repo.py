@@ -2,15 +2,20 @@
 
 A script, not a module of the package: it runs as `python check_repo.py REPO REQUEST.json RESULT.safetensors`, with
 transformers and torch and the repo's own code; this package cannot be imported. The request holds `rows` (token ids, a
-list of equally long lists), `base_model` (the foundation of a repo of layout adapter, or null), `router_settings` (config
-fields to set before loading), `round_to` (a dtype that experts are rounded to, or null) and `round_foundation` (whether
-the foundation is, too). The result holds float32 logits [rows, tokens, vocabulary] under each strategy's name, and the
-gate's logits [rows, tokens, experts] under "router logits".
+list of equally long lists), `precision` (the dtype to compute in), `base_model` (the foundation of a repo of layout
+adapter, or null), `router_settings` (config fields to set before loading), `round_to` (a dtype that experts are rounded
+to, or null), `round_foundation` (whether the foundation is, too), `router_logits` (a safetensors file with the logits by
+which sparse weights choose, or null for the repo's own) and `measure_rounding`. The result holds logits [rows, tokens,
+vocabulary] under each strategy's name, the gate's logits [rows, tokens, experts] under "router logits", and in its
+metadata how far rounding moves each, if that was asked for.
 """
 
 import json
 import os
+import runpy
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 
 class NotHere:
@@ -28,15 +33,20 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, NotHere())
 
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 
+# By its path: what lies beside this script is no module for the repo's code.
+rounding = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("rounding.py"))))
+
+
 def load(repo, request):
+    dtype = getattr(torch, request["precision"])
     model, info = AutoModelForCausalLM.from_pretrained(
         repo,
         trust_remote_code=True,
-        dtype=torch.float32,
+        dtype=dtype,
         output_loading_info=True,
         **({} if request["base_model"] is None else {"base_model": request["base_model"]}),
         **request["router_settings"],
@@ -47,33 +57,56 @@ def load(repo, request):
     if request["round_to"] is not None:
         for name, parameter in model.named_parameters():
             if ".lora_" in name or (request["round_foundation"] and not name.startswith("router.")):
-                parameter.data = parameter.data.to(getattr(torch, request["round_to"])).float()
+                parameter.data = parameter.data.to(getattr(torch, request["round_to"])).to(dtype)
+    return ready(model, dtype)
+
+
+def ready(model, dtype):
+    """The model made ready for `quantities` in this dtype."""
+    rounding.convert(model, dtype)
+    # The plain loop over a mixture-of-experts foundation's own experts: the other ways know no float64.
+    model.foundation.set_experts_implementation("eager")
     return model.eval()
 
 
-def quantities(model, rows):
+def quantities(model, rows, router_logits=None):
+    """Name and value of each. `router_logits` are those by which sparse weights choose; None for the model's own."""
+
+    def run(strategy, **options):
+        with rounding.computing_in(model.dtype):
+            return model(rows, routing_strategy=strategy, **options)
+
     config = model.config
-    strategies = ["base", *(f"single:{index}" for index in range(config.num_experts)), "uniform"]
-    results = {}
-    with torch.no_grad():
-        for strategy in strategies:
-            results[strategy] = model(rows, routing_strategy=strategy).logits
-        if config.router_input is not None:
-            output = model(rows, routing_strategy="router", output_router_logits=True)
-            results["router logits"] = output.router_logits
-            results["router"] = output.logits
-            config.router_mode = "dense"
-            results["router, dense"] = model(rows, routing_strategy="router").logits
-    return {name: value.float().contiguous() for name, value in results.items()}
+    for strategy in ["base", *(f"single:{index}" for index in range(config.num_experts)), "uniform"]:
+        yield strategy, run(strategy).logits
+    if config.router_input is not None:
+        found = run("router", output_router_logits=True).router_logits
+        yield "router logits", found
+        model.router.forward = lambda hidden_states: found if router_logits is None else router_logits
+        try:
+            yield "router", run("router").logits
+        finally:
+            del model.router.forward
+        mode, config.router_mode = config.router_mode, "dense"
+        try:
+            yield "router, dense", run("router").logits
+        finally:
+            config.router_mode = mode
 
 
 def main(repo, request_path, result_path):
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
-    results = quantities(load(repo, request), torch.tensor(request["rows"]))
+    model, rows, moved = load(repo, request), torch.tensor(request["rows"]), {}
+    if request["measure_rounding"]:
+        values, moved = rounding.measure(lambda choice: quantities(model, rows, choice), list(model.parameters()))
+    else:
+        given = request["router_logits"]
+        values = dict(quantities(model, rows, None if given is None else load_file(given)["router logits"]))
     if any(name.partition(".")[0] in ("dylora_moe", "peft") for name in sys.modules):
         sys.exit("the repo needed more than transformers: its code imported dylora_moe or peft")
-    save_file(results, result_path)
+    values = {name: value.contiguous() for name, value in values.items()}
+    save_file(values, result_path, metadata={"rounding": json.dumps(moved)})
 
 
 if __name__ == "__main__":

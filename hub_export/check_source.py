@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from . import rounding
+
 
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0  # of training runs that do not store theirs
 WRAPPER = "foundation_model."
@@ -29,36 +32,64 @@ WRAPPER = "foundation_model."
 class Reference:
     """A source as PEFT computes it: `model` with the adapters `names`, and perhaps a `gate` with its settings."""
 
-    def __init__(self, model: PeftModel, names: list[str], gate: dict[str, Any] | None):
-        self.model = model.eval().float()
+    def __init__(
+        self,
+        model: PeftModel,
+        names: list[str],
+        gate: dict[str, Any] | None,
+        precision: torch.dtype = torch.float32,
+    ):
+        self.model = model.eval()
         self.names = names
-        self.gate = gate
+        self.gate = None
+        if gate is not None:
+            self.gate = {**gate, **{name: gate[name].float().to(precision) for name in ("weight", "bias")}}
+        self.precision = precision
+        rounding.convert(model, precision)
+        # The plain loop over a mixture-of-experts foundation's own experts: the other ways know no float64.
+        model.get_base_model().set_experts_implementation("eager")
 
-    @torch.no_grad()
     def quantities(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits [rows, tokens, vocabulary] under each strategy's name; "router logits" [rows, tokens, experts]."""
+        return dict(self._quantities(rows))
+
+    def measure(self, rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """`quantities`, and how far rounding moves each; nothing can be computed afterwards."""
+        gate = [] if self.gate is None else [self.gate["weight"], self.gate["bias"]]
+        return rounding.measure(lambda choice: self._quantities(rows, choice), [*self.model.parameters(), *gate])
+
+    def _quantities(
+        self, rows: torch.Tensor, router_logits: torch.Tensor | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of each. `router_logits` are those by which sparse weights choose; None for the gate's own."""
         count = len(self.names)
         with self.model.disable_adapter():
-            output = self.model(rows, output_hidden_states=True)
-        results, hidden = {"base": output.logits}, output.hidden_states[-1]
+            output = self._run(rows, output_hidden_states=True)
+        hidden = output.hidden_states[-1]
+        yield "base", output.logits
         for index, name in enumerate(self.names):
             self.model.base_model.set_adapter([name])
-            results[f"single:{index}"] = self.model(rows).logits
+            yield f"single:{index}", self._run(rows).logits
         self.model.base_model.set_adapter(self.names)
-        with self._weighted(torch.full((*rows.shape, count), 1 / count)):
-            results["uniform"] = self.model(rows).logits
-        if self.gate is not None:
-            if self.gate["router_input"] == "experts_sum":
-                hidden = self.model(rows, output_hidden_states=True).hidden_states[-1]
-            logits = hidden @ self.gate["weight"].float().T + self.gate["bias"].float()
-            results["router logits"] = logits
-            with self._weighted(self._routing_weights(logits)):
-                results["router"] = self.model(rows).logits
-            # What training weights by, and what shows the temperature, which sparse weights do without.
-            temperature = self.gate["router_temperature"] or DEFAULT_TEMPERATURE
-            with self._weighted(torch.softmax(logits / temperature, dim=-1)):
-                results["router, dense"] = self.model(rows).logits
-        return {name: value.float().contiguous() for name, value in results.items()}
+        yield "uniform", self._mix(rows, torch.full((*rows.shape, count), 1 / count, dtype=self.precision))
+        if self.gate is None:
+            return
+        if self.gate["router_input"] == "experts_sum":
+            hidden = self._run(rows, output_hidden_states=True).hidden_states[-1]
+        logits = (hidden @ self.gate["weight"].T + self.gate["bias"]).detach()
+        yield "router logits", logits
+        yield "router", self._mix(rows, self._routing_weights(logits if router_logits is None else router_logits))
+        # What training weights by, and what shows the temperature, which sparse weights do without.
+        temperature = self.gate["router_temperature"] or DEFAULT_TEMPERATURE
+        yield "router, dense", self._mix(rows, torch.softmax(logits / temperature, dim=-1))
+
+    def _run(self, rows: torch.Tensor, **options: Any) -> Any:
+        with rounding.computing_in(self.precision):
+            return self.model(rows, **options)
+
+    def _mix(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        with self._weighted(weights):
+            return self._run(rows).logits
 
     def _routing_weights(self, logits: torch.Tensor) -> torch.Tensor:
         if self.gate["router_mode"] == "dense":
@@ -98,8 +129,10 @@ def reference(
     router_settings: dict[str, Any],
     dtype: torch.dtype | None,
     round_foundation: bool = True,
+    gate: dict[str, Any] | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> Reference:
-    """The source as PEFT computes it, in float32.
+    """The source as PEFT computes it.
 
     Args:
         source_format: the format's name, and `folders` where its files are, one per expert for adapters.
@@ -108,55 +141,61 @@ def reference(
         router_settings: settings of the router that the user chose over the source's.
         dtype: what foundation and adapters are rounded to first, where the user asked for that.
         round_foundation: False for an export that leaves the foundation where it is.
+        gate: another gate than the source's, with all its settings.
+        precision: the dtype to compute in, float32 or float64.
     """
     foundation_dtype = dtype if round_foundation else None
     if source_format not in ("final checkpoint", "PEFT LoRA adapters", "trainer checkpoint", "whole-model state dict"):
         raise ValueError(f"no way to recompute a source of format {source_format!r}")
-    gate = None
+    own_gate = None
     if source_format == "whole-model state dict":
-        model, names, gate = _whole_model(folders[0], base_model, base_revision, lora_alpha, foundation_dtype)
+        model, names, own_gate = _whole_model(
+            folders[0], base_model, base_revision, lora_alpha, foundation_dtype, precision
+        )
         _round_adapters(model, dtype)
     else:
         foundation = base_model
         if not isinstance(foundation, torch.nn.Module):
             foundation = AutoModelForCausalLM.from_pretrained(
-                base_model, revision=base_revision, dtype=torch.float32, trust_remote_code=False
+                base_model, revision=base_revision, dtype=precision, trust_remote_code=False
             )
+        rounding.convert(foundation, precision)  # before the adapters, which PEFT keeps in its dtype
         if source_format == "final checkpoint":
             model, names = _final_checkpoint(foundation, folders[0], lora_alpha)
             _round_adapters(model, dtype)
-            gate = _gate(folders[0])
+            own_gate = _gate(folders[0])
         elif source_format == "trainer checkpoint":
             places = _nested_adapters(folders[0])
             model, names = _adapters(foundation, list(places.values()), list(places), dtype)
-            gate = _gate(folders[0])
+            own_gate = _gate(folders[0])
         else:
             names = [f"adapter_{index}" for index in range(len(folders))]
             model, names = _adapters(foundation, folders, names, dtype)
         _round(model, foundation_dtype)
-    if gate is not None:
-        gate = {**gate, **router_settings}
-    return Reference(model, names, gate)
+    if own_gate is not None:
+        own_gate = {**own_gate, **router_settings}
+    return Reference(model, names, gate or own_gate, precision)
 
 
 def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
     """The foundation's own parameters, whether adapters are on it or not."""
     for path, parameter in model.named_parameters() if dtype is not None else ():
         if ".lora_" not in path:
-            parameter.data = parameter.data.to(dtype).float()
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def _round_adapters(model: PeftModel, dtype: torch.dtype | None) -> None:
-    if dtype is None:
-        return
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
-            for name in module.lora_A:  # one factor of an export is A and E together
-                module.lora_A[name].data = module.lora_A[name].data * module.lora_E[name].data
-                module.lora_E[name].data = torch.ones_like(module.lora_E[name].data)
+            for name in module.lora_A:  # one factor of an export is A and E together, a product in float32
+                matrix, diagonal = module.lora_A[name].data, module.lora_E[name].data
+                module.lora_A[name].data = (matrix.float() * diagonal.float()).to(matrix.dtype)
+                module.lora_E[name].data = torch.ones_like(diagonal)
+    if dtype is None:
+        return
     for path, parameter in model.named_parameters():
         if ".lora_A." in path or ".lora_B." in path:
-            parameter.data = parameter.data.to(dtype).float()
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def _adapters(
@@ -230,7 +269,8 @@ def _adapters_of_two_kinds(
     of full rank, one factor of which is the identity."""
     deltas: dict[str, dict[str, torch.Tensor]] = {}
     for name, folder in zip(names, folders, strict=True):
-        alone = PeftModel.from_pretrained(foundation, str(folder), adapter_name=name, torch_device="cpu").float()
+        alone = PeftModel.from_pretrained(foundation, str(folder), adapter_name=name, torch_device="cpu")
+        rounding.convert(alone, foundation.dtype)
         _round_adapters(alone, dtype)
         deltas[name] = {
             path.removeprefix("base_model.model."): _as_linear(module, module.get_delta_weight(name).detach().clone())
@@ -242,7 +282,7 @@ def _adapters_of_two_kinds(
     for name, layers in deltas.items():
         tensors = {}
         for module, delta in layers.items():
-            tensors[f"base_model.model.{module}.lora_A.{name}.weight"] = torch.eye(delta.shape[1])
+            tensors[f"base_model.model.{module}.lora_A.{name}.weight"] = torch.eye(delta.shape[1], dtype=delta.dtype)
             tensors[f"base_model.model.{module}.lora_B.{name}.weight"] = delta
         model = _add_adapter(foundation, model, name, tensors, None)
     return model
@@ -340,6 +380,7 @@ def _whole_model(
     base_revision: str | None,
     lora_alpha: float | None,
     dtype: torch.dtype | None,
+    precision: torch.dtype,
 ) -> tuple[PeftModel, list[str], dict[str, Any]]:
     """The raw state dict, split into the foundation as transformers loads it, PEFT's adapters, and the gate."""
     raw: dict[str, torch.Tensor] = {}
@@ -351,7 +392,7 @@ def _whole_model(
     inside = {key.removeprefix(WRAPPER): value for key, value in raw.items() if key.startswith(WRAPPER)}
     adapters = {key: value for key, value in inside.items() if ".lora_A." in key or ".lora_B." in key}
     weights = {
-        key.removeprefix("base_model.model.").replace(".base_layer.", "."): value.float()
+        key.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for key, value in inside.items()
         if key not in adapters
     }
@@ -368,10 +409,11 @@ def _whole_model(
     if head is not None and not torch.equal(head, weights[paths[id(empty.get_input_embeddings())]]):
         config.tie_word_embeddings = False
     foundation, info = type(empty).from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        None, config=config, state_dict=weights, dtype=precision, output_loading_info=True
     )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(f"the foundation in {folder} is not whole: {info}")
+    rounding.convert(foundation, precision)
     _round(foundation, dtype)
     names = sorted({key.split(".")[-2] for key in adapters}, key=lambda name: int(name.rpartition("_")[2]))
     alpha = _stored_alpha(folder) if lora_alpha is None else lora_alpha

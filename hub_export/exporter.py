@@ -73,7 +73,7 @@ def export(
 
     Raises:
         InputError: what was given cannot be exported as it is.
-        FailureError: writing failed, or the check found a difference. Nothing is left under `output_dir` then that was
+        FailureError: writing failed, or the check found a difference beyond rounding. Nothing is left under `output_dir` then that was
             not there before.
     """
     chosen = ExportOptions.of(options)
@@ -255,10 +255,12 @@ def _check(folder: Path, mixture: Mixture, sources: list[Source], plan: Plan, op
     from .check import check_export
 
     report = check_export(folder, mixture, plan, options)
-    if not report.passed:
+    if report.passed is False:
         raise FailureError(
             f"the exported repo does not compute what {sources[0].folder} does: {report.describe_failures()}"
         )
+    if report.passed is None:
+        warnings.warn(report.describe_unclear(), DyloraMoeWarning, stacklevel=3)
     return report
 
 

@@ -76,11 +76,11 @@ class Plan:
             return None
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
-    def load_foundation(self) -> nn.Module:
-        """The foundation in memory, in float32."""
-        state = {name: tensor.to(torch.float32).read() for name, tensor in self.weights.items()}
+    def load_foundation(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The foundation in memory."""
+        state = {name: tensor.to(dtype).read() for name, tensor in self.weights.items()}
         config = copy.deepcopy(self.config.base_config)
-        return type(self.skeleton).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+        return type(self.skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
 def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:

@@ -323,5 +323,9 @@ def _against(
     if not report.compared_logits:
         result.add("logits", None, "not compared: the foundation is not at hand")
     else:
-        detail = f"{len(report.comparisons)} quantities, largest difference {report.largest_difference:.1e}"
-        result.add("logits", report.passed, detail if report.passed else report.describe_failures())
+        details = {
+            True: f"{len(report.comparisons)} quantities, {report.describe()}",
+            False: report.describe_failures(),
+            None: report.describe_unclear(),
+        }
+        result.add("logits", report.passed, details[report.passed])

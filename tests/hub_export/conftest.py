@@ -3,11 +3,10 @@
 import shutil
 
 import pytest
-import torch
 from helpers_checkpoints import save_adapters, save_final_checkpoint, save_foundation
 from huggingface_hub import constants
 
-from dylora_moe.hub_export import check, check_repo, export
+from dylora_moe.hub_export import check, check_repo, export, rounding
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -27,11 +26,18 @@ def quick_check(monkeypatch):
     For tests of what is compared; that the repo's side runs alone, in a fresh process, has tests of its own.
     """
 
-    def quantities(repo, rows, settings, dtype, base_model=None, round_foundation=True):
+    def quantities(
+        repo, rows, precision, *, settings=None, dtype=None, base_model=None, round_foundation=True,
+        router_logits=None, measure_rounding=False,
+    ):  # fmt: skip
         assert dtype is None
         where = {} if base_model is None else {"base_model": base_model}
-        model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=torch.float32, **where, **settings)
-        return check_repo.quantities(model.eval(), rows)
+        model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=precision, **where, **(settings or {}))
+        check_repo.ready(model, precision)
+        if not measure_rounding:
+            return check.Computed(dict(check_repo.quantities(model, rows, router_logits)), {})
+        parameters = list(model.parameters())
+        return check.Computed(*rounding.measure(lambda choice: check_repo.quantities(model, rows, choice), parameters))
 
     monkeypatch.setattr(check, "_repo_quantities", quantities)
 
