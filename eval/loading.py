@@ -22,6 +22,7 @@ from filelock import FileLock
 from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer, training_run
 from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.quantised import check_needs_no_kernels
 from dylora_moe.version import __version__
 
 from .run_record import RUN_FILE
@@ -144,6 +145,7 @@ class FoundModel:
         from transformers import AutoModelForCausalLM
 
         from dylora_moe.modeling import DyloraMoeForCausalLM
+        from dylora_moe.modeling.configuration_dylora_moe import read_config
 
         if dtype not in DTYPES:
             raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
@@ -157,6 +159,10 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
+            if not self.trust_remote_code:
+                config = self.config if self.is_mixture else read_config(str(self.folder))
+                check_needs_no_kernels(config, self.source)
+                arguments |= {} if self.is_mixture else {"config": config}
             if self.is_mixture:
                 model = loader.from_pretrained(self.folder, **arguments)
             else:

@@ -106,13 +106,15 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     Raises:
         InputError: it cannot be had, or needs code that transformers does not have.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
+
+    from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         is_mixture = stored.get("model_type") == "dylora_moe"
         if not is_mixture:
-            return AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
+            return read_config(reference.name, revision=reference.revision)
     except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(_not_loaded(reference, error)) from error
     raise InputError(f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model")
@@ -126,10 +128,15 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
     """
     from transformers import AutoModelForCausalLM
 
+    from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
+
+    config = load_foundation_config(reference)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             reference.name,
             revision=reference.revision,
+            config=config,
+            adapter_kwargs={"subfolder": NO_FOLDER},
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,

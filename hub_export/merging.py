@@ -17,6 +17,7 @@ from .exported_repo import load_config
 from .licence import foundation_licence
 from .mixture import FoundationReference
 from .options import DTYPES
+from .quantised import check_needs_no_kernels
 from .side_files import make_readable, write_generation_config
 from .sources import resolve_sources
 from .staging import check_output, staged_folder
@@ -78,6 +79,7 @@ def merge(
         index = config.expert_index(expert)
     except ValueError as error:
         raise InputError(one_line(error, 500)) from error
+    check_needs_no_kernels(config, str(folder))
     tell("loading the repo")
     stored = DTYPES.get(dtype) or config.dtype or torch.float32
     try:

@@ -221,7 +221,6 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
     if base_config is not None:
         base_config = copy.deepcopy(base_config)
         base_config._name_or_path = ""  # the folder it happened to be loaded from means nothing elsewhere
-        vars(base_config).pop("auto_map", None)  # code that nothing here runs, and those who load the repo should not
     router: dict[str, Any] = {"router_input": None}
     if mixture.router is not None:
         names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature", "router_aux_loss_coef")

@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .configuration_dylora_moe import DyloraMoeConfig
+from .configuration_dylora_moe import DyloraMoeConfig, read_config
 from .experts_dylora_moe import refuse_offloaded
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
+# Where transformers is told to look for an adapter of the foundation's: it would apply one that lies in its folder.
+NO_FOLDER = "no-adapter-is-looked-for"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -196,7 +198,7 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
         ValueError: no foundation is named, or it is one of other shapes; names the tensor and both shapes.
     """
     name, hub = _foundation_place(config, where)
-    foundation = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **hub)
+    foundation = _load_foundation(name, hub)
     with torch.device("meta"):
         needed = network(config).state_dict()
     adapted = config.adapted_modules()
@@ -220,10 +222,27 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
     return state
 
 
+def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
+    """The foundation as its own files have it, whatever else lies beside them.
+
+    Raises:
+        ValueError: it is quantised, so that its tensors are not the numbers that the experts add to.
+    """
+    config = read_config(name, **hub)
+    if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config())):
+        raise ValueError(
+            f"The foundation {name!r} is quantised: pass the original model in full precision as `base_model=`, and "
+            "`quantization_config=` to quantise what is loaded."
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype="auto", trust_remote_code=False, adapter_kwargs={"subfolder": NO_FOLDER}, **hub
+    )
+
+
 def foundation_config(config: DyloraMoeConfig, where: dict) -> PreTrainedConfig:
     """The config of the foundation of a repo of layout `adapter` that does not hold it."""
     name, hub = _foundation_place(config, where)
-    return AutoConfig.from_pretrained(name, **hub)
+    return read_config(name, **hub)
 
 
 def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
