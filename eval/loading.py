@@ -22,7 +22,9 @@ from filelock import FileLock
 from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer, training_run
 from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.foundation import not_loaded
 from dylora_moe.hub_export.quantised import check_needs_no_kernels
+from dylora_moe.hub_export.tensor_files import read_json
 from dylora_moe.version import __version__
 
 from .run_record import RUN_FILE
@@ -118,7 +120,7 @@ class FoundModel:
 
     def _default_strategy(self) -> str | None:
         path = self.folder / "generation_config.json"
-        return json.loads(path.read_text(encoding="utf-8")).get("routing_strategy") if path.is_file() else None
+        return read_json(path).get("routing_strategy") if path.is_file() else None
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
@@ -146,6 +148,7 @@ class FoundModel:
 
         from dylora_moe.modeling import DyloraMoeForCausalLM
         from dylora_moe.modeling.configuration_dylora_moe import read_config
+        from dylora_moe.modeling.layouts_dylora_moe import FoundationError, read_generation_config
 
         if dtype not in DTYPES:
             raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
@@ -166,12 +169,15 @@ class FoundModel:
             if self.is_mixture:
                 model = loader.from_pretrained(self.folder, **arguments)
             else:
+                read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
                 model, report = loader.from_pretrained(self.folder, output_loading_info=True, **arguments)
                 _check_weights(self.source, report["missing_keys"])
+        except InputError:
+            raise
+        except FoundationError as error:
+            raise InputError(not_loaded(exported_repo.foundation_of(self.folder, self.config), error)) from error
         except (ValueError, OSError, ImportError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.source} cannot be loaded: {one_line(error)}") from error
+            raise InputError(f"{self.source} cannot be loaded: {one_line(error, 600)}") from error
         if device is not None and device_map is None:
             model = model.to(device)
         return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)

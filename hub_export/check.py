@@ -124,7 +124,9 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
         return []
     config = read_json(repo / "config.json")
     rows = _random_rows(plan)
-    found = _repo_quantities(repo, rows, {}, None)
+    # a repo of layout `adapter` whose foundation is elsewhere by now
+    base_model = plan.foundation.name if options.base_model is not None and is_local(plan.foundation) else None
+    found = _repo_quantities(repo, rows, {}, None, base_model)
     if mixture.parts:
         expected = _appended_quantities(mixture, plan, rows, options)
         found = {name: value for name, value in found.items() if name in expected}

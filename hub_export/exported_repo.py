@@ -124,6 +124,11 @@ def load_config(folder: Path):
         raise InputError(f"{folder}/config.json is not a valid config: {one_line(error)}") from error
 
 
+def foundation_of(folder: Path, config: Any) -> FoundationReference:
+    """The foundation that a repo's config names."""
+    return FoundationReference(config.base_model_name_or_path, config.base_model_revision, folder / "config.json")
+
+
 def stored_routing_strategy(folder: Path, config: Any) -> str:
     """The strategy that the repo starts with, in canonical form (experts by number).
 
@@ -162,11 +167,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         folders=folders,
         experts=[_expert(folder, config, layouts, index, weights) for index in range(config.num_experts)],
         router=_router(folder, config, weights),
-        foundation=FoundationReference(
-            name=config.base_model_name_or_path,
-            revision=config.base_model_revision,
-            named_in=folder / "config.json",
-        ),
+        foundation=foundation_of(folder, config),
         foundation_config=config.base_config,
         foundation_weights=_foundation(weights) if is_full else None,
         has_trained_foundation=getattr(config, "has_trained_foundation", False) is True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -249,8 +248,6 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
     Raises:
         InputError: that file is damaged; what is not said would be another way to generate.
     """
-    from transformers import GenerationConfig
-
     own = mixture.folders[0] / "generation_config.json"
     is_repo = mixture.routing_strategy is not None
     if (is_repo or mixture.foundation_weights is not None) and own.is_file():
@@ -261,10 +258,21 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
         path = Path(reference.name, "generation_config.json")
         if path.is_file():
             return _generation_config(path, read_json(path)).to_diff_dict()
-    else:
-        with suppress(Exception):  # it is missing, or not at hand
-            return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
+    elif reference.name is not None and (found := _generation_config_on_hub(reference)) is not None:
+        return found.to_diff_dict()
     return {} if model is None else model.generation_config.to_diff_dict()
+
+
+def _generation_config_on_hub(reference: FoundationReference) -> Any:
+    """None where there is no such file, or the repo is not at hand."""
+    from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+
+    try:
+        return read_generation_config(reference.name, {"revision": reference.revision})
+    except OSError:  # no such repo, which layout `adapter` can be written without
+        return None
+    except ValueError as error:
+        raise InputError(f"the foundation {reference.name}: {one_line(error)}") from error
 
 
 def _generation_config(path: Path, fields: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .containment import contained
-from .errors import DyloraMoeWarning, InputError, one_line
+from .errors import DyloraMoeWarning, InputError
 from .foundation import at_hand
 from .mixture import FoundationReference, Mixture
 from .options import ExportOptions
@@ -82,12 +82,13 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
     """
     from transformers import AutoTokenizer
 
+    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise many kinds, bare Exception among them
-        raise InputError(
-            f"the tokenizer of {name} cannot be read: {one_line(error)}; pass one with --tokenizer"
-        ) from error
+        why = why_not_loaded(name, error, TOKENIZER_SUFFIXES)
+        raise InputError(f"the tokenizer of {name} cannot be read: {why}; pass one with --tokenizer") from error
     if not trust_remote_code:
         # saved along, it would run for those who trust the repo
         tokenizer.init_kwargs.pop("auto_map", None)

@@ -75,8 +75,9 @@ def make_variant(
         write_generation_config(folder, fields, strategy)
         card = folder / "README.md"
         if card.is_file():
-            text = restate(card.read_text(encoding="utf-8"), Path(output_dir).resolve().name, strategy)
-            card.write_text(text, encoding="utf-8")
+            old = card.read_text(encoding="utf-8", errors="surrogateescape")  # it may be written in another encoding
+            text = restate(old, Path(output_dir).resolve().name, strategy)
+            card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":
         message = f"the weights were copied to {output_dir}: its file system shares no files with {repo}"
         warnings.warn(message, DyloraMoeWarning, stacklevel=2)

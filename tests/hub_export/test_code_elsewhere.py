@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers_checkpoints import change_json, save_adapter, save_foundation, save_whole_model
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import hub_kernels
 
 from dylora_moe.eval.loading import find_model
@@ -163,7 +163,9 @@ def test_kernels_of_a_quantisation_are_not_fetched(foundation, tmp_path, fetched
     change_json(own / "config.json", quantization_config=asking)
     adapter = save_adapter(tmp_path / "adapter", foundation, seed=2)
     for layout in ("full", "adapter"):
-        with pytest.raises(InputError, match="is quantised; pass the original model in full precision with --base_model"):
+        with pytest.raises(
+            InputError, match="is quantised; pass the original model in full precision with --base_model"
+        ):
             export(adapter, tmp_path / "repo", base_model=str(own), layout=layout)
     with pytest.raises(InputError, match=f"is quantised by {method}, for which transformers downloads kernels"):
         find_model(own).load(dtype="float32", device="cpu")

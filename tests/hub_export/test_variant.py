@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 from helpers_checkpoints import snapshot
-
 from transformers import AutoTokenizer
 
 from dylora_moe.hub_export import InputError, export, make_variant
