@@ -82,7 +82,7 @@ def is_replaceable(folder: Path) -> bool:
 
 def strangers(folder: Path) -> list[str]:
     """What lies in a repo's folder and is nothing that an export writes; whoever replaces the repo would lose it."""
-    from .repo_files import may_be_stale, repo_files  # which ask this file what a repo is
+    from .repo_files import is_tokenizer_file, may_be_stale, repo_files  # which ask this file what a repo is
 
     try:
         others = repo_files(folder).left_out
@@ -91,7 +91,7 @@ def strangers(folder: Path) -> list[str]:
         pass
     found = []
     for path in sorted(folder.iterdir()):
-        known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES
+        known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES or is_tokenizer_file(path.name)
         if (path.is_dir() and path.name not in REPO_FOLDERS) or (not path.is_dir() and not known):
             found.append(path.name + ("/" if path.is_dir() else ""))
     return found

@@ -88,6 +88,7 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
     """
     carried = mixture.foundation_weights is not None
     reference = _reference(mixture, options)
+    _warn_about_adapter(mixture, reference)
     base_config = mixture.foundation_config if carried else _config_at_hand(mixture, reference, options)
     model = find = None
     if base_config is not None:
@@ -114,6 +115,18 @@ def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
         if mixture.foundation_weights is None or options.base_model is not None or options.layout == "adapter":
             raise
         return mixture.foundation
+
+
+def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> None:
+    """PEFT and transformers would apply an adapter that lies in the foundation's folder; it is no part of the model."""
+    if not is_local(reference) or Path(reference.name) in [folder.resolve() for folder in mixture.folders]:
+        return
+    if Path(reference.name, "adapter_config.json").is_file():
+        message = (
+            f"the foundation's folder {reference.name} holds an adapter too (adapter_config.json), which is left out; if "
+            "the experts were trained on top of it, merge it into the foundation first"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=4)
 
 
 def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: ExportOptions) -> Any:

@@ -7,7 +7,7 @@ import math
 from copy import deepcopy
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 ROUTER_INPUTS = ("base", "experts_sum")
@@ -238,8 +238,10 @@ def read_config(location: str, **where) -> PreTrainedConfig:
         ValueError: the model needs code that transformers does not have.
         OSError: there is no config.
     """
-    kind = type(AutoConfig.from_pretrained(location, trust_remote_code=False, **where))
     fields, _ = PreTrainedConfig.get_config_dict(location, **where)
+    if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {fields.get('model_type')!r} needs code of its own, which is not run")
+    kind = type(AutoConfig.from_pretrained(location, trust_remote_code=False, **where))
     fields = {**without_code_elsewhere(fields), "model_type": kind.model_type}
     return kind.from_dict(fields, name_or_path=str(location))
 

@@ -320,6 +320,8 @@ def why_not_loaded(name: str, error: Exception, suffixes: tuple[str, ...] = WEIG
     except OSError:
         files = None
     if files is not None:
+        if ADAPTER_CONFIG in str(error):  # older versions look for it whatever they are told
+            return f"{folder} holds an adapter too, which this transformers does not leave out; move {ADAPTER_CONFIG} away"
         read = (file for file in files if file.suffix in suffixes)
         wrong = [why for why in map(why_unreadable, read) if why is not None]
         return wrong[0] if wrong else _why_no_object(folder / CONFIG_NAME) or _first_line(error)
