@@ -293,8 +293,11 @@ def _foundation_config(name: str, hub: dict) -> PreTrainedConfig:
         raise FoundationError(name, why_not_loaded(name, error)) from error
 
 
-class FoundationError(ValueError):
-    """The foundation that a repo of layout `adapter` names cannot be had; `why` in a few words."""
+class FoundationError(OSError, ValueError):
+    """The foundation that a repo of layout `adapter` names cannot be had; `why` in a few words.
+
+    An `OSError`, as transformers raises for a model that is not there.
+    """
 
     def __init__(self, name: str, why: str):
         super().__init__(
