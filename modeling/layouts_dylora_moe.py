@@ -7,6 +7,7 @@ Knows file names and tensor names. Knows nothing about how a model computes.
 """
 
 import json
+import stat
 from copy import deepcopy
 from pathlib import Path
 
@@ -325,9 +326,9 @@ def why_not_loaded(name: str, error: Exception, suffixes: tuple[str, ...] = WEIG
     if files is not None:
         if ADAPTER_CONFIG in str(error):  # older versions look for it whatever they are told
             return f"{folder} holds an adapter too, which this transformers does not leave out; move {ADAPTER_CONFIG} away"
-        read = (file for file in files if file.suffix in suffixes)
-        wrong = [why for why in map(why_unreadable, read) if why is not None]
-        return wrong[0] if wrong else _why_no_object(folder / CONFIG_NAME) or _first_line(error)
+        read = [file for file in files if file.suffix in suffixes]
+        reasons = [*map(why_unreadable, read), *map(_why_no_json, read), _first_line(error)]
+        return next(reason for reason in reasons if reason is not None)
     if folder.is_absolute() or name.startswith((".", "~")):
         return "there is no such folder on this machine"
     causes = [error]
@@ -358,9 +359,9 @@ def why_not_loaded(name: str, error: Exception, suffixes: tuple[str, ...] = WEIG
 
 def why_unreadable(path: Path) -> str | None:
     """Why a file cannot be what it should be: not there, not allowed, or left with Git LFS. None where it is none."""
-    if path.is_dir():
-        return None
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
         with open(path, "rb") as file:
             start = file.read(len(LFS_POINTER))
     except PermissionError:
@@ -374,14 +375,17 @@ def why_unreadable(path: Path) -> str | None:
     return None
 
 
-def _why_no_object(path: Path) -> str | None:
+def _why_no_json(path: Path) -> str | None:
+    """Why a file of that kind is damaged, which those who read it often say without its name."""
+    if path.suffix != ".json":
+        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{path} does not exist"
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{path} is not valid JSON: {_first_line(error)}"
-    return None if isinstance(content, dict) else f"{path} holds a JSON {type(content).__name__}, expected an object"
+    if path.name == CONFIG_NAME and not isinstance(content, dict):
+        return f"{path} holds a JSON {type(content).__name__}, expected an object"
+    return None
 
 
 def _opened(path: str) -> safe_open:

@@ -53,3 +53,12 @@ def test_files_of_a_foundation(foundation, tmp_path, file, damage):
     if file != "model.safetensors.index.json":
         with pytest.raises(InputError, match=re.escape(str(own / file))):
             find_model(own).load(dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_of_a_tokenizer(foundation, tmp_path, file):
+    own = shutil.copytree(foundation, tmp_path / "foundation")
+    adapter = save_adapter(tmp_path / "adapter", own, seed=2)
+    (own / file).write_text("{")
+    with pytest.raises(InputError, match=re.escape(f"{own / file} is not valid JSON")):
+        export(adapter, tmp_path / "repo", verify=False)
