@@ -287,6 +287,10 @@ def merge(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     expert: Annotated[str, typer.Option("--expert", help="The expert's name or number.")],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The model's folder.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base_model", help="The foundation of a repo of layout adapter, if it is elsewhere now."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the foundation.")
     ] = None,
@@ -296,7 +300,8 @@ def merge(
     with progress() as tell:
         from dylora_moe import hub_export
 
-        result = hub_export.merge(repo, expert=expert, output_dir=output_dir, dtype=dtype, progress=tell)
+        where = {"output_dir": output_dir, "base_model": base_model}
+        result = hub_export.merge(repo, expert=expert, **where, dtype=dtype, progress=tell)
     if as_json:
         print_json(result.to_dict())
     else:

@@ -23,7 +23,8 @@ from filelock import FileLock
 from dylora_moe.hub_export import exported_repo, formats, merged_model, tokenizer, training_run
 from dylora_moe.hub_export.checksums import sha256
 from dylora_moe.hub_export.errors import InputError, one_line
-from dylora_moe.hub_export.foundation import resolve_foundation
+from dylora_moe.hub_export.foundation import not_loaded, resolve_foundation
+from dylora_moe.hub_export.quantised import check_needs_no_kernels
 from dylora_moe.version import __version__
 
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
@@ -148,6 +149,8 @@ class FoundModel:
         from transformers import AutoModelForCausalLM
 
         from dylora_moe.modeling import DyloraMoeForCausalLM
+        from dylora_moe.modeling.configuration_dylora_moe import read_config
+        from dylora_moe.modeling.layouts_dylora_moe import FoundationError, read_generation_config
 
         if dtype not in DTYPES:
             raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
@@ -161,15 +164,22 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
+            if not self.trust_remote_code:
+                config = self.config if self.is_mixture else read_config(str(self.folder))
+                check_needs_no_kernels(config, self.source)
+                arguments |= {} if self.is_mixture else {"config": config}
             if self.is_mixture:
                 model = loader.from_pretrained(self.folder, **arguments)
             else:
+                read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
                 model, report = loader.from_pretrained(self.folder, output_loading_info=True, **arguments)
                 _check_weights(self.source, report["missing_keys"])
+        except InputError:
+            raise
+        except FoundationError as error:
+            raise InputError(not_loaded(exported_repo.foundation_of(self.folder, self.config), error)) from error
         except (ValueError, OSError, ImportError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.source} cannot be loaded: {one_line(error)}") from error
+            raise InputError(f"{self.source} cannot be loaded: {one_line(error, 600)}") from error
         if device is not None and device_map is None:
             model = model.to(device)
         return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)

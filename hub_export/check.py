@@ -189,6 +189,8 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
         return CheckReport([], names)
     precision = finest_precision(plan.num_foundation_parameters + _num_expert_parameters(mixture))
     rows = _random_rows(plan)
+    # a repo of layout `adapter` whose foundation is elsewhere by now
+    base_model = plan.foundation.name if options.base_model is not None and is_local(plan.foundation) else None
     if mixture.parts:
         expected = _appended_quantities(mixture, plan, rows, options, precision)
     else:
@@ -197,7 +199,8 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
             for name in [name for name in expected.values if name.startswith("router")]:
                 del expected.values[name]
     gc.collect()  # the source's model goes before the repo's takes as much memory
-    found = _repo_quantities(repo, rows, precision, router_logits=expected.values.get("router logits")).values
+    router_logits = expected.values.get("router logits")
+    found = _repo_quantities(repo, rows, precision, base_model=base_model, router_logits=router_logits).values
     if mixture.parts:
         found = {name: value for name, value in found.items() if name in expected.values}
     gate_bias = None if mixture.router is None else mixture.router.read()[1]

@@ -1,7 +1,7 @@
 """The other side of the check after an export: what a source computes, by PEFT's own layers from the raw files.
 
 It opens the files itself and shares no code with the readers or with the model, so that a mistake there cannot hide
-here. Slow and plain: one adapter after the other, and for weights that differ from token to token a hook on each
+here; the foundation is loaded by transformers. Slow and plain: one adapter after the other, and for weights that differ from token to token a hook on each
 adapter's `lora_B`, or where that is no module, as in AdaLoRA, on what goes into the adapter.
 """
 
@@ -20,9 +20,11 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from . import rounding
+from .foundation import load_foundation, load_foundation_config
+from .mixture import FoundationReference
 
 
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0  # of training runs that do not store theirs
@@ -156,9 +158,7 @@ def reference(
     else:
         foundation = base_model
         if not isinstance(foundation, torch.nn.Module):
-            foundation = AutoModelForCausalLM.from_pretrained(
-                base_model, revision=base_revision, dtype=precision, trust_remote_code=False
-            )
+            foundation = load_foundation(FoundationReference(base_model, base_revision), precision)
         rounding.convert(foundation, precision)  # before the adapters, which PEFT keeps in its dtype
         if source_format == "final checkpoint":
             model, names = _final_checkpoint(foundation, folders[0], lora_alpha)
@@ -401,7 +401,7 @@ def _whole_model(
     )
     own = "model_type" in stored and stored["model_type"] != "dylora-moe"
     source = str(folder) if own else base_model or stored["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(source, revision=None if own else base_revision, trust_remote_code=False)
+    config = load_foundation_config(FoundationReference(source, None if own else base_revision))
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     paths = {id(module): f"{path}.weight" for path, module in empty.named_modules()}

@@ -91,7 +91,7 @@ def is_replaceable(folder: Path) -> bool:
 
 def strangers(folder: Path) -> list[str]:
     """What lies in a repo's folder and is nothing that an export writes; whoever replaces the repo would lose it."""
-    from .repo_files import may_be_stale, repo_files  # which ask this file what a repo is
+    from .repo_files import is_tokenizer_file, may_be_stale, repo_files  # which ask this file what a repo is
 
     try:
         others = repo_files(folder).left_out
@@ -100,7 +100,7 @@ def strangers(folder: Path) -> list[str]:
         pass
     found = []
     for path in sorted(folder.iterdir()):
-        known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES
+        known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES or is_tokenizer_file(path.name)
         if (path.is_dir() and path.name not in REPO_FOLDERS) or (not path.is_dir() and not known):
             found.append(path.name + ("/" if path.is_dir() else ""))
     return found
@@ -131,6 +131,11 @@ def load_config(folder: Path):
         return DyloraMoeConfig.from_pretrained(folder)
     except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(f"{folder}/config.json is not a valid config: {one_line(error)}") from error
+
+
+def foundation_of(folder: Path, config: Any) -> FoundationReference:
+    """The foundation that a repo's config names."""
+    return FoundationReference(config.base_model_name_or_path, config.base_model_revision, folder / "config.json")
 
 
 def stored_routing_strategy(folder: Path, config: Any) -> str:
@@ -171,11 +176,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         folders=folders,
         experts=[_expert(folder, config, layouts, index, weights) for index in range(config.num_experts)],
         router=_router(folder, config, weights),
-        foundation=FoundationReference(
-            name=config.base_model_name_or_path,
-            revision=config.base_model_revision,
-            named_in=folder / "config.json",
-        ),
+        foundation=foundation_of(folder, config),
         foundation_config=config.base_config,
         foundation_weights=_foundation(weights) if is_full else None,
         has_trained_foundation=getattr(config, "has_trained_foundation", False) is True,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InputError, one_line
+from .errors import InputError
 from .layer_names import why_missing
 from .mixture import Expert, FoundationReference, Router
-from .sources import HUB_ID
+from .sources import HUB_ID, is_forbidden
 from .tensor_files import read_json
 
 
@@ -36,15 +36,15 @@ def resolve_foundation(
         raise InputError(f"{reference.named_in or 'the source'} names no foundation; pass it with --base_model")
     if not isinstance(name, str):
         raise InputError(f"{reference.named_in} names {name!r} as the foundation, which is no folder or Hub id")
-    path = _local_folder(name, reference.named_in if base_model is None else None)
+    named_in = reference.named_in if base_model is None else None
+    path = _local_folder(name, named_in)
     if path is not None:
-        return FoundationReference(str(path), None, reference.named_in, reference.vocab_size)
+        return FoundationReference(str(path), None, named_in, reference.vocab_size)
     if not HUB_ID.fullmatch(name):
-        where = "--base_model" if base_model is not None else reference.named_in
-        raise InputError(
-            f"the foundation {name} ({where}) does not exist here; pass its folder or Hub id with --base_model"
-        )
-    return FoundationReference(name, revision, reference.named_in, reference.vocab_size)
+        where = "--base_model" if base_model is not None else f"named in {named_in}"
+        why = "may not be read by this user (permission denied)" if is_forbidden(name) else "does not exist here"
+        raise InputError(f"the foundation {name} ({where}) {why}; pass its folder or Hub id with --base_model")
+    return FoundationReference(name, revision, named_in, reference.vocab_size)
 
 
 def _local_folder(name: str, named_in: Path | None) -> Path | None:
@@ -107,15 +107,17 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     Raises:
         InputError: it cannot be had, or needs code that transformers does not have.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
+
+    from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         is_mixture = stored.get("model_type") == "dylora_moe"
         if not is_mixture:
-            return AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
+            return read_config(reference.name, revision=reference.revision)
     except Exception as error:  # any wrong field may make the config class fail in its own way
-        raise InputError(_not_loaded(reference, error)) from error
+        raise InputError(not_loaded(reference, error)) from error
     raise InputError(f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model")
 
 
@@ -127,16 +129,21 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
     """
     from transformers import AutoModelForCausalLM
 
+    from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
+
+    config = load_foundation_config(reference)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             reference.name,
             revision=reference.revision,
+            config=config,
+            adapter_kwargs={"subfolder": NO_FOLDER},
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:  # damaged files and wrong fields make transformers fail in many ways
-        raise InputError(_not_loaded(reference, error)) from error
+        raise InputError(not_loaded(reference, error)) from error
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
         raise InputError(
@@ -147,11 +154,15 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
     return model.eval()
 
 
-def _not_loaded(reference: FoundationReference, error: Exception) -> str:
+def not_loaded(reference: FoundationReference, error: Exception) -> str:
+    """That a foundation cannot be had, why, and what to do."""
+    from dylora_moe.modeling.layouts_dylora_moe import FoundationError, why_not_loaded
+
+    why = error.why if isinstance(error, FoundationError) else why_not_loaded(reference.name, error)
     at = f" at revision {reference.revision}" if reference.revision else ""
     named = f" (named in {reference.named_in})" if reference.named_in else ""
     return (
-        f"the foundation {reference.name}{at}{named} cannot be loaded: {one_line(error, 200)}; "
+        f"the foundation {reference.name}{at}{named} cannot be loaded: {why}; "
         "pass another folder or Hub id with --base_model"
     )
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .errors import DyloraMoeWarning, InputError, one_line
-from .foundation import is_local, load_foundation
+from .foundation import is_local, load_foundation, not_loaded
 from .mixture import FoundationReference
 from .stored_tensors import StoredTensor, of_file, of_tensor, same_bits
 from .tensor_files import TensorFile, read_json
@@ -150,10 +150,7 @@ def _folder(reference: FoundationReference) -> Path:
             fetch(allow_patterns=list(PICKLED))
         return folder
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
-        raise InputError(
-            f"the weights of the foundation {reference.name} cannot be downloaded: {one_line(error)}; "
-            "pass another folder or Hub id with --base_model"
-        ) from error
+        raise InputError(not_loaded(reference, error)) from error
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:

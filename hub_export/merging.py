@@ -16,10 +16,12 @@ import torch
 from . import rounding
 from .check import Comparison, compared
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
-from .exported_repo import load_config
+from .exported_repo import foundation_of, load_config
+from .foundation import is_hub_id, is_local, not_loaded, resolve_foundation
 from .licence import foundation_licence
 from .mixture import FoundationReference
 from .options import DTYPES
+from .quantised import check_needs_no_kernels
 from .side_files import make_readable, write_generation_config
 from .sources import resolve_sources
 from .staging import check_output, staged_folder
@@ -51,6 +53,7 @@ def merge(
     *,
     expert: str | int,
     output_dir: str | Path,
+    base_model: str | None = None,
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> MergeResult:
@@ -59,15 +62,17 @@ def merge(
     Args:
         repo: an exported repo, a folder or a Hub id.
         expert: its name or number.
+        base_model: the foundation of a repo of layout `adapter`, where it is not at the place that the config names.
         dtype: what the model is saved in; the foundation's own, if left out. The sum is formed in float32.
 
     Raises:
-        InputError: no such expert, or an output folder that is not empty.
+        InputError: no such expert, a foundation that cannot be had, or an output folder that is not empty.
         FailureError: the merged model, or what was written of it, does not compute what the expert does.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from dylora_moe.modeling import DyloraMoeForCausalLM
+    from dylora_moe.modeling.layouts_dylora_moe import FoundationError
 
     tell = progress or (lambda message: None)
     if dtype is not None and dtype not in DTYPES:
@@ -81,11 +86,16 @@ def merge(
         index = config.expert_index(expert)
     except ValueError as error:
         raise InputError(one_line(error, 500)) from error
+    check_needs_no_kernels(config, str(folder))
+    foundation = _foundation(folder, config, base_model)
     tell("loading the repo")
     stored = DTYPES.get(dtype) or config.dtype or torch.float32
     try:
-        model = DyloraMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        where = {"base_model": foundation.name} if config.weights_layout == "adapter" and is_local(foundation) else {}
+        model = DyloraMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
         merged = model.merge_expert(index)
+    except FoundationError as error:
+        raise InputError(not_loaded(foundation, error)) from error
     except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     tell("comparing the merged model with the expert")
@@ -105,9 +115,11 @@ def merge(
         merged.save_pretrained(place)
         write_generation_config(place, fields, None)
         if has_tokenizer(folder):
-            found = open_tokenizer(str(folder), folder, merged.config, config.base_model_name_or_path)
+            found = open_tokenizer(str(folder), folder, merged.config, foundation.name)
             write_tokenizer(found, place, merged.config)
-        (place / "README.md").write_text(_card(Path(output_dir).resolve().name, name, config), encoding="utf-8")
+        (place / "README.md").write_text(
+            _card(Path(output_dir).resolve().name, name, config, foundation), encoding="utf-8"
+        )
         make_readable(place)
         tell("loading what was written")
         again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
@@ -116,7 +128,7 @@ def merge(
     return MergeResult(
         output_dir=Path(output_dir).resolve(),
         expert=name,
-        foundation=config.base_model_name_or_path,
+        foundation=foundation.name,
         dtype=str(stored).removeprefix("torch."),
         difference=sum_of_both.difference,
         allowed=sum_of_both.allowed,
@@ -178,14 +190,25 @@ def _check_same(written: torch.nn.Module, merged: torch.nn.Module) -> None:
             raise FailureError(f"{name} was not written as the merged model has it")
 
 
-def _card(name: str, expert: str, config: Any) -> str:
+def _foundation(folder: Path, config: Any, base_model: str | None) -> FoundationReference:
+    """Where the foundation is; of a repo that holds it, what it is called.
+
+    Raises:
+        InputError: it is not there, or `base_model` would do nothing.
+    """
+    named = foundation_of(folder, config)
+    if config.weights_layout == "adapter":
+        return resolve_foundation(named, base_model, None)
+    if base_model is not None:
+        raise InputError(f"{folder} holds its own foundation, so that --base_model would do nothing; leave it out")
+    return named
+
+
+def _card(name: str, expert: str, config: Any, foundation: FoundationReference) -> str:
     from huggingface_hub import ModelCardData
 
-    from .foundation import is_hub_id
-
-    foundation = config.base_model_name_or_path
-    base_model = foundation if is_hub_id(foundation) else None
-    licence = foundation_licence(FoundationReference(foundation, config.base_model_revision))
+    base_model = foundation.name if is_hub_id(foundation.name) else None
+    licence = foundation_licence(foundation)
     data = ModelCardData(
         base_model=base_model,
         library_name="transformers",
@@ -196,7 +219,7 @@ def _card(name: str, expert: str, config: Any) -> str:
     )
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
-        f"The {config.base_config.model_type} model `{Path(foundation or 'unnamed').name}` with the LoRA expert `{expert}` "
+        f"The {config.base_config.model_type} model `{Path(foundation.name or 'unnamed').name}` with the LoRA expert `{expert}` "
         "of a mixture folded into its weights: an ordinary model that needs no code of its own. The foundation's licence "
         "applies to it.\n"
     )

@@ -17,24 +17,18 @@ LINKED = ("*.safetensors", "model.safetensors.index.json", "generation_config.js
 
 
 def link_with_own_code(repo: Path, folder: Path) -> None:
-    """Fill an empty folder with links to the repo's weights, its config without `auto_map`, and this package's code.
+    """Fill an empty folder with links to the repo's weights, its config without what names other code, and this package's code.
 
     Raises:
         InputError: a file of the repo lies elsewhere.
     """
+    from dylora_moe.modeling.configuration_dylora_moe import without_code_elsewhere
     from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP, save_code
 
     for path in sorted(path for pattern in LINKED for path in repo.glob(pattern)):
         link = folder / path.relative_to(repo)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(contained(repo, path).resolve())
-    config = without_auto_map(read_json(contained(repo, repo / "config.json")))
+    config = without_code_elsewhere(read_json(contained(repo, repo / "config.json")))
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}), encoding="utf-8")
     save_code(folder)
-
-
-def without_auto_map(value):
-    """JSON without any field that names code, however deep it lies."""
-    if isinstance(value, dict):
-        return {key: without_auto_map(entry) for key, entry in value.items() if key != "auto_map"}
-    return [without_auto_map(entry) for entry in value] if isinstance(value, list) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +90,7 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
     """
     carried = mixture.foundation_weights is not None
     reference = _reference(mixture, options)
+    _warn_about_adapter(mixture, reference)
     base_config = mixture.foundation_config if carried else _config_at_hand(mixture, reference, options)
     model = find = None
     if base_config is not None:
@@ -137,6 +137,18 @@ def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
         if mixture.foundation_weights is None or options.base_model is not None or options.layout == "adapter":
             raise
         return mixture.foundation
+
+
+def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> None:
+    """PEFT and transformers would apply an adapter that lies in the foundation's folder; it is no part of the model."""
+    if not is_local(reference) or Path(reference.name) in [folder.resolve() for folder in mixture.folders]:
+        return
+    if Path(reference.name, "adapter_config.json").is_file():
+        message = (
+            f"the foundation's folder {reference.name} holds an adapter too (adapter_config.json), which is left out; if "
+            "the experts were trained on top of it, merge it into the foundation first"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=4)
 
 
 def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: ExportOptions) -> Any:
@@ -249,7 +261,6 @@ def _config(mixture: Mixture, base_config: Any, reference: FoundationReference, 
     if base_config is not None:
         base_config = copy.deepcopy(base_config)
         base_config._name_or_path = ""  # the folder it happened to be loaded from means nothing elsewhere
-        vars(base_config).pop("auto_map", None)  # code that nothing here runs, and those who load the repo should not
     router: dict[str, Any] = {"router_input": None}
     if mixture.router is not None:
         names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature", "router_aux_loss_coef")
@@ -278,8 +289,6 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
     Raises:
         InputError: that file is damaged; what is not said would be another way to generate.
     """
-    from transformers import GenerationConfig
-
     own = mixture.folders[0] / "generation_config.json"
     is_repo = mixture.routing_strategy is not None
     if (is_repo or mixture.foundation_weights is not None) and own.is_file():
@@ -290,10 +299,21 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
         path = Path(reference.name, "generation_config.json")
         if path.is_file():
             return _generation_config(path, read_json(path)).to_diff_dict()
-    else:
-        with suppress(Exception):  # it is missing, or not at hand
-            return GenerationConfig.from_pretrained(reference.name, revision=reference.revision).to_diff_dict()
+    elif reference.name is not None and (found := _generation_config_on_hub(reference)) is not None:
+        return found.to_diff_dict()
     return {} if model is None else model.generation_config.to_diff_dict()
+
+
+def _generation_config_on_hub(reference: FoundationReference) -> Any:
+    """None where there is no such file, or the repo is not at hand."""
+    from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+
+    try:
+        return read_generation_config(reference.name, {"revision": reference.revision})
+    except OSError:  # no such repo, which layout `adapter` can be written without
+        return None
+    except ValueError as error:
+        raise InputError(f"the foundation {reference.name}: {one_line(error)}") from error
 
 
 def _generation_config(path: Path, fields: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,20 @@ TOKENIZER_FILES = {
     "word_pronunciation.json",
     "normalizer.json",
     "prophetnet.tokenizer",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "dict.txt",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
     "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "processor_config.json",
     "preprocessor_config.json",
 }
-TOKENIZER_PATTERN = re.compile(r"[\w.-]+\.tiktoken|additional_chat_templates/[\w.-]+\.jinja")
+TOKENIZER_PATTERN = re.compile(r"[\w.-]+\.tiktoken|additional_chat_templates/[^/]+\.jinja")
 WEIGHTS = re.compile(
     r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|router\.safetensors"
     r"|experts/[^/]+/adapter_(config\.json|model\.safetensors)"
@@ -83,12 +91,16 @@ class RepoFiles:
         return f"not part of the repo, so not sent: {', '.join(self.left_out[:8])}{more}"
 
 
-def repo_files(folder: Path) -> RepoFiles:
+def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
     """The files of a complete exported repo.
+
+    Args:
+        follow_links: whether a link to a file counts as one. What leaves this machine must not follow any.
 
     Raises:
         InputError: it is no exported repo, or a file that it needs is missing or a link.
     """
+    is_file = _is_file if follow_links else _is_plain
     if not folder.is_dir():
         raise InputError(
             f"{folder} is a file; give the folder it is in" if folder.exists() else f"{folder} does not exist"
@@ -97,9 +109,9 @@ def repo_files(folder: Path) -> RepoFiles:
         raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
     config = read_json(folder / "config.json")
     layout = config.get("weights_layout", "full")
-    needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config)}
+    needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config, is_file)}
     for file in sorted(needed):
-        if not _is_plain(folder, file):
+        if not is_file(folder, file):
             found = (folder / file).exists()
             raise InputError(
                 f"{folder / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
@@ -111,7 +123,7 @@ def repo_files(folder: Path) -> RepoFiles:
         for path in [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
     ]
     wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
-    files = needed | {file for file in wanted if _is_plain(folder, file)}
+    files = needed | {file for file in wanted if is_file(folder, file)}
     return RepoFiles(sorted(files), _others(folder, files), layout, config)
 
 
@@ -154,13 +166,13 @@ def _weights(folder: Path, config: dict[str, Any], layout: str) -> set[str]:
     return files | ({"router.safetensors"} if config.get("router_input", "base") is not None else set())
 
 
-def _code(folder: Path, config: dict[str, Any]) -> set[str]:
+def _code(folder: Path, config: dict[str, Any], is_file: Callable[[Path, str], bool]) -> set[str]:
     """The files that `auto_map` names, and those that they import: what the Hub's loader follows.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another repo.
     """
     maps = [config.get("auto_map")]
-    if _is_plain(folder, "tokenizer_config.json"):
+    if is_file(folder, "tokenizer_config.json"):
         maps.append(read_json(folder / "tokenizer_config.json").get("auto_map"))
     entries = [
         entry
@@ -171,13 +183,13 @@ def _code(folder: Path, config: dict[str, Any]) -> set[str]:
         if isinstance(entry, str) and "--" not in entry
     ]
     waiting = [entry.split(".")[0] for entry in entries]
-    found = {"__init__.py"} if _is_plain(folder, "__init__.py") else set()
+    found = {"__init__.py"} if is_file(folder, "__init__.py") else set()
     while waiting:
         name = f"{waiting.pop()}.py"
         if name in found:
             continue
         found.add(name)
-        if _is_plain(folder, name):
+        if is_file(folder, name):
             waiting += RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8", errors="replace"))
     return found
 
@@ -193,6 +205,10 @@ def _is_plain(folder: Path, file: str) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
+
+
+def _is_file(folder: Path, file: str) -> bool:
+    return (folder / file).is_file()
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ It knows nothing about formats.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from .hub_errors import check_token
 
 
 ARTIFACT = "wandb:"
+NOT_ALLOWED = "{} may not be read by this user (permission denied)"
 HUB_ID = re.compile(r"(?=.{1,96}\Z)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # What training leaves behind and nothing here ever opens, at the top of a repo or in a folder of it.
@@ -47,6 +49,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
     if _exists(text):
         if revision is not None:
             raise InputError(f"--revision is for repos on the Hub; {text} is a folder of this machine")
+        _check_allowed(Path(text))
         return Source(Path(text), Path(text).resolve().name)
     if text.startswith(ARTIFACT):
         from .artifacts import download_artifact
@@ -56,7 +59,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
         name = text.removeprefix(ARTIFACT)
         return Source(download_artifact(name), name.rsplit("/", 1)[-1].partition(":")[0])
     if not HUB_ID.fullmatch(text):
-        raise InputError(f"{text} does not exist")
+        raise InputError(NOT_ALLOWED.format(text) if is_forbidden(text) else f"{text} does not exist")
     return Source(_download(text, revision), text.rsplit("/", 1)[-1])
 
 
@@ -92,6 +95,29 @@ def resolve_sources(sources: str | Path | list[str | Path], revision: str | None
         if folders.count(folder) > 1:
             raise InputError(f"{folder} is given more than once")
     return resolved
+
+
+def is_forbidden(folder: str | Path) -> bool:
+    """Whether this user may not look into a folder, or may not even see whether it is there."""
+    try:
+        with os.scandir(folder):
+            os.stat(os.path.join(folder, "."))  # listing needs another permission than opening what is in it
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def _check_allowed(folder: Path) -> None:
+    """Raises InputError: this user may not look into it or a folder in it, which would look empty."""
+    if not folder.is_dir():
+        return
+    if is_forbidden(folder):
+        raise InputError(NOT_ALLOWED.format(folder))
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and is_forbidden(inner):
+            raise InputError(NOT_ALLOWED.format(inner))
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

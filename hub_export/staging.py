@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import FailureError, InputError
+from .errors import FailureError, InputError, one_line
 
 
 try:
@@ -28,6 +28,7 @@ except ImportError:  # Windows has no such locks; leftovers stay there
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Path:
@@ -62,7 +63,7 @@ def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path],
         final: the folder to make. It may be missing or empty, or with `overwrite` hold what `is_replaceable` accepts.
 
     Raises:
-        InputError: `final` may not be written.
+        InputError: `final` may not be written, or the block could not read a file.
         FailureError: the disk is full, or the file system refuses. The old folder is then as it was.
     """
     final = check_output(final, overwrite, is_replaceable)
@@ -75,7 +76,12 @@ def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path],
     try:
         content = work / "content"
         content.mkdir()
-        yield content
+        try:
+            yield content
+        except OSError as error:
+            if _is_of_writing(error, work):
+                raise
+            raise _not_of_writing(error, final) from error
         _sync(content)
         # the wait may have been long: what may be replaced is looked at again
         check_output(final, overwrite, is_replaceable)
@@ -92,6 +98,23 @@ def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path],
         for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _is_of_writing(error: OSError, work: Path) -> bool:
+    """Whether what failed was to write below `work`, and not to read something else or to reach somebody.
+
+    The system names the file when it cannot be opened, moved or removed, and none when writing to it fails.
+    """
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+        return False  # a library's own
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return error.errno in NO_ROOM or not names or any(work in Path(name).parents for name in names)
+
+
+def _not_of_writing(error: OSError, final: Path) -> InputError | FailureError:
+    if error.errno is not None and isinstance(error.filename, str | bytes):
+        return InputError(f"{os.fsdecode(error.filename)} cannot be read: {error.strerror}; {final} was not written")
+    return FailureError(f"{one_line(error, 500)}; {final} was not written")
 
 
 def _reason(error: OSError) -> str:

@@ -40,6 +40,16 @@ MAPPED_AT_ONCE = 64 * 1024**2
 SMALL_FILE = 32 * 1024**2
 
 
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be read at all: it is missing, this user may not, or Git LFS left a pointer in its place.
+
+    None where it is none of that.
+    """
+    from dylora_moe.modeling.layouts_dylora_moe import why_unreadable
+
+    return why_unreadable(path)
+
+
 def load_torch_file(path: Path) -> Any:
     """The object in a `.pt` or `.bin` file; its tensors stay on disk until they are used.
 
@@ -58,12 +68,14 @@ def load_torch_file(path: Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} holds more than tensors, or is damaged ({one_line(error, 120)}); "
+            why_unreadable(path)
+            or f"{path} holds more than tensors, or is damaged ({one_line(error, 120)}); "
             "it was not opened, because pickled code could run"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
-            f"{path} cannot be read: {one_line(error)}; the file is damaged or incomplete, copy it again"
+            why_unreadable(path)
+            or f"{path} cannot be read: {one_line(error)}; the file is damaged or incomplete, copy it again"
         ) from error
     _check_plain(path, content)
     return content
@@ -102,11 +114,10 @@ class TensorFile:
     def _open(self):
         try:
             return safe_open(self.path, framework="pt")
-        except FileNotFoundError:
-            raise InputError(f"{self.path} does not exist") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(
-                f"{self.path} is not a whole safetensors file: {one_line(error)}; copy it again"
+                why_unreadable(self.path)
+                or f"{self.path} is not a whole safetensors file: {one_line(error)}; copy it again"
             ) from error
 
     def _read_header(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -187,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {one_line(error)}") from error
+        raise InputError(why_unreadable(path) or f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
     return content

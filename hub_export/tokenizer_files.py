@@ -26,6 +26,7 @@ FILTERS = {TOKENIZER_CONFIG: allowed_arguments, SPECIAL_TOKENS_MAP: allowed_toke
 TEMPLATE_FOLDER = "additional_chat_templates"
 # Any of these makes a folder one with a tokenizer.
 MARKS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".vocab")
 # They configure processors of images or sound, which no language model has.
 OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 
@@ -88,6 +89,8 @@ def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bo
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+
     folder = Path(folder)
     try:
         if trust_remote_code and needs_own_code(folder):
@@ -106,9 +109,8 @@ def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bo
     except InputError:
         raise
     except Exception as error:  # tokenizers raise many kinds, bare Exception among them
-        raise InputError(
-            f"the tokenizer in {folder} cannot be read: {one_line(error)}; pass one with --tokenizer"
-        ) from error
+        why = why_not_loaded(str(folder), error, TOKENIZER_SUFFIXES)
+        raise InputError(f"the tokenizer in {folder} cannot be read: {why}; pass one with --tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"the tokenizer in {folder} is a {type(tokenizer).__name__}, which reads no text by itself")
     return tokenizer

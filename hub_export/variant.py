@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .containment import contained
 from .errors import DyloraMoeWarning, InputError, one_line
 from .exported_repo import is_replaceable, load_config
 from .model_card import restate
+from .repo_files import repo_files
 from .side_files import write_generation_config
 from .staging import staged_folder
 from .tensor_files import read_json
@@ -39,7 +41,7 @@ def make_variant(
     """Write a folder that differs from `repo` in `generation_config.json`'s `routing_strategy`, and in the card's words.
 
     The weight files are hard links to the repo's, or relative symbolic links where the file system has none, so neither
-    folder's may be changed in place; all other files are copies.
+    folder's may be changed in place; all other files of the repo are copies. What else lies in its folder is left out.
 
     Args:
         repo: a local folder that this package exported.
@@ -47,7 +49,7 @@ def make_variant(
         output_dir: missing or empty, or with `overwrite` an exported repo, which is replaced at one stroke.
 
     Raises:
-        InputError: not an exported repo, a strategy it does not know (lists those it does), or an output folder that is
+        InputError: not a complete exported repo, a strategy it does not know (lists those it does), or an output folder that is
             not empty.
         FailureError: the disk is full, or the file system refuses.
     """
@@ -61,39 +63,39 @@ def make_variant(
         strategy = str(resolve_routing_strategy(routing_strategy, config))
     except ValueError as error:
         raise InputError(one_line(error, 2000)) from error
-    if not any(repo.rglob("*.safetensors")):
-        raise InputError(f"{repo} is not a complete repo: it has no weights that a variant could share")
+    files = repo_files(repo, follow_links=True).files  # in the Hub's cache, and in a variant, files may be links
     if repo.resolve() == Path(output_dir).resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
     if Path(output_dir).resolve() in repo.resolve().parents:
         raise InputError(f"{repo} lies in the output folder {output_dir}, which would be replaced")
-    generation_config = repo / "generation_config.json"
+    generation_config = contained(repo, repo / "generation_config.json")
     fields = read_json(generation_config) if generation_config.is_file() else {}
     with staged_folder(Path(output_dir), overwrite, is_replaceable) as folder:
-        shared = _copy(repo.resolve(), folder, Path(output_dir).resolve())
+        shared = _copy(repo.resolve(), folder, files, Path(output_dir).resolve())
         write_generation_config(folder, fields, strategy)
         card = folder / "README.md"
         if card.is_file():
-            text = restate(card.read_text(encoding="utf-8"), Path(output_dir).resolve().name, strategy)
-            card.write_text(text, encoding="utf-8")
+            old = card.read_text(encoding="utf-8", errors="surrogateescape")  # it may be written in another encoding
+            text = restate(old, Path(output_dir).resolve().name, strategy)
+            card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":
         message = f"the weights were copied to {output_dir}: its file system shares no files with {repo}"
         warnings.warn(message, DyloraMoeWarning, stacklevel=2)
     return VariantResult(Path(output_dir).resolve(), repo, strategy, shared)
 
 
-def _copy(repo: Path, folder: Path, final: Path) -> str:
-    """Everything at the repo's top level, and its experts; weights are linked. Returns how."""
+def _copy(repo: Path, folder: Path, files: list[str], final: Path) -> str:
+    """The repo's files but for its generation config; weights are linked. Returns how."""
     shared = "hard links"
-    for path in sorted([*repo.iterdir(), *repo.glob("experts/*/*")]):
-        name = path.relative_to(repo)
-        if not path.is_file() or path.name == "generation_config.json":
+    for name in files:
+        path, target = repo / name, folder / name
+        if name == "generation_config.json":
             continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            shared = _share(path.resolve(), folder / name, final / name.parent)
+            shared = _share(path.resolve(), target, final / Path(name).parent)
         else:
-            shutil.copyfile(path, folder / name)
+            shutil.copyfile(contained(repo, path), target)
     return shared
 
 

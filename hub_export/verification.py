@@ -109,8 +109,8 @@ def verify(
 
 
 def _files(folder: Path, config: Any, result: Verification) -> None:
-    """What every repo needs to be loaded by its own."""
-    needed = ["config.json", "generation_config.json", "README.md", *_code_files()]
+    """What every repo needs to be loaded by its own. Saving the model writes neither a card nor a tokenizer."""
+    needed = ["config.json", "generation_config.json", *(name for name in _code_files() if name != "__init__.py")]
     if config.weights_layout == "full":
         needed += [path.name for path in weight_files(folder)] or ["model.safetensors"]
     else:
@@ -120,11 +120,11 @@ def _files(folder: Path, config: Any, result: Verification) -> None:
     for name in needed:
         contained(folder, folder / name)
     missing = [name for name in needed if not (folder / name).is_file()]
-    if not has_tokenizer(folder) and config.weights_layout == "full":
-        missing.append("a tokenizer")
     strategy = stored_routing_strategy(folder, config)
     detail = f"lacks {', '.join(missing)}" if missing else f"{len(needed)} files; strategy {strategy}"
     result.add("files", not missing, detail)
+    if not (folder / "README.md").is_file():
+        result.add("card", None, "there is no README.md")
 
 
 def _headers(folder: Path, config: Any, result: Verification) -> None:
@@ -198,8 +198,9 @@ def _code(folder: Path, config: Any, result: Verification) -> None:
     ours, wrong = _code_files(), []
     for name in sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} | ours.keys()):
         contained(folder, folder / name)
-        if name not in ours and (folder / name).stat().st_size == 0:
-            continue  # in the place of an optional file that this package was left without
+        is_empty = not (folder / name).is_file() or (folder / name).stat().st_size == 0
+        if is_empty and (name not in ours or name == "__init__.py"):
+            continue  # an optional file that the package was left without; what a model saved again lacks
         if name not in ours:
             wrong.append(f"{name} is no file of this package's")
         elif not (folder / name).is_file():

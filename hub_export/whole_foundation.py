@@ -19,8 +19,8 @@ from .stored_tensors import StoredTensor, same_bits
 from .weight_conversion import named_as_now
 
 
-# what training adds to the foundation's own config, and what would name code elsewhere
-NOT_THE_FOUNDATIONS = ("base_model_name_or_path", "auto_map", "_name_or_path", "checkpoint_type")
+# what training adds to the foundation's own config
+NOT_THE_FOUNDATIONS = ("base_model_name_or_path", "_name_or_path", "checkpoint_type")
 # Buffers that older versions of transformers stored, and that are computed from the config.
 COMPUTED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
@@ -38,6 +38,8 @@ def foundation_config(
     """
     from transformers import CONFIG_MAPPING
 
+    from dylora_moe.modeling.configuration_dylora_moe import without_code_elsewhere
+
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         own = {
@@ -46,7 +48,7 @@ def foundation_config(
             if key not in NOT_THE_FOUNDATIONS and not key.startswith("_dylora_")
         }
         try:
-            found = CONFIG_MAPPING[model_type].from_dict(own)
+            found = CONFIG_MAPPING[model_type].from_dict(without_code_elsewhere(own))
         except Exception as error:  # any wrong field may make the config class fail in its own way
             raise InputError(f"{folder}/config.json is not a valid config: {one_line(error)}") from error
     else:

@@ -21,7 +21,7 @@ if Version(transformers.__version__) < Version(REQUIRED_TRANSFORMERS):
         f"run pip install --upgrade 'transformers>={REQUIRED_TRANSFORMERS}'"
     )
 
-from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
 
 
 ROUTER_INPUTS = ("base", "experts_sum")
@@ -29,6 +29,19 @@ ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
+
+# Ways to compute attention and a foundation's own experts that are transformers' own. Others are kernels from the Hub,
+# which a config could name, or packages that transformers fetches as such where they are not installed.
+OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
+OWN_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+IMPLEMENTATIONS = {
+    "attn_implementation": OWN_ATTENTION,
+    "_attn_implementation": OWN_ATTENTION,
+    "_attn_implementation_internal": OWN_ATTENTION,
+    "experts_implementation": OWN_EXPERTS,
+    "_experts_implementation": OWN_EXPERTS,
+    "_experts_implementation_internal": OWN_EXPERTS,
+}
 
 # What each field of an expert's entry defaults to. The names and their meaning are those of `peft.LoraConfig`, except
 # that `target_modules` and the keys of the two patterns are whole module names, not regular expressions.
@@ -180,8 +193,18 @@ class DyloraMoeConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         if isinstance(fields.get("base_config"), dict):
+            fields["base_config"] = without_code_elsewhere(fields["base_config"])
             fields["base_config"].pop("_name_or_path", None)  # where it lay on the machine that saved it
         return fields
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `PreTrainedConfig.get_config_dict`, without what asks for code elsewhere, the repo's own code apart."""
+        stored, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        fields = without_code_elsewhere(stored)
+        if "auto_map" in stored:
+            fields["auto_map"] = stored["auto_map"]
+        return fields, kwargs
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The foundation's config: caches, masks and generation take their sizes from it."""
@@ -219,6 +242,51 @@ def _as_config(base_config: PreTrainedConfig | dict | None) -> PreTrainedConfig 
     return AutoConfig.for_model(model_type, **fields)
 
 
+def read_config(location: str, **where) -> PreTrainedConfig:
+    """Read the config of a model of transformers' own, without what asks for code or kernels from elsewhere.
+
+    Args:
+        location: a folder or a Hub id, and in `where` arguments for the Hub.
+
+    Raises:
+        ValueError: the model needs code that transformers does not have.
+        OSError: there is no config.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(location, **where)
+    if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {fields.get('model_type')!r} needs code of its own, which is not run")
+    kind = type(AutoConfig.from_pretrained(location, trust_remote_code=False, **where))
+    fields = {**without_code_elsewhere(fields), "model_type": kind.model_type}
+    return kind.from_dict(fields, name_or_path=str(location))
+
+
+def without_code_elsewhere(value: Any) -> Any:
+    """A config's JSON without the fields that name code or kernels which transformers would fetch, however deep.
+
+    Those are `auto_map` and, unless they name what is transformers' own, the implementations of attention and experts.
+    """
+    if isinstance(value, list):
+        return [without_code_elsewhere(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for name, entry in value.items():
+        if name in IMPLEMENTATIONS:
+            entry = _own_implementation(entry, IMPLEMENTATIONS[name])
+            kept |= {} if entry is None else {name: entry}
+        elif name != "auto_map":
+            kept[name] = without_code_elsewhere(entry)
+    return kept
+
+
+def _own_implementation(value: Any, own: tuple[str, ...]) -> Any:
+    """A name that is transformers' own, or such names by those of sub-configs; None where there is none."""
+    if isinstance(value, dict):
+        parts = {part: _own_implementation(entry, own) for part, entry in value.items()}
+        return {part: entry for part, entry in parts.items() if entry is not None} or None
+    return value if value in own else None
+
+
 def _complete_expert(index: int, entry: dict) -> dict:
     unknown = sorted(set(entry) - set(EXPERT_DEFAULTS))
     if unknown:
@@ -246,4 +314,4 @@ def _complete_expert(index: int, entry: dict) -> dict:
     return expert
 
 
-__all__ = ["REQUIRED_TRANSFORMERS", "WEIGHTS_LAYOUTS", "DyloraMoeConfig"]
+__all__ = ["REQUIRED_TRANSFORMERS", "WEIGHTS_LAYOUTS", "DyloraMoeConfig", "read_config", "without_code_elsewhere"]

@@ -7,18 +7,26 @@ Knows file names and tensor names. Knows nothing about how a model computes.
 """
 
 import json
+import stat
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from huggingface_hub import constants, errors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
-from .configuration_dylora_moe import DyloraMoeConfig
+from .configuration_dylora_moe import DyloraMoeConfig, read_config
 from .experts_dylora_moe import refuse_offloaded
 
 
@@ -27,6 +35,10 @@ ROUTER_WEIGHTS = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
 # what the matrices of a mixture-of-experts layer were called before they were stacked, and its gate
 STACKED_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+WEIGHTS = (".json", ".safetensors", ".bin")  # and what describes them
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# Where transformers is told to look for an adapter of the foundation's: it would apply one that lies in its folder.
+NO_FOLDER = "no-adapter-is-looked-for"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -181,7 +193,7 @@ def read_full(
     layouts = config.rank_layouts()
     state = {}
     for path in _weight_files(location, variant, where):
-        file = safe_open(path, framework="pt")
+        file = _opened(path)
         for name in file.keys():  # noqa: SIM118  (not a dict)
             module, _, kind = name.removeprefix("foundation.").replace(".base_layer.", ".").rpartition(".")
             layout = layouts.get(module)
@@ -215,6 +227,30 @@ def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
     return [cached_file(location, name, **where) for name in names]
 
 
+def read_generation_config(location: str, where: dict) -> GenerationConfig | None:
+    """What `generation_config.json` says; None where there is none. Without it, the default strategy is another.
+
+    Raises:
+        ValueError: it is damaged; names the file.
+    """
+    found = cached_file(
+        location,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+    if found is None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(location, **where)
+    except Exception as error:  # any wrong field may make the class fail in its own way
+        raise ValueError(
+            why_unreadable(Path(found)) or f"{found} is not a valid generation config: {_first_line(error)}"
+        ) from error
+
+
 def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, network: type) -> dict:
     """The state dict of a repo of layout `adapter`: the foundation from where it lies, experts and gate from the repo.
 
@@ -226,10 +262,11 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
         network: the model class, to know the names and shapes that are needed.
 
     Raises:
+        FoundationError: the foundation cannot be had.
         ValueError: no foundation is named, or it is one of other shapes; names the tensor and both shapes.
     """
     name, hub = _foundation_place(config, where)
-    foundation = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **hub)
+    foundation = _load_foundation(name, hub)
     with torch.device("meta"):
         needed = network(config).state_dict()
     adapted = config.adapted_modules()
@@ -248,15 +285,154 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
             )
     state.update(_expert_stacks(location, config, where))
     if config.has_router:
-        router = load_file(cached_file(location, ROUTER_WEIGHTS, **where))
-        state.update({f"router.{key}": tensor[numbers] for key, tensor in router.items()})
+        router = _opened(cached_file(location, ROUTER_WEIGHTS, **where))
+        state.update({f"router.{key}": router.get_tensor(key)[numbers] for key in router.keys()})  # noqa: SIM118
     return state
 
 
+def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
+    """The foundation as its own files have it, whatever else lies beside them.
+
+    Raises:
+        FoundationError: it cannot be had.
+        ValueError: it is quantised, so that its tensors are not the numbers that the experts add to.
+    """
+    config = _foundation_config(name, hub)
+    if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config())):
+        raise ValueError(
+            f"The foundation {name!r} is quantised: pass the original model in full precision as `base_model=`, and "
+            "`quantization_config=` to quantise what is loaded."
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype="auto", trust_remote_code=False, adapter_kwargs={"subfolder": NO_FOLDER}, **hub
+        )
+    except Exception as error:  # damaged files make transformers fail in many ways
+        raise FoundationError(name, why_not_loaded(name, error)) from error
+
+
 def foundation_config(config: DyloraMoeConfig, where: dict) -> PreTrainedConfig:
-    """The config of the foundation of a repo of layout `adapter` that does not hold it."""
-    name, hub = _foundation_place(config, where)
-    return AutoConfig.from_pretrained(name, **hub)
+    """The config of the foundation of a repo of layout `adapter` that does not hold it.
+
+    Raises:
+        FoundationError: it cannot be had.
+    """
+    return _foundation_config(*_foundation_place(config, where))
+
+
+def _foundation_config(name: str, hub: dict) -> PreTrainedConfig:
+    try:
+        return read_config(name, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise FoundationError(name, why_not_loaded(name, error)) from error
+
+
+class FoundationError(OSError, ValueError):
+    """The foundation that a repo of layout `adapter` names cannot be had; `why` in a few words.
+
+    An `OSError`, as transformers raises for a model that is not there.
+    """
+
+    def __init__(self, name: str, why: str):
+        super().__init__(
+            f"The foundation {name!r}, which the repo's config names, cannot be loaded: {why}. Pass the folder or Hub "
+            "id where it is as `base_model=`."
+        )
+        self.name, self.why = name, why
+
+
+def why_not_loaded(name: str, error: Exception, suffixes: tuple[str, ...] = WEIGHTS) -> str:
+    """What keeps a model or its tokenizer from being loaded from a folder or the Hub, and the remedy, if there is one.
+
+    Args:
+        name: a folder or a Hub id.
+        error: what transformers or huggingface_hub raised; they often say only that something is not there.
+        suffixes: of the files that were to be read.
+    """
+    folder = Path(name)
+    try:
+        files = sorted(folder.iterdir())
+    except PermissionError:
+        return f"{folder} may not be read by this user (permission denied)"
+    except OSError:
+        files = None
+    if files is not None:
+        if ADAPTER_CONFIG in str(error):  # older versions look for it whatever they are told
+            return f"{folder} holds an adapter too, which this transformers does not leave out; move {ADAPTER_CONFIG} away"
+        read = [file for file in files if file.suffix in suffixes]
+        reasons = [*map(why_unreadable, read), *map(_why_no_json, read), _first_line(error)]
+        return next(reason for reason in reasons if reason is not None)
+    if folder.is_absolute() or name.startswith((".", "~")):
+        return "there is no such folder on this machine"
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+
+    def is_one(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_one(errors.HFValidationError):
+        return "it is neither a folder of this machine nor a Hub id"
+    if is_one(errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{name}"
+        return f"it is gated on the Hub: accept its licence at {page}, and log in with `hf auth login` as the user who did"
+    if is_one(errors.RevisionNotFoundError):
+        return "the Hub's repo of that name has no such revision"
+    if is_one(errors.RepositoryNotFoundError):
+        return (
+            "there is no folder of that name here, and no repo on the Hub that this machine may see; if it is private, "
+            "log in with `hf auth login`"
+        )
+    if is_one(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
+        if constants.HF_HUB_OFFLINE:
+            return "it is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it once, to fetch the model"
+        return f"it is not in the Hub's cache, and {constants.ENDPOINT} cannot be reached (is there a network?)"
+    return _first_line(error)
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be what it should be: not there, not allowed, or left with Git LFS. None where it is none."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+        with open(path, "rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except PermissionError:
+        return f"{path} may not be read by this user (permission denied)"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} does not exist"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+    if start == LFS_POINTER:
+        return f"{path} is a Git LFS pointer, and not the file itself; run `git lfs pull` in its folder"
+    return None
+
+
+def _why_no_json(path: Path) -> str | None:
+    """Why a file of that kind is damaged, which those who read it often say without its name."""
+    if path.suffix != ".json":
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path} is not valid JSON: {_first_line(error)}"
+    if path.name == CONFIG_NAME and not isinstance(content, dict):
+        return f"{path} holds a JSON {type(content).__name__}, expected an object"
+    return None
+
+
+def _opened(path: str) -> safe_open:
+    """A safetensors file; safetensors says that one is missing whatever keeps it from being opened."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        damaged = f"{path} is not a whole safetensors file ({_first_line(error)}); copy it again"
+        raise ValueError(why_unreadable(Path(path)) or damaged) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
 
 
 def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
@@ -267,10 +443,10 @@ def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
 
 
 def _expert_stacks(location: str, config: DyloraMoeConfig, where: dict) -> dict[str, torch.Tensor]:
-    files = {
-        name: load_file(cached_file(location, f"experts/{name}/{ADAPTER_WEIGHTS}", **where))
-        for name in config.expert_names
-    }
+    files = {}
+    for name in config.expert_names:
+        file = _opened(cached_file(location, f"experts/{name}/{ADAPTER_WEIGHTS}", **where))
+        files[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     stacks = {}
     for module in config.adapted_modules():
         key = f"{PEFT_PREFIX}{module}.lora_{{}}.weight"
@@ -335,13 +511,17 @@ def _tie_as_before(foundation: PreTrainedModel, keep_tied: bool) -> None:
 
 __all__ = [
     "HUB_OPTIONS",
+    "FoundationError",
     "foundation_config",
     "keep_single_expert",
     "merge_expert",
     "peft_config",
     "read_adapter",
     "read_full",
+    "read_generation_config",
     "save_adapters",
     "save_router",
     "subset_of",
+    "why_not_loaded",
+    "why_unreadable",
 ]

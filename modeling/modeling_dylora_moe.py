@@ -8,13 +8,12 @@ states. Knows nothing about files of training runs, PEFT or benchmarks.
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from functools import reduce
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
@@ -33,7 +32,15 @@ from .experts_dylora_moe import (
 )
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
-from .layouts_dylora_moe import HUB_OPTIONS, foundation_config, keep_single_expert, read_adapter, read_full, subset_of
+from .layouts_dylora_moe import (
+    HUB_OPTIONS,
+    foundation_config,
+    keep_single_expert,
+    read_adapter,
+    read_full,
+    read_generation_config,
+    subset_of,
+)
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
@@ -104,8 +111,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
 
         Raises:
-            ValueError: no such expert, a foundation that is missing or of other shapes, or `experts` of a repo that
-                was saved quantised.
+            ValueError: no such expert, a foundation that is missing (`FoundationError`) or of other shapes, a damaged
+                file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
@@ -115,17 +122,18 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         own_way = location is not None and (stored.weights_layout == "adapter" or experts is not None)
         if base_model is not None and (not own_way or stored.weights_layout != "adapter"):
             raise ValueError("`base_model` is for repos of layout `adapter`; this one holds its own foundation.")
+        # transformers takes a damaged file for none
+        generation_config = None if location is None else read_generation_config(str(location), where)
         if own_way:
             loaded = cls._from_state_dict(str(location), experts, base_model, where, *args, **kwargs)
         else:
             loaded = super().from_pretrained(location, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_foundation()  # reading a weight makes it trainable, whatever it was before
-        if location is not None and (own_way or not model.can_generate()):
+        if generation_config is not None and (own_way or not model.can_generate()):
             # transformers reads this file for models that generate and are loaded its own way, but every model's
             # strategy is in it.
-            with suppress(OSError):  # no such file: the default strategy
-                model.generation_config = GenerationConfig.from_pretrained(location, **where)
+            model.generation_config = generation_config
         if experts is not None:
             keep_single_expert(model, stored)
         return loaded

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
@@ -21,6 +21,7 @@ from .layouts_dylora_moe import merge_expert, save_adapters, save_router
 
 logger = logging.get_logger(__name__)
 
+CHECKSUMS = "SHA256SUMS"
 AUTO_MAP = {
     "AutoConfig": "configuration_dylora_moe.DyloraMoeConfig",
     "AutoModel": "modeling_dylora_moe.DyloraMoeModel",
@@ -75,8 +76,11 @@ class SavingMixin:
             before = self._get_files_timestamps(directory) if push_to_hub and is_main_process else {}
             if is_main_process:
                 save_code(directory)
+                (directory / CHECKSUMS).unlink(missing_ok=True)  # of the files that are now replaced
             if self.config.weights_layout == "full":
                 super().save_pretrained(directory, is_main_process, state_dict, False, *args, **kwargs)
+                if is_main_process and not self.can_generate() and self.generation_config is not None:
+                    self.generation_config.save_pretrained(directory)  # the strategy is in it, for every model
             elif is_main_process:
                 self._save_adapter_layout(directory, state_dict)
         if push_to_hub and is_main_process:
@@ -159,6 +163,8 @@ class SavingMixin:
         times = self._get_files_timestamps(working_dir).items()
         modified = [file for file, time in times if time > files_timestamps.get(file, float("-inf"))]
         operations = [CommitOperationAdd(file, Path(working_dir) / file) for file in sorted(modified)]
+        if CHECKSUMS not in modified and hub.file_exists(repo_id, CHECKSUMS, revision=revision):
+            operations.append(CommitOperationDelete(CHECKSUMS))  # an export's, of the files that are now replaced
         message = commit_message or "Upload model"
         return hub.create_commit(repo_id, operations, commit_message=message, revision=revision, **kwargs)
 
@@ -166,6 +172,8 @@ class SavingMixin:
 def save_code(directory: str | Path) -> None:
     """Copy the files of this folder, and say in `requirements.txt` what they need, so that `directory` loads anywhere."""
     target, files = Path(directory), list(Path(__file__).parent.glob("*.py"))
+    # transformers puts an empty `__init__.py` into its cache of code, where the repo's own is not copied to
+    files = [file for file in files if file.name != "__init__.py" or file.stat().st_size > 0]
     for file in files if target.resolve() != Path(__file__).parent.resolve() else ():
         shutil.copyfile(file, target / file.name)
         for name in set(get_relative_imports(file)) - {other.stem for other in files}:

@@ -28,6 +28,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool = False
+    gated: bool = False  # it can be seen, and its files are for those who own it
     branches: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     tags: dict[str, Commit] = field(default_factory=dict)
@@ -325,6 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def file(self, body, query, repo_id, revision, path):
         commit = self.commit_of(repo_id, revision)
+        if self.readable(repo_id).gated and not self.owns(repo_id):
+            raise Refused(403 if self.user() else 401, f"Access to model {repo_id} is restricted", "GatedRepo")
         if path not in commit.files:
             raise Refused(404, "Entry not found", "EntryNotFound")
         data = commit.files[path]

@@ -3,9 +3,11 @@
 import errno
 import os
 import random
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers_checkpoints import snapshot
@@ -72,6 +74,56 @@ def test_overwriting_through_a_link_keeps_the_link(old):
     link.symlink_to(old)
     write(link, overwrite=True)
     assert link.is_symlink() and (old / "weights").read_text() == "new"
+
+
+BODIES = {
+    "a file that is not there": (
+        lambda: Path("/nowhere/weights.pt").read_bytes(),
+        InputError,
+        "/nowhere/weights.pt cannot be read: No such file or directory",
+    ),
+    "a library's own error": (
+        lambda: fail(OSError("the model has no config")),
+        FailureError,
+        "the model has no config",
+    ),
+    "a lost connection": (
+        lambda: fail(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")),
+        FailureError,
+        "Connection reset by peer",
+    ),
+}
+WRITES = {
+    "the disk is full": (lambda folder: fail(OSError(errno.ENOSPC, "full")), "no space left on the disk"),
+    "a copy to a full disk": (
+        lambda folder: fail(OSError(errno.ENOSPC, "full", "/elsewhere", None, str(folder / "x"))),
+        "no space left on the disk",
+    ),
+    "the file system refuses": (lambda folder: fail(OSError(errno.EIO, "Input/output error")), "Input/output error"),
+    "a folder that is not there": (lambda folder: (folder / "a" / "b").write_text(""), "No such file or directory"),
+}
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_what_fails_on_the_way_and_is_not_writing(tmp_path, case):
+    body, kind, message = BODIES[case]
+    with pytest.raises(kind, match=re.escape(message)) as caught, staged_folder(tmp_path / "repo", False, replaceable):
+        body()
+    assert "cannot write" not in str(caught.value) and "repo was not written" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_what_fails_in_writing(tmp_path, case):
+    body, message = WRITES[case]
+    message = f"cannot write .*/repo: {message}; nothing was left there"
+    with pytest.raises(FailureError, match=message), staged_folder(tmp_path / "repo", False, replaceable) as folder:
+        body(folder)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("has_exchange", [True, False])

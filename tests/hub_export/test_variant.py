@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 from helpers_checkpoints import snapshot
+from transformers import AutoTokenizer
 
-from dylora_moe.hub_export import InputError, make_variant
+from dylora_moe.hub_export import InputError, export, make_variant
 from dylora_moe.hub_export.tensor_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -20,6 +21,53 @@ def test_a_variant_shares_the_weights_and_differs_in_the_strategy_alone(repo, tm
     assert original.keys() == variant.keys()
     fields = read_json(repo / "generation_config.json"), read_json(tmp_path / "variant" / "generation_config.json")
     assert {**fields[0], "routing_strategy": "single:2"} == fields[1]
+
+
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_a_variant_holds_the_repos_files_and_no_others(request, tmp_path, layout):
+    if layout == "full":
+        repo = request.getfixturevalue("repo")
+    else:
+        repo = tmp_path / "mixture"
+        export(request.getfixturevalue("checkpoint"), repo, layout="adapter", verify=False)
+    templates = repo / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (repo / "spm.model").write_bytes(b"pieces")
+    (repo / "LICENSE").write_text("as it pleases")
+    files = snapshot(repo)
+    (repo / ".env").write_text("HF_TOKEN=secret")
+    (repo / "notes.txt").write_text("not for anybody")
+    (repo / "experts").mkdir(exist_ok=True)
+    (repo / "experts" / "mine").mkdir()
+    (repo / "experts" / "mine" / "optimizer.pt").write_bytes(b"state")
+    make_variant(repo, routing_strategy="base", output_dir=tmp_path / "variant")
+    assert snapshot(tmp_path / "variant").keys() == files.keys()
+    templates = AutoTokenizer.from_pretrained(tmp_path / "variant").chat_template
+    assert templates["tool_use"] == "{{ tools }}"
+
+
+def test_a_link_to_another_folder_is_not_copied(repo, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("HF_TOKEN=secret")
+    (repo / "README.md").unlink()
+    (repo / "README.md").symlink_to(secret)
+    with pytest.raises(InputError, match=r"README.md leads out of"):
+        make_variant(repo, routing_strategy="base", output_dir=tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()
+
+
+def test_a_repo_in_the_hubs_cache_has_variants(repo, tmp_path):
+    """There every file is a link to one that is named after its content."""
+    cached, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    cached.mkdir(parents=True)
+    blobs.mkdir()
+    for path in repo.iterdir():
+        path.rename(blobs / f"blob-{path.name}")
+        (cached / path.name).symlink_to(f"../../blobs/blob-{path.name}")
+    make_variant(cached, routing_strategy="base", output_dir=tmp_path / "variant")
+    assert snapshot(tmp_path / "variant").keys() == snapshot(cached).keys()
+    assert not any(path.is_symlink() for path in (tmp_path / "variant").iterdir())
 
 
 def test_the_card_of_a_variant_speaks_of_the_variant(repo, tmp_path):

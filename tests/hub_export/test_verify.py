@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.hub_export import InputError, export, merge, verify
+from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
 def findings(result):
@@ -67,10 +68,11 @@ DAMAGES = {
         "files",
         "generation_config.json",
     ),
-    "no tokenizer": (lambda repo: [path.unlink() for path in repo.glob("tokenizer*")], "files", "a tokenizer"),
+    "no weights": (lambda repo: (repo / "model.safetensors").unlink(), "files", "model.safetensors"),
     "no such strategy": (write("generation_config.json", '{"routing_strategy": "single:7"}'), "files", "single:7"),
     "a file of code is missing": (lambda repo: (repo / "cache_dylora_moe.py").unlink(), "code", "cache_dylora_moe.py"),
     "code was changed": (append("router_dylora_moe.py", "import os\n"), "code", "+import os"),
+    "the package's file was changed": (write("__init__.py", "import os\n"), "code", "+import os"),
     "code was added": (write("more.py", "import os\n"), "code", "more.py is no file of this package's"),
     "code elsewhere": (
         lambda repo: change_json(repo / "config.json", auto_map={"AutoConfig": "eve/evil--config.Config"}),
@@ -115,6 +117,51 @@ def test_what_is_wrong_is_named(repo, case):
     result = verify(repo)
     passed, detail = findings(result)[what]
     assert not result.passed and passed is False and message in detail
+
+
+SAVE_AGAIN = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+full, adapter, out = sys.argv[1:]
+load = lambda kind=AutoModelForCausalLM, name=full, **more: kind.from_pretrained(name, trust_remote_code=True, **more)
+load().save_pretrained(out + "/full")
+load().save_pretrained(out + "/adapter", layout="adapter")
+load(name=adapter).save_pretrained(out + "/adapter-as-full")
+load(name=adapter).save_pretrained(out + "/adapter-again", layout="adapter")
+load(name=out + "/full").save_pretrained(out + "/again")
+load().save_pretrained(out + "/shards", max_shard_size="20KB")
+load(dtype=torch.bfloat16).save_pretrained(out + "/rounded")
+load(AutoModel).save_pretrained(out + "/body")
+load(experts=["expert_2", "expert_0"]).save_pretrained(out + "/subset")
+trained = load()
+trained.expert_layers()["model.layers.0.self_attn.q_proj"].lora_B.data.add_(1)
+trained.save_pretrained(full)
+assert not any(name.partition(".")[0] == "dylora_moe" for name in sys.modules)
+row = {"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}
+arguments = TrainingArguments(out + "/run", max_steps=1, save_steps=1, report_to=[], use_cpu=True)
+trainer = Trainer(trained, arguments, train_dataset=[row] * 4, processing_class=AutoTokenizer.from_pretrained(full))
+trainer.train()
+trainer.save_model(out + "/trained")
+"""
+
+
+def test_a_model_saved_again_passes(tmp_path, repo, checkpoint):
+    """By stock transformers, which imports the code from its own cache, where there is no `__init__.py` of the repo's."""
+    adapter = export(checkpoint, tmp_path / "light", layout="adapter", verify=False).output_dir
+    out = tmp_path / "out"
+    run_python(sys.executable, SAVE_AGAIN, str(repo), str(adapter), str(out), home=tmp_path)
+    saved = [*(path for path in out.iterdir() if path.name != "run"), out / "run" / "checkpoint-1", repo]
+    assert len(saved) == 12
+    for folder in saved:
+        result = verify(folder)
+        assert result.passed, (folder, findings(result))
+        assert findings(result)["code"][0] is True and findings(result)["safetensors"][0] is True
+        assert findings(result)["checksums"] == (None, "not compared: there is no SHA256SUMS")
+    assert findings(verify(out / "full"))["card"] == (None, "there is no README.md")
+    (out / "full" / "__init__.py").touch()  # as it was written by earlier versions
+    assert verify(out / "full").passed
+    DyloraMoeForCausalLM.from_pretrained(out / "full").save_pretrained(tmp_path / "by-this-package")
+    assert verify(tmp_path / "by-this-package").passed
 
 
 CHANGES = {

@@ -35,6 +35,7 @@ def run(hub, home, code: str, *arguments: str, token: str | None = "hf_write") -
 
 PUSH = """
 import pathlib, torch
+from huggingface_hub import HfApi
 from helpers_models import PeftLoop, build
 model = build(seed=5)
 PeftLoop(model).peft.unload().push_to_hub("guild/foundation", private=True)
@@ -47,6 +48,10 @@ for layout in ("adapter", "full"):
     pathlib.Path(layout, "notes.txt").write_text("mine")
     arguments = {"repo_id": f"ada/saved_{layout}", "commit_message": "saved", "private": True}
     model.save_pretrained(layout, layout=layout, push_to_hub=True, **arguments)
+HfApi().create_repo("ada/exported")
+HfApi().upload_file(path_or_fileobj=b"of other weights", path_in_repo="SHA256SUMS", repo_id="ada/exported")
+HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="LICENSE", repo_id="ada/exported")
+model.push_to_hub("ada/exported", layout="adapter")
 print(model(torch.arange(3, 9)[None], routing_strategy="router").logits.sum().item())
 """
 
@@ -87,6 +92,8 @@ def test_both_layouts_are_pushed_whole(hub, pushed):
     assert saved.private and saved.branches["main"].message == "saved"
     assert b"mixture" in full.branches["main"].files["README.md"]
     assert full.branches["sharded"].message == "in parts"
+    exported = hub.repos["ada/exported"].branches["main"].files
+    assert "SHA256SUMS" not in exported and exported["LICENSE"] == b"mine" and "router.safetensors" in exported
     shards = [file for file in full.branches["sharded"].files if file.startswith("model-")]
     assert len(shards) > 1 and "model.safetensors.index.json" in full.branches["sharded"].files
 

@@ -147,7 +147,7 @@ def test_expert_folders_load_with_peft_as_they_stand(saved):
 def test_base_model_overrides_and_a_foundation_of_other_shapes_is_refused(saved):
     model, folder = saved
     (folder / "foundation").rename(folder / "moved")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"The foundation '.*foundation', which .* no such folder .*`base_model=`"):
         DyloraMoeForCausalLM.from_pretrained(folder / "adapter")
     same(model, DyloraMoeForCausalLM.from_pretrained(folder / "adapter", base_model=str(folder / "moved")))
     other = AutoModelForCausalLM.from_config(llama_config(vocab_size=101))
@@ -183,8 +183,8 @@ def test_a_subset_of_layout_adapter_reads_no_other_experts_files(saved, monkeypa
     from dylora_moe.modeling import layouts_dylora_moe
 
     read = []
-    original = layouts_dylora_moe.load_file
-    monkeypatch.setattr(layouts_dylora_moe, "load_file", lambda path: read.append(Path(path)) or original(path))
+    original = layouts_dylora_moe._opened
+    monkeypatch.setattr(layouts_dylora_moe, "_opened", lambda path: read.append(Path(path)) or original(path))
     DyloraMoeForCausalLM.from_pretrained(saved[1] / "adapter", experts=["third"])
     assert [path.parent.name for path in read] == ["third", "adapter"]  # its file and the router's
 

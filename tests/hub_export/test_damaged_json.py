@@ -1,0 +1,64 @@
+"""Every JSON file that cannot be read is named, whichever command reads it."""
+
+import re
+import shutil
+
+import pytest
+from helpers_checkpoints import save_adapter
+
+from dylora_moe.eval.loading import find_model
+from dylora_moe.hub_export import InputError, export, make_variant, merge, verify
+from dylora_moe.modeling import DyloraMoeForCausalLM
+
+
+DAMAGES = {"no JSON": "{", "no object": "[3]", "a wrong field": '{"watermarking_config": 3, "num_beams": "many"}'}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_generation_config_of_a_repo(repo, checkpoint, tmp_path, layout, damage):
+    """transformers takes a damaged one for none, and so the default strategy for the repo's own."""
+    if layout == "adapter":
+        repo = export(checkpoint, tmp_path / "light", layout=layout, verify=False).output_dir
+    path = repo / "generation_config.json"
+    path.write_text(DAMAGES[damage])
+    uses = {
+        "load": lambda: DyloraMoeForCausalLM.from_pretrained(repo),
+        "benchmark": lambda: find_model(repo).load(dtype="float32", device="cpu"),
+        "merge": lambda: merge(repo, expert=0, output_dir=tmp_path / "merged"),
+        "export": lambda: export(repo, tmp_path / "again", verify=False),
+    }
+    if damage != "a wrong field":
+        uses["strategies"] = lambda: find_model(repo).strategies(None)
+        uses["variant"] = lambda: make_variant(repo, routing_strategy="base", output_dir=tmp_path / "variant")
+    for name, use in uses.items():
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            use()
+        assert name == "load" or isinstance(caught.value, InputError), name
+    if damage != "a wrong field":
+        assert any(str(path) in finding.detail for finding in verify(repo).findings if finding.passed is False)
+    assert not any((tmp_path / name).exists() for name in ("merged", "again", "variant"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_of_a_foundation(foundation, tmp_path, file, damage):
+    if file == "config.json" and damage == "a wrong field":
+        pytest.skip("such a config is as good as any")
+    own = shutil.copytree(foundation, tmp_path / "foundation")
+    adapter = save_adapter(tmp_path / "adapter", own, seed=2)
+    (own / file).write_text(DAMAGES[damage])
+    with pytest.raises(InputError, match=re.escape(str(own / file))):
+        export(adapter, tmp_path / "repo", verify=False)
+    if file != "model.safetensors.index.json":
+        with pytest.raises(InputError, match=re.escape(str(own / file))):
+            find_model(own).load(dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_of_a_tokenizer(foundation, tmp_path, file):
+    own = shutil.copytree(foundation, tmp_path / "foundation")
+    adapter = save_adapter(tmp_path / "adapter", own, seed=2)
+    (own / file).write_text("{")
+    with pytest.raises(InputError, match=re.escape(f"{own / file} is not valid JSON")):
+        export(adapter, tmp_path / "repo", verify=False)
