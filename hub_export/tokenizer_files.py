@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .containment import contained
-from .errors import InputError, one_line
+from .errors import InputError
 from .repo_files import is_tokenizer_file
 from .sources import HUB_ID
 from .tensor_files import read_json
@@ -159,6 +159,8 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
         raise InputError(f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer")
     from huggingface_hub import errors, snapshot_download
 
+    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+
     network_errors = getattr(errors, "HTTPError", OSError)
     patterns = ["*.json", "*.model", "*.txt", "*.bpe", "*.tiktoken", "*.jinja", f"{TEMPLATE_FOLDER}/*", "*.py"]
     try:
@@ -169,5 +171,6 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
         at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"the tokenizer of {name}{at} cannot be downloaded: {one_line(error)}; pass a folder with --tokenizer"
+            f"the tokenizer of {name}{at} cannot be downloaded: {why_not_loaded(name, error, TOKENIZER_SUFFIXES)}; pass a "
+            "folder with --tokenizer"
         ) from error
