@@ -190,7 +190,8 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
     precision = finest_precision(plan.num_foundation_parameters + _num_expert_parameters(mixture))
     rows = _random_rows(plan)
     # a repo of layout `adapter` whose foundation is elsewhere by now
-    base_model = plan.foundation.name if options.base_model is not None and is_local(plan.foundation) else None
+    is_elsewhere = options.layout == "adapter" and options.base_model is not None and is_local(plan.foundation)
+    base_model = plan.foundation.name if is_elsewhere else None
     if mixture.parts:
         expected = _appended_quantities(mixture, plan, rows, options, precision)
     else:

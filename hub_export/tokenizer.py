@@ -56,7 +56,7 @@ class FoundTokenizer:
 
     @cached_property
     def behaviour(self) -> dict[str, Any]:
-        return behaviour(self.tokenizer)
+        return behaviour(self.tokenizer, self.origin)
 
 
 def open_tokenizer(
@@ -236,7 +236,7 @@ def as_it_stands(found: FoundTokenizer) -> dict[str, Any] | None:
         _declare_class(folder, AS_IT_STANDS)
         from transformers import PreTrainedConfig
 
-        return behaviour(load_tokenizer(folder, PreTrainedConfig()))
+        return behaviour(load_tokenizer(folder, PreTrainedConfig()), found.origin)
 
 
 def _version() -> str:
@@ -264,7 +264,7 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
     first = None
     for write in (_write_copy, _write_class, _write_saved):
         write(found, folder)
-        written = behaviour(load_tokenizer(folder, config))
+        written = behaviour(load_tokenizer(folder, config), found.origin)
         wrong = differences(written, found.behaviour)
         if not wrong:
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .errors import InputError, one_line
+
 
 TEXTS = (
     "def add(a, b):\n    return a + b\n",
@@ -27,12 +29,25 @@ MESSAGES = (
 MOST_SPECIAL_TOKENS = 24
 
 
-def behaviour(tokenizer: Any) -> dict[str, Any]:
+def behaviour(tokenizer: Any, origin: str) -> dict[str, Any]:
     """Everything about a tokenizer that decides what a model reads and what a reader sees.
 
     Keys are names for messages: a text in quotes has the ids with and without special tokens, and the text that the ids
     become; the others are settings.
+
+    Raises:
+        InputError: it fails on a text; names `origin`.
     """
+    try:
+        return _behaviour(tokenizer)
+    except Exception as error:  # a wrong argument of its class may come to light in any way
+        raise InputError(
+            f"the tokenizer of {origin} fails on a text: {type(error).__name__}: {one_line(error)}; pass another one with "
+            "--tokenizer"
+        ) from error
+
+
+def _behaviour(tokenizer: Any) -> dict[str, Any]:
     found = {repr(text): _read(tokenizer, text) for text in [*TEXTS, *_around_special_tokens(tokenizer)]}
     found["the chat template"] = tokenizer.chat_template
     found["a chat"] = [_chat(tokenizer, name) for name in _template_names(tokenizer)]

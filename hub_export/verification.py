@@ -241,11 +241,11 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
     if lack is not None:
         result.add("tokenizer", False, f"it {lack}; the file that holds its vocabulary is missing")
         return
+    here = behaviour(tokenizer, str(folder))
     wrong = _not_read_back(tokenizer)
     if wrong is not None:
         result.add("tokenizer", False, wrong)
         return
-    here = behaviour(tokenizer)
     if config.base_config is not None:
         beside = open_tokenizer(str(folder), folder, config.base_config, config.base_model_name_or_path)
         names = differences(here, beside.behaviour)
@@ -291,7 +291,11 @@ def _compare_tokenizers(folder: Path, config: Any, source: FoundTokenizer | None
     """The repo's tokenizer gives the ids that the source's gives beside the foundation."""
     if source is None or not has_tokenizer(folder):
         return
-    here = behaviour(load_tokenizer(folder, config))
+    try:
+        here = behaviour(load_tokenizer(folder, config), str(folder))
+    except InputError as error:
+        result.add("tokenizer of the source", False, str(error))
+        return
     texts, others = text_differences(here, source.behaviour), differences(here, source.behaviour)
     if not others:
         result.add("tokenizer of the source", True, f"it gives the tokens of {source.origin}")

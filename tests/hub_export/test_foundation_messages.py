@@ -13,7 +13,7 @@ from helpers_checkpoints import change_json, save_adapter, save_foundation, snap
 from hub_server import Hub, Repo
 
 from dylora_moe.eval.loading import find_model
-from dylora_moe.hub_export import InputError, check, export, inspect, merge, verify
+from dylora_moe.hub_export import InputError, export, inspect, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -53,23 +53,14 @@ def test_one_that_moved(moved, tmp_path):
     assert not (tmp_path / "merged").exists() and not (tmp_path / "full").exists()
 
 
-def test_one_that_moved_is_named_anew(moved, tmp_path, monkeypatch):
+def test_one_that_moved_is_named_anew(moved, tmp_path, monkeypatch, quick_check):
     adapter, repo, after = moved
     result = merge(repo, expert=0, output_dir=tmp_path / "merged", base_model=str(after))
     assert result.difference < 1e-4 and result.foundation == str(after)
     monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(check, "_repo_quantities", in_this_process)
     find_model(repo, base_model=str(after)).load(dtype="float32", device="cpu")
     result = verify(repo, against=adapter, base_model=str(after))
     assert result.passed and result.findings[-1].what == "logits"
-
-
-def in_this_process(repo, rows, settings, dtype, base_model=None, round_foundation=True):
-    from dylora_moe.hub_export import check_repo
-
-    where = {} if base_model is None or not (repo / "experts").is_dir() else {"base_model": base_model}
-    model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=torch.float32, **where, **settings)
-    return check_repo.quantities(model.eval(), rows)
 
 
 def test_a_merge_that_needs_no_other_foundation(checked, foundation, tmp_path):
