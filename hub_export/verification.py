@@ -17,7 +17,7 @@ import torch
 from .check import check_export
 from .checksums import FILE, covered_files, read_checksums, sha256
 from .containment import contained
-from .errors import DyloraMoeError, FailureError
+from .errors import DyloraMoeError, FailureError, InputError
 from .exported_repo import load_config, read, stored_routing_strategy, weight_files
 from .exporter import prepare
 from .formats import open_sources
