@@ -11,10 +11,12 @@ import torch
 from environments import python_path
 from helpers_checkpoints import change_json, save_adapter, save_foundation, snapshot
 from hub_server import Hub, Repo
+from transformers.utils import find_adapter_config_file
 
 from dylora_moe.eval.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
+from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
 
 
 @pytest.fixture
@@ -144,6 +146,10 @@ def test_an_adapter_that_lies_in_the_foundations_folder(foundation, tmp_path, qu
     left = save_adapter(tmp_path / "left", foundation, seed=5)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(left / name, own / name)
+    if find_adapter_config_file(str(own), subfolder=NO_FOLDER) is not None:
+        with pytest.raises(InputError, match=r"holds an adapter too, which this transformers does not leave out"):
+            export(adapter, tmp_path / "refused", layout="adapter")
+        return
     clean = export(adapter, tmp_path / "clean", base_model=str(foundation), verify=False).output_dir
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
