@@ -126,7 +126,8 @@ class FoundModel:
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
-        return tokenizer.load_tokenizer(str(self.folder), None, self.trust_remote_code)
+        name = None if self.is_mixture else self.source
+        return tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
 
     def load(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,35 @@ def test_arguments_of_the_loading_call_do_not_reach_a_repo(foundation, tmp_path)
 def test_token_strings_that_look_like_paths_stay_tokens(foundation, tmp_path):
     folder = write_tokenizer_files(tmp_path / "slash", byte_level(), tokenizer_class="GPT2Tokenizer", pad_token="/")
     assert load_tokenizer(folder).pad_token == "/"
+
+
+@pytest.fixture
+def tokenizer_with_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])  # which gains the folder of such modules
+    folder = write_tokenizer_files(
+        tmp_path / "own",
+        byte_level(),
+        tokenizer_class="OwnTokenizer",
+        auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    )
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "own.py").write_text(code)
+    return folder
+
+
+def test_what_a_tokenizer_with_code_of_its_own_needs_is_said(tokenizer_with_code):
+    with pytest.raises(
+        InputError, match="own cannot be read: it needs code of its own, which --trust_remote_code runs"
+    ):
+        load_tokenizer(tokenizer_with_code)
+
+
+def test_arguments_of_the_loading_call_do_not_reach_a_repo_with_own_code(tokenizer_with_code, foundation, tmp_path):
+    source = save_adapter(tmp_path / "adapter", foundation)
+    remove_tokenizer(source)
+    repo = tmp_path / "repo"
+    options = {"tokenizer": str(tokenizer_with_code), "trust_remote_code": True}
+    export(source, repo, verify=False, **options)
+    assert not {"is_local", "local_files_only"} & json.loads((repo / "tokenizer_config.json").read_text()).keys()
+    assert (repo / "own.py").is_file()
