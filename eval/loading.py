@@ -127,7 +127,9 @@ class FoundModel:
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
         name = None if self.is_mixture else self.source
-        return tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
+        loaded = tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
+        tokenizer.warn_about_missed_arguments(self.folder, loaded)
+        return loaded
 
     def load(
         self,

@@ -28,6 +28,7 @@ from .tokenizer_files import (
     has_tokenizer,
     load_tokenizer,
     needs_own_code,
+    warn_about_missed_arguments,
     write_json,
 )
 
@@ -77,6 +78,7 @@ def open_tokenizer(
     config = PreTrainedConfig() if base_config is None else copy.deepcopy(base_config)
     config._name_or_path = foundation or ""
     tokenizer = load_tokenizer(folder, config, trust_remote_code)
+    warn_about_missed_arguments(folder, tokenizer)
     return FoundTokenizer(origin, folder, tokenizer, base_config, trust_remote_code and needs_own_code(folder))
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from .containment import contained
-from .errors import InputError
+from .errors import DyloraMoeWarning, InputError
 from .repo_files import is_tokenizer_file
 from .sources import HUB_ID
 from .tensor_files import read_json
-from .tokenizer_arguments import allowed_arguments, allowed_tokens
+from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -139,6 +140,18 @@ def _is_protobuf(path: Path) -> bool:
     """Whether a file is a model of SentencePiece, whose first field has this tag; tiktoken's, of the same name, are text."""
     with path.open("rb") as file:
         return file.read(1) == b"\n"
+
+
+def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
+    """Warn where a tokenizer was loaded without an argument that stock transformers would have given to its class."""
+    path = folder / TOKENIZER_CONFIG
+    missed = missed_arguments(read_json(path), tokenizer) if path.is_file() and not needs_own_code(folder) else []
+    if missed:
+        message = (
+            f"{', '.join(missed)} of {path} is left out, since such a text may name a file of this machine; without it "
+            f"{type(tokenizer).__name__} may make other tokens than stock transformers"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
 
 
 def needs_own_code(folder: Path) -> bool:
