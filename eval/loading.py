@@ -175,8 +175,10 @@ class FoundModel:
                 model = loader.from_pretrained(self.folder, **arguments)
             else:
                 read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
-                model, report = loader.from_pretrained(self.folder, output_loading_info=True, **arguments)
-                _check_weights(self.source, report["missing_keys"])
+                model, report = loader.from_pretrained(
+                    self.folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+                )
+                _check_weights(self.source, report)
         except InputError:
             raise
         except FoundationError as error:
@@ -276,8 +278,17 @@ def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
     return models
 
 
-def _check_weights(source: str, missing: Any) -> None:
-    """transformers fills in random numbers, and says so where few look."""
+def _check_weights(source: str, report: dict[str, Any]) -> None:
+    """transformers fills in random numbers, and says so where few look.
+
+    Raises:
+        InputError: weights are missing, or of another shape than the config's.
+    """
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise InputError(f"{name} of {source} is {list(stored)}, and its config asks for {list(expected)}")
+    missing = report["missing_keys"]
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
