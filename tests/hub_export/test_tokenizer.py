@@ -306,7 +306,7 @@ def test_another_tokenizer_than_the_foundations_is_said(granite, granite_adapter
         export(source, tmp_path / "other", verify=False)
 
 
-def test_a_model_that_transformers_knows_by_its_name_keeps_its_class(granite, monkeypatch, tmp_path):
+def test_a_model_that_transformers_knows_by_its_name_keeps_its_class(monkeypatch, tmp_path):
     """Its folder in the Hub's cache has another name, so that the class that its files declare would be taken."""
     name = "deepseek-ai/deepseek-coder-small"
     cache = tmp_path / "hub"
@@ -317,7 +317,8 @@ def test_a_model_that_transformers_knows_by_its_name_keeps_its_class(granite, mo
     refs = snapshot.parent.parent / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
-    expected = [AutoTokenizer.from_pretrained(granite)(text)["input_ids"] for text in SAMPLES]
+    stock = AutoTokenizer.from_pretrained(name, cache_dir=cache)
+    expected = [stock(text)["input_ids"] for text in SAMPLES]
     loaded = find_model(name).load_tokenizer()
     assert [loaded(text)["input_ids"] for text in SAMPLES] == expected
     own = foundations_tokenizer(FoundationReference(name, None)).tokenizer
