@@ -178,7 +178,9 @@ def foundations_tokenizer(foundation: FoundationReference) -> FoundTokenizer | N
     if folder is None or not has_tokenizer(folder):
         return None
     try:
-        return FoundTokenizer(str(folder), folder, load_tokenizer(folder, name=foundation.name))
+        found = FoundTokenizer(str(folder), folder, load_tokenizer(folder, name=foundation.name))
+        found.behaviour  # noqa: B018  (it may fail on a text)
+        return found
     except InputError:
         return None  # nothing to compare with; whoever needs it is told why
 

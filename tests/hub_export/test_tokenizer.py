@@ -335,6 +335,15 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(foundation, monkeypatch, t
         export(source, tmp_path / "repo", verify=False)
 
 
+def test_a_foundations_tokenizer_that_fails_on_a_text_is_nothing_to_compare_with(granite, granite_adapter, tmp_path):
+    base = shutil.copytree(granite, tmp_path / "base")
+    fields = json.loads(byte_level())
+    fields["model"] = {"type": "WordLevel", "vocab": fields["model"]["vocab"], "unk_token": "no such token"}
+    (base / "tokenizer.json").write_text(json.dumps(fields))
+    export(granite_adapter, tmp_path / "repo", base_model=str(base), verify=False)
+    assert stock_ids(tmp_path / "repo") == stock_ids(granite)
+
+
 def test_a_repo_keeps_named_chat_templates(granite, granite_adapter, tmp_path):
     source = shutil.copytree(granite_adapter, tmp_path / "adapter")
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
