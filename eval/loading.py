@@ -126,7 +126,10 @@ class FoundModel:
 
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
-        return tokenizer.load_tokenizer(str(self.folder), None, self.trust_remote_code)
+        name = None if self.is_mixture else self.source
+        loaded = tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
+        tokenizer.warn_about_missed_arguments(self.folder, loaded)
+        return loaded
 
     def load(
         self,
@@ -172,8 +175,10 @@ class FoundModel:
                 model = loader.from_pretrained(self.folder, **arguments)
             else:
                 read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
-                model, report = loader.from_pretrained(self.folder, output_loading_info=True, **arguments)
-                _check_weights(self.source, report["missing_keys"])
+                model, report = loader.from_pretrained(
+                    self.folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+                )
+                _check_weights(self.source, report)
         except InputError:
             raise
         except FoundationError as error:
@@ -273,8 +278,17 @@ def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
     return models
 
 
-def _check_weights(source: str, missing: Any) -> None:
-    """transformers fills in random numbers, and says so where few look."""
+def _check_weights(source: str, report: dict[str, Any]) -> None:
+    """transformers fills in random numbers, and says so where few look.
+
+    Raises:
+        InputError: weights are missing, or of another shape than the config's.
+    """
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise InputError(f"{name} of {source} is {list(stored)}, and its config asks for {list(expected)}")
+    missing = report["missing_keys"]
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

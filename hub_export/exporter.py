@@ -127,8 +127,9 @@ def prepare(
     mixture = read_mixture(sources, options)
     plan = make_plan(mixture, options)
     tokenizer = find_tokenizer(options, mixture, plan.foundation, plan.config.base_config)
-    if tokenizer is not None and plan.skeleton is not None:
-        check_vocabulary(tokenizer, plan.skeleton.get_input_embeddings().weight.shape[0])
+    if tokenizer is not None:
+        skeleton = plan.skeleton
+        check_vocabulary(tokenizer, None if skeleton is None else skeleton.get_input_embeddings().weight.shape[0])
     if options.router_prompts is not None:
         tell("making a router from the prompts")
         if mixture.router is None and mixture.routing_strategy == "uniform":

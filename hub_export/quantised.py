@@ -11,7 +11,7 @@ from .errors import InputError
 
 
 # Those whose layers transformers computes with kernels that it downloads, where the package `kernels` is installed.
-WITH_KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "nvfp4")
+WITH_KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "mxfp8", "nvfp4")
 
 
 def quantisation_of(config: Any) -> dict[str, Any] | None:

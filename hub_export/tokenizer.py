@@ -19,6 +19,7 @@ from .foundation import at_hand
 from .mixture import FoundationReference, Mixture
 from .options import ExportOptions
 from .tensor_files import read_json
+from .tokenizer_arguments import OF_THE_LOADING_CALL
 from .tokenizer_battery import behaviour, describe, differences, text_differences
 from .tokenizer_files import (
     TOKENIZER_CONFIG,
@@ -27,6 +28,7 @@ from .tokenizer_files import (
     has_tokenizer,
     load_tokenizer,
     needs_own_code,
+    warn_about_missed_arguments,
     write_json,
 )
 
@@ -76,6 +78,7 @@ def open_tokenizer(
     config = PreTrainedConfig() if base_config is None else copy.deepcopy(base_config)
     config._name_or_path = foundation or ""
     tokenizer = load_tokenizer(folder, config, trust_remote_code)
+    warn_about_missed_arguments(folder, tokenizer)
     return FoundTokenizer(origin, folder, tokenizer, base_config, trust_remote_code and needs_own_code(folder))
 
 
@@ -175,13 +178,18 @@ def foundations_tokenizer(foundation: FoundationReference) -> FoundTokenizer | N
     if folder is None or not has_tokenizer(folder):
         return None
     try:
-        return FoundTokenizer(str(folder), folder, load_tokenizer(folder))
+        found = FoundTokenizer(str(folder), folder, load_tokenizer(folder, name=foundation.name))
+        found.behaviour  # noqa: B018  (it may fail on a text)
+        return found
     except InputError:
         return None  # nothing to compare with; whoever needs it is told why
 
 
-def check_vocabulary(found: FoundTokenizer, num_embeddings: int) -> None:
+def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
     """Warn where tokenizer and model have different numbers of tokens.
+
+    Args:
+        num_embeddings: of the foundation; None where that is not at hand.
 
     Raises:
         InputError: the tokenizer has no vocabulary to speak of: its class was loaded without the file that holds it.
@@ -193,7 +201,7 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int) -> None:
             f"the tokenizer of {found.origin} {lack}; the file that holds its vocabulary is missing there "
             "(tokenizer.json, tokenizer.model, or vocab.json with merges.txt): copy it, or pass a tokenizer with --tokenizer"
         )
-    if len(tokenizer) > num_embeddings:
+    if num_embeddings is not None and len(tokenizer) > num_embeddings:
         message = (
             f"the tokenizer has {len(tokenizer)} tokens, the foundation embeds {num_embeddings}: the rest cannot be read by "
             "the model"
@@ -202,9 +210,12 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int) -> None:
 
 
 def lacks_vocabulary(tokenizer: Any, num_embeddings: int | None) -> str | None:
-    """In what words a tokenizer has no vocabulary, or None where it has one. Special tokens alone are none."""
-    special = set(map(str, tokenizer.all_special_tokens))
-    count = sum(token not in special for token in tokenizer.get_vocab())
+    """In what words a tokenizer has no vocabulary, or None where it has one.
+
+    Special and added tokens alone are none: `tokenizer_config.json` lists them, thousands with some models.
+    """
+    listed = {*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()}
+    count = len(tokenizer.get_vocab().keys() - listed)
     if count == 0:
         return "has no tokens but its special ones"
     if num_embeddings is not None and count < LEAST_SHARE * num_embeddings:
@@ -260,6 +271,7 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
     """
     if found.has_own_code:
         found.tokenizer.save_pretrained(folder)
+        _drop_loading_call(folder / TOKENIZER_CONFIG)
         return
     first = None
     for write in (_write_copy, _write_class, _write_saved):
@@ -273,6 +285,12 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
         f"the tokenizer of {found.origin} cannot be written so that it gives the same tokens apart from its foundation: {first}; "
         "pass another one with --tokenizer"
     )
+
+
+def _drop_loading_call(path: Path) -> None:
+    """Leave out what says how the tokenizer was loaded here."""
+    fields = read_json(path)
+    write_json(path, {key: value for key, value in fields.items() if key not in OF_THE_LOADING_CALL})
 
 
 def _write_copy(found: FoundTokenizer, folder: Path) -> None:

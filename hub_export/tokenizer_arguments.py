@@ -7,12 +7,15 @@ which saving or pushing the tokenizer would publish. So only what cannot name a 
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 
 # Arguments of the call that loaded the tokenizer before it was saved; they say nothing about it.
 OF_THE_LOADING_CALL = {"is_local", "local_files_only", "trust_remote_code", "force_download", "use_fast"}
+# Other files for other versions of transformers, instead of tokenizer.json.
+VERSIONS = "fast_tokenizer_files"
 # What a class may open: the number 3 is a file to Python's `open`, too.
 OPENED = re.compile(r"vocab|merges|init_inputs|.*_(file|files|path|dir)")
 
@@ -51,6 +54,19 @@ def allowed_arguments(stored: dict[str, Any]) -> dict[str, Any]:
 def allowed_tokens(stored: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `special_tokens_map.json` that are tokens. transformers makes arguments of all of them."""
     return {key: value for key, value in stored.items() if _is_token_argument(key, value)}
+
+
+def missed_arguments(stored: dict[str, Any], tokenizer: Any) -> list[str]:
+    """Names of fields of a `tokenizer_config.json` that are left out and would have made other tokens, perhaps.
+
+    Those that the tokenizer's class takes, but for the files that it opens, which the loader finds by itself.
+    """
+    inits = [kind.__init__ for kind in type(tokenizer).__mro__ if "__init__" in vars(kind) and kind is not object]
+    taken = {name for init in inits for name in inspect.signature(init).parameters}
+    kept = allowed_arguments(stored).keys() | OF_THE_LOADING_CALL
+    missed = [name for name in stored if name in taken - kept and not OPENED.fullmatch(name)]
+    versions = stored.get(VERSIONS)
+    return missed + ([VERSIONS] if isinstance(versions, list) and set(map(str, versions)) - {"tokenizer.json"} else [])
 
 
 def _is_allowed(key: str, value: Any) -> bool:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from .containment import contained
-from .errors import InputError
+from .errors import DyloraMoeWarning, InputError
 from .repo_files import is_tokenizer_file
 from .sources import HUB_ID
 from .tensor_files import read_json
-from .tokenizer_arguments import allowed_arguments, allowed_tokens
+from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -27,6 +28,7 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 # Any of these makes a folder one with a tokenizer.
 MARKS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".vocab")
+OF_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model")
 # They configure processors of images or sound, which no language model has.
 OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 
@@ -76,13 +78,16 @@ def _check_vocabulary(path: Path) -> None:
         raise InputError(f"{path} holds no vocabulary; copy it again from where it came")
 
 
-def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    folder: str | Path, config: Any = None, trust_remote_code: bool = False, name: str | None = None
+) -> Any:
     """Load a tokenizer as stock transformers does beside a model of this config.
 
     Args:
         folder: holds its files.
         config: the model's; that of the folder, if left out.
         trust_remote_code: run the tokenizer's own code, where `auto_map` names some.
+        name: the model's, where the config is that of the folder; by it transformers knows some whose files name a wrong class.
 
     Raises:
         InputError: there is none, it is damaged, or it needs code of its own that is not trusted.
@@ -95,7 +100,10 @@ def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bo
     try:
         if trust_remote_code and needs_own_code(folder):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        config = _own_config(folder, trust_remote_code) if config is None else config
+        if config is None:
+            config = _own_config(folder, trust_remote_code)
+            if name is not None:
+                config._name_or_path = name
         with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
             copy_tokenizer(folder, Path(directory))
             _restore_auto_map(folder, Path(directory))
@@ -109,11 +117,41 @@ def load_tokenizer(folder: str | Path, config: Any = None, trust_remote_code: bo
     except InputError:
         raise
     except Exception as error:  # tokenizers raise many kinds, bare Exception among them
-        why = why_not_loaded(str(folder), error, TOKENIZER_SUFFIXES)
+        why = _what_it_lacks(folder, error) or why_not_loaded(str(folder), error, TOKENIZER_SUFFIXES)
         raise InputError(f"the tokenizer in {folder} cannot be read: {why}; pass one with --tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"the tokenizer in {folder} is a {type(tokenizer).__name__}, which reads no text by itself")
     return tokenizer
+
+
+def _what_it_lacks(folder: Path, error: Exception) -> str | None:
+    """What a tokenizer needs and has not, where transformers' error names something else or a folder that is gone."""
+    from transformers.utils import is_sentencepiece_available
+
+    if needs_own_code(folder) and "trust_remote_code" in str(error):
+        return "it needs code of its own, which --trust_remote_code runs"
+    if (folder / "tokenizer.json").is_file() or is_sentencepiece_available():
+        return None
+    files = [name for name in tokenizer_files(folder) if name in OF_SENTENCEPIECE and _is_protobuf(folder / name)]
+    return f"{files[0]} needs a package that is not installed: pip install sentencepiece" if files else None
+
+
+def _is_protobuf(path: Path) -> bool:
+    """Whether a file is a model of SentencePiece, whose first field has this tag; tiktoken's, of the same name, are text."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"
+
+
+def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
+    """Warn where a tokenizer was loaded without an argument that stock transformers would have given to its class."""
+    path = folder / TOKENIZER_CONFIG
+    missed = missed_arguments(read_json(path), tokenizer) if path.is_file() and not needs_own_code(folder) else []
+    if missed:
+        message = (
+            f"{', '.join(missed)} of {path} is left out, since such a text may name a file of this machine; without it "
+            f"{type(tokenizer).__name__} may make other tokens than stock transformers"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
 
 
 def needs_own_code(folder: Path) -> bool:

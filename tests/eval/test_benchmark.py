@@ -408,6 +408,15 @@ def test_an_ordinary_model_without_all_its_weights_is_refused(repo, tmp_path):
         benchmark(tmp_path / "model", output_dir=tmp_path / "out", **SMALL)
 
 
+def test_an_ordinary_model_with_weights_of_another_shape_is_refused(repo, tmp_path):
+    folder = shutil.copytree(repo.parent / "foundation", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    rows = config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows + 7}))
+    with pytest.raises(InputError, match=rf"weight of .*model is \[{rows}, .*its config asks for \[{rows + 7}, "):
+        find_model(folder).load(dtype="float32", device="cpu")
+
+
 def test_an_ordinary_model_is_run_once_as_base(repo, tmp_path):
     """Its samples are those of strategy `base` of a mixture on it."""
     options = {**SMALL, "force_base_prompt": True}  # the foundation has a chat template, the mixture none

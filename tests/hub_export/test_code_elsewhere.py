@@ -156,7 +156,7 @@ def test_what_is_transformers_own_keeps_its_effect(foundation, tmp_path):
     export(adapter, tmp_path / "repo", verify=False)
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq"])
+@pytest.mark.parametrize("method", ["mxfp4", "mxfp8", "fp8", "eetq"])
 def test_kernels_of_a_quantisation_are_not_fetched(foundation, tmp_path, fetched, checked, method):
     asking = {"quant_method": method, "use_kernels": True, **ASKING["attention"], **ASKING["code"]}
     own = shutil.copytree(foundation, tmp_path / "foundation")

@@ -7,6 +7,7 @@ import warnings
 import pytest
 from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_foundation
 from helpers_tokenizers import byte_level, remove_tokenizer, sentencepiece_kind, write_tokenizer_files
+from huggingface_hub import constants
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -20,8 +21,9 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from dylora_moe.eval.loading import find_model
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_variant, merge, verify
+from dylora_moe.hub_export.mixture import FoundationReference
 from dylora_moe.hub_export.repo_files import is_tokenizer_file
-from dylora_moe.hub_export.tokenizer import open_tokenizer, write_tokenizer
+from dylora_moe.hub_export.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
 from dylora_moe.hub_export.tokenizer_battery import TEXTS, behaviour, differences
 from dylora_moe.modeling import DyloraMoeConfig
 from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
@@ -243,6 +245,35 @@ def test_a_tokenizer_with_a_sliver_of_the_models_tokens_is_refused(foundation, t
         export(source, tmp_path / "repo", verify=False)
 
 
+def test_added_tokens_are_no_vocabulary(foundation, tmp_path):
+    """Gemma 3's tokenizer_config.json lists 6415 tokens of 262144."""
+    source = save_adapter(tmp_path / "adapter", foundation)
+    remove_tokenizer(source)
+    listed = {str(index): {"content": f"<unused{index}>", "special": False} for index in range(4, 60)}
+    fields = {"tokenizer_class": "GemmaTokenizer", "added_tokens_decoder": listed}
+    (source / "tokenizer_config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="no tokens but its special ones"):
+        export(source, tmp_path / "repo", tokenizer=str(source), verify=False)
+
+
+def test_a_class_without_its_vocabulary_is_refused_where_the_foundation_is_not_at_hand(foundation, tmp_path):
+    source = save_adapter(tmp_path / "adapter", foundation)
+    change_json(source / "adapter_config.json", base_model_name_or_path="nobody/nothing")
+    remove_tokenizer(source)
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(InputError, match="no tokens but its special ones"):
+        export(source, tmp_path / "repo", layout="adapter", verify=False)
+
+
+def test_a_chat_template_that_tells_the_time_is_no_difference(granite_adapter, tmp_path):
+    source = shutil.copytree(granite_adapter, tmp_path / "adapter")
+    template = "{{ strftime_now('%H:%M:%S.%f') }} {{ messages[0]['content'] }}"
+    change_json(source / "tokenizer_config.json", chat_template=template)
+    export(source, tmp_path / "repo", verify=False)
+    findings = {entry.what: entry.passed for entry in verify(tmp_path / "repo", against=source).findings}
+    assert findings["tokenizer"] is True and findings["tokenizer of the source"] is True
+
+
 def test_verify_compares_with_what_the_foundations_config_makes_of_it(granite, granite_adapter, tmp_path):
     export(granite_adapter, tmp_path / "repo", verify=False)
     change_json(tmp_path / "repo" / "tokenizer_config.json", tokenizer_class="GPT2TokenizerFast")
@@ -273,6 +304,44 @@ def test_another_tokenizer_than_the_foundations_is_said(granite, granite_adapter
     with pytest.raises(InputError, match=r"of the \d+ tokens of the foundation's own"):
         write_tokenizer_files(source, sentencepiece_kind(), tokenizer_class="PreTrainedTokenizerFast", **END)
         export(source, tmp_path / "other", verify=False)
+
+
+def test_a_model_that_transformers_knows_by_its_name_keeps_its_class(monkeypatch, tmp_path):
+    """Its folder in the Hub's cache has another name, so that the class that its files declare would be taken."""
+    name = "deepseek-ai/deepseek-coder-small"
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--deepseek-ai--deepseek-coder-small" / "snapshots" / ("0" * 40)
+    save_foundation(snapshot, vocab_size=ROWS)
+    write_tokenizer_files(snapshot, byte_level(), tokenizer_class="GPT2TokenizerFast", **END)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    stock = AutoTokenizer.from_pretrained(name, cache_dir=cache)
+    expected = [stock(text)["input_ids"] for text in SAMPLES]
+    loaded = find_model(name).load_tokenizer()
+    assert [loaded(text)["input_ids"] for text in SAMPLES] == expected
+    own = foundations_tokenizer(FoundationReference(name, None)).tokenizer
+    assert [own(text)["input_ids"] for text in SAMPLES] == expected
+
+
+def test_a_tokenizer_that_needs_sentencepiece_says_so(foundation, monkeypatch, tmp_path):
+    source = save_adapter(tmp_path / "adapter", foundation)
+    remove_tokenizer(source)
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    with pytest.raises(InputError, match=r"tokenizer\.model needs a package .*pip install sentencepiece"):
+        export(source, tmp_path / "repo", verify=False)
+
+
+def test_a_foundations_tokenizer_that_fails_on_a_text_is_nothing_to_compare_with(granite, granite_adapter, tmp_path):
+    base = shutil.copytree(granite, tmp_path / "base")
+    fields = json.loads(byte_level())
+    fields["model"] = {"type": "WordLevel", "vocab": fields["model"]["vocab"], "unk_token": "no such token"}
+    (base / "tokenizer.json").write_text(json.dumps(fields))
+    export(granite_adapter, tmp_path / "repo", base_model=str(base), verify=False)
+    assert stock_ids(tmp_path / "repo") == stock_ids(granite)
 
 
 def test_a_repo_keeps_named_chat_templates(granite, granite_adapter, tmp_path):

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from helpers_checkpoints import change_json, save_adapter, write_json
-from helpers_tokenizers import byte_level, remove_tokenizer, write_tokenizer_files
+from helpers_tokenizers import byte_level, remove_tokenizer, sentencepiece_kind, write_tokenizer_files
 from transformers import AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from dylora_moe.cli import main
-from dylora_moe.hub_export import InputError, export, merge, verify
-from dylora_moe.hub_export.tokenizer_arguments import allowed_arguments, allowed_tokens
+from dylora_moe.eval.loading import find_model
+from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, merge, verify
+from dylora_moe.hub_export.tokenizer_arguments import VERSIONS, allowed_arguments, allowed_tokens, missed_arguments
 from dylora_moe.hub_export.tokenizer_files import load_tokenizer
 
 
@@ -178,3 +180,60 @@ def test_arguments_of_the_loading_call_do_not_reach_a_repo(foundation, tmp_path)
 def test_token_strings_that_look_like_paths_stay_tokens(foundation, tmp_path):
     folder = write_tokenizer_files(tmp_path / "slash", byte_level(), tokenizer_class="GPT2Tokenizer", pad_token="/")
     assert load_tokenizer(folder).pad_token == "/"
+
+
+@pytest.fixture
+def tokenizer_with_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])  # which gains the folder of such modules
+    folder = write_tokenizer_files(
+        tmp_path / "own",
+        byte_level(),
+        tokenizer_class="OwnTokenizer",
+        auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    )
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "own.py").write_text(code)
+    return folder
+
+
+def test_what_a_tokenizer_with_code_of_its_own_needs_is_said(tokenizer_with_code):
+    with pytest.raises(
+        InputError, match="own cannot be read: it needs code of its own, which --trust_remote_code runs"
+    ):
+        load_tokenizer(tokenizer_with_code)
+
+
+def test_arguments_of_the_loading_call_do_not_reach_a_repo_with_own_code(tokenizer_with_code, foundation, tmp_path):
+    source = save_adapter(tmp_path / "adapter", foundation)
+    remove_tokenizer(source)
+    repo = tmp_path / "repo"
+    options = {"tokenizer": str(tokenizer_with_code), "trust_remote_code": True}
+    export(source, repo, verify=False, **options)
+    assert not {"is_local", "local_files_only"} & json.loads((repo / "tokenizer_config.json").read_text()).keys()
+    assert (repo / "own.py").is_file()
+
+
+MISSED = {
+    "a language": {"tokenizer_class": "NllbTokenizer", "src_lang": "deu_Latn"},
+    "another file": {"tokenizer_class": "PreTrainedTokenizerFast", "fast_tokenizer_files": ["tokenizer.4.0.0.json"]},
+}
+
+
+@pytest.mark.parametrize("kind", MISSED)
+def test_a_text_that_the_class_would_have_taken_is_missed_aloud(kind, foundation, tmp_path):
+    base = shutil.copytree(foundation, tmp_path / "base")
+    write_tokenizer_files(base, sentencepiece_kind(), **MISSED[kind])
+    with pytest.warns(DyloraMoeWarning, match=rf"(src_lang|{VERSIONS}) of .*tokenizer_config.json is left out"):
+        find_model(base).load_tokenizer()
+
+
+def test_what_says_nothing_about_tokens_is_not_missed(foundation):
+    stored = json.loads((foundation / "tokenizer_config.json").read_text())
+    stored |= {
+        "name_or_path": "x",
+        "processor_class": "X",
+        "vocab_file": "x.json",
+        "special_tokens_map_file": "y.json",
+    }
+    assert missed_arguments({**stored, "fast_tokenizer_files": ["tokenizer.json"]}, load_tokenizer(foundation)) == []
