@@ -100,7 +100,7 @@ def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
 
 def why_missing(name: str, foundation: nn.Module, called: str) -> str:
     """The end of a sentence on a layer that the foundation, `called` so, does not have: why, and what to do."""
-    unreadable = why_unreadable(name)
+    unreadable = why_unreadable(f"{PREFIX}{name}")  # PEFT's prefix is off it by now
     if unreadable is not None:
         return f": {unreadable}"
     if is_part(f"{name}.weight", foundation):

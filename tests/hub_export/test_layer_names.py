@@ -4,7 +4,14 @@ import shutil
 
 import pytest
 import torch
-from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_tokenizer, write_json
+from helpers_checkpoints import (
+    change_json,
+    save_adapter,
+    save_final_checkpoint,
+    save_tokenizer,
+    save_whole_model,
+    write_json,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
@@ -137,6 +144,24 @@ def test_a_wrapper_that_training_left_in_the_names(foundation, adapters, tmp_pat
     assert cause in message and "ename the tensors" in message and "--base_model" not in message
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(foundation), adapter)
     assert all(not parameter.any() for key, parameter in peft.named_parameters() if ".lora_B." in key)
+
+
+@pytest.mark.parametrize("name", ["compiled inside", "FSDP", "activation checkpointing", "wrapped twice"])
+def test_a_wrapper_in_the_names_of_training_checkpoints(foundation, tmp_path, name):
+    prefix, cause = WRAPPED[name]
+    final, whole = (
+        save_final_checkpoint(tmp_path / "final", foundation),
+        save_whole_model(tmp_path / "whole", foundation),
+    )
+    for path in (final / "peft_adapters").glob("*.pt"):
+        tensors = torch.load(path)
+        torch.save({key.replace("base_model.model.", prefix): value for key, value in tensors.items()}, path)
+    tensors = load_file(whole / "model.safetensors")
+    renamed = {key.replace("base_model.model.", prefix): value for key, value in tensors.items()}
+    save_file(renamed, whole / "model.safetensors")
+    for source in (final, whole):
+        message = error_of(source, tmp_path)
+        assert cause in message and "ename the tensors" in message and "--base_model" not in message
 
 
 def test_the_remedy_works(quick_check, adapters, tmp_path):
