@@ -97,6 +97,19 @@ def test_names_of_older_multimodal_models(quick_check, gemma3, tmp_path, targets
             assert torch.allclose(peft(ROWS).logits, found[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1, 1.01])
+def test_a_whole_weight_under_the_name_of_an_older_model(quick_check, gemma3, tmp_path, factor):
+    adapter = write_adapter(tmp_path / "old", gemma3, OLD_GEMMA3, ["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    embeddings = AutoModelForCausalLM.from_pretrained(gemma3).get_input_embeddings().weight.detach() * factor
+    tensors["base_model.model.language_model.model.embed_tokens.weight"] = embeddings
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    if factor == 1:
+        assert export(adapter, tmp_path / "out").check.passed
+    else:
+        assert "model.language_model.embed_tokens.weight, a whole weight" in error_of(adapter, tmp_path)
+
+
 def error_of(source, tmp_path) -> str:
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", verify=False)
