@@ -97,6 +97,17 @@ def test_names_of_older_multimodal_models(quick_check, gemma3, tmp_path, targets
             assert torch.allclose(peft(ROWS).logits, found[1], atol=1e-5)
 
 
+def test_a_name_that_transformers_converts_and_peft_does_not(quick_check, gemma3, tmp_path):
+    adapter = write_adapter(tmp_path / "old", gemma3, {"language_model.lm_head": (32, 97)}, ["lm_head"])
+    assert "replace 'language_model.lm_head' by 'lm_head'" in error_of(adapter, tmp_path)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma3), adapter)
+    assert all(not parameter.any() for key, parameter in peft.named_parameters() if ".lora_B." in key)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    mended = {key.replace("language_model.lm_head", "lm_head"): value for key, value in tensors.items()}
+    save_file(mended, adapter / "adapter_model.safetensors")
+    assert export(adapter, tmp_path / "mended").check.passed
+
+
 @pytest.mark.parametrize("factor", [1, 1.01])
 def test_a_whole_weight_under_the_name_of_an_older_model(quick_check, gemma3, tmp_path, factor):
     adapter = write_adapter(tmp_path / "old", gemma3, OLD_GEMMA3, ["q_proj"])
