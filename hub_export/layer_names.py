@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from . import weight_conversion
 from .mixture import AdaptedLayer, Expert
-from .weight_conversion import is_part
+from .stored_tensors import of_tensor
 
 
 PREFIX = "base_model.model."
@@ -100,10 +101,10 @@ def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
 
 def why_missing(name: str, foundation: nn.Module, called: str) -> str:
     """The end of a sentence on a layer that the foundation, `called` so, does not have: why, and what to do."""
-    unreadable = why_unreadable(name)
+    unreadable = why_unreadable(f"{PREFIX}{name}")  # PEFT's prefix is off it by now
     if unreadable is not None:
         return f": {unreadable}"
-    if is_part(f"{name}.weight", foundation):
+    if weight_conversion.is_part(f"{name}.weight", foundation):
         return (
             f", one matrix of a mixture-of-experts layer. In {called} the matrices of all its experts are one parameter of "
             "three dimensions; only linear layers can be adapted, such as those of the attention"
@@ -112,4 +113,18 @@ def why_missing(name: str, foundation: nn.Module, called: str) -> str:
     module = dict(foundation.named_modules()).get(now)
     if module is not None:
         return f", which in {called} is {now}, a {type(module).__name__}; only linear layers can be adapted"
+    now = _converted_by_transformers(name, foundation)
+    if now is not None:
+        return (
+            f", which in {called} is {now}; PEFT does not convert this name, and leaves the layer out without an error. "
+            f"Rename the tensors: in each key, replace {name!r} by {now!r}"
+        )
     return f", which the foundation {called} does not have; pass the model it was trained on with --base_model"
+
+
+def _converted_by_transformers(name: str, foundation: nn.Module) -> str | None:
+    """The linear layer whose weight a checkpoint has under this name; None where there is none."""
+    found, _ = weight_conversion.named_as_now({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
+    modules = dict(foundation.named_modules())
+    layers = [weight.removesuffix(".weight") for weight in found]
+    return next((layer for layer in layers if isinstance(modules.get(layer), nn.Linear)), None)

@@ -5,6 +5,7 @@ It knows how a merged folder is written, and nothing about how experts are store
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,7 +125,12 @@ def merge(
         tell("loading what was written")
         again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         _check_same(again, merged)
-        found = _logits(again, rows)
+        difference_of_files = float((_logits(again, rows) - expected).abs().max())
+        if not math.isfinite(difference_of_files):
+            raise FailureError(
+                f"in {str(stored).removeprefix('torch.')}, the merged model's logits are no numbers, as some of its weights "
+                "are too large for it; choose another --dtype"
+            )
     return MergeResult(
         output_dir=Path(output_dir).resolve(),
         expert=name,
@@ -133,7 +139,7 @@ def merge(
         difference=sum_of_both.difference,
         allowed=sum_of_both.allowed,
         passed=sum_of_both.passed,
-        rounding=float((found - expected).abs().max()),
+        rounding=difference_of_files,
     )
 
 

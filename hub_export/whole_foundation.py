@@ -14,6 +14,7 @@ import torch
 
 from .errors import InputError, one_line
 from .foundation import load_foundation_config, resolve_foundation
+from .layer_names import PREFIX, why_unreadable
 from .mixture import FoundationReference, ReadOptions
 from .stored_tensors import StoredTensor, same_bits
 from .weight_conversion import named_as_now
@@ -85,9 +86,10 @@ def foundation_weights(
     }
     found, unknown = named_as_now(tensors, model)
     if unknown:
+        why = why_unreadable(f"{PREFIX}{unknown[0]}")
         raise InputError(
-            f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have; what it does "
-            "is not known"
+            f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have"
+            + ("; what it does is not known" if why is None else f": {why}")
         )
     _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, notes)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()

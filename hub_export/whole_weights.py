@@ -9,6 +9,7 @@ from torch import nn
 from .errors import InputError
 from .mixture import Expert
 from .stored_tensors import StoredTensor, same_numbers
+from .weight_conversion import named_as_now
 
 
 def check_whole_weights(
@@ -25,7 +26,11 @@ def check_whole_weights(
     """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for expert in experts:
-        for tensor_name, tensor in expert.whole_weights.items():
+        brought = dict(expert.whole_weights)
+        if weights is not None:  # names of older versions of transformers become those of today
+            found, unknown = named_as_now(brought, model)
+            brought = found | {tensor_name: brought[tensor_name] for tensor_name in unknown}
+        for tensor_name, tensor in brought.items():
             what = f"expert {expert.name} ({expert.origin}) brings {tensor_name}, a whole weight,"
             if weights is None:
                 raise InputError(

@@ -272,6 +272,24 @@ def test_what_merge_writes_is_what_it_computed(checked, tmp_path, monkeypatch):
         merge(checked[0], expert=1, output_dir=tmp_path / "merged", dtype="bfloat16")
 
 
+def test_a_dtype_that_cannot_hold_the_merged_weights_is_refused(checked, tmp_path, monkeypatch):
+    from dylora_moe.modeling import DyloraMoeForCausalLM
+
+    merge_expert = DyloraMoeForCausalLM.merge_expert
+
+    def with_a_large_weight(model, expert):
+        merged = merge_expert(model, expert)
+        merged.lm_head.weight.data[0, 0] = 1e5
+        model.get_output_embeddings().weight.data[0, 0] = 1e5
+        return merged
+
+    monkeypatch.setattr(DyloraMoeForCausalLM, "merge_expert", with_a_large_weight)
+    with pytest.raises(FailureError, match=r"in float16, the merged model's logits are no numbers"):
+        merge(checked[0], expert=1, output_dir=tmp_path / "merged", dtype="float16")
+    assert not (tmp_path / "merged").exists()
+    assert merge(checked[0], expert=1, output_dir=tmp_path / "merged", dtype="bfloat16").passed
+
+
 def test_float64_reaches_what_a_model_computes_in_float32_of_its_own_accord():
     number = torch.tensor([1 + 2**-40], dtype=torch.float64)
     with rounding.computing_in(torch.float64):

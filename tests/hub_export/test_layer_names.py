@@ -4,7 +4,14 @@ import shutil
 
 import pytest
 import torch
-from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_tokenizer, write_json
+from helpers_checkpoints import (
+    change_json,
+    save_adapter,
+    save_final_checkpoint,
+    save_tokenizer,
+    save_whole_model,
+    write_json,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
@@ -90,6 +97,30 @@ def test_names_of_older_multimodal_models(quick_check, gemma3, tmp_path, targets
             assert torch.allclose(peft(ROWS).logits, found[1], atol=1e-5)
 
 
+def test_a_name_that_transformers_converts_and_peft_does_not(quick_check, gemma3, tmp_path):
+    adapter = write_adapter(tmp_path / "old", gemma3, {"language_model.lm_head": (32, 97)}, ["lm_head"])
+    assert "replace 'language_model.lm_head' by 'lm_head'" in error_of(adapter, tmp_path)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma3), adapter)
+    assert all(not parameter.any() for key, parameter in peft.named_parameters() if ".lora_B." in key)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    mended = {key.replace("language_model.lm_head", "lm_head"): value for key, value in tensors.items()}
+    save_file(mended, adapter / "adapter_model.safetensors")
+    assert export(adapter, tmp_path / "mended").check.passed
+
+
+@pytest.mark.parametrize("factor", [1, 1.01])
+def test_a_whole_weight_under_the_name_of_an_older_model(quick_check, gemma3, tmp_path, factor):
+    adapter = write_adapter(tmp_path / "old", gemma3, OLD_GEMMA3, ["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    embeddings = AutoModelForCausalLM.from_pretrained(gemma3).get_input_embeddings().weight.detach() * factor
+    tensors["base_model.model.language_model.model.embed_tokens.weight"] = embeddings
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    if factor == 1:
+        assert export(adapter, tmp_path / "out").check.passed
+    else:
+        assert "model.language_model.embed_tokens.weight, a whole weight" in error_of(adapter, tmp_path)
+
+
 def error_of(source, tmp_path) -> str:
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", verify=False)
@@ -137,6 +168,24 @@ def test_a_wrapper_that_training_left_in_the_names(foundation, adapters, tmp_pat
     assert cause in message and "ename the tensors" in message and "--base_model" not in message
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(foundation), adapter)
     assert all(not parameter.any() for key, parameter in peft.named_parameters() if ".lora_B." in key)
+
+
+@pytest.mark.parametrize("name", ["compiled inside", "FSDP", "activation checkpointing", "wrapped twice"])
+def test_a_wrapper_in_the_names_of_training_checkpoints(foundation, tmp_path, name):
+    prefix, cause = WRAPPED[name]
+    final, whole = (
+        save_final_checkpoint(tmp_path / "final", foundation),
+        save_whole_model(tmp_path / "whole", foundation),
+    )
+    for path in (final / "peft_adapters").glob("*.pt"):
+        tensors = torch.load(path)
+        torch.save({key.replace("base_model.model.", prefix): value for key, value in tensors.items()}, path)
+    tensors = load_file(whole / "model.safetensors")
+    renamed = {key.replace("base_model.model.", prefix): value for key, value in tensors.items()}
+    save_file(renamed, whole / "model.safetensors")
+    for source in (final, whole):
+        message = error_of(source, tmp_path)
+        assert cause in message and "ename the tensors" in message and "--base_model" not in message
 
 
 def test_the_remedy_works(quick_check, adapters, tmp_path):
