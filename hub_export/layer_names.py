@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import weight_conversion
+from .errors import InputError
 from .mixture import AdaptedLayer, Expert
 from .stored_tensors import of_tensor
 
@@ -61,7 +62,11 @@ def _sentence(part: str, cause: str, remedy: str) -> str:
 
 
 def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
-    """The same expert with its layers called as the foundation calls them, where PEFT reads them so."""
+    """The same expert with its layers called as the foundation calls them, where PEFT reads them so.
+
+    Raises:
+        InputError: its alphas go by the old names, which PEFT would look for under the new ones, and not find.
+    """
     modules = dict(foundation.named_modules())
     if all(name in modules for name in expert.layers):
         return expert
@@ -72,6 +77,13 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
         old_names[now if isinstance(modules.get(now), nn.Linear) and now not in expert.layers else name] = name
     if all(now == name for now, name in old_names.items()):
         return expert
+    for now, name in old_names.items():
+        if expert.alpha_of is not None and expert.alpha_of(now) != expert.layers[name].lora_alpha:
+            raise InputError(
+                f"expert {expert.name} ({expert.origin}): alpha_pattern of adapter_config.json gives {name} an alpha by its "
+                f"old name; the layer is {now} by now, where PEFT finds no alpha for it and takes lora_alpha. Write that "
+                "name, or its end, into alpha_pattern and rank_pattern"
+            )
     layers: dict[str, AdaptedLayer] = {now: expert.layers[name] for now, name in old_names.items()}
     return replace(expert, layers=layers, read=lambda module: expert.read(old_names[module]))
 

@@ -45,6 +45,7 @@ class Expert:
         origin: the file or folder it was read from, for error messages.
         whole_weights: tensors of the foundation that the adapter's file holds as well, by their names there. They are
             left out, once they are seen to be the foundation's own.
+        alpha_of: the alpha that the source's settings give a layer of a name, where they go by names.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Expert:
     use_rslora: bool = False
     mature: bool = True
     whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
+    alpha_of: Callable[[str], float] | None = None
 
     @property
     def does_nothing(self) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,7 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
         whole_weights=whole,
+        alpha_of=partial(_alpha, config),
     )
 
 
@@ -269,11 +271,16 @@ def _layer(
         )
     return AdaptedLayer(
         rank=rank,
-        lora_alpha=_by_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"]),
+        lora_alpha=_alpha(config, module),
         in_features=shape_a[1],
         out_features=shape_b[0],
         dtype=torch.promote_types(file.dtype(matrices["A"]), file.dtype(matrices["B"])),
     )
+
+
+def _alpha(config: dict[str, Any], module: str) -> float:
+    target = _target(module, config.get("target_parameters") or ())
+    return _by_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
 
 
 def _target(module: str, parameters: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from .containment import contained
 from .errors import InputError
+from .layer_names import why_unreadable
 from .mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, natural_order
 from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
@@ -56,7 +57,11 @@ ROUTED_OTHERWISE = (
 
 
 def recognise(folder: Path) -> str | None:
-    """Why this folder is the training wrapper's state dict, or None. The tensors' names alone decide."""
+    """Why this folder is the training wrapper's state dict, or None. The tensors' names alone decide.
+
+    Raises:
+        InputError: it is one, and its names begin with what another wrapper left.
+    """
     found = None
     for path in weight_files(folder):
         for key in TensorFile(path).keys():  # noqa: SIM118
@@ -64,6 +69,8 @@ def recognise(folder: Path) -> str | None:
                 found = found or (path, key)
                 if ".lora_A." in key:
                     return f"{path.name} holds {key}"
+            elif FOUNDATION_PREFIX in key and why_unreadable(key) is not None:
+                raise InputError(f"{path} holds {key}: {why_unreadable(key)}")
     return None if found is None else f"{found[0].name} holds {found[1]}"
 
 

@@ -108,6 +108,17 @@ def test_a_name_that_transformers_converts_and_peft_does_not(quick_check, gemma3
     assert export(adapter, tmp_path / "mended").check.passed
 
 
+def test_alphas_that_go_by_old_names_are_refused(quick_check, gemma3, tmp_path):
+    """PEFT looks for today's names in the pattern, and takes lora_alpha where training took another."""
+    layer = "language_model.model.layers.0.self_attn.q_proj"
+    adapter = write_adapter(tmp_path / "old", gemma3, OLD_GEMMA3, ["q_proj"])
+    change_json(adapter / "adapter_config.json", alpha_pattern={layer: 16})
+    with pytest.raises(InputError, match=r"alpha_pattern .* old name; the layer is model\."):
+        export(adapter, tmp_path / "repo", verify=False)
+    change_json(adapter / "adapter_config.json", alpha_pattern={"layers.0.self_attn.q_proj": 16})
+    assert export(adapter, tmp_path / "repo").check.passed is True
+
+
 @pytest.mark.parametrize("factor", [1, 1.01])
 def test_a_whole_weight_under_the_name_of_an_older_model(quick_check, gemma3, tmp_path, factor):
     adapter = write_adapter(tmp_path / "old", gemma3, OLD_GEMMA3, ["q_proj"])
@@ -206,6 +217,14 @@ def test_a_wrapper_in_a_training_checkpoint(foundation, tmp_path):
     tensors = {key.replace(inside, f"{inside}_orig_mod."): value for key, value in torch.load(path).items()}
     torch.save(tensors, path)
     assert "torch.compile" in error_of(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
+def test_a_wrapper_around_a_whole_model(foundation, tmp_path, wrapper):
+    folder = save_whole_model(tmp_path / "whole", foundation)
+    path = folder / "model.safetensors"
+    save_file({f"{wrapper}{key}": value for key, value in load_file(path).items()}, path)
+    assert f"replace '{wrapper}' by ''" in error_of(folder, tmp_path)
 
 
 def test_a_layer_of_another_foundation_is_no_wrapper(foundation, tmp_path):
