@@ -69,6 +69,11 @@ def missed_arguments(stored: dict[str, Any], tokenizer: Any) -> list[str]:
     return missed + ([VERSIONS] if isinstance(versions, list) and set(map(str, versions)) - {"tokenizer.json"} else [])
 
 
+def arguments_that_are_opened(stored: dict[str, Any]) -> list[str]:
+    """Names of arguments with a text that some classes open as a file. transformers saves none of them."""
+    return [key for key in ("vocab", "merges", "init_inputs") if not _has_no_text(stored.get(key))]
+
+
 def _is_allowed(key: str, value: Any) -> bool:
     if key in OF_THE_LOADING_CALL or OPENED.fullmatch(key):
         return False

@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,18 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
             allowed = FILTERS[name](stored)
             if allowed != stored:
                 write_json(target / name, allowed)
-    if (target / "tokenizer.json").is_file():
-        _check_vocabulary(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    if (target / path.name).is_file():
+        stat = path.stat()
+        _check_vocabulary(path, stat.st_mtime_ns, stat.st_size)
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_vocabulary(path: Path) -> None:
+@lru_cache(maxsize=64)  # a file of tens of megabytes, which an export copies several times
+def _check_vocabulary(path: Path, mtime_ns: int, size: int) -> None:
     """A vocabulary given as a string would be opened as a file by the classes that rebuild a tokenizer from its parts."""
     model = read_json(path).get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):

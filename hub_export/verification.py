@@ -29,8 +29,9 @@ from .sources import resolve_sources
 from .stored_tensors import StoredTensor, is_finite
 from .tensor_files import TensorFile, read_json
 from .tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
+from .tokenizer_arguments import arguments_that_are_opened
 from .tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
-from .tokenizer_files import has_tokenizer, load_tokenizer
+from .tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
 from .unknown_options import refuse_unknown
 from .weight_conversion import named_as_now
 
@@ -235,6 +236,14 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
     if not has_tokenizer(folder):
         result.add("tokenizer", None, "there is none")
         return
+    for name in FILTERS:
+        opened = arguments_that_are_opened(read_json(folder / name)) if (folder / name).is_file() else []
+        if opened:
+            detail = (
+                f"{name} gives {', '.join(opened)}, which a tokenizer may open as a file of the machine that loads it"
+            )
+            result.add("tokenizer", False, detail)
+            return
     tokenizer = load_tokenizer(folder, config)
     rows = None if config.base_config is None else config.get_text_config().vocab_size
     lack = lacks_vocabulary(tokenizer, rows)

@@ -108,6 +108,16 @@ def test_merging_or_verifying_a_repo_reads_no_file_that_its_tokenizer_names(way,
     assert "hunter2" not in str(verify(repo).to_dict())
 
 
+@pytest.mark.parametrize("way", ["an argument", "positional arguments", "the map of special tokens"])
+def test_verify_calls_a_repo_wrong_whose_tokenizer_names_a_file(way, secret, repo):
+    """Those who load it with stock transformers open that file."""
+    for name, content in attacks(secret)[way].items():
+        stored = json.loads((repo / name).read_text()) if (repo / name).is_file() else {}
+        write_json(repo / name, {**stored, **content})
+    finding = next(entry for entry in verify(repo).findings if entry.what == "tokenizer")
+    assert finding.passed is False and "may open as a file" in finding.detail
+
+
 KEPT = {
     "tokenizer_class": "LlamaTokenizerFast",
     "model_max_length": 4096,
