@@ -32,6 +32,7 @@ OVERVIEW = "overview.png"
 DPI = 144
 MUTED = "#6b7075"
 ROW_HEIGHT = 0.3  # inches
+CHARACTER_WIDTH = 0.065  # inches, of a row's name
 MOST_LABELS = 60
 MOST_SLANTED = 16
 STYLE = {
@@ -104,6 +105,8 @@ def _figure(table: ReportTable) -> Any:
     rows = 8 if draw is _draw_confidence else min(len(table.rows), MOST_LABELS)
     height = 1.2 + ROW_HEIGHT * max(rows, 4) * (2 if draw is _draw_pairs else 1)
     width = 8.0
+    if draw is _draw_scores:
+        width = max(width, _score_width(table) + 0.5)
     if draw is _draw_heat:
         start, end = HEAT_COLUMNS[table.name](table.columns)
         names = _short_names(table.columns[start:end])
@@ -120,16 +123,26 @@ def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
     upper = [tables[name] for name in ("scores",) if name in tables] + ([heat] if heat is not None else [])
     rows = max((min(len(table.rows), 20) for table in upper), default=0)
     heights = [1.2 + ROW_HEIGHT * rows] if upper else []
+    width = max([11.0, *(_score_width(_first(table, 20)) * len(upper) for table in upper if table.name == "scores")])
     if code is not None:
-        heights.append(code_height(code, 11.0))
-    figure = _new(11.0, sum(heights))
+        heights.append(code_height(code, width))
+    figure = _new(width, sum(heights))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if upper:
         for axes, table in zip(parts[0].subplots(1, len(upper), squeeze=False)[0], upper, strict=True):
             DRAWINGS[table.name](axes, _first(table, 20))
     if code is not None:
-        draw_code(parts[-1].add_subplot(), code, 11.0)
+        draw_code(parts[-1].add_subplot(), code, width)
     return figure
+
+
+def _score_width(table: ReportTable) -> float:
+    """Inches that the scores need: what tells the rows apart, and as much again as a bar takes to be read."""
+    return 4.5 + CHARACTER_WIDTH * max(map(len, _score_names(table)))
+
+
+def _score_names(table: ReportTable) -> list[str]:
+    return one_line_names(table.records(), always=("routing strategy",))
 
 
 def _first(table: ReportTable, count: int) -> ReportTable:
@@ -161,7 +174,7 @@ def _rows(axes: Axes, labels: list[str]) -> range:
 def _draw_scores(axes: Axes, table: ReportTable) -> None:
     """A point with its interval for pass@1 of the base tests, and one of base and plus tests."""
     records = table.records()
-    _rows(axes, one_line_names(records, always=("routing strategy",)))
+    _rows(axes, _score_names(table))
     measures = [("pass@1", "base tests", "o", -0.14), ("plus_pass@1", "base and plus tests", "D", 0.14)]
     for index, (name, label, marker, shift) in enumerate(measures):
         points = [

@@ -131,10 +131,16 @@ class Run:
     def differences(self, other: Run) -> list[str]:
         """`field: mine, other's` for each decisive field in which two runs differ; of models, the files that differ."""
         names, files = list(DECISIVE), []
-        if self.model_sha256 != other.model_sha256 and self.model_files and other.model_files:
-            names.remove("model_sha256")
-            names[:0] = ["model", "base_model"]
-            files = self._differing_files(other)
+        if self.model_sha256 != other.model_sha256:
+            if self.model_files and other.model_files:
+                names.remove("model_sha256")
+                names[:0] = ["model", "base_model"]
+                files = self._differing_files(other)
+            elif self.model_files or other.model_files:
+                files = [
+                    "one of the two is an older version's, which did not name the model's files and may have hashed "
+                    "the same ones otherwise"
+                ]
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [_difference(*pair) for pair in pairs if pair[1] != pair[2]] + files
 

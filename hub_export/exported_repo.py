@@ -71,6 +71,13 @@ def is_exported_repo(folder: Path) -> bool:
         return False
 
 
+def check_is_exported_repo(folder: Path) -> None:
+    """Raises InputError: `config.json` does not say that this package wrote the folder, or is damaged."""
+    path = folder / "config.json"
+    if not path.is_file() or read_json(path).get("model_type") != MODEL_TYPE:
+        raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
+
+
 def is_replaceable(folder: Path) -> bool:
     """Whether a folder is an exported repo and nothing else, so that replacing it loses nothing.
 
@@ -124,8 +131,7 @@ def load_config(folder: Path):
     """
     from dylora_moe.modeling import DyloraMoeConfig
 
-    if not is_exported_repo(folder):
-        raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
+    check_is_exported_repo(folder)
     contained(folder, folder / "config.json")
     try:
         return DyloraMoeConfig.from_pretrained(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .exported_repo import MODEL_TYPE, is_exported_repo
+from .exported_repo import check_is_exported_repo
 from .tensor_files import read_json
 
 
@@ -105,8 +105,7 @@ def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
         raise InputError(
             f"{folder} is a file; give the folder it is in" if folder.exists() else f"{folder} does not exist"
         )
-    if not is_exported_repo(folder):
-        raise InputError(f"{folder} is not an exported repo: its config.json does not have model_type {MODEL_TYPE}")
+    check_is_exported_repo(folder)
     config = read_json(folder / "config.json")
     layout = config.get("weights_layout", "full")
     needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config, is_file)}

@@ -482,6 +482,9 @@ def merge_expert(model, expert: int | str):
             base.weight.copy_(base.weight.float() + update.to(base.weight.device))
         parent_name, _, child_name = name.rpartition(".")
         setattr(merged.get_submodule(parent_name), child_name, base)
+    if getattr(model, "generation_config", None) is not None and merged.can_generate():
+        merged.generation_config = deepcopy(model.generation_config)  # further tokens that end a text are only there
+        vars(merged.generation_config).pop("routing_strategy", None)
     merged.requires_grad_(True)
     return merged.eval()
 

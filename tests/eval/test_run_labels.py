@@ -13,9 +13,10 @@ from rich.console import Console
 
 from dylora_moe.eval.benchmark_table import benchmark_table
 from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.figures import _draw_scores, _new
+from dylora_moe.eval.figures import _draw_scores, _figure, _new, _style
 from dylora_moe.eval.report import write_report
-from dylora_moe.eval.report_tables import scores
+from dylora_moe.eval.report_content import read_folder
+from dylora_moe.eval.report_tables import report_tables, scores
 from dylora_moe.eval.run_labels import one_line_names, run_labels
 from dylora_moe.eval.run_record import DECISIVE, Run, file_sha256, write_run
 from dylora_moe.eval.wandb_tables import scores_summary
@@ -199,3 +200,25 @@ def test_a_report_of_greedy_and_sampled_whole_and_limited_runs_tells_them_apart(
         rows = [tuple(row[:6]) for row in csv.reader(file)]
     assert len(set(rows)) == 4
     assert all(a != b for a, b in itertools.combinations([row[3:] for row in rows], 2))
+
+
+def test_long_names_leave_the_scores_their_room(tmp_path):
+    """What tells runs apart may be longer than a picture is wide."""
+    file = "a data set of my own whose name says what is in it, and more than that, at some length.jsonl"
+    for index in range(2):
+        leave_run(tmp_path, samples=f"humaneval/{index}.jsonl", temperature=index, dataset_file=f"{index}{file}")
+    write_report(tmp_path / "results")
+    content = read_folder(tmp_path / "results")
+    with _style():
+        figure = _figure(report_tables(content)["scores"])
+        figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert axes.get_window_extent().width >= 2.5 * figure.dpi
+    assert all(label.get_window_extent().x0 >= 0 for label in axes.get_yticklabels())
+
+
+def test_a_run_of_an_older_version_is_said_to_be_one():
+    """It did not record the model's files, and hashed a mixture's config with the place of its foundation."""
+    older, newer = made(model_sha256="a" * 64), made(model_sha256="b" * 64, model_files={"config.json": "c" * 64})
+    assert any("older version" in text for text in older.differences(newer))
+    assert not any("older version" in text for text in older.differences(made(model_sha256="b" * 64)))

@@ -7,7 +7,8 @@ import pytest
 from helpers_checkpoints import save_adapter
 
 from dylora_moe.eval.loading import find_model
-from dylora_moe.hub_export import InputError, export, make_variant, merge, verify
+from dylora_moe.hub_export import InputError, export, inspect, make_variant, merge, verify
+from dylora_moe.hub_export.repo_files import repo_files
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -38,6 +39,22 @@ def test_generation_config_of_a_repo(repo, checkpoint, tmp_path, layout, damage)
     if damage != "a wrong field":
         assert any(str(path) in finding.detail for finding in verify(repo).findings if finding.passed is False)
     assert not any((tmp_path / name).exists() for name in ("merged", "again", "variant"))
+
+
+@pytest.mark.parametrize("damage", ["no JSON", "no object"])
+def test_config_of_a_repo(repo, tmp_path, damage):
+    path = repo / "config.json"
+    path.write_text(DAMAGES[damage])
+    words = "is not valid JSON" if damage == "no JSON" else "expected an object"
+    for use in (
+        lambda: inspect([repo]),
+        lambda: verify(repo),
+        lambda: make_variant(repo, routing_strategy="base", output_dir=tmp_path / "variant"),
+        lambda: merge(repo, expert=0, output_dir=tmp_path / "merged"),
+        lambda: repo_files(repo),
+    ):
+        with pytest.raises(InputError, match=f"{re.escape(str(path))} .*{words}"):
+            use()
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json"])

@@ -238,6 +238,16 @@ def test_save_adapters_is_bit_exact(tmp_path, make):
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_a_merged_expert_ends_and_samples_as_the_mixture_does(tmp_path):
+    model = build()
+    model.generation_config.eos_token_id = [1, 5]
+    model.generation_config.routing_strategy = "best"
+    model.merge_expert(0).save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert found.eos_token_id == [1, 5] and not hasattr(found, "routing_strategy")
+    assert model.generation_config.routing_strategy == "best"
+
+
 @pytest.mark.parametrize("make", [build, gpt2])
 def test_a_merged_expert_is_an_ordinary_model(tmp_path, make):
     model = make()
