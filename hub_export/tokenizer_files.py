@@ -134,10 +134,14 @@ def _what_it_lacks(folder: Path, error: Exception) -> str | None:
 
     if needs_own_code(folder) and "trust_remote_code" in str(error):
         return "it needs code of its own, which --trust_remote_code runs"
-    if (folder / "tokenizer.json").is_file() or is_sentencepiece_available():
+    if (folder / "tokenizer.json").is_file():
         return None
     files = [name for name in tokenizer_files(folder) if name in OF_SENTENCEPIECE and _is_protobuf(folder / name)]
-    return f"{files[0]} needs a package that is not installed: pip install sentencepiece" if files else None
+    if files and not is_sentencepiece_available():
+        return f"{files[0]} needs a package that is not installed: pip install sentencepiece"
+    if "instantiate the backend tokenizer" in str(error):
+        return "the file that holds its vocabulary is missing (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)"
+    return None
 
 
 def _is_protobuf(path: Path) -> bool:

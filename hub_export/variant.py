@@ -101,6 +101,7 @@ def _copy(repo: Path, folder: Path, files: list[str], final: Path) -> str:
 
 def _share(source: Path, target: Path, place: Path) -> str:
     """Makes `target`, which will be moved to the folder `place`, another name of `source`."""
+    source.open("rb").close()  # a file can be linked that may not be read
     try:
         os.link(source, target)
         return "hard links"

@@ -98,6 +98,8 @@ def verify(
             look(folder, config, result)
         except DyloraMoeError as error:
             result.add(look.__name__.strip("_"), False, str(error))
+        except OSError as error:
+            result.add(look.__name__.strip("_"), False, f"{error.filename} cannot be read: {error.strerror}")
     if against is not None:
         is_ours = all(finding.passed for finding in result.findings if finding.what == "code")
         if not is_ours and not trust_remote_code:

@@ -416,7 +416,7 @@ def _why_no_json(path: Path) -> str | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return f"{path} is not valid JSON: {_first_line(error)}"
-    if path.name == CONFIG_NAME and not isinstance(content, dict):
+    if path.name in (CONFIG_NAME, GENERATION_CONFIG_NAME) and not isinstance(content, dict):
         return f"{path} holds a JSON {type(content).__name__}, expected an object"
     return None
 

@@ -79,3 +79,12 @@ def test_files_of_a_tokenizer(foundation, tmp_path, file):
     (own / file).write_text("{")
     with pytest.raises(InputError, match=re.escape(f"{own / file} is not valid JSON")):
         export(adapter, tmp_path / "repo", verify=False)
+
+
+def test_a_generation_config_beside_the_foundation_of_a_light_repo(foundation, tmp_path):
+    own = shutil.copytree(foundation, tmp_path / "foundation")
+    adapter = save_adapter(tmp_path / "adapter", own, seed=2)
+    repo = export(adapter, tmp_path / "repo", layout="adapter", verify=False).output_dir
+    (own / "generation_config.json").write_text("[1]")
+    with pytest.raises(InputError, match=rf"{re.escape(str(own / 'generation_config.json'))} holds a JSON list"):
+        find_model(repo).load(dtype="float32", device="cpu")

@@ -351,3 +351,9 @@ def test_a_repo_keeps_named_chat_templates(granite, granite_adapter, tmp_path):
     (source / "additional_chat_templates" / "tools.jinja").write_text("tools: {{ messages[0]['content'] }}")
     export(source, tmp_path / "repo", verify=False)
     assert AutoTokenizer.from_pretrained(tmp_path / "repo").chat_template.keys() == {"default", "tools"}
+
+
+def test_verify_says_what_a_tokenizer_lacks(repo):
+    (repo / "tokenizer.json").unlink()
+    finding = next(entry for entry in verify(repo).findings if entry.what == "tokenizer")
+    assert finding.passed is False and "the file that holds its vocabulary is missing" in finding.detail

@@ -11,7 +11,7 @@ import pytest
 from helpers_checkpoints import save_adapter, save_final_checkpoint, save_foundation
 
 from dylora_moe.eval.loading import find_model
-from dylora_moe.hub_export import InputError, export, inspect, merge, verify
+from dylora_moe.hub_export import InputError, export, inspect, make_variant, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -75,6 +75,20 @@ def test_a_source_that_may_not_be_read(sources, place, case):
     message = re.escape(f"{place / FORBIDDEN[case]} may not be read by this user (permission denied)")
     with somebody_else(), pytest.raises(InputError, match=message):
         inspect(sources[kind])
+
+
+def test_a_repos_weights_that_may_not_be_read(sources, place):
+    """They could still be linked, and their names be listed."""
+    weights = sources["repo"] / "experts" / "adapter" / "adapter_model.safetensors"
+    weights.chmod(0o600)
+    place.chmod(0o777)
+    os.chown(weights, 1, 1) if os.geteuid() == 0 else weights.chmod(0)
+    with somebody_else():
+        message = rf"{re.escape(str(weights))} (cannot be read|may not be read)"
+        with pytest.raises(InputError, match=message):
+            make_variant(sources["repo"], routing_strategy="base", output_dir=place / "variant")
+        findings = {entry.what: entry for entry in verify(sources["repo"]).findings}
+    assert findings["checksums"].passed is False and re.search(message, findings["checksums"].detail)
 
 
 def test_a_folder_that_may_not_be_entered(sources, place):
