@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .errors import FailureError, one_line
+from .errors import DyloraMoeError, FailureError, one_line
 from .exported_repo import FORMAT as EXPORTED_REPO
 from .exported_repo import read as read_repo
 from .foundation import is_local
@@ -337,6 +337,8 @@ def _source_quantities(
                 precision=precision,
             )
             return Computed(*source.measure(rows))
+    except DyloraMoeError:
+        raise
     except Exception as error:  # whatever PEFT says to files that the reader accepted
         raise FailureError(f"the source could not be recomputed with PEFT: {one_line(error)}") from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .mixture import Expert, Mixture, Router
 from .stored_tensors import StoredTensor, is_finite, write_safetensors, write_shards
 
 
+TOO_LARGE = "numbers that are too large for {} (choose another --dtype)"
 EXPERT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,7 +42,8 @@ def write_full(
         dtype: what foundation and experts are converted to; None: as they are stored.
 
     Raises:
-        InputError: an expert or the gate holds NaN or infinite numbers, or is not stored as floats.
+        InputError: an expert or the gate holds NaN or infinite numbers, or is not stored as floats; `dtype` cannot hold
+            what is converted to it.
         OSError: the disk is full, or the file system refuses.
     """
     adapted = set(config.adapted_modules())
@@ -48,8 +51,8 @@ def write_full(
     for name, tensor in foundation.items():
         module, _, kind = name.rpartition(".")
         inside = ".base_layer" if module in adapted else ""
-        tensors[f"foundation.{module}{inside}.{kind}" if module else f"foundation.{kind}"] = _finite(
-            tensor.to(dtype), name
+        tensors[f"foundation.{module}{inside}.{kind}" if module else f"foundation.{kind}"] = _converted(
+            tensor, name, dtype
         )
     tensors.update(_stacks(mixture, config, dtype or finest_dtype(mixture)))
     if mixture.router is not None:
@@ -122,7 +125,10 @@ def _matrix(expert: Expert, module: str, position: int, dtype: torch.dtype):
         matrix = expert.read(module)[position]
         if not is_finite(matrix):
             raise InputError(f"expert {expert.name} ({expert.origin}) holds NaN or infinite numbers on {module}")
-        return matrix.to(dtype)
+        converted = matrix.to(dtype)
+        if not is_finite(converted):
+            raise InputError(f"expert {expert.name} ({expert.origin}) holds {TOO_LARGE.format(dtype)} on {module}")
+        return converted
 
     return read
 
@@ -140,16 +146,20 @@ def _gate(router: Router, mixture: Mixture) -> dict[str, StoredTensor]:
     }
 
 
-def _finite(tensor: StoredTensor, name: str) -> StoredTensor:
-    """The foundation is not ours to refuse; what is wrong with it is said."""
-
+def _converted(tensor: StoredTensor, name: str, dtype: torch.dtype | None) -> StoredTensor:
+    """In another dtype, or as it is stored. Infinite numbers are the foundation's own affair, and said; those that the
+    conversion would make are refused."""
     told = []
+    target = tensor.to(dtype).dtype
 
-    def look(content: torch.Tensor) -> torch.Tensor:
-        if content.dtype in EXPERT_DTYPES and not told and not is_finite(content):
-            told.append(name)
-            message = f"the foundation holds NaN or infinite numbers in {name}"
-            warnings.warn(message, DyloraMoeWarning, stacklevel=2)
-        return content
+    def convert(content: torch.Tensor) -> torch.Tensor:
+        converted = content.to(target)
+        if converted.dtype not in EXPERT_DTYPES or told or is_finite(converted):
+            return converted
+        if is_finite(content.float()):
+            raise InputError(f"the foundation holds {TOO_LARGE.format(target)} in {name}")
+        told.append(name)
+        warnings.warn(f"the foundation holds NaN or infinite numbers in {name}", DyloraMoeWarning, stacklevel=2)
+        return converted
 
-    return tensor.through(look)
+    return replace(tensor.through(convert), dtype=target)

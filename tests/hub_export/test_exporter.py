@@ -11,13 +11,14 @@ import pytest
 import torch
 from helpers_checkpoints import (
     change_json,
+    save_adapter,
     save_final_checkpoint,
     save_foundation,
     save_tokenizer,
     snapshot,
     write_json,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from dylora_moe.hub_export import FailureError, InputError, export, exporter
@@ -277,3 +278,20 @@ def test_a_router_can_be_left_out(tmp_path, checkpoint, checked):
         assert read_json(tmp_path / str(index) / "config.json")["router_input"] is None
         assert "router.gate.weight" not in load_file(tmp_path / str(index) / "model.safetensors")
     assert "leave out" in export_error(checkpoint, tmp_path / "out", router_input="none", router_mode="dense")
+
+
+@pytest.mark.parametrize("place", ["foundation", "expert"])
+def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path, foundation, place):
+    base = shutil.copytree(foundation, tmp_path / "base")
+    source = save_adapter(tmp_path / "adapter", base)
+    path = base / "model.safetensors" if place == "foundation" else source / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(("q_proj.weight", "q_proj.lora_A.weight")))
+    tensors[name][0, 0] = 1e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = (
+        r"holds numbers that are too large for torch\.float16 \(choose another --dtype\) (in|on) model\.layers\.0"
+    )
+    with pytest.raises(InputError, match=message):
+        export(source, tmp_path / "repo", dtype="float16", verify=False)
+    assert export(source, tmp_path / "repo", dtype="bfloat16").check.passed is not False
