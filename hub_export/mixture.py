@@ -192,10 +192,11 @@ def check_expert_names(names: list[str], origins: list[Path]) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or name.isdigit():
             raise InputError(
                 f"{name!r} (from {origin}) cannot be an expert's name: letters, digits, '_', '.', '+' and '-', not digits "
-                "alone; name the experts with --expert_names"
+                "alone; rename the folder, or name the experts with --expert_names of export"
             )
         if name.casefold() in seen:  # folders of their names must differ on every file system
             raise InputError(
-                f"two experts are named {name!r} ({seen[name.casefold()]} and {origin}); name them with --expert_names"
+                f"two experts are named {name!r} ({seen[name.casefold()]} and {origin}); rename one, or name them with "
+                "--expert_names of export"
             )
         seen[name.casefold()] = origin
