@@ -35,7 +35,7 @@ from .tokenizer_files import (
 
 # The class that takes tokenizer.json as it stands, by the name that transformers 4 knows, too.
 AS_IT_STANDS = "PreTrainedTokenizerFast"
-# Below this share of the model's tokens, a tokenizer's class was loaded without its vocabulary: it has some of its own.
+# Below this share of the model's tokens, a part of the vocabulary may be missing.
 LEAST_SHARE = 0.01
 
 
@@ -195,7 +195,7 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
         InputError: the tokenizer has no vocabulary to speak of: its class was loaded without the file that holds it.
     """
     tokenizer = found.tokenizer
-    lack = lacks_vocabulary(tokenizer, num_embeddings)
+    lack = lacks_vocabulary(tokenizer)
     if lack is not None:
         raise InputError(
             f"the tokenizer of {found.origin} {lack}; the file that holds its vocabulary is missing there "
@@ -207,20 +207,24 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
             "the model"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+    elif num_embeddings is not None and len(tokenizer) < LEAST_SHARE * num_embeddings:
+        message = (
+            f"the tokenizer of {found.origin} has {len(tokenizer)} tokens, and the foundation embeds {num_embeddings}: a file "
+            "of it may be missing"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
 
 
-def lacks_vocabulary(tokenizer: Any, num_embeddings: int | None) -> str | None:
+def lacks_vocabulary(tokenizer: Any) -> str | None:
     """In what words a tokenizer has no vocabulary, or None where it has one.
 
     Special and added tokens alone are none: `tokenizer_config.json` lists them, thousands with some models.
     """
     listed = {*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()}
     count = len(tokenizer.get_vocab().keys() - listed)
-    if count == 0:
-        return "has no tokens but its special ones"
-    if num_embeddings is not None and count < LEAST_SHARE * num_embeddings:
-        return f"has {count} tokens, and the foundation embeds {num_embeddings}"
-    return None
+    if count > 1:  # some classes have one of their own, the blank
+        return None
+    return "has no tokens but its special ones" + (" and one more" if count else "")
 
 
 def warn_about_older_transformers(found: FoundTokenizer) -> None:

@@ -248,7 +248,7 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
             return
     tokenizer = load_tokenizer(folder, config)
     rows = None if config.base_config is None else config.get_text_config().vocab_size
-    lack = lacks_vocabulary(tokenizer, rows)
+    lack = lacks_vocabulary(tokenizer)
     if lack is not None:
         result.add("tokenizer", False, f"it {lack}; the file that holds its vocabulary is missing")
         return

@@ -235,14 +235,14 @@ def test_verify_calls_a_class_without_its_vocabulary_wrong(name, repo):
     assert finding.passed is False and "no tokens but its special ones" in finding.detail
 
 
-def test_a_tokenizer_with_a_sliver_of_the_models_tokens_is_refused(foundation, tmp_path):
+def test_a_tokenizer_of_one_token_is_refused(foundation, tmp_path):
     """T5's class has a blank and a hundred special tokens without its file."""
     base = save_foundation(tmp_path / "base", vocab_size=300)
     source = save_adapter(tmp_path / "adapter", base)
     remove_tokenizer(base)
     remove_tokenizer(source)
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    with pytest.raises(InputError, match="has 1 tokens, and the foundation embeds 300"):
+    with pytest.raises(InputError, match="has no tokens but its special ones and one more"):
         export(source, tmp_path / "repo", verify=False)
 
 
@@ -358,3 +358,10 @@ def test_verify_says_what_a_tokenizer_lacks(repo):
     (repo / "tokenizer.json").unlink()
     finding = next(entry for entry in verify(repo).findings if entry.what == "tokenizer")
     assert finding.passed is False and "the file that holds its vocabulary is missing" in finding.detail
+
+
+def test_few_tokens_for_many_embeddings_are_said(tmp_path):
+    base = save_foundation(tmp_path / "base", vocab_size=20_000)
+    source = save_adapter(tmp_path / "adapter", base)
+    with pytest.warns(DyloraMoeWarning, match="has 97 tokens, and the foundation embeds 20000"):
+        export(source, tmp_path / "repo", verify=False)
