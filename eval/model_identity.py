@@ -1,6 +1,6 @@
 """What says whether a model is still the same: a hash of every file that decides what it computes.
 
-Knows files, and where a foundation lies. Knows nothing about benchmarks or about what is in a model.
+Looks at files and at where a foundation lies, and loads no model.
 """
 
 from __future__ import annotations

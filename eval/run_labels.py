@@ -1,6 +1,6 @@
 """What tables, pictures and pages call the runs of a folder, so that no two look the same.
 
-What tells a run apart is shown only where runs differ in it. Knows the fields of a run. Knows nothing about scores.
+What tells a run apart is shown only where runs differ in it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Comparison:
 @dataclass
 class CheckReport:
     """`num_tensors` experts' and gate's tensors are the source's bit by bit; `comparisons` are of logits, computed in
-    `precision`, none where the foundation was not at hand."""
+    `precision`, none where the foundation is not on this machine."""
 
     comparisons: list[Comparison]
     expert_names: list[str]

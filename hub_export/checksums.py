@@ -1,7 +1,7 @@
 """SHA256SUMS: what an export wrote, in the form that `sha256sum --check` understands.
 
 Covered is what decides what a repo computes: weights, config, code and what it needs. The card and the default strategy
-are the owner's to change. It knows nothing about what is in any file.
+are the owner's to change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Models that were saved quantised, and what transformers fetches from the Hub to compute with them.
-
-It knows methods of quantisation by name, and nothing about weights.
-"""
+"""Models that were saved quantised, and what transformers fetches from the Hub to compute with them."""
 
 from __future__ import annotations
 

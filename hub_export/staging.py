@@ -101,7 +101,7 @@ def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path],
 
 
 def _is_of_writing(error: OSError, work: Path) -> bool:
-    """Whether what failed was to write below `work`, and not to read something else or to reach somebody.
+    """Whether what failed was to write below `work`, and not to read something else or to reach a server.
 
     The system names the file when it cannot be opened, moved or removed, and none when writing to it fails.
     """

@@ -1,7 +1,7 @@
 """Finds the tokenizer that belongs in an exported repo, and writes it there so that it gives the same ids.
 
 The rule: a repo's tokenizer gives what stock transformers gives for the source's tokenizer beside the *foundation*, whose
-config decides which class reads the files. It knows nothing about experts or weights.
+config decides which class reads the files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FoundTokenizer:
     Attributes:
         origin: the folder or Hub id it came from.
         folder: where its files lie.
-        base_config: the foundation's config; None where that is not at hand.
+        base_config: the foundation's config; None where that is not on this machine.
         has_own_code: it runs code of its own, which the user trusts.
     """
 
@@ -182,14 +182,14 @@ def foundations_tokenizer(foundation: FoundationReference) -> FoundTokenizer | N
         found.behaviour  # noqa: B018  (it may fail on a text)
         return found
     except InputError:
-        return None  # nothing to compare with; whoever needs it is told why
+        return None  # nothing to compare with; a command that needs it says why
 
 
 def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
     """Warn where tokenizer and model have different numbers of tokens.
 
     Args:
-        num_embeddings: of the foundation; None where that is not at hand.
+        num_embeddings: of the foundation; None where that is not on this machine.
 
     Raises:
         InputError: the tokenizer has no vocabulary to speak of: its class was loaded without the file that holds it.

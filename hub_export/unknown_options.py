@@ -1,4 +1,4 @@
-"""Refuses options that no function has. It knows nothing about what options do."""
+"""Refuses options that no function has."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def check_whole_weights(
     """Compare what the experts bring with what the foundation has, in the dtype in which they bring it.
 
     Args:
-        model: the foundation without weights, and `weights` what it holds; None where that is not at hand.
+        model: the foundation without weights, and `weights` what it holds; None where it is not on this machine.
         name: what the foundation is called.
 
     Raises:
@@ -34,7 +34,7 @@ def check_whole_weights(
             what = f"expert {expert.name} ({expert.origin}) brings {tensor_name}, a whole weight,"
             if weights is None:
                 raise InputError(
-                    f"{what} which cannot be compared with that of the foundation {name}, as that is not at hand; download "
+                    f"{what} which cannot be compared with that of the foundation {name}, as that is not on this machine; download "
                     "it, or say with --base_model where it lies"
                 )
             own = weights.get(tensor_name) or weights.get(tied.get(tensor_name, ""))
