@@ -43,6 +43,7 @@ from .layouts_dylora_moe import (
 )
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
+from .router_mode_dylora_moe import routes_densely, warn_of_copies_that_differ
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
 from .saving_dylora_moe import SavingMixin
 
@@ -326,9 +327,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
     @property
     def routes_densely(self) -> bool:
         """Whether the router weights all experts, rather than the top k: see `DyloraMoeConfig.router_mode`."""
-        if self.config.router_mode != "auto":
-            return self.config.router_mode == "dense"
-        return self.training or not all(expert["mature"] for expert in self.config.expert_configs)
+        return routes_densely(self.config, self.training)
 
     def balance_loss(self, router_logits: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The balance loss of one pass, for a loss that is computed outside of the model: see `balance_loss`.
@@ -372,6 +371,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         if cache is not None and past_key_values is not None:
             raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
         past_key_values = cache if past_key_values is None else past_key_values
+        if str(strategy) == "router" and not torch.compiler.is_compiling():
+            warn_of_copies_that_differ(self)
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
         if self.training and self._recomputes_layers:

@@ -1,7 +1,6 @@
 """`base_model` and `get_decoder()`: the routed backbone, whose hidden states under the head are the model's logits."""
 
 import copy
-import logging
 import pickle
 
 import pytest
@@ -124,24 +123,6 @@ def test_gradients_of_a_loss_outside_are_those_of_the_model():
     assert found.keys() == expected.keys() and any("router.gate" in name for name in found)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
-
-
-class Messages(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
-
-
-@pytest.fixture
-def messages():
-    transformers.utils.logging.warning_once.cache_clear()
-    handler, logger = Messages(), logging.getLogger("dylora_moe.modeling.modeling_dylora_moe")
-    logger.addHandler(handler)
-    yield handler.texts
-    logger.removeHandler(handler)
 
 
 def test_a_loss_outside_is_told_of_the_balance_loss_once(messages):
