@@ -134,10 +134,10 @@ class DyloraMoeLinear(nn.Module):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D` (GPT-2).
         layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layouts`.
-        dropouts: dropout probability of every expert, on the input of its A, while training.
+        dropouts: every expert's dropout on the input of its A, while training; the layers of a model share them.
     """
 
-    def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: tuple[float, ...]):
+    def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: nn.ModuleList):
         super().__init__()
         in_features, out_features = linear_shape(base_layer)
         total_rank = sum(rank for rank, _ in layout)
@@ -178,7 +178,7 @@ class DyloraMoeLinear(nn.Module):
             if rank == 0:
                 return result
             rows = self.rows(active.single)
-            update = self._low_rank(hidden_states, rows, self.dropouts[active.single], scale)
+            update = self._low_rank(hidden_states, rows, self.dropouts[active.single].p, scale)
         else:
             update = self._mixed(hidden_states, active.scales[self.layout])
         return result + update.to(result.dtype)
@@ -186,11 +186,11 @@ class DyloraMoeLinear(nn.Module):
     def _mixed(self, hidden_states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """All experts: `hidden_states` `[batch, sequence, in]`, `scale` `[batch or 1, sequence or 1, R]`."""
         scale = scale.to(hidden_states.device)
-        if not self.training or not any(self.dropouts):
+        if not self.training or not any(dropout.p for dropout in self.dropouts):
             return self._low_rank(hidden_states, slice(None), 0.0, scale)
         # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
         return sum(
-            self._low_rank(hidden_states, self.rows(expert), dropout, scale[..., self.rows(expert)])
+            self._low_rank(hidden_states, self.rows(expert), dropout.p, scale[..., self.rows(expert)])
             for expert, dropout in enumerate(self.dropouts)
             if self.layout[expert][0] > 0
         )
@@ -208,7 +208,7 @@ class DyloraMoeLinear(nn.Module):
                 scale = scale.unsqueeze(1)
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
 
-    def extend(self, layout: RankLayout, dropouts: tuple[float, ...]) -> None:
+    def extend(self, layout: RankLayout, dropouts: nn.ModuleList) -> None:
         """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
         added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
         self.layout, self.dropouts = layout, dropouts
@@ -238,6 +238,11 @@ class DyloraMoeLinear(nn.Module):
         Kaiming-uniform with a = sqrt(5), as PEFT has it; leaves alone what was read from a file."""
         init.kaiming_uniform_(self.lora_A, a=5**0.5)  # its bound depends on in_features alone, so experts can share it
         init.zeros_(self.lora_B)
+
+
+def expert_dropouts(expert_configs: list[dict]) -> nn.ModuleList:
+    """Every expert's dropout, as the modules that trainers look for when they switch dropout off."""
+    return nn.ModuleList(nn.Dropout(expert["lora_dropout"]) for expert in expert_configs)
 
 
 def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]:
@@ -280,6 +285,7 @@ __all__ = [
     "ActiveExperts",
     "DyloraMoeLinear",
     "checkpoint_with_experts",
+    "expert_dropouts",
     "in_base_layer",
     "linear_shape",
     "refuse_offloaded",

@@ -27,6 +27,7 @@ from .experts_dylora_moe import (
     ActiveExperts,
     DyloraMoeLinear,
     checkpoint_with_experts,
+    expert_dropouts,
     in_base_layer,
     refuse_offloaded,
 )
@@ -180,8 +181,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
 
     def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put expert layers around modules of the foundation: around all of them, or on error around none."""
-        dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
-        wrapped, layouts = {}, config.rank_layouts()
+        wrapped, layouts, dropouts = {}, config.rank_layouts(), expert_dropouts(config.expert_configs)
         for name in names:
             try:
                 wrapped[name] = DyloraMoeLinear(self.foundation.get_submodule(name), layouts[name], dropouts)
