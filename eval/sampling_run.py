@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -15,13 +17,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
-from .decoding import Row, decode_rows
+from .decoding import LAST_POSITION, Row, decode_rows
 from .evalplus_data import Benchmark
 from .loading import FoundModel, LoadedModel
 from .run_record import Run, file_sha256, read_runs, write_run
-from .sample_journal import SampleJournal
+from .sample_journal import SampleJournal, Samples
 
 
 # Called with the number of samples that are done, and of all.
@@ -101,8 +103,8 @@ def _make(
         done = count(len(there) + 1)
         tell(len(there), len(there) + len(rows))
 
-        def finished(row: Row, tokens: list[int]) -> None:
-            journal.add(row.task_id, row.sample, tokens)
+        def finished(row: Row, tokens: list[int], stop: str) -> None:
+            journal.add(row.task_id, row.sample, tokens, stop)
             tell(next(done), len(there) + len(rows))
 
         decode_rows(
@@ -201,15 +203,29 @@ def _missing(run: Run, questions: list, there: dict) -> list[Row]:
 def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: SampleJournal, decoder: dict) -> None:
     from .evalplus_decoder import write_samples
 
-    completions = journal.read()
-    lacking = recorded.n_samples * len(benchmark.tasks) - len(completions)
+    samples = journal.read()
+    lacking = recorded.n_samples * len(benchmark.tasks) - len(samples)
     if lacking:
         raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
+    recorded.stops = _stops(recorded, samples)
+    completions = {name: sample.tokens for name, sample in samples.items()}
     write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
     recorded.samples_sha256 = file_sha256(recorded.samples_path)
     recorded.raw_samples_sha256 = file_sha256(recorded.raw_samples_path)
     write_run(recorded)
     journal.remove()  # last: what they held is safe now
+
+
+def _stops(run: Run, samples: Samples) -> dict[str, int]:
+    """How many samples ended for which reason. A model's last position cuts them off where nobody asked for it."""
+    stops = Counter(sample.stop for sample in samples.values() if sample.stop is not None)
+    if stops[LAST_POSITION]:
+        message = (
+            f"{stops[LAST_POSITION]} of {len(samples)} samples of {run.samples} ended at the model's last position, "
+            f"before --max_new_tokens {run.max_new_tokens}"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=4)
+    return dict(sorted((reason, count) for reason, count in stops.items() if count))
 
 
 def _wait(state: Any) -> None:
