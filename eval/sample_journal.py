@@ -33,12 +33,16 @@ class SampleJournal:
     Args:
         samples_path: EvalPlus's samples file, `NAME.jsonl`.
         process: this process's number.
+
+    Attributes:
+        sanitized_path: where texts that took long to sanitize are kept until all are there: see `sanitizing`.
     """
 
     def __init__(self, samples_path: Path, process: int = 0):
         self.stem = samples_path.name.removesuffix(".jsonl")
         self.folder = samples_path.parent
         self.path = self.folder / f"{self.stem}.partial-{process}.jsonl"
+        self.sanitized_path = self.folder / f"{self.stem}.sanitized-partial.jsonl"
 
     def paths(self) -> list[Path]:
         """All processes' journals."""
@@ -82,8 +86,10 @@ class SampleJournal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def remove(self) -> None:
+        """Remove every process's journal, and what was sanitized of it."""
         for path in self.paths():
             path.unlink()
+        self.sanitized_path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Samples, int]:

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .evalplus_data import Benchmark
 from .loading import FoundModel, LoadedModel
 from .run_record import Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal, Samples
+from .sanitizing import sanitize_programs
 
 
 # Called with the number of samples that are done, and of all.
@@ -40,6 +42,7 @@ def make_samples(
     overwrite: bool = False,
     state: Any = None,
     progress: Progress | None = None,
+    sanitize: Callable[..., list[str]] = sanitize_programs,
 ) -> Run:
     """Generate what is missing of a run's samples, and write EvalPlus's files and the record.
 
@@ -48,6 +51,7 @@ def make_samples(
         model: where the samples come from; `load` gives it loaded, and is not called when nothing is missing.
         overwrite: throw away what another run left under the same name, instead of refusing.
         state: accelerate's `PartialState` where several processes share the work.
+        sanitize: `sanitize_programs`, with its `workers` and `progress`.
 
     Returns:
         The run with its samples' hash, on every process.
@@ -58,7 +62,7 @@ def make_samples(
     """
     process, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     with _alone(run, process):
-        return _make(run, benchmark, model, load, batch_size, overwrite, state, process, processes, progress)
+        return _make(run, benchmark, model, load, batch_size, overwrite, state, process, processes, progress, sanitize)
 
 
 def _make(
@@ -72,6 +76,7 @@ def _make(
     process: int,
     processes: int,
     progress: Progress | None,
+    sanitize: Callable[..., list[str]],
 ) -> Run:
     from .evalplus_decoder import ask
 
@@ -122,7 +127,7 @@ def _make(
     recorded.seconds = None if there else seconds
     _wait(state)
     if process == 0:
-        _finish(recorded, benchmark, tokenizer, journal, decoder)
+        _finish(recorded, benchmark, tokenizer, journal, sanitize, decoder)
     _wait(state)
     return recorded if process == 0 else _recorded(run)
 
@@ -200,7 +205,14 @@ def _missing(run: Run, questions: list, there: dict) -> list[Row]:
     return sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
 
 
-def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: SampleJournal, decoder: dict) -> None:
+def _finish(
+    recorded: Run,
+    benchmark: Benchmark,
+    tokenizer: Any,
+    journal: SampleJournal,
+    sanitize: Callable[..., list[str]],
+    decoder: dict[str, Any],
+) -> None:
     from .evalplus_decoder import write_samples
 
     samples = journal.read()
@@ -209,7 +221,8 @@ def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: Sample
         raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
     recorded.stops = _stops(recorded, samples)
     completions = {name: sample.tokens for name, sample in samples.items()}
-    write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
+    keep = partial(sanitize, kept=journal.sanitized_path)
+    write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, keep, **decoder)
     recorded.samples_sha256 = file_sha256(recorded.samples_path)
     recorded.raw_samples_sha256 = file_sha256(recorded.raw_samples_path)
     write_run(recorded)
