@@ -26,6 +26,7 @@ from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
 from .run_record import Run, file_sha256, write_run
 from .sampling_run import make_samples, samples_name
 from .sanitizing import sanitize_programs
+from .tokenizer_round_trip import warn_of_tokenizer
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
@@ -230,12 +231,15 @@ def _runs_of(
     def load() -> LoadedModel:
         if progress is not None:
             progress(f"loading {model.label}", 0, 0)
-        return model.load(
+        loaded = model.load(
             dtype=options.dtype,
             device=state.device,
             device_map=options.device_map,
             attn_implementation=options.attn_implementation,
         )
+        if state.is_main_process:
+            warn_of_tokenizer(model.label, loaded.tokenizer, sets, options.force_base_prompt)
+        return loaded
 
     for data in sets:
         for strategy in strategies:
