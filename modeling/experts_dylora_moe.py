@@ -149,6 +149,7 @@ class DyloraMoeLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(total_rank, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(total_rank, out_features, dtype=dtype, device=weight.device))
         self.frozen_experts: frozenset[int] = frozenset()
+        self.has_merged_adapter = False  # in the frozen layer, which is then no longer the foundation's
 
     @property
     def weight(self) -> torch.Tensor:
@@ -232,6 +233,13 @@ class DyloraMoeLinear(nn.Module):
             for expert in range(len(self.layout))
         ]
         return torch.cat(parts)
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names) -> "DyloraMoeLinear":
+        """Stay in the model when PEFT unloads an adapter that was put on it: PEFT takes every module with a
+        `base_layer` for a layer of its own, and asks those with a method of this name what is left of them. Its own
+        layer is inside, in place of `base_layer`, and unloaded in its turn."""
+        self.has_merged_adapter |= merge
+        return self
 
     def initialize_experts(self) -> None:
         """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A
