@@ -234,12 +234,20 @@ class DyloraMoeLinear(nn.Module):
         ]
         return torch.cat(parts)
 
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names) -> "DyloraMoeLinear":
-        """Stay in the model when PEFT unloads an adapter that was put on it: PEFT takes every module with a
-        `base_layer` for a layer of its own, and asks those with a method of this name what is left of them. Its own
-        layer is inside, in place of `base_layer`, and unloaded in its turn."""
-        self.has_merged_adapter |= merge
+    # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it to merge and
+    # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked in its turn.
+
+    def merge(self, *args, **kwargs) -> None:
+        """Merge nothing: an adapter on top is merged into the frozen layer by PEFT's own layer."""
+        self.has_merged_adapter = True
+
+    def get_base_layer(self) -> "DyloraMoeLinear":
+        """What is left once PEFT's layers are taken off: this one."""
         return self
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(str(rank) for rank, _ in self.layout)
+        return f"experts of ranks {ranks}; PEFT's targets: model.peft_target_modules([<name>, ...])"
 
     def initialize_experts(self) -> None:
         """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A

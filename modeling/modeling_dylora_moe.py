@@ -42,6 +42,7 @@ from .layouts_dylora_moe import (
     set_default_strategy,
     subset_of,
 )
+from .peft_dylora_moe import PeftTargetsMixin
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
@@ -63,7 +64,7 @@ logger = logging.get_logger(__name__)
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 
-class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, SavingMixin, PreTrainedModel):
     """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
 
     config_class = DyloraMoeConfig
