@@ -127,7 +127,7 @@ def _check_room(cache: Cache, strategy: RoutingStrategy) -> None:
             reason = f"{type(cache).__name__} has its own `{name}`, which works on all layers as those of one pass"
     if reason is not None:
         raise ValueError(
-            f"Routing strategy '{strategy}' keeps more with `past_key_values` than the keys and values of one pass, and "
+            f"Routing strategy {str(strategy)!r} keeps more with `past_key_values` than the keys and values of one pass, and "
             f"{reason}: choose 'single:<expert>', 'uniform' or 'base', or pass another cache."
         )
 

@@ -346,6 +346,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     def active_experts(self, weights: int | torch.Tensor | None, tokens: int | None = None) -> ActiveExperts | None:
         """What the expert layers read during a pass; see `ActiveExperts`."""
+        if hasattr(self, "peft_config"):  # which PEFT leaves on a model that it changed
+            self.refuse_adapters_around_experts()
         if weights is None or not self._rank_layouts:
             return None
         any_layer = self.foundation.get_submodule(self._adapted_modules[0])

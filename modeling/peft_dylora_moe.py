@@ -1,4 +1,4 @@
-"""PEFT adapters on top of a routed model: which modules they go on.
+"""PEFT adapters on top of a routed model: which modules they go on, and which they must not.
 
 Knows how PEFT names its targets. Knows nothing about PEFT's layers, and does not import it.
 """
@@ -34,6 +34,17 @@ class PeftTargetsMixin:
             for name, module in modules.items()
             if f".{name}".endswith(tuple(ends.values()))
         ]
+
+    def refuse_adapters_around_experts(self) -> None:
+        """Raises ValueError: PEFT put an adapter around an expert layer, which it would take away with the adapter. It
+        does so, without an error of its own, where it knows a layer by the class of its weight (torchao)."""
+        for name, layer in self.expert_layers().items():
+            if not isinstance(layer, DyloraMoeLinear):
+                raise ValueError(
+                    f"A {type(layer).__name__} was put around layer {name!r}, which experts adapt: adapters go inside, on "
+                    "`<layer>.base_layer`. Load the model anew and let `model.peft_target_modules([<name>, ...])` name "
+                    "PEFT's `target_modules`."
+                )
 
 
 __all__ = ["PeftTargetsMixin"]
