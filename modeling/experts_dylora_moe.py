@@ -246,8 +246,9 @@ class DyloraMoeLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(str(rank) for rank, _ in self.layout)
-        return f"experts of ranks {ranks}; PEFT's targets: model.peft_target_modules([<name>, ...])"
+        """Name the remedy where PEFT refuses this layer, too: its error shows the layer."""
+        total_rank = self.lora_A.shape[0]
+        return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
 
     def initialize_experts(self) -> None:
         """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A
