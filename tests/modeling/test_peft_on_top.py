@@ -326,6 +326,15 @@ def test_generating_after_a_prompt_is_what_a_pass_over_all_tokens_says(method, s
     assert torch.equal(top.generate(input_ids=IDS[:1], **GREEDY, routing_strategy=strategy), row)
 
 
+def test_best_chooses_by_the_text_after_a_prefix():
+    model = build()
+    top = with_prompt(model, "prefix tuning")
+    with torch.no_grad():
+        expected = model(**BATCH, routing_strategy="best", output_router_logits=True).router_logits
+        found = top(**BATCH, routing_strategy="best", output_router_logits=True).router_logits
+    assert_close(found[REAL], expected[REAL])
+
+
 @pytest.mark.parametrize("method", PROMPTS)
 def test_prompts_and_prefixes_learn_under_every_strategy_and_are_saved(method, tmp_path):
     top = with_prompt(build(), method).train()
