@@ -149,6 +149,7 @@ class DyloraMoeLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(total_rank, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(total_rank, out_features, dtype=dtype, device=weight.device))
         self.frozen_experts: frozenset[int] = frozenset()
+        self.has_merged_adapter = False  # in the frozen layer, which is then no longer the foundation's
 
     @property
     def weight(self) -> torch.Tensor:
@@ -232,6 +233,22 @@ class DyloraMoeLinear(nn.Module):
             for expert in range(len(self.layout))
         ]
         return torch.cat(parts)
+
+    # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it to merge and
+    # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked in its turn.
+
+    def merge(self, *args, **kwargs) -> None:
+        """Merge nothing: an adapter on top is merged into the frozen layer by PEFT's own layer."""
+        self.has_merged_adapter = True
+
+    def get_base_layer(self) -> "DyloraMoeLinear":
+        """What is left once PEFT's layers are taken off: this one."""
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the remedy where PEFT refuses this layer, too: its error shows the layer."""
+        total_rank = self.lora_A.shape[0]
+        return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
 
     def initialize_experts(self) -> None:
         """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A

@@ -40,8 +40,10 @@ from .layouts_dylora_moe import (
     read_adapter,
     read_full,
     read_generation_config,
+    set_default_strategy,
     subset_of,
 )
+from .peft_dylora_moe import PeftTargetsMixin
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
 from .router_mode_dylora_moe import routes_densely, warn_of_copies_that_differ
@@ -64,7 +66,7 @@ logger = logging.get_logger(__name__)
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 
-class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, SavingMixin, PreTrainedModel):
     """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
 
     config_class = DyloraMoeConfig
@@ -104,23 +106,29 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             layer.lora_B.requires_grad_(True)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, base_model=None, experts=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, base_model=None, experts=None, routing_strategy=None, **kwargs
+    ):
         """As `PreTrainedModel.from_pretrained`; the foundation comes back frozen, experts and gate trainable.
 
         Args:
             base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its config says;
                 the loaded model's config says it, too.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
+            routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`), instead of the
+                repo's; a number in `single:<number>` counts the loaded experts.
 
         Raises:
-            ValueError: no such expert, a foundation that is missing (`FoundationError`) or of other shapes, a damaged
-                file, or `experts` of a repo that was saved quantised.
+            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of other shapes, a
+                damaged file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         stored = kwargs.get("config")
         if location is not None and not isinstance(stored, PreTrainedConfig):
             stored = cls.config_class.from_pretrained(stored or location, **where)
+        if routing_strategy is not None:  # before any weight is read
+            routing_strategy = str(resolve_routing_strategy(routing_strategy, subset_of(stored, experts)[0]))
         own_way = location is not None and (stored.weights_layout == "adapter" or experts is not None)
         if base_model is not None and (not own_way or stored.weights_layout != "adapter"):
             raise ValueError("`base_model` is for repos of layout `adapter`; this one holds its own foundation.")
@@ -136,7 +144,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             # transformers reads this file for models that generate and are loaded its own way, but every model's
             # strategy is in it.
             model.generation_config = generation_config
-        if experts is not None:
+        if routing_strategy is not None:
+            set_default_strategy(model, routing_strategy)
+        elif experts is not None:
             keep_single_expert(model, stored)
         return loaded
 
@@ -340,6 +350,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
 
     def active_experts(self, weights: int | torch.Tensor | None, tokens: int | None = None) -> ActiveExperts | None:
         """What the expert layers read during a pass; see `ActiveExperts`."""
+        if hasattr(self, "peft_config"):  # which PEFT leaves on a model that it changed
+            self.refuse_adapters_around_experts()
         if weights is None or not self._rank_layouts:
             return None
         any_layer = self.foundation.get_submodule(self._adapted_modules[0])
