@@ -22,6 +22,7 @@ from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
+from .generation_options import refuse_options
 from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
 from .run_record import Run, file_sha256, write_run
 from .sampling_run import make_samples, samples_name
@@ -164,6 +165,8 @@ def benchmark(
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [(model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found]
+    for model in found:
+        refuse_options(model.generation_settings(), model.source)
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
