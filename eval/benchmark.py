@@ -31,6 +31,7 @@ from .sampling_run import make_samples, samples_name
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 # How long a process waits for the others, which may have longer samples: NCCL's own ten minutes are too few.
 PATIENCE = timedelta(days=7)
+LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
 RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
 
 # Called with what is being done, and how much of it.
@@ -87,8 +88,7 @@ class BenchmarkOptions:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.parallel is not None and self.parallel < 1:
             raise InputError(f"--parallel is {self.parallel}; it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature is {self.temperature}; it must be a number, and not negative")
+        check_temperature(self.temperature)
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
         if self.n_samples > 1 and self.temperature == 0:
@@ -110,6 +110,17 @@ class BenchmarkOptions:
     def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
         """Raises InputError: a name that neither these options nor the parameters of `function` have."""
         refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises InputError: it is no number, negative, or so small that logits divided by it overflow float32."""
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature is {temperature}; it must be a number, and not negative")
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise InputError(
+            f"--temperature is {temperature}; logits divided by less than {LOWEST_TEMPERATURE} overflow float32; pass 0 "
+            "for greedy decoding"
+        )
 
 
 @dataclass
@@ -370,4 +381,4 @@ if __name__ == "__main__":
     main(["benchmark", *sys.argv[1:]])
 
 
-__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]
+__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "check_temperature", "score_run"]

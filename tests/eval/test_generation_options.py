@@ -11,6 +11,7 @@ from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, Pr
 
 from dylora_moe.cli import main
 from dylora_moe.eval import generation_options
+from dylora_moe.eval.benchmark import LOWEST_TEMPERATURE
 from dylora_moe.eval.decoding import Row, decode_rows
 from dylora_moe.eval.generation_options import KNOWN, OBEYED, REFUSED, SET_BY_EVALPLUS, WITHOUT_EFFECT, refuse_options
 from dylora_moe.eval.loading import FoundModel
@@ -213,6 +214,11 @@ def test_sampling_draws_from_the_tokens_that_generate_draws_from(model, tokenize
     drawn = {tokens[0] for tokens in decode(model, tokenizer, asked, 150, do_sample=True, max_new_tokens=1).values()}
     assert likely <= drawn <= possible
     assert len(possible) < VOCABULARY
+
+
+def test_the_lowest_temperature_takes_the_likeliest_token(model, tokenizer):
+    got = decode(model, tokenizer, do_sample=True, temperature=LOWEST_TEMPERATURE, top_p=0.95)
+    assert got == decode(model, tokenizer)
 
 
 def test_what_evalplus_passes_goes_before_the_generation_config(model, tokenizer):
