@@ -201,10 +201,12 @@ def _decoder(benchmark: Benchmark, answer: Callable, tokenizer: Any, **arguments
 
 def _run_loop(path: Path, benchmark: Benchmark, decoder: PromptDecoder, n_samples: int) -> None:
     greedy = decoder.temperature == 0
-    # The release takes a set's name, the main branch the tasks themselves.
+    # The main branch takes the tasks themselves, the release a set's name, by which it reads them.
     takes_name = "version" in inspect.signature(evalplus_codegen.codegen).parameters
+    read = {"humaneval": "get_human_eval_plus", "mbpp": "get_mbpp_plus"}[benchmark.name]
     with (
         quiet(),
+        mock.patch.object(evalplus_codegen, read, lambda **_: benchmark.tasks, create=not takes_name),
         mock.patch.object(evalplus_codegen, "sanitize", _sanitize),
         mock.patch.object(hf, "make_raw_chat_prompt", chat_prompt),
     ):
@@ -214,7 +216,6 @@ def _run_loop(path: Path, benchmark: Benchmark, decoder: PromptDecoder, n_sample
             dataset=benchmark.name if takes_name else benchmark.tasks,
             greedy=greedy,
             n_samples=n_samples,
-            id_range=benchmark.id_range,
             resume=False,
         )
 
