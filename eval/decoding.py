@@ -19,7 +19,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import StopStringCriteria
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
 
 from .generation_options import refuse_options
 
@@ -306,6 +306,9 @@ class StopStrings:
     Args:
         of_model: the stop strings of the model's generation config, which transformers looks for: at the end of prompt
             and new tokens.
+
+    Raises:
+        InputError: transformers cannot look for them with this tokenizer.
     """
 
     SPARE_TOKENS = 8  # that spell nothing, or parts of one character
@@ -313,7 +316,13 @@ class StopStrings:
     def __init__(self, tokenizer: Any, strings: Sequence[str], of_model: str | Sequence[str] | None = None):
         self.tokenizer = tokenizer
         self.strings = tuple(strings)
-        self.criterion = StopStringCriteria(tokenizer, of_model) if of_model else None
+        try:
+            self.criterion = StopStringCriteria(tokenizer, of_model) if of_model else None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the generation config of the model has stop_strings = {of_model!r}, which transformers cannot look for "
+                f"with this tokenizer ({type(error).__name__}: {one_line(error)}); take them out of generation_config.json"
+            ) from error
         self.window = max(map(len, self.strings), default=0) + self.SPARE_TOKENS
 
     def complete(self, new_tokens: list[int], prompt: Sequence[int] = ()) -> bool:

@@ -1,12 +1,13 @@
 """Fields of a generation config: each is obeyed as `generate` obeys it, or refused by name before anything is made."""
 
+import copy
 import functools
 
 import pytest
 import torch
 from helpers_models import PAD, VOCABULARY, build, random_rows
 from helpers_text import save_text_repo
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, cache_utils
 
 from dylora_moe.cli import main
@@ -269,6 +270,16 @@ def test_a_stop_string_that_begins_in_the_prompt(model, tokenizer):
     got = decode(model, tokenizer)
     assert got == one_by_one(model, tokenizer)
     assert len(got[row.task_id, 0]) == 1
+
+
+@pytest.mark.parametrize("strings", [[5], ["some"]], ids=["no text", "of a tokenizer that changes letters"])
+def test_stop_strings_that_cannot_be_looked_for_are_said(tokenizer, monkeypatch, strings):
+    model, other = ordinary(), copy.deepcopy(tokenizer)
+    if strings == ["some"]:
+        other.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(stop_strings=strings))
+    with pytest.raises(InputError, match=r"has stop_strings = .*take them out"):
+        decode(model, other)
 
 
 def test_invalid_values_are_removed_where_the_generation_config_asks_for_it(tokenizer):
