@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .generation_options import refuse_options
 from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
 from .run_record import Run, file_sha256, write_run
 from .sampling_run import make_samples, samples_name
+from .sanitizing import sanitize_programs
+from .tokenizer_round_trip import warn_of_tokenizer
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
@@ -50,7 +52,7 @@ class BenchmarkOptions:
         id_range: two task numbers, the second not with it; `limit`: the first so many of these.
         mini: the set with few plus inputs; `base_only`: without plus inputs.
         device_map: transformers' own, for models that need several GPUs.
-        parallel: processes that score; half the cores unless given.
+        parallel: processes that score, half the cores unless given; and that sanitize where it takes long, all of them.
         sandbox: score inside bubblewrap.
         overwrite: throw away what another run left under the same name.
     """
@@ -243,18 +245,22 @@ def _runs_of(
     def load() -> LoadedModel:
         if progress is not None:
             progress(f"loading {model.label}", 0, 0)
-        return model.load(
+        loaded = model.load(
             dtype=options.dtype,
             device=state.device,
             device_map=options.device_map,
             attn_implementation=options.attn_implementation,
         )
+        if state.is_main_process:
+            warn_of_tokenizer(model.label, loaded.tokenizer, sets, options.force_base_prompt)
+        return loaded
 
     for data in sets:
         for strategy in strategies:
             run = _describe(model, strategy, data, folder, options, state)
             what = f"{model.label}, {strategy}, {data.name}"
-            tell = None if progress is None else lambda done, total, what=what: progress(what, done, total)
+            tell = None if progress is None else partial(progress, what)
+            sanitizing = None if progress is None else partial(progress, f"sanitizing {what}")
             yield make_samples(
                 run,
                 data,
@@ -264,6 +270,9 @@ def _runs_of(
                 overwrite=options.overwrite,
                 state=state,
                 progress=tell,
+                sanitize=partial(
+                    sanitize_programs, workers=options.parallel or os.cpu_count() or 1, progress=sanitizing
+                ),
             )
 
 

@@ -8,6 +8,7 @@ number of rows. Knows nothing about EvalPlus, files or routing strategies.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import StopStringCriteria
 
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
+from dylora_moe.hub_export.last_position import LastPosition, last_position
 
 from .generation_options import refuse_options
 
@@ -54,8 +56,13 @@ class Row:
     expert_id: int | None = None
 
 
-# Called with a finished row and its new tokens, the end-of-sequence token among them.
-Finished = Callable[[Row, list[int]], None]
+# Why a row ended: the model's end-of-sequence token, a stop string, as many tokens as were asked for, or a model that has
+# no further position (see `hub_export.last_position`).
+END_OF_SEQUENCE, STOP_STRING = "end_of_sequence", "stop_string"
+MAX_NEW_TOKENS, LAST_POSITION = "max_new_tokens", "last_position"
+
+# Called with a finished row, its new tokens, the end-of-sequence token among them, and why it ended.
+Finished = Callable[[Row, list[int], str], None]
 
 
 def decode_rows(
@@ -81,7 +88,8 @@ def decode_rows(
         arguments: of `model.generate`, the same for all rows.
 
     Raises:
-        InputError: the generation config asks for what is not made in batches, see `generation_options`.
+        InputError: the generation config asks for what is not made in batches, see `generation_options`, or a prompt has
+            more tokens than the model has positions.
         FailureError: the memory does not suffice for a single row.
     """
     settings = {**vars(model.generation_config), **arguments}
@@ -89,20 +97,22 @@ def decode_rows(
     if _is_for_single_rows(model, settings):
         batch_size = 1
     stops = StopStrings(tokenizer, stop_strings, settings.get("stop_strings"))
-    _warn_of_positions(model, rows, arguments.get("max_new_tokens", 0))
+    end = last_position(model)
+    room = {(row.task_id, row.sample): _room(model, tokenizer, row, end) for row in rows}
+    _warn_of_positions(model, rows, arguments.get("max_new_tokens", 0), end)
     waiting = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     while waiting:
         batch, done = waiting[:batch_size], set()
-        if _padding_gives_nan(model):
+        if _padding_gives_nan(model) or _padding_takes_positions(end, batch[0], arguments.get("max_new_tokens", 0)):
             batch = [row for row in batch if len(row.input_ids) == len(batch[0].input_ids)]
 
-        def note(row: Row, tokens: list[int], done: set = done) -> None:
-            finished(row, tokens)
+        def note(row: Row, tokens: list[int], stop: str, done: set = done) -> None:
+            finished(row, tokens, stop)
             done.add((row.task_id, row.sample))
 
         too_large = False
         try:
-            _decode_batch(model, tokenizer, batch, note, stops, seed, arguments)
+            _decode_batch(model, tokenizer, batch, note, stops, room, seed, arguments)
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -129,15 +139,43 @@ def _is_for_single_rows(model: Any, settings: dict[str, Any]) -> bool:
     return whole or any(value not in (None, usual) for value, usual in values)
 
 
-def _warn_of_positions(model: Any, rows: Sequence[Row], max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _room(model: Any, tokenizer: Any, row: Row, end: LastPosition | None) -> float:
+    """How many new tokens a row has positions for. The last of them is never read, so it needs none.
+
+    Raises:
+        InputError: the prompt has no room itself.
+    """
+    if end is None:
+        return math.inf
+    taken = end.taken(visible(model, tokenizer, row.input_ids))
+    if taken > end.positions:
+        raise InputError(
+            f"the prompt of {row.task_id} is {taken} tokens long, and the model has {end.positions} positions; choose "
+            "other tasks with --id_range or --limit"
+        )
+    return end.positions - taken + 1
+
+
+def _warn_of_positions(model: Any, rows: Sequence[Row], max_new_tokens: int, end: LastPosition | None) -> None:
     longest = max((len(row.input_ids) for row in rows), default=0) + max_new_tokens
-    if positions is not None and longest > positions:
+    if end is not None:
+        # The last token is never read.
+        limit, what = end.positions + 1, f"has {end.positions} positions: samples that reach the last one end there"
+    else:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        what = f"is made for {limit}"
+    if limit is not None and longest > limit:
         message = (
-            f"the longest prompt with --max_new_tokens {max_new_tokens} takes {longest} tokens, and the model is made for "
-            f"{positions}"
+            f"the longest prompt with --max_new_tokens {max_new_tokens} takes {longest} tokens, and the model {what}"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+
+
+def _padding_takes_positions(end: LastPosition | None, longest: Row, max_new_tokens: int) -> bool:
+    """Whether rows of unlike length cannot share a batch, since padding would move the shorter ones, or end them early."""
+    if end is None:
+        return False
+    return end.shifts or (end.counts_padding and len(longest.input_ids) + max_new_tokens - 1 > end.positions)
 
 
 def _padding_gives_nan(model: Any) -> bool:
@@ -153,6 +191,7 @@ def _decode_batch(
     rows: list[Row],
     finished: Finished,
     stops: StopStrings,
+    room: dict[tuple[str, int], float],
     seed: int,
     arguments: dict[str, Any],
 ) -> None:
@@ -164,7 +203,9 @@ def _decode_batch(
         arguments = {**arguments, "cache_implementation": "dynamic"}
     if rows[0].expert_id is not None:
         arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
-    loop = _Loop(rows, finished, stops, [row_generator(seed, row) for row in rows])
+    generators = [row_generator(seed, row) for row in rows]
+    rooms = [room[row.task_id, row.sample] for row in rows]
+    loop = _Loop(rows, finished, stops, generators, rooms)
     model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
@@ -195,19 +236,23 @@ class _Loop:
         finished: Finished,
         stop_strings: StopStrings,
         generators: list[np.random.Generator],
+        room: list[float],
     ):
         self.rows = list(rows)
         self.finished = finished
         self.stop_strings = stop_strings
         self.generators = generators
+        self.room = room  # new tokens that each row has positions for
         self.new_tokens: list[list[int]] = [[] for _ in rows]
         self.going_on = list(range(len(rows)))  # the places of those that are not done
 
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
     ) -> torch.LongTensor:
-        # Only our models have it, and only with their optional files.
-        fast = getattr(model, "decoding_fast", None)
+        # Only our models have it, and only with their optional files. Its rows all go on to the end, past their last
+        # position.
+        reaches_last_position = min(self.room) < generation_config.max_length - input_ids.shape[1]
+        fast = None if reaches_last_position else getattr(model, "decoding_fast", None)
         with nullcontext() if fast is None else fast(generation_config, model_kwargs) as decoding:
             return self._run(model, decoding, input_ids, logits_processor, generation_config, model_kwargs)
 
@@ -265,17 +310,28 @@ class _Loop:
         """Give every row that goes on its new token, and tell those that are done with it."""
         going_on = []
         for place in self.going_on:
-            token, new_tokens = tokens[place], self.new_tokens[place]
-            new_tokens.append(token)
-            ended = token in end or len(new_tokens) >= max_new_tokens
-            if ended or self.stop_strings.complete(new_tokens, self.rows[place].input_ids):
-                self.finished(self.rows[place], new_tokens)
-            else:
+            new_tokens = self.new_tokens[place]
+            new_tokens.append(tokens[place])
+            stop = self._stop(place, end, max_new_tokens)
+            if stop is None:
                 going_on.append(place)
+            else:
+                self.finished(self.rows[place], new_tokens, stop)
         self.going_on = going_on
 
+    def _stop(self, place: int, end: set[int], max_new_tokens: int) -> str | None:
+        """Why a row ends with its newest token; None where it goes on."""
+        new_tokens = self.new_tokens[place]
+        if new_tokens[-1] in end:
+            return END_OF_SEQUENCE
+        if self.stop_strings.complete(new_tokens, self.rows[place].input_ids):
+            return STOP_STRING
+        if len(new_tokens) >= max_new_tokens:
+            return MAX_NEW_TOKENS
+        return LAST_POSITION if len(new_tokens) >= self.room[place] else None
+
     def _drop_done(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]):
-        for name in ("rows", "new_tokens", "generators"):
+        for name in ("rows", "new_tokens", "generators", "room"):
             setattr(self, name, [getattr(self, name)[place] for place in self.going_on])
         kept = torch.tensor(self.going_on, device=input_ids.device)
         self.going_on = list(range(len(kept)))

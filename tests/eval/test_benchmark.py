@@ -115,14 +115,14 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_the_same(repo, tmp_path, monk
     made = []
     add = SampleJournal.add
 
-    def add_some(self, task_id, sample, tokens):
+    def add_some(self, task_id, sample, tokens, stop):
         if len(made) in (2, 5):
             made.append(None)
             with open(self.path, "ab") as file:  # the line that it was writing
                 file.write(b'{"task_id": "HumanEval/5", "sam')
             raise KeyboardInterrupt
         made.append((task_id, sample))
-        add(self, task_id, sample, tokens)
+        add(self, task_id, sample, tokens, stop)
 
     monkeypatch.setattr(SampleJournal, "add", add_some)
     for _ in range(2):
@@ -132,6 +132,7 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_the_same(repo, tmp_path, monk
         assert not run.has_samples and not run.samples_path.exists()
     resumed = benchmark(repo, output_dir=tmp_path / "broken", **options)
     assert files(resumed) == files(whole)
+    assert resumed.runs[0].stops == whole.runs[0].stops and sum(whole.runs[0].stops.values()) == len(made) - 2
     made = [sample for sample in made if sample is not None]
     assert len(made) == len(set(made)) == len(lines(resumed.runs[0].samples_path))
     assert not list((tmp_path / "broken").rglob("*partial*"))

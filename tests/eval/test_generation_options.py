@@ -140,7 +140,7 @@ def decode(model, tokenizer, asked=None, batch_size=5, **arguments):
     got = {}
     arguments = {"max_new_tokens": 12, "do_sample": False, "stop_strings": (), **arguments}
 
-    def note(row, tokens):
+    def note(row, tokens, stop):
         got[row.task_id, row.sample] = tokens
 
     decode_rows(model, tokenizer, asked or rows(), note, batch_size=batch_size, **arguments)
