@@ -22,6 +22,7 @@ from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
+from .generation_options import refuse_options
 from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
 from .run_record import Run, file_sha256, write_run
 from .sampling_run import make_samples, samples_name
@@ -32,6 +33,7 @@ from .tokenizer_round_trip import warn_of_tokenizer
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 # How long a process waits for the others, which may have longer samples: NCCL's own ten minutes are too few.
 PATIENCE = timedelta(days=7)
+LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
 RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
 
 # Called with what is being done, and how much of it.
@@ -88,8 +90,7 @@ class BenchmarkOptions:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.parallel is not None and self.parallel < 1:
             raise InputError(f"--parallel is {self.parallel}; it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature is {self.temperature}; it must be a number, and not negative")
+        check_temperature(self.temperature)
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
         if self.n_samples > 1 and self.temperature == 0:
@@ -111,6 +112,17 @@ class BenchmarkOptions:
     def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
         """Raises InputError: a name that neither these options nor the parameters of `function` have."""
         refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises InputError: it is no number, negative, or so small that logits divided by it overflow float32."""
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature is {temperature}; it must be a number, and not negative")
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise InputError(
+            f"--temperature is {temperature}; logits divided by less than {LOWEST_TEMPERATURE} overflow float32; pass 0 "
+            "for greedy decoding"
+        )
 
 
 @dataclass
@@ -166,6 +178,8 @@ def benchmark(
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [(model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found]
+    for model in found:
+        refuse_options(model.generation_settings(), model.source)
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
@@ -376,4 +390,4 @@ if __name__ == "__main__":
     main(["benchmark", *sys.argv[1:]])
 
 
-__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]
+__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "check_temperature", "score_run"]

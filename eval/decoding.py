@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import StopStringCriteria
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
 from dylora_moe.hub_export.last_position import LastPosition, last_position
+
+from .generation_options import refuse_options
 
 
 # Settings of a generation config for which a row has to be alone: they count padding, or remember the batch.
@@ -29,10 +32,11 @@ ALONE = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
+    "forced_bos_token_id": None,
     "guidance_scale": 1.0,
     "watermarking_config": None,
 }
-# Rows cannot leave any other; what is computed is the same.
+# A growing one takes any other's place, since rows cannot leave it; what is computed is the same.
 GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")
 
 
@@ -78,17 +82,21 @@ def decode_rows(
     not suffice the batch is halved and its unfinished rows begin anew.
 
     Args:
-        stop_strings: a row is done at the token that completes one of them.
+        stop_strings: a row is done at the token that completes one of them, or one of those of the generation config.
         seed: of sampling. Each row draws from a generator of its own, made from (seed, task, sample), so that batches,
             processes and interruptions change nothing.
         arguments: of `model.generate`, the same for all rows.
 
     Raises:
-        InputError: the model's generation config asks for beams, or a prompt has more tokens than the model has positions.
+        InputError: the generation config asks for what is not made in batches, see `generation_options`, or a prompt has
+            more tokens than the model has positions.
         FailureError: the memory does not suffice for a single row.
     """
-    if _is_for_single_rows(model):
+    settings = {**vars(model.generation_config), **arguments}
+    refuse_options(settings)
+    if _is_for_single_rows(model, settings):
         batch_size = 1
+    stops = StopStrings(tokenizer, stop_strings, settings.get("stop_strings"))
     end = last_position(model)
     room = {(row.task_id, row.sample): _room(model, tokenizer, row, end) for row in rows}
     _warn_of_positions(model, rows, arguments.get("max_new_tokens", 0), end)
@@ -104,7 +112,7 @@ def decode_rows(
 
         too_large = False
         try:
-            _decode_batch(model, tokenizer, batch, note, stop_strings, room, seed, arguments)
+            _decode_batch(model, tokenizer, batch, note, stops, room, seed, arguments)
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -123,16 +131,12 @@ def decode_rows(
     return batch_size
 
 
-def _is_for_single_rows(model: Any) -> bool:
-    settings = model.generation_config
-    if (settings.num_beams or 1) > 1:
-        raise InputError(
-            f"the model's generation config asks for {settings.num_beams} beams (num_beams), which are not made in "
-            "batches; take it out"
-        )
-    values = ((getattr(settings, name, None), usual) for name, usual in ALONE.items())
-    # The states of a recurrent model are no cache of tokens: rows cannot leave it.
-    return getattr(model, "_is_stateful", False) or any(value not in (None, usual) for value, usual in values)
+def _is_for_single_rows(model: Any, settings: dict[str, Any]) -> bool:
+    values = ((settings.get(name), usual) for name, usual in ALONE.items())
+    # Rows cannot leave a quantised cache, which is scaled by what else is in it, nor the states of a recurrent model,
+    # which are no cache of tokens.
+    whole = settings.get("cache_implementation") == "quantized" or getattr(model, "_is_stateful", False)
+    return whole or any(value not in (None, usual) for value, usual in values)
 
 
 def _room(model: Any, tokenizer: Any, row: Row, end: LastPosition | None) -> float:
@@ -186,7 +190,7 @@ def _decode_batch(
     tokenizer: Any,
     rows: list[Row],
     finished: Finished,
-    stop_strings: Sequence[str],
+    stops: StopStrings,
     room: dict[tuple[str, int], float],
     seed: int,
     arguments: dict[str, Any],
@@ -201,12 +205,13 @@ def _decode_batch(
         arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
     generators = [row_generator(seed, row) for row in rows]
     rooms = [room[row.task_id, row.sample] for row in rows]
-    loop = _Loop(rows, finished, StopStrings(tokenizer, stop_strings), generators, rooms)
+    loop = _Loop(rows, finished, stops, generators, rooms)
     model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         pad_token_id=tokenizer.eos_token_id,
         num_return_sequences=1,
+        stop_strings=None,  # the loop's own
         custom_generate=loop,
         **arguments,
     )
@@ -272,8 +277,9 @@ class _Loop:
             while True:
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                scores = logits_processor(input_ids, scores)  # `remove_invalid_values` takes NaN away
                 wrong = (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any()
-                tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
+                tokens = self._choose(scores, generation_config.do_sample)
                 read = _start_reading(torch.cat([tokens, wrong[None].to(tokens.dtype)]))
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
                 if decoding is not None and input_ids.shape[1] < generation_config.max_length:
@@ -318,7 +324,7 @@ class _Loop:
         new_tokens = self.new_tokens[place]
         if new_tokens[-1] in end:
             return END_OF_SEQUENCE
-        if self.stop_strings.complete(new_tokens):
+        if self.stop_strings.complete(new_tokens, self.rows[place].input_ids):
             return STOP_STRING
         if len(new_tokens) >= max_new_tokens:
             return MAX_NEW_TOKENS
@@ -352,18 +358,37 @@ class StopStrings:
 
     A string that was not there a token ago ends in the last tokens, so their text is looked at first. (A string with
     tokens without text in it may be missed, and its row goes on; trimming cuts its text at the same place.)
+
+    Args:
+        of_model: the stop strings of the model's generation config, which transformers looks for: at the end of prompt
+            and new tokens.
+
+    Raises:
+        InputError: transformers cannot look for them with this tokenizer.
     """
 
     SPARE_TOKENS = 8  # that spell nothing, or parts of one character
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str]):
+    def __init__(self, tokenizer: Any, strings: Sequence[str], of_model: str | Sequence[str] | None = None):
         self.tokenizer = tokenizer
         self.strings = tuple(strings)
+        try:
+            self.criterion = StopStringCriteria(tokenizer, of_model) if of_model else None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the generation config of the model has stop_strings = {of_model!r}, which transformers cannot look for "
+                f"with this tokenizer ({type(error).__name__}: {one_line(error)}); take them out of generation_config.json"
+            ) from error
         self.window = max(map(len, self.strings), default=0) + self.SPARE_TOKENS
 
-    def complete(self, new_tokens: list[int]) -> bool:
+    def complete(self, new_tokens: list[int], prompt: Sequence[int] = ()) -> bool:
         tail = new_tokens[-self.window :]
-        return self._spelt(tail) and (len(tail) == len(new_tokens) or self._spelt(new_tokens))
+        if self._spelt(tail) and (len(tail) == len(new_tokens) or self._spelt(new_tokens)):
+            return True
+        if self.criterion is None:
+            return False
+        tail = [*prompt, *new_tokens][-self.criterion.maximum_token_len :]
+        return bool(self.criterion(torch.tensor([tail]), None))
 
     def _spelt(self, tokens: list[int]) -> bool:
         text = self.tokenizer.decode(tokens)

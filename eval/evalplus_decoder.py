@@ -25,10 +25,13 @@ from unittest import mock
 
 import torch
 from evalplus import codegen as evalplus_codegen
+from evalplus.provider import hf
 from evalplus.provider.base import DecoderBase
 from evalplus.provider.hf import HuggingFaceDecoder
-from evalplus.provider.utility import extra_eos_for_direct_completion
+from evalplus.provider.utility import extra_eos_for_direct_completion, make_raw_chat_prompt
 from transformers import StoppingCriteriaList
+
+from dylora_moe.hub_export.errors import InputError, one_line
 
 from .evalplus_data import Benchmark
 from .sanitizing import Program, sanitize_programs
@@ -101,6 +104,9 @@ def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Ques
 
     Args:
         decoder: `temperature`, `max_new_tokens`, `force_base_prompt`.
+
+    Raises:
+        InputError: the tokenizer's chat template cannot write the prompts.
     """
     asked: list[tuple[list[int], dict[str, Any]]] = []
 
@@ -175,13 +181,35 @@ def unfinished_files(path: Path) -> Path:
 
 def prompt_text(benchmark: Benchmark, task_id: str, tokenizer: Any, force_base_prompt: bool = False) -> str:
     """The text that the model goes on from: the task's prompt, in a chat template where EvalPlus would use it."""
-    from evalplus.provider.utility import make_raw_chat_prompt
-
     prompt = benchmark.tasks[task_id]["prompt"].strip() + "\n"
     if force_base_prompt or tokenizer.chat_template is None:
         return prompt
-    prefixes = chat_prefixes()
-    return make_raw_chat_prompt(prompt, prefixes["instruction_prefix"], prefixes["response_prefix"], tokenizer)
+    return chat_prompt(prompt, tokenizer=tokenizer, **chat_prefixes())
+
+
+def chat_prompt(task_prompt: str, instruction_prefix: str, response_prefix: str, tokenizer: Any) -> str:
+    """EvalPlus's `make_raw_chat_prompt`.
+
+    Raises:
+        InputError: the chat template fails at a conversation that ends with an assistant's message, or writes nothing.
+    """
+    try:
+        text = make_raw_chat_prompt(task_prompt, instruction_prefix, response_prefix, tokenizer)
+        wrong = None if text.strip() else "it writes nothing"
+    except Exception as error:  # templates are programs, and fail in any way
+        wrong = f"{type(error).__name__}: {one_line(error)}"
+    if wrong is not None:
+        raise InputError(
+            "the tokenizer's chat template cannot write EvalPlus's prompts, which end within an assistant's message "
+            f"({wrong}); pass --force_base_prompt, or mend the template"
+        )
+    return text
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Raises InputError: the tokenizer has a chat template that cannot write EvalPlus's prompts."""
+    if tokenizer.chat_template is not None:
+        chat_prompt("def f():\n", tokenizer=tokenizer, **chat_prefixes())
 
 
 def _decoder(benchmark: Benchmark, answer: Callable, tokenizer: Any, **arguments: Any) -> PromptDecoder:
@@ -194,16 +222,21 @@ def _run_loop(
     path: Path, benchmark: Benchmark, decoder: PromptDecoder, n_samples: int, sanitize_one: Callable[[str, str], str]
 ) -> None:
     greedy = decoder.temperature == 0
-    # The release takes a set's name, the main branch the tasks themselves.
+    # The main branch takes the tasks themselves, the release a set's name, by which it reads them.
     takes_name = "version" in inspect.signature(evalplus_codegen.codegen).parameters
-    with quiet(), mock.patch.object(evalplus_codegen, "sanitize", sanitize_one):
+    read = {"humaneval": "get_human_eval_plus", "mbpp": "get_mbpp_plus"}[benchmark.name]
+    with (
+        quiet(),
+        mock.patch.object(evalplus_codegen, read, lambda **_: benchmark.tasks, create=not takes_name),
+        mock.patch.object(evalplus_codegen, "sanitize", sanitize_one),
+        mock.patch.object(hf, "make_raw_chat_prompt", chat_prompt),
+    ):
         evalplus_codegen.codegen(
             target_path=str(path),
             model=decoder,
             dataset=benchmark.name if takes_name else benchmark.tasks,
             greedy=greedy,
             n_samples=n_samples,
-            id_range=benchmark.id_range,
             resume=False,
         )
 
@@ -240,4 +273,4 @@ def quiet() -> Iterator[None]:
         yield
 
 
-__all__: Sequence[str] = ["PromptDecoder", "Question", "ask", "prompt_text", "write_samples"]
+__all__: Sequence[str] = ["PromptDecoder", "Question", "ask", "check_chat_template", "prompt_text", "write_samples"]

@@ -253,6 +253,8 @@ def samples_name(label: str, backend: str, strategy: str, benchmark: Benchmark, 
         parts.append("mini")
     if benchmark.id_range is not None:
         parts += ["tasks", *map(str, benchmark.id_range)]
+    elif benchmark.subset is not None:
+        parts += ["first", str(len(benchmark.tasks))]
     return (Path(benchmark.name) / ("_".join(parts) + ".jsonl")).as_posix()
 
 
