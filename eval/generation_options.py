@@ -88,6 +88,8 @@ WITHOUT_EFFECT = (
     "continuous_batching_config",
     "disable_compile",
     "max_cache_len",
+    # of speed alone: drafts of the next tokens, which the model accepts or not
+    "prompt_lookup_num_tokens",
     # of the file
     "transformers_version",
 )
@@ -102,7 +104,6 @@ REFUSED: dict[str, tuple[str, tuple]] = {
     "max_time": ("samples that end by the clock cannot be made again", ()),
     "num_beams": ("beams are not made in batches", (1,)),
     "penalty_alpha": ("contrastive search is not made in batches", (0,)),
-    "prompt_lookup_num_tokens": ("assisted decoding is not made in batches", ()),
     "token_healing": ("it would change EvalPlus's prompts", (False,)),
     "use_mtp": ("assisted decoding is not made in batches", (False,)),
 }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -46,8 +45,11 @@ print("LOGITS" + json.dumps([ids.tolist(), logits.tolist()]))
 
 def blocks() -> dict[str, str]:
     """The Python block under each heading of the page."""
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).*\n)*?```python\n(.*?)```", page, re.MULTILINE | re.DOTALL))
+    sections = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    found = {
+        section.partition("\n")[0]: section.partition("```python\n")[2].partition("```")[0] for section in sections
+    }
+    return {heading: block for heading, block in found.items() if block}
 
 
 def said(output: str, mark: str):
