@@ -27,6 +27,7 @@ from .layer_names import PREFIX, why_unreadable
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, natural_order
 from .patterns import LONGEST_NAME, check_pattern
 from .peft_fields import check_fields
+from .stacked_experts import parameters_of
 from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
 from .training_run import number
@@ -189,6 +190,7 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
             lora_dropout=config.get("lora_dropout") or 0.0,
             whole_weights=whole,
         )
+    keys = _with_parameters(file, keys, config)
     return Expert(
         name=name,
         layers={module: _layer(file, module, matrices, config, folder) for module, matrices in keys.items()},
@@ -233,6 +235,23 @@ def _sorted(
     return keys, whole
 
 
+def _with_parameters(
+    file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any]
+) -> dict[str, dict[str, str]]:
+    """The same keys, those of layers on parameters of stacked experts under the parameters' names."""
+
+    def is_linear(name: str) -> bool:
+        matrices = keys[name]
+        return "A" in matrices and file.shape(matrices["A"])[:1] == (_rank(config, name),)
+
+    targets = config.get("target_parameters") or ()
+    try:
+        parameters = parameters_of(keys, targets, is_linear) if targets else {}
+    except InputError as error:
+        raise InputError(f"{file.path}: {error}") from None
+    return {parameters.get(name, name): matrices for name, matrices in keys.items()}
+
+
 def _what_it_is(key: str) -> str:
     if "lora_embedding_" in key:
         return "LoRA on an embedding"
@@ -262,9 +281,8 @@ def _layer(
             f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
         )
-    target = _target(module, config.get("target_parameters") or ())
-    rank = _by_pattern(config.get("rank_pattern") or {}, target, config["r"])
-    if shape_a[0] != rank:
+    rank, is_stacked = _rank(config, module), _is_stacked(module, config)
+    if shape_a[0] != rank and not (is_stacked and shape_a[0] % rank == 0):
         raise InputError(
             f"{file.path}: {module} has rank {shape_a[0]}, {folder}/adapter_config.json says {rank}; "
             "the two do not belong together"
@@ -275,7 +293,17 @@ def _layer(
         in_features=shape_a[1],
         out_features=shape_b[0],
         dtype=torch.promote_types(file.dtype(matrices["A"]), file.dtype(matrices["B"])),
+        num_stacked=shape_a[0] // rank if is_stacked else 0,
     )
+
+
+def _is_stacked(name: str, config: dict[str, Any]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or ())
+
+
+def _rank(config: dict[str, Any], module: str) -> int:
+    target = _target(module, config.get("target_parameters") or ())
+    return _by_pattern(config.get("rank_pattern") or {}, target, config["r"])
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

@@ -52,7 +52,11 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
     a layer is named by its weight, as a parameter, which PEFT takes as it stands. Of an adapter of parameters, it wants a
     dropout of 0.
     """
-    left_out = ("name", "mature", *(() if config.expert_configs[expert]["target_parameters"] else ("target_parameters",)))
+    left_out = (
+        "name",
+        "mature",
+        *(() if config.expert_configs[expert]["target_parameters"] else ("target_parameters",)),
+    )
     entry = {name: value for name, value in config.expert_configs[expert].items() if name not in left_out}
     if has_stacked_experts(config.base_config):
         entry |= _targets_by_weight(entry)
@@ -103,7 +107,11 @@ def peft_keys(entry: dict) -> dict[str, str]:
     keys = {name: f"{PEFT_PREFIX}{name}" for name in entry["target_modules"]}
     for name in entry["target_parameters"]:
         module, _, parameter = name.rpartition(".")
-        later = [other for other in STACKED[STACKED.index(parameter) + 1 :] if f"{module}.{other}" in entry["target_parameters"]]
+        later = [
+            other
+            for other in STACKED[STACKED.index(parameter) + 1 :]
+            if f"{module}.{other}" in entry["target_parameters"]
+        ]
         keys[name] = f"{PEFT_PREFIX}{module}{'.base_layer' * len(later)}"
     return keys
 

@@ -62,16 +62,28 @@ def rows_of_stack(lora_a: torch.Tensor, lora_b: torch.Tensor, count: int) -> tup
         `[r, count, in_features]` and `[r, count, out_features]`; of a linear layer `[r, in_features]` and
         `[r, out_features]`.
     """
-    if count == 0:
-        return lora_a, lora_b.T
-    return lora_a.unflatten(0, (count, -1)).transpose(0, 1), lora_b.T.unflatten(0, (-1, count))
+    return rows_of_a(lora_a, count), rows_of_b(lora_b, count)
+
+
+def rows_of_a(lora_a: torch.Tensor, count: int) -> torch.Tensor:
+    return lora_a.unflatten(0, (count, -1)).transpose(0, 1) if count else lora_a
+
+
+def rows_of_b(lora_b: torch.Tensor, count: int) -> torch.Tensor:
+    return lora_b.T.unflatten(0, (-1, count)) if count else lora_b.T
 
 
 def as_in_peft(rows_a: torch.Tensor, rows_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What PEFT has, A `[.., in_features]` and B `[out_features, ..]`, from one expert's rows of both stacks."""
-    if rows_a.dim() == 2:
-        return rows_a, rows_b.T
-    return rows_a.transpose(0, 1).flatten(0, 1), rows_b.flatten(0, 1).T
+    return a_as_in_peft(rows_a), b_as_in_peft(rows_b)
+
+
+def a_as_in_peft(rows: torch.Tensor) -> torch.Tensor:
+    return rows.transpose(0, 1).flatten(0, 1) if rows.dim() == 3 else rows
+
+
+def b_as_in_peft(rows: torch.Tensor) -> torch.Tensor:
+    return rows.flatten(0, 1).T if rows.dim() == 3 else rows.T
 
 
 class StackedUpdate(LowRankStacks):
@@ -145,7 +157,9 @@ class DyloraMoeStackedExperts(nn.Module):
             return outputs + _update(updates[name], inputs, number, active.single, scale).to(outputs.dtype)
 
         for number in top_k_index.unique().tolist():
-            if number >= base.num_experts:  # of another process, where the foundation's experts are spread over several
+            if (
+                number >= base.num_experts
+            ):  # of another process, where the foundation's experts are spread over several
                 continue
             tokens, places = torch.where(top_k_index == number)
             hidden = linear("gate_up_proj" if base.has_gate else "up_proj", hidden_states[tokens], tokens)
