@@ -4,7 +4,7 @@ import torch
 from helpers_checkpoints import write_json
 from helpers_moe import moe_model
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 # What the matrices of one expert were called: before they were stacked, in which part of the layer, with their shapes.
@@ -47,6 +47,29 @@ def write_old_adapter(folder, foundation, kind, rank=4, alpha=8, seed=0, matrice
     }  # fmt: skip
     write_json(folder / "adapter_config.json", config)
     return folder
+
+
+@torch.no_grad()
+def with_old_adapter(model, adapter, kind, alpha=8, rank=4):
+    """The model with such an adapter added to its weights: to each matrix of each expert, s B A."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    place, names = OLD_NAMES[kind]
+    for path, experts in stacked_experts(model).items():
+        parent = path.replace(".mlp.experts", f".{place}.experts")
+        inner = experts.down_proj.shape[-1]
+        for number in range(len(experts.down_proj)):
+            parts = (
+                experts.gate_up_proj[number, :inner], experts.gate_up_proj[number, inner:], experts.down_proj[number]
+            )  # fmt: skip
+            for name, part in zip(names, parts, strict=True):
+                key = f"base_model.model.{parent}.{number}.{name}.lora_{{}}.weight"
+                if key.format("A") in tensors:
+                    part += alpha / rank * tensors[key.format("B")] @ tensors[key.format("A")]
+    for path, module in model.named_modules():
+        key = f"base_model.model.{path}.lora_{{}}.weight"
+        if key.format("A") in tensors:
+            module.weight += alpha / rank * tensors[key.format("B")] @ tensors[key.format("A")]
+    return model
 
 
 def write_new_adapter(folder, foundation, kind, parameters, modules=(), rank=4, alpha=8, seed=0, **fields):
