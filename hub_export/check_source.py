@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights
@@ -230,7 +230,7 @@ def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _round_adapters(model: PeftModel, dtype: torch.dtype | None) -> None:
+def _round_adapters(model: PeftModel, dtype: torch.dtype | None, only: str = "") -> None:
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             for name in module.lora_A:  # one factor of an export is A and E together, a product in float32
@@ -240,7 +240,7 @@ def _round_adapters(model: PeftModel, dtype: torch.dtype | None) -> None:
     if dtype is None:
         return
     for path, parameter in model.named_parameters():
-        if ".lora_A." in path or ".lora_B." in path:
+        if f".lora_A.{only}" in path or f".lora_B.{only}" in path:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
@@ -313,10 +313,12 @@ def _add_by_names(foundation: torch.nn.Module, model: PeftModel | None, name: st
 def _adapters_of_two_kinds(
     foundation: torch.nn.Module, folders: list[Path], names: list[str], dtype: torch.dtype | None
 ) -> PeftModel:
-    """PEFT holds LoRA and AdaLoRA adapters in no one model; each adapter's own delta, as PEFT gives it, becomes a LoRA
-    of full rank, one factor of which is the identity."""
+    """PEFT holds LoRA and AdaLoRA adapters in no one model; the delta of an AdaLoRA adapter, as PEFT gives it, becomes a
+    LoRA of full rank, one factor of which is the identity."""
     deltas: dict[str, dict[str, torch.Tensor]] = {}
     for name, folder in zip(names, folders, strict=True):
+        if PeftConfig.from_pretrained(str(folder)).peft_type != PeftType.ADALORA:
+            continue
         alone = PeftModel.from_pretrained(foundation, str(folder), adapter_name=name, torch_device="cpu")
         rounding.convert(alone, foundation.dtype)
         _round_adapters(alone, dtype)
@@ -327,9 +329,13 @@ def _adapters_of_two_kinds(
         }
         alone.unload()
     model = None
-    for name, layers in deltas.items():
+    for name, folder in zip(names, folders, strict=True):
+        if name not in deltas:
+            model = _add_by_names(foundation, model, name, folder)
+            _round_adapters(model, dtype, name)
+            continue
         tensors = {}
-        for module, delta in layers.items():
+        for module, delta in deltas[name].items():
             tensors[f"base_model.model.{module}.lora_A.{name}.weight"] = torch.eye(delta.shape[1], dtype=delta.dtype)
             tensors[f"base_model.model.{module}.lora_B.{name}.weight"] = delta
         model = _add_adapter(foundation, model, name, tensors, None)

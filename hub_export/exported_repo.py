@@ -21,10 +21,12 @@ import torch
 
 from .containment import contained
 from .errors import InputError, one_line
+from .foundation_weights import skeleton
 from .foundation_weights import weight_files as shards
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, Router
 from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
+from .weight_conversion import renamed
 
 
 FORMAT = "exported repo"
@@ -175,7 +177,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         raise InputError("an exported repo states its alphas; leave out --lora_alpha")
     config = load_config(folder)
     is_full = config.weights_layout == "full"
-    weights = _full_weights(folder) if is_full else _adapter_weights(folder, config)
+    weights = _full_weights(folder, config) if is_full else _adapter_weights(folder, config)
     _check_nothing_else(folder, config, weights)
     layouts = config.rank_layouts()
     return Mixture(
@@ -197,12 +199,24 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else []
 
 
-def _full_weights(folder: Path) -> dict[str, StoredTensor]:
+def _full_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     files = [TensorFile(path) for path in weight_files(folder)]
     weights = {key: of_file(file, key) for file in files for key in file.keys()}  # noqa: SIM118
     if not weights:
         raise InputError(f"{folder} has a config.json but no model.safetensors")
-    return weights
+    return _with_own_names(weights, config)
+
+
+def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
+    """The stacks under the names that the config gives; transformers saves a model under a foundation's older names."""
+    own = {f"foundation.{module}.lora_{matrix}" for module in config.stack_modules().values() for matrix in "AB"}
+    stacks = [key for key in weights if _is_stack(key)]
+    if config.base_config is None or all(key in own for key in stacks):
+        return weights
+    inside = [key.removeprefix("foundation.") for key in stacks]
+    names = renamed(inside, skeleton(config.base_config))
+    now = {f"foundation.{before}": f"foundation.{after}" for before, after in names.items()}
+    return {now.get(key, key): tensor for key, tensor in weights.items()}
 
 
 def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> None:

@@ -128,7 +128,7 @@ def why_missing(name: str, layers: Iterable[str], foundation: nn.Module, called:
     if weight_conversion.is_part(f"{name}.weight", foundation):
         return (
             f", one matrix of a mixture-of-experts layer. In {called} the matrices of all its experts are one parameter of "
-            f"three dimensions, which an adapter can have as a whole alone, and {_what_is_missing(name, layers, foundation)}"
+            f"three dimensions, which an adapter can have only as a whole, and {_what_is_missing(name, layers, foundation)}"
         )
     now = converted([name], foundation).get(name, name)
     module = dict(foundation.named_modules()).get(now)
@@ -147,8 +147,8 @@ def _what_is_missing(name: str, layers: Iterable[str], foundation: nn.Module) ->
     modules = dict(foundation.named_modules())
     stacks = weight_conversion.stacks([layer for layer in layers if layer not in modules], foundation)
     for parameter, parts in stacks.items():
-        if any(name in names for names in parts):
-            return f"{why_not_whole(parameter, parts, foundation)} of {parameter}"
+        if any(name in names for names in parts.values()):
+            return why_not_whole(parameter, parts, foundation)
     return "this one is put together in a way that LoRA cannot follow"
 
 

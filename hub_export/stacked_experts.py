@@ -100,17 +100,17 @@ def put_together(expert: Expert, foundation: nn.Module) -> Expert:
     for parameter, parts in weight_conversion.stacks(unknown, foundation).items():
         if why_not_whole(parameter, parts, foundation) is not None:
             continue
-        layers[parameter] = _one_layer(expert, parameter, parts)
-        members[parameter] = parts
-        for name in chain(*parts):
+        members[parameter] = list(parts.values())
+        layers[parameter] = _one_layer(expert, parameter, members[parameter])
+        for name in chain(*parts.values()):
             del layers[name]
     if not members:
         return expert
     return replace(expert, layers=layers, read=partial(_read, expert, members))
 
 
-def why_not_whole(parameter: str, parts: list[list[str]], foundation: nn.Module) -> str | None:
-    """What is missing of a parameter, in words; None where nothing is.
+def why_not_whole(parameter: str, parts: dict[str, list[str]], foundation: nn.Module) -> str | None:
+    """What is missing of a parameter, and what to do, in words; None where nothing is.
 
     Args:
         parts: for each matrix of a single expert, those of all experts that the adapter has; see `weight_conversion.stacks`.
@@ -119,10 +119,16 @@ def why_not_whole(parameter: str, parts: list[list[str]], foundation: nn.Module)
         count, *_ = shape_in(foundation, parameter)
     except ValueError as error:
         return str(error)
-    for names in parts:
+    if parameter.endswith(".up_proj"):
+        return f"PEFT does not put those of {parameter} together; train with target_parameters"
+    for pattern, names in parts.items():
         numbers = [int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[-1:]]
         if numbers != list(range(count)):
-            return f"the adapter has {len(numbers)} of {count} matrices of one kind"
+            kind = pattern.removesuffix(".weight")
+            return (
+                f"the adapter has {len(numbers)} of the {count} that are called {kind} in {parameter}. PEFT does not read it "
+                "either; add the missing ones with a lora_B of zeros"
+            )
     return None
 
 
@@ -141,8 +147,8 @@ def _one_layer(expert: Expert, parameter: str, parts: list[list[str]]) -> Adapte
     if expert.use_rslora and len(parts) > 1:
         raise InputError(
             f"{where}: use_rslora is set, and {len(parts)} matrices of each expert are {parameter} in the foundation: PEFT "
-            f"puts them together with a scale that is {len(parts)} ** 0.5 times that of training. Convert the adapter with "
-            "lora_alpha / r ** 0.5 * r as lora_alpha, and without use_rslora"
+            f"puts them together with a scale that is {len(parts)} ** 0.5 times that of training. Set use_rslora to false "
+            "and lora_alpha to lora_alpha * r ** 0.5, which is the same"
         )
     if expert.alpha_of is not None and expert.alpha_of(parameter) != first.lora_alpha:
         raise InputError(

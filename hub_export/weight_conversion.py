@@ -118,12 +118,24 @@ def named_as_now(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[dic
         return {name: tensor for name, tensor in stored.items() if name in names}, unknown
 
 
-def stacks(names: list[str], model: nn.Module) -> dict[str, list[list[str]]]:
+def renamed(names: list[str], model: nn.Module) -> dict[str, str]:
+    """Names in a checkpoint -> what transformers calls them by now, where it does no more than to rename them."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+        return {name: rename_source_key(name, renamings, [])[0] for name in names}
+    except Exception:  # this version does it in another way
+        return {name: name for name in names}
+
+
+def stacks(names: list[str], model: nn.Module) -> dict[str, dict[str, list[str]]]:
     """The layers, by an older version's names, whose weights are stacked into one parameter each.
 
     Returns:
-        The parameter -> for each matrix of a row, one beside the other along its outputs (`w1`, `w3`), the layers of all
-        rows in order. An empty list is a matrix that no layer is for.
+        The parameter -> for each matrix of a row, one below the other along its outputs (`experts.*.w1.weight`,
+        `experts.*.w3.weight`), the layers of all rows in order. An empty list is a matrix that no layer is for.
     """
     try:
         _, groups, _ = _assign({f"{name}.weight": of_tensor(torch.empty(0)) for name in names}, model)
@@ -135,7 +147,7 @@ def stacks(names: list[str], model: nn.Module) -> dict[str, list[list[str]]]:
         for pattern, key, _ in parts.members:
             of_pattern[pattern].append(key.removesuffix(".weight"))
         if parts.stacks_outputs:
-            found[target] = list(of_pattern.values())
+            found[target] = of_pattern
     return found
 
 

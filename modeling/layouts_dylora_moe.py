@@ -258,7 +258,7 @@ def _as_in_model(stored: list[str], config: DyloraMoeConfig, network: type) -> d
     if all(name in expected for name in own):
         return {}
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    return {name: rename_source_key(name, renamings, [], "", expected)[0] for name in own}
+    return {name: rename_source_key(name, renamings, [])[0] for name in own}
 
 
 def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:

@@ -9,6 +9,9 @@ a B for each sub-expert e. A token x that the foundation sends to e gets there
 Knows how transformers lays out such experts. Knows nothing about how a foundation chooses among them.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,6 +29,7 @@ from .experts_dylora_moe import (
 
 # The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and PEFT nests them.
 STACKED = ("gate_up_proj", "up_proj", "down_proj")
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What transformers' `use_experts_implementation` notes on the modules whose forward is of the kind that is computed here.
 MARKS = ("has_gate", "has_bias", "is_transposed")
 
@@ -144,8 +148,27 @@ class DyloraMoeStackedExperts(nn.Module):
             updates = {name: update for name, update in updates.items() if update.layout[active.single][0] > 0}
         if not updates:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        scales = {name: _token_scales(active, update, len(hidden_states)) for name, update in updates.items()}
+        with ExitStack() as stack:
+            for module in (self.base_layer, *updates.values()):
+                stack.enter_context(_at_hand(module))
+            return self._adapted(active, updates, hidden_states, top_k_index, top_k_weights)
+
+    def _adapted(
+        self,
+        active: ActiveExperts,
+        updates: dict[str, StackedUpdate],
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the foundation's own loop over its experts computes, with the updates in its two products."""
         base, result = self.base_layer, torch.zeros_like(hidden_states)
+        if any(parameter.dtype not in COMPUTED for parameter in base.parameters()):
+            raise ValueError(
+                f"The stacked experts of this {type(base).__name__} are quantised, and experts adapt them: load the model "
+                "without quantising those."
+            )
+        scales = {name: _token_scales(active, update, len(hidden_states)) for name, update in updates.items()}
 
         def linear(name: str, inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             weight = getattr(base, name)[number]
@@ -157,9 +180,7 @@ class DyloraMoeStackedExperts(nn.Module):
             return outputs + _update(updates[name], inputs, number, active.single, scale).to(outputs.dtype)
 
         for number in top_k_index.unique().tolist():
-            if (
-                number >= base.num_experts
-            ):  # of another process, where the foundation's experts are spread over several
+            if number >= base.num_experts:  # another process's, where the foundation's experts are spread over several
                 continue
             tokens, places = torch.where(top_k_index == number)
             hidden = linear("gate_up_proj" if base.has_gate else "up_proj", hidden_states[tokens], tokens)
@@ -170,6 +191,19 @@ class DyloraMoeStackedExperts(nn.Module):
             hidden = hidden * top_k_weights[tokens, places, None]
             result.index_add_(0, tokens, hidden.to(result.dtype))
         return result
+
+
+@contextmanager
+def _at_hand(module: nn.Module) -> Iterator[None]:
+    """Bring offloaded weights where they are computed with, as accelerate does around a module's own forward."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
 
 
 def _token_scales(active: ActiveExperts, update: StackedUpdate, num_tokens: int) -> float | torch.Tensor:

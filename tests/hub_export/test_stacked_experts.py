@@ -1,17 +1,14 @@
 """Adapters on the stacked experts of mixture-of-experts foundations, in the forms that PEFT reads."""
 
-import json
-
 import pytest
 import torch
-from helpers_checkpoints import change_json, save_final_checkpoint, save_tokenizer, write_json
+from helpers_checkpoints import save_tokenizer, write_json
 from helpers_moe import moe_model
 from helpers_stacked import OLD_NAMES, with_old_adapter, write_new_adapter, write_old_adapter
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dylora_moe.hub_export import InputError, check_source, export, inspect, merge, verify
+from dylora_moe.hub_export import check_source, export, inspect, merge, verify
 
 
 ROWS = torch.arange(3, 15)[None].repeat(2, 1) + torch.arange(2)[:, None] * 40

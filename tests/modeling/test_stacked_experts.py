@@ -272,7 +272,9 @@ def test_an_expert_is_added_and_the_others_stay_what_they_are():
     assert 0.9 * bound < lora_a.abs().max() <= bound and not lora_b.any()
     weights = {gate_up: (lora_a, torch.randn_like(lora_b))}
     model.set_expert_weights("more", weights)
-    assert all(torch.equal(*pair) for pair in zip(weights[gate_up], model.expert_weights("more")[gate_up], strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(weights[gate_up], model.expert_weights("more")[gate_up], strict=True)
+    )
     assert not torch.allclose(model(ROWS, routing_strategy="single:more").logits, base, atol=0.1)
     down = gate_up.replace("gate_up", "gate")
     names = model.config.expert_names
@@ -302,6 +304,32 @@ def test_saved_and_loaded_again(kind, layout, tmp_path):
                 assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("part", ["", "foundation.model.layers.1.mlp.experts"])
+@torch.no_grad()
+def test_offloaded(part, tmp_path):
+    model = mixture()
+    model.save_pretrained(tmp_path / "saved")
+    inside = ("self_attn", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm")
+    names = ["embed_tokens", "norm", "rotary_emb", "layers.0", *(f"layers.1.{name}" for name in inside)]
+    device_map = dict.fromkeys((*(f"foundation.model.{name}" for name in names), "foundation.lm_head", "router"), "cpu")
+    device_map |= {name: "disk" for name in device_map if name.startswith(part)}
+    loaded = DyloraMoeForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+    for strategy in ("base", "single:both", "single:attention", "uniform", "router"):
+        found, expected = (each(ROWS, routing_strategy=strategy).logits for each in (loaded, model))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_quantised_stacks_are_refused():
+    model = mixture()
+    base = a_layer(model).base_layer
+    base.gate_up_proj = nn.Parameter(base.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="are quantised"):
+        model(ROWS, routing_strategy="single:both")
+
+
 @pytest.mark.parametrize("kind", FOUNDATIONS)
 @torch.no_grad()
 def test_merged(kind):
@@ -328,8 +356,7 @@ def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
         "routing_strategy": "single:both", "past_key_values": transformers.DynamicCache(config=model.foundation.config),
         "use_cache": True,
     }  # fmt: skip
-    reasons = {fast.why_not(each, each.generation_config, arguments) for each in (model,)}
-    assert reasons == {"experts that adapt stacked experts"}
+    assert fast.why_not(model, model.generation_config, arguments) == "experts that adapt stacked experts"
 
 
 def test_what_cannot_be_adapted_is_named():
