@@ -15,7 +15,7 @@ from .errors import InputError
 from .layer_names import why_missing
 from .mixture import AdaptedLayer, Expert, FoundationReference, Router
 from .sources import HUB_ID, is_forbidden
-from .stacked_experts import shape_in
+from .stacked_experts import has_exchanged_sizes, shape_in
 from .tensor_files import read_json
 
 
@@ -210,14 +210,20 @@ def _check_stack_fits(expert: Expert, parameter: str, layer: AdaptedLayer, found
             "--base_model"
         )
     found = (layer.num_stacked, layer.in_features, layer.out_features)
+    is_square = shape[1] == shape[2]
+    if (found == (shape[0], shape[2], shape[1]) and not is_square) or (
+        is_square and has_exchanged_sizes(expert.peft_version, parameter, foundation)
+    ):
+        raise InputError(
+            f"{where} adapts {parameter} with its inputs taken for its outputs, as PEFT before 0.19.1 did; newer ones do not "
+            "read what it saved. Train it again"
+        )
     if found == shape:
         return
-    remedy = "pass the model it was trained on with --base_model"
-    if found == (shape[0], shape[2], shape[1]):
-        remedy = "PEFT up to 0.18 took inputs for outputs here, and newer ones do not read what it saved"
     raise InputError(
         f"{where} was trained on {parameter} with {found[0]} stacked experts of {found[1]} inputs and {found[2]} outputs "
-        f"(rank {layer.rank}), but in {name} it has {shape[0]} of {shape[1]} inputs and {shape[2]} outputs; {remedy}"
+        f"(rank {layer.rank}), but in {name} it has {shape[0]} of {shape[1]} inputs and {shape[2]} outputs; pass the "
+        "model it was trained on with --base_model"
     )
 
 

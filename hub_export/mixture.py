@@ -57,6 +57,7 @@ class Expert:
         whole_weights: tensors of the foundation that the adapter's file holds as well, by their names there. They are
             left out, once they are seen to be the foundation's own.
         alpha_of: the alpha that the source's settings give a layer of a name, where they go by names.
+        peft_version: of the PEFT that saved it, where that is known.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Expert:
     mature: bool = True
     whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
     alpha_of: Callable[[str], float] | None = None
+    peft_version: str = ""
 
     @property
     def does_nothing(self) -> bool:

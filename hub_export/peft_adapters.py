@@ -200,6 +200,7 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
         use_rslora=bool(config.get("use_rslora", False)),
         whole_weights=whole,
         alpha_of=partial(_alpha, config),
+        peft_version=str(config.get("peft_version") or ""),
     )
 
 

@@ -86,6 +86,16 @@ def shape_in(foundation: nn.Module, name: str) -> tuple[int, int, int] | None:
     return None if found is None else stack_shape(found, parameter)
 
 
+def has_exchanged_sizes(peft_version: str, parameter: str, foundation: nn.Module) -> bool:
+    """Whether that PEFT took the inputs of such a parameter for its outputs; where both are as many, no shape shows it."""
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", peft_version)
+    if version is None:
+        return False
+    numbers = tuple(map(int, version.groups()))
+    is_transposed = foundation.get_submodule(parameter.rpartition(".")[0]).is_transposed
+    return numbers == (0, 19, 0) if is_transposed else numbers < (0, 19, 1)
+
+
 def put_together(expert: Expert, foundation: nn.Module) -> Expert:
     """The same expert with the matrices of single experts put together where they are one parameter of the foundation.
 
@@ -106,7 +116,7 @@ def put_together(expert: Expert, foundation: nn.Module) -> Expert:
             del layers[name]
     if not members:
         return expert
-    return replace(expert, layers=layers, read=partial(_read, expert, members))
+    return replace(expert, layers=layers, read=partial(_read, expert, members), peft_version="")
 
 
 def why_not_whole(parameter: str, parts: dict[str, list[str]], foundation: nn.Module) -> str | None:
@@ -123,6 +133,12 @@ def why_not_whole(parameter: str, parts: dict[str, list[str]], foundation: nn.Mo
         return f"PEFT does not put those of {parameter} together; train with target_parameters"
     for pattern, names in parts.items():
         numbers = [int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[-1:]]
+        others = [number for number in numbers if number >= count]
+        if others:
+            return (
+                f"the adapter has matrices of expert {others[0]}, and {parameter} has {count} experts, from 0 on; pass the model "
+                "it was trained on with --base_model"
+            )
         if numbers != list(range(count)):
             kind = pattern.removesuffix(".weight")
             return (

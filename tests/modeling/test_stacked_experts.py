@@ -311,7 +311,9 @@ def test_offloaded(part, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     inside = ("self_attn", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm")
     names = ["embed_tokens", "norm", "rotary_emb", "layers.0", *(f"layers.1.{name}" for name in inside)]
-    device_map = dict.fromkeys((*(f"foundation.model.{name}" for name in names), "foundation.lm_head", "router"), "cpu")
+    device_map = dict.fromkeys(
+        (*(f"foundation.model.{name}" for name in names), "foundation.lm_head", "router"), "cpu"
+    )
     device_map |= {name: "disk" for name in device_map if name.startswith(part)}
     loaded = DyloraMoeForCausalLM.from_pretrained(
         tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offloaded"
