@@ -238,8 +238,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
     def _describe_foundation(self) -> None:
         """Note what every pass needs to know of the modules, once."""
         self.num_layers_per_stream = len(DynamicCache(config=self.config.get_text_config(decoder=True)).layers)
-        if self.config.adapted_parameters():
-            self._can_compile_fullgraph = False  # the loop goes over those of the foundation's experts that have tokens
+        if self.config.adapted_parameters():  # a loop over those of the foundation's experts that have tokens
+            self._can_compile_fullgraph = False
         self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

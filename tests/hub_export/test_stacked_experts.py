@@ -215,7 +215,8 @@ def test_beside_an_adapter_of_adalora(quick_check, mixtral, tmp_path):
     ]
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(mixtral), AdaLoraConfig(init_r=3, target_modules=["v_proj"], total_step=10)
+        AutoModelForCausalLM.from_pretrained(mixtral),
+        AdaLoraConfig(init_r=3, target_modules=["v_proj"], total_step=10),
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
