@@ -388,7 +388,8 @@ def _add_adapter(
     for key, value in _named_as_now(foundation, plain).items():
         layer, _, matrix = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
         by_layer.setdefault(layer, {})[matrix] = value
-    parameters = {layer: _parameter(foundation, layer, target_parameters) for layer in by_layer}
+    stacks = _stacks(foundation)
+    parameters = {layer: _parameter(stacks, layer, target_parameters) for layer in by_layer}
     ranks, alphas = {}, {}
     for layer, matrices in by_layer.items():
         target, experts = parameters[layer] or (layer, 1)
@@ -397,7 +398,7 @@ def _add_adapter(
         # where w1 and w3 became one, with twice the rank, PEFT doubles the alpha, too
         put_together = f"base_model.model.{layer}.lora_A.weight" not in plain
         alphas[target] *= 2 if parameters[layer] and put_together and target.endswith(".gate_up_proj") else 1
-    stacked = [f"{module}.{name}" for module, names in _stacks(foundation).items() for name in names]
+    stacked = [f"{module}.{name}" for module, names in stacks.items() for name in names]
     config = LoraConfig(
         r=next(iter(ranks.values())),
         target_modules=[layer for layer in by_layer if not parameters[layer]],
@@ -422,28 +423,28 @@ def _add_adapter(
     return model
 
 
-def _parameter(foundation: torch.nn.Module, layer: str, target_parameters: Iterable[str]) -> tuple[str, int] | None:
+def _parameter(
+    stacks: dict[str, dict[str, int]], layer: str, target_parameters: Iterable[str]
+) -> tuple[str, int] | None:
     """The parameter of stacked experts that a layer of an adapter's file is for, and how many there are; None where it is
     for a module. The first parameter's layer is the inmost."""
     module = layer.replace(".base_layer", "")
-    names = _stacks(foundation).get(module)
-    if names is None:
+    if module not in stacks:
         return None
+    names = list(stacks[module])
     named = [name for name in names if any(f".{module}.{name}".endswith(f".{target}") for target in target_parameters)]
     named = named or names  # put together of matrices of single experts, both layers being there
     name = named[len(named) - 1 - layer.count(".base_layer")]
-    experts = foundation.get_submodule(module)
-    experts = experts.get_base_layer() if isinstance(experts, ParamWrapper) else experts
-    return f"{module}.{name}", len(getattr(experts, name))
+    return f"{module}.{name}", stacks[module][name]
 
 
-def _stacks(foundation: torch.nn.Module) -> dict[str, list[str]]:
-    """The modules with stacked experts, and the names of their parameters of three dimensions, in order."""
-    stacks: dict[str, list[str]] = {}
+def _stacks(foundation: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """The modules with stacked experts, the names of their parameters in order, and how many experts each holds."""
+    stacks: dict[str, dict[str, int]] = {}
     for path, parameter in foundation.named_parameters():
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and path.endswith("_proj"):  # the weight of a convolution has three dimensions, too
             module, _, name = path.replace(".base_layer", "").rpartition(".")
-            stacks.setdefault(module, []).append(name)
+            stacks.setdefault(module, {})[name] = len(parameter)
     return stacks
 
 

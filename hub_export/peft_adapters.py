@@ -190,10 +190,15 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
             lora_dropout=config.get("lora_dropout") or 0.0,
             whole_weights=whole,
         )
-    keys = _with_parameters(file, keys, config)
+    parameters = _parameters(file, keys, config)
+    keys = {parameters.get(module, module): matrices for module, matrices in keys.items()}
+    stacked = set(parameters.values())
     return Expert(
         name=name,
-        layers={module: _layer(file, module, matrices, config, folder) for module, matrices in keys.items()},
+        layers={
+            module: _layer(file, module, matrices, config, folder, module in stacked)
+            for module, matrices in keys.items()
+        },
         read=lambda module: (file.read(keys[module]["A"]), file.read(keys[module]["B"])),
         origin=folder,
         lora_dropout=config.get("lora_dropout") or 0.0,
@@ -236,10 +241,8 @@ def _sorted(
     return keys, whole
 
 
-def _with_parameters(
-    file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any]
-) -> dict[str, dict[str, str]]:
-    """The same keys, those of layers on parameters of stacked experts under the parameters' names."""
+def _parameters(file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any]) -> dict[str, str]:
+    """Names of layers on stacked experts, as the keys have them, and the parameters that they are for."""
 
     def is_linear(name: str) -> bool:
         matrices = keys[name]
@@ -247,10 +250,9 @@ def _with_parameters(
 
     targets = config.get("target_parameters") or ()
     try:
-        parameters = parameters_of(keys, targets, is_linear) if targets else {}
+        return parameters_of(keys, targets, is_linear) if targets else {}
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from None
-    return {parameters.get(name, name): matrices for name, matrices in keys.items()}
 
 
 def _what_it_is(key: str) -> str:
@@ -268,7 +270,7 @@ def _what_it_is(key: str) -> str:
 
 
 def _layer(
-    file: TensorFile, module: str, matrices: dict[str, str], config: dict[str, Any], folder: Path
+    file: TensorFile, module: str, matrices: dict[str, str], config: dict[str, Any], folder: Path, is_stacked: bool
 ) -> AdaptedLayer:
     if set(matrices) != {"A", "B"}:
         raise InputError(f"{file.path}: {module} has lora_{'/'.join(matrices)} but not both matrices")
@@ -282,7 +284,7 @@ def _layer(
             f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
         )
-    rank, is_stacked = _rank(config, module), _is_stacked(module, config)
+    rank = _rank(config, module)
     if shape_a[0] != rank and not (is_stacked and shape_a[0] % rank == 0):
         raise InputError(
             f"{file.path}: {module} has rank {shape_a[0]}, {folder}/adapter_config.json says {rank}; "
@@ -296,10 +298,6 @@ def _layer(
         dtype=torch.promote_types(file.dtype(matrices["A"]), file.dtype(matrices["B"])),
         num_stacked=shape_a[0] // rank if is_stacked else 0,
     )
-
-
-def _is_stacked(name: str, config: dict[str, Any]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or ())
 
 
 def _rank(config: dict[str, Any], module: str) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 
 import torch
@@ -59,7 +59,8 @@ def parameters_of(modules: Iterable[str], targets: Iterable[str], is_linear: Cal
         names = sorted(names, key=len, reverse=True)  # the inmost first
         if [name.count(INSIDE) for name in names] != list(range(len(named)))[::-1]:
             raise InputError(
-                f"the adapter has {len(names)} layers on {module}, and target_parameters names {', '.join(named)} there"
+                f"the adapter has {len(names)} layers on {module}, and target_parameters of adapter_config.json names "
+                f"{', '.join(named)} there; take those out that the foundation does not have"
             )
         found |= {name: f"{module}.{parameter}" for name, parameter in zip(names, named, strict=True)}
     return found
@@ -166,18 +167,21 @@ def _one_layer(expert: Expert, parameter: str, parts: list[list[str]]) -> Adapte
             f"puts them together with a scale that is {len(parts)} ** 0.5 times that of training. Set use_rslora to false "
             "and lora_alpha to lora_alpha * r ** 0.5, which is the same"
         )
-    if expert.alpha_of is not None and expert.alpha_of(parameter) != first.lora_alpha:
-        raise InputError(
-            f"{where}: alpha_pattern of adapter_config.json gives {names[0]} an alpha by its old name; it is part of "
-            f"{parameter} by now, for which PEFT finds no alpha and takes lora_alpha. Write that name, or its end, into "
-            "alpha_pattern and rank_pattern"
-        )
+    if expert.alpha_of is not None:
+        # of several matrices that become one, PEFT looks at no pattern at all
+        for name in (parameter, *(("",) if len(parts) > 1 else ())):
+            if expert.alpha_of(name) != first.lora_alpha:
+                raise InputError(
+                    f"{where}: {names[0]} has the alpha {first.lora_alpha} by alpha_pattern of adapter_config.json; it is part "
+                    f"of {parameter} by now, for which PEFT takes {expert.alpha_of(name)}. Take it out of alpha_pattern, and "
+                    "multiply its lora_B by the quotient of the two"
+                )
     return AdaptedLayer(
         rank=len(parts) * first.rank,
         lora_alpha=None if first.lora_alpha is None else len(parts) * first.lora_alpha,
         in_features=first.in_features,
         out_features=len(parts) * first.out_features,
-        dtype=torch.promote_types(*(layer.dtype for layer in (first, layers[-1]))),
+        dtype=reduce(torch.promote_types, (layer.dtype for layer in layers)),
         num_stacked=len(parts[0]),
     )
 

@@ -1,8 +1,8 @@
 """The low-rank updates of the stacked experts of a mixture-of-experts foundation.
 
-Such a foundation has experts of its own, called sub-experts here, whose matrices are parameters of three dimensions, one
-sub-expert after the other. An expert of the mixture adapts such a parameter as PEFT's `target_parameters` do: with an A and
-a B for each sub-expert e. A token x that the foundation sends to e gets there
+Such a foundation has experts of its own, called stacked experts here, whose matrices are parameters of three dimensions,
+one stacked expert after the other. An expert of the mixture adapts such a parameter as PEFT's `target_parameters` do: with
+an A and a B for each stacked expert e. A token x that the foundation sends to e gets there
 
     sum_i w_i s_i B_ie A_ie x  =  B_e ((A_e x) * g)        g as in `experts_dylora_moe`
 
@@ -35,7 +35,7 @@ MARKS = ("has_gate", "has_bias", "is_transposed")
 
 
 def stack_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
-    """`(number of sub-experts, in_features, out_features)` of a parameter of stacked experts.
+    """`(number of stacked experts, in_features, out_features)` of a parameter of stacked experts.
 
     Raises:
         ValueError: it is none, or the module computes something else than transformers' standard experts.
@@ -56,11 +56,11 @@ def stack_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
 def rows_of_stack(lora_a: torch.Tensor, lora_b: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One expert's rows of both stacks, from what PEFT has.
 
-    PEFT's A lists a sub-expert's ranks one after the other, its B a rank's sub-experts (`ParamWrapper.get_delta_weight`).
+    PEFT's A lists a stacked expert's ranks one after the other, its B a rank's stacked experts (`ParamWrapper.get_delta_weight`).
 
     Args:
         lora_a: `[count * r, in_features]`; lora_b: `[out_features, r * count]`.
-        count: the number of sub-experts; 0 for a linear layer, which has none.
+        count: the number of stacked experts; 0 for a linear layer, which has none.
 
     Returns:
         `[r, count, in_features]` and `[r, count, out_features]`; of a linear layer `[r, in_features]` and
@@ -93,8 +93,8 @@ def b_as_in_peft(rows: torch.Tensor) -> torch.Tensor:
 class StackedUpdate(LowRankStacks):
     """The updates of one parameter.
 
-    Parameters are the stacks of all experts: `lora_A` `[R, sub-experts, in_features]` and `lora_B`
-    `[R, sub-experts, out_features]`, R the sum of the experts' ranks here.
+    Parameters are the stacks of all experts: `lora_A` `[R, stacked experts, in_features]` and `lora_B`
+    `[R, stacked experts, out_features]`, R the sum of the experts' ranks here.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class DyloraMoeStackedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As the foundation's own: `hidden_states` `[tokens, hidden]`, the others `[tokens, sub-experts of a token]`."""
+        """As the foundation's own: `hidden_states` `[tokens, hidden]`, the others `[tokens, stacked experts of a token]`."""
         active = _pass_in_progress.active
         if active is None:
             refuse_recomputation()
@@ -217,7 +217,7 @@ def _token_scales(active: ActiveExperts, update: StackedUpdate, num_tokens: int)
 def _update(
     update: StackedUpdate, inputs: torch.Tensor, number: int, single: int | None, scale: float | torch.Tensor
 ) -> torch.Tensor:
-    """The update of the tokens at one sub-expert: `inputs` `[tokens, in]`, `scale` a number or `[tokens, R]`."""
+    """The update of the tokens at one stacked expert: `inputs` `[tokens, in]`, `scale` a number or `[tokens, R]`."""
     if single is not None:
         return _low_rank(update, inputs, number, update.rows(single), update.dropouts[single], scale)
     if not update.training or not any(update.dropouts):

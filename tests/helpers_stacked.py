@@ -1,8 +1,9 @@
 """Adapters on the stacked experts of small mixture-of-experts foundations, as PEFT and an older transformers saved them."""
 
 import torch
+import transformers
 from helpers_checkpoints import write_json
-from helpers_moe import moe_model
+from helpers_moe import SIZES, moe_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +14,32 @@ OLD_NAMES = {
     "dense: qwen3 moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
     "none: qwen2 moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
+
+
+def gpt_oss():
+    """Stacks as [in, out], with biases, gates between the others, and a gate of its own."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**{**SIZES, "num_local_experts": 4, "head_dim": 8, "intermediate_size": 24})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return random_weights(model)
+
+
+def nemotron():
+    """Stacks without a gate."""
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(
+        **{**SIZES, "head_dim": 8}, layers_block_type=["attention", "moe"], n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    return random_weights(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@torch.no_grad()
+def random_weights(model):
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or "bias" in name:
+            parameter.normal_(std=0.2)
+    return model.eval()
 
 
 def stacked_experts(model) -> dict[str, torch.nn.Module]:
@@ -73,12 +100,12 @@ def with_old_adapter(model, adapter, kind, alpha=8, rank=4):
 
 
 def write_new_adapter(folder, foundation, kind, parameters, modules=(), rank=4, alpha=8, seed=0, **fields):
-    """An adapter that PEFT itself made and saved, on parameters and modules."""
+    """An adapter that PEFT itself made and saved, on parameters and modules. `kind` may be the foundation itself."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(modules), target_parameters=list(parameters), **fields
     )
-    model = get_peft_model(moe_model(kind), config)
+    model = get_peft_model(moe_model(kind) if isinstance(kind, str) else kind, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name:

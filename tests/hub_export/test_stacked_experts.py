@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_checkpoints import change_json, save_router, save_tokenizer, write_json
 from helpers_moe import SIZES, moe_model
-from helpers_stacked import with_old_adapter, write_new_adapter, write_old_adapter
+from helpers_stacked import gpt_oss, nemotron, with_old_adapter, write_new_adapter, write_old_adapter
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MixtralConfig
@@ -296,7 +296,12 @@ REFUSED = {
     "a matrix of two": ({"matrices": (0,)}, {}, r"0 of the 4 that are called .*w3.* add the missing ones"),
     "rank-stabilised": ({"use_rslora": True}, {}, r"lora_alpha \* r \*\* 0.5"),
     "an alpha of one matrix": ({"alpha_pattern": {"w1": 4}}, {}, "lora_alpha of .*w1 is 4, of .*w3 8"),
-    "alphas by old names": ({"alpha_pattern": {"w1": 4, "w3": 4}}, {}, "alpha by its old name"),
+    "alphas by old names": ({"alpha_pattern": {"w1": 4, "w3": 4}}, {}, "alpha 4 by .* for which PEFT takes 8"),
+    "alphas by all names": (
+        {"alpha_pattern": {"w1": 4, "w3": 4, "gate_up_proj": 4}},
+        {},
+        "alpha 4 by .* for which PEFT takes 8",
+    ),
     "without an expert": ({}, {".experts.2.": None}, "3 of the 4"),
     "another foundation": ({}, {".experts.3.": ".experts.4."}, r"matrices of expert 4, .* has 4 .*--base_model"),
 }
@@ -344,6 +349,31 @@ def test_where_inputs_are_as_many_as_outputs_the_version_of_peft_tells(tmp_path,
         export(tmp_path / "new", tmp_path / "out", verify=False)
 
 
+@pytest.mark.parametrize(("foundation", "first"), [(gpt_oss, "gate_up_proj"), (nemotron, "up_proj")])
+def test_stacks_in_other_forms(quick_check, tmp_path, foundation, first):
+    """As [in, out], with biases and the gate's columns between the others'; without a gate."""
+    foundation().save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    targets = [f"experts.{first}", "experts.down_proj"]
+    adapter = write_new_adapter(tmp_path / "new", tmp_path / "base", foundation(), targets, ["o_proj"])
+    result = export(adapter, tmp_path / "out", layout="adapter")
+    assert result.check.passed
+    expected = of_peft(tmp_path / "base", adapter)
+    assert_same(of_repo(result.output_dir, "single:0"), expected)
+    assert_same(of_peft(tmp_path / "base", result.output_dir, subfolder="experts/new"), expected)
+
+
+def test_a_parameter_of_the_same_name_as_a_linear_layer(quick_check, tmp_path):
+    kind = "none: qwen2 moe"
+    moe_model(kind).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    modules = ["shared_expert.down_proj", "q_proj"]
+    adapter = write_new_adapter(tmp_path / "new", tmp_path / "base", kind, ["down_proj"], modules, rank=3)
+    result = export(adapter, tmp_path / "out")
+    assert result.check.passed
+    assert_same(of_repo(result.output_dir, "single:0"), of_peft(tmp_path / "base", adapter))
+
+
 def test_experts_of_another_kind_are_refused(tmp_path):
     config = Llama4TextConfig(
         **SIZES, num_local_experts=2, head_dim=8, intermediate_size_mlp=48, interleave_moe_layer_step=1
@@ -361,5 +391,5 @@ def test_experts_of_another_kind_are_refused(tmp_path):
 def test_a_layer_too_many_or_too_few_is_told(mixtral, tmp_path):
     adapter = write_new_adapter(tmp_path / "new", mixtral, "none: mixtral", BOTH)
     change_json(adapter / "adapter_config.json", target_parameters=["experts.down_proj"])
-    with pytest.raises(InputError, match=r"2 layers on model\..*\.experts, and target_parameters names down"):
+    with pytest.raises(InputError, match=r"2 layers on model\..*\.experts, and target_parameters .* names down"):
         inspect(adapter)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers_moe import SIZES, moe_model
+from helpers_moe import moe_model
+from helpers_stacked import gpt_oss, nemotron
 from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
@@ -16,32 +17,6 @@ from dylora_moe.modeling.stacked_experts_dylora_moe import DyloraMoeStackedExper
 
 ROWS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[0, 0, 0, *[1] * 6], [1] * 9])
-
-
-def gpt_oss():
-    """Stacks as [in, out], with biases, gates between the others, and a gate of its own."""
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(**{**SIZES, "num_local_experts": 4, "head_dim": 8, "intermediate_size": 24})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return random_weights(model)
-
-
-def nemotron():
-    """Stacks without a gate."""
-    torch.manual_seed(0)
-    config = transformers.NemotronHConfig(
-        **{**SIZES, "head_dim": 8}, layers_block_type=["attention", "moe"], n_routed_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=16,
-    )  # fmt: skip
-    return random_weights(transformers.AutoModelForCausalLM.from_config(config))
-
-
-@torch.no_grad()
-def random_weights(model):
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 or "bias" in name:
-            parameter.normal_(std=0.2)
-    return model.eval()
 
 
 FOUNDATIONS = {
