@@ -43,14 +43,14 @@ def parameters_of(modules: Iterable[str], targets: Iterable[str], is_linear: Cal
     Raises:
         InputError: there are more or fewer layers on a module than targets.
     """
-    from dylora_moe.modeling.stacked_experts_dylora_moe import STACKED
+    from dylora_moe.modeling.configuration_dylora_moe import STACKED_PARAMETERS
 
     levels: dict[str, list[str]] = {}
     for name in modules:
         levels.setdefault(name.replace(INSIDE, ""), []).append(name)
     found: dict[str, str] = {}
     for module, names in levels.items():
-        named = [name for name in STACKED if _is_target(f"{module}.{name}", targets)]
+        named = [name for name in STACKED_PARAMETERS if _is_target(f"{module}.{name}", targets)]
         sure = len(names) > 1 or any(
             "." in target and _is_target(f"{module}.{_last(target)}", [target]) for target in targets
         )

@@ -43,6 +43,9 @@ IMPLEMENTATIONS = {
     "_experts_implementation_internal": OWN_EXPERTS,
 }
 
+# The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and PEFT nests them.
+STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
 # What each field of an expert's entry defaults to. The names and their meaning are those of `peft.LoraConfig`, except
 # that `target_modules`, `target_parameters` and the keys of the two patterns are whole names, not regular expressions.
 EXPERT_DEFAULTS: dict[str, Any] = {
@@ -328,6 +331,12 @@ def _complete_expert(index: int, entry: dict) -> dict:
     # copies, of the patterns too: a config owns its fields
     expert |= {name: list(expert[name] or []) for name in ("target_modules", "target_parameters")}
     expert |= {name: dict(expert[name] or {}) for name in ("rank_pattern", "alpha_pattern")}
+    for name in expert["target_parameters"]:
+        if not isinstance(name, str) or name.rpartition(".")[2] not in STACKED_PARAMETERS:
+            raise ValueError(
+                f"Expert {expert['name']!r} has {name!r} among its `target_parameters`; they are whole names of parameters of "
+                f"stacked experts, which end in {', '.join(STACKED_PARAMETERS)}."
+            )
     ranks = [expert["r"], *expert["rank_pattern"].values()]
     if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
         raise ValueError(f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1.")

@@ -27,9 +27,9 @@ from transformers.utils import (
     cached_file,
 )
 
-from .configuration_dylora_moe import DyloraMoeConfig, read_config
+from .configuration_dylora_moe import STACKED_PARAMETERS, DyloraMoeConfig, read_config
 from .experts_dylora_moe import in_base_layer, refuse_offloaded
-from .stacked_experts_dylora_moe import STACKED, as_in_peft, rows_of_stack
+from .stacked_experts_dylora_moe import as_in_peft, rows_of_stack
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -109,7 +109,7 @@ def peft_keys(entry: dict) -> dict[str, str]:
         module, _, parameter = name.rpartition(".")
         later = [
             other
-            for other in STACKED[STACKED.index(parameter) + 1 :]
+            for other in STACKED_PARAMETERS[STACKED_PARAMETERS.index(parameter) + 1 :]
             if f"{module}.{other}" in entry["target_parameters"]
         ]
         keys[name] = f"{PEFT_PREFIX}{module}{'.base_layer' * len(later)}"

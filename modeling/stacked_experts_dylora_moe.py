@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_dylora_moe import STACKED_PARAMETERS
 from .experts_dylora_moe import (
     ActiveExperts,
     LowRankStacks,
@@ -27,8 +28,6 @@ from .experts_dylora_moe import (
 )
 
 
-# The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and PEFT nests them.
-STACKED = ("gate_up_proj", "up_proj", "down_proj")
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What transformers' `use_experts_implementation` notes on the modules whose forward is of the kind that is computed here.
 MARKS = ("has_gate", "has_bias", "is_transposed")
@@ -41,10 +40,10 @@ def stack_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
         ValueError: it is none, or the module computes something else than transformers' standard experts.
     """
     found = dict(experts.named_parameters(recurse=False))
-    names = [name for name in found if name in STACKED]
+    names = [name for name in found if name in STACKED_PARAMETERS]
     needed = ["gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"]
     is_standard = all(hasattr(experts, mark) for mark in MARKS) and names == needed
-    if parameter not in STACKED or not is_standard or any(found[name].dim() != 3 for name in names):
+    if parameter not in names or not is_standard or any(found[name].dim() != 3 for name in names):
         raise ValueError(
             f"Experts adapt the parameters gate_up_proj (or up_proj) and down_proj of a mixture-of-experts layer whose "
             f"experts are stacked as transformers has it; {parameter!r} of this {type(experts).__name__} is none of these."

@@ -7,6 +7,7 @@ import torch
 import transformers
 from helpers_moe import moe_model
 from helpers_stacked import gpt_oss, nemotron
+from peft import PeftModel
 from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
@@ -251,10 +252,9 @@ def test_an_expert_is_added_and_the_others_stay_what_they_are():
         torch.equal(*pair) for pair in zip(weights[gate_up], model.expert_weights("more")[gate_up], strict=True)
     )
     assert not torch.allclose(model(ROWS, routing_strategy="single:more").logits, base, atol=0.1)
-    down = gate_up.replace("gate_up", "gate")
     names = model.config.expert_names
     with pytest.raises(ValueError, match="`target_parameters` names"):
-        model.add_expert("wrong", target_modules=[], target_parameters=[down])
+        model.add_expert("wrong", target_modules=[], target_parameters=[gate_up.replace("gate_up", "up")])
     assert model.config.expert_names == names
 
 
@@ -270,6 +270,12 @@ def test_saved_and_loaded_again(kind, layout, tmp_path):
     for strategy in ("router", "single:both", "uniform"):
         found, expected = (each(ROWS, routing_strategy=strategy).logits for each in (again, model))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    if layout == "adapter":
+        for expert in ("both", "down"):  # as PEFT reads what was written
+            peft = PeftModel.from_pretrained(
+                FOUNDATIONS[kind](), tmp_path / "saved", subfolder=f"experts/{expert}", torch_device="cpu"
+            )
+            assert_same(peft.eval()(ROWS).logits, model(ROWS, routing_strategy=f"single:{expert}").logits)
     again.save_pretrained(tmp_path / "twice", layout="full")
     for experts in (["down"], ["attention", "both"], ["attention"]):
         for folder in (tmp_path / "saved", tmp_path / "twice"):
@@ -338,9 +344,12 @@ def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
 
 def test_what_cannot_be_adapted_is_named():
     foundation = moe_model("dense: qwen3 moe")
+    for names in (["model.layers.1.self_attn.q_proj.weight"], ["model.layers.1.mlp.experts"], [None], "down_proj"):
+        with pytest.raises(ValueError, match=r"`target_parameters`; .* end in gate_up_proj"):
+            DyloraMoeConfig(expert_configs=[{"name": "a", "target_parameters": names}])
     for name, expected in (
-        ("model.layers.1.mlp.experts.gate_proj", "Qwen3MoeExperts"),
-        ("model.layers.1.self_attn.q_proj.weight", "Linear"),
+        ("model.layers.1.mlp.experts.up_proj", "Qwen3MoeExperts"),
+        ("model.layers.0.mlp.up_proj", "Qwen3MoeMLP"),
         ("model.layers.7.mlp.experts.down_proj", "7"),
         ("experts.down_proj", "experts"),
     ):
