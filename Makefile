@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-clients lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
@@ -18,6 +18,10 @@ test: lint
 # The suites that take minutes. HUMANEVAL_OVERRIDE_PATH names EvalPlus's HumanEvalPlus.jsonl(.gz), if it is at hand.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Other projects' libraries on a mixture, each in an environment of its own that pip makes from the package index.
+test-clients: $(INSTALLED)
+	$(BIN)/python -m pytest -m clients tests/clients
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -201,22 +201,33 @@ def export(
 @app.command()
 def variant(
     repo: Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")],
-    routing_strategy: Annotated[str, typer.Option("--routing_strategy", help="The variant's default strategy.")],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The variant's folder.")],
+    routing_strategy: Annotated[
+        str | None, typer.Option("--routing_strategy", help="The variant's default strategy.")
+    ] = None,
+    router_mode: Annotated[
+        str | None, typer.Option("--router_mode", help="dense or sparse, as in training or in use alone; or auto.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a second folder that shares the weights on disk and differs in its default strategy."""
+    """Make a second folder that shares the weights on disk and differs in its default strategy or router mode."""
     from dylora_moe import hub_export
 
     result = hub_export.make_variant(
-        repo, routing_strategy=routing_strategy, output_dir=output_dir, overwrite=overwrite
+        repo,
+        output_dir=output_dir,
+        routing_strategy=routing_strategy,
+        router_mode=router_mode,
+        overwrite=overwrite,
     )
     if as_json:
         print_json(result.to_dict())
     else:
         out.print(
-            f"{result.output_dir}: {result.routing_strategy} (weights: {result.weights} to {result.repo})",
+            f"{result.output_dir}: {result.routing_strategy}"
+            + (f", router mode {result.router_mode}" if router_mode is not None else "")
+            + f" (weights: {result.weights} to {result.repo})",
             markup=False,
         )
 

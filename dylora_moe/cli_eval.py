@@ -50,7 +50,7 @@ SHARED = (
     _option(int | None, None, "limit", "The first so many tasks."),
     _option(bool, False, "mini", "The set with few plus inputs."),
     _option(bool, False, "base_only", "Without the plus inputs."),
-    _option(int | None, None, "parallel", "Processes that score."),
+    _option(int | None, None, "parallel", "Processes that score, and that sanitize."),
     _option(bool, False, "force_base_prompt", "No chat template."),
     _option(bool, False, "sandbox", "Run generated programs inside bubblewrap."),
     _option(float | None, None, "lora_alpha", "Alpha, where it is not stored."),

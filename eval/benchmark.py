@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,18 @@ from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
+from .generation_options import refuse_options
 from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
 from .run_record import Run, file_sha256, write_run
 from .sampling_run import make_samples, samples_name
+from .sanitizing import sanitize_programs
+from .tokenizer_round_trip import warn_of_tokenizer
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 # How long a process waits for the others, which may have longer samples: NCCL's own ten minutes are too few.
 PATIENCE = timedelta(days=7)
+LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
 RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
 
 # Called with what is being done, and how much of it.
@@ -48,7 +52,7 @@ class BenchmarkOptions:
         id_range: two task numbers, the second not with it; `limit`: the first so many of these.
         mini: the set with few plus inputs; `base_only`: without plus inputs.
         device_map: transformers' own, for models that need several GPUs.
-        parallel: processes that score; half the cores unless given.
+        parallel: processes that score, half the cores unless given; and that sanitize where it takes long, all of them.
         sandbox: score inside bubblewrap.
         overwrite: throw away what another run left under the same name.
     """
@@ -86,8 +90,7 @@ class BenchmarkOptions:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.parallel is not None and self.parallel < 1:
             raise InputError(f"--parallel is {self.parallel}; it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature is {self.temperature}; it must be a number, and not negative")
+        check_temperature(self.temperature)
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
         if self.n_samples > 1 and self.temperature == 0:
@@ -109,6 +112,17 @@ class BenchmarkOptions:
     def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
         """Raises InputError: a name that neither these options nor the parameters of `function` have."""
         refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises InputError: it is no number, negative, or so small that logits divided by it overflow float32."""
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature is {temperature}; it must be a number, and not negative")
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise InputError(
+            f"--temperature is {temperature}; logits divided by less than {LOWEST_TEMPERATURE} overflow float32; pass 0 "
+            "for greedy decoding"
+        )
 
 
 @dataclass
@@ -164,6 +178,8 @@ def benchmark(
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [(model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found]
+    for model in found:
+        refuse_options(model.generation_settings(), model.source)
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
@@ -229,18 +245,22 @@ def _runs_of(
     def load() -> LoadedModel:
         if progress is not None:
             progress(f"loading {model.label}", 0, 0)
-        return model.load(
+        loaded = model.load(
             dtype=options.dtype,
             device=state.device,
             device_map=options.device_map,
             attn_implementation=options.attn_implementation,
         )
+        if state.is_main_process:
+            warn_of_tokenizer(model.label, loaded.tokenizer, sets, options.force_base_prompt)
+        return loaded
 
     for data in sets:
         for strategy in strategies:
             run = _describe(model, strategy, data, folder, options, state)
             what = f"{model.label}, {strategy}, {data.name}"
-            tell = None if progress is None else lambda done, total, what=what: progress(what, done, total)
+            tell = None if progress is None else partial(progress, what)
+            sanitizing = None if progress is None else partial(progress, f"sanitizing {what}")
             yield make_samples(
                 run,
                 data,
@@ -250,6 +270,9 @@ def _runs_of(
                 overwrite=options.overwrite,
                 state=state,
                 progress=tell,
+                sanitize=partial(
+                    sanitize_programs, workers=options.parallel or os.cpu_count() or 1, progress=sanitizing
+                ),
             )
 
 
@@ -367,4 +390,4 @@ if __name__ == "__main__":
     main(["benchmark", *sys.argv[1:]])
 
 
-__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]
+__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "check_temperature", "score_run"]

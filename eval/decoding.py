@@ -8,6 +8,7 @@ number of rows. Knows nothing about EvalPlus, files or routing strategies.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,8 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import StopStringCriteria
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
+from dylora_moe.hub_export.last_position import LastPosition, last_position
+
+from .generation_options import refuse_options
 
 
 # Settings of a generation config for which a row has to be alone: they count padding, or remember the batch.
@@ -27,10 +32,11 @@ ALONE = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
+    "forced_bos_token_id": None,
     "guidance_scale": 1.0,
     "watermarking_config": None,
 }
-# Rows cannot leave any other; what is computed is the same.
+# A growing one takes any other's place, since rows cannot leave it; what is computed is the same.
 GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")
 
 
@@ -50,8 +56,13 @@ class Row:
     expert_id: int | None = None
 
 
-# Called with a finished row and its new tokens, the end-of-sequence token among them.
-Finished = Callable[[Row, list[int]], None]
+# Why a row ended: the model's end-of-sequence token, a stop string, as many tokens as were asked for, or a model that has
+# no further position (see `hub_export.last_position`).
+END_OF_SEQUENCE, STOP_STRING = "end_of_sequence", "stop_string"
+MAX_NEW_TOKENS, LAST_POSITION = "max_new_tokens", "last_position"
+
+# Called with a finished row, its new tokens, the end-of-sequence token among them, and why it ended.
+Finished = Callable[[Row, list[int], str], None]
 
 
 def decode_rows(
@@ -71,31 +82,37 @@ def decode_rows(
     not suffice the batch is halved and its unfinished rows begin anew.
 
     Args:
-        stop_strings: a row is done at the token that completes one of them.
+        stop_strings: a row is done at the token that completes one of them, or one of those of the generation config.
         seed: of sampling. Each row draws from a generator of its own, made from (seed, task, sample), so that batches,
             processes and interruptions change nothing.
         arguments: of `model.generate`, the same for all rows.
 
     Raises:
-        InputError: the model's generation config asks for beams.
+        InputError: the generation config asks for what is not made in batches, see `generation_options`, or a prompt has
+            more tokens than the model has positions.
         FailureError: the memory does not suffice for a single row.
     """
-    if _is_for_single_rows(model):
+    settings = {**vars(model.generation_config), **arguments}
+    refuse_options(settings)
+    if _is_for_single_rows(model, settings):
         batch_size = 1
-    _warn_of_positions(model, rows, arguments.get("max_new_tokens", 0))
+    stops = StopStrings(tokenizer, stop_strings, settings.get("stop_strings"))
+    end = last_position(model)
+    room = {(row.task_id, row.sample): _room(model, tokenizer, row, end) for row in rows}
+    _warn_of_positions(model, rows, arguments.get("max_new_tokens", 0), end)
     waiting = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     while waiting:
         batch, done = waiting[:batch_size], set()
-        if _padding_gives_nan(model):
+        if _padding_gives_nan(model) or _padding_takes_positions(end, batch[0], arguments.get("max_new_tokens", 0)):
             batch = [row for row in batch if len(row.input_ids) == len(batch[0].input_ids)]
 
-        def note(row: Row, tokens: list[int], done: set = done) -> None:
-            finished(row, tokens)
+        def note(row: Row, tokens: list[int], stop: str, done: set = done) -> None:
+            finished(row, tokens, stop)
             done.add((row.task_id, row.sample))
 
         too_large = False
         try:
-            _decode_batch(model, tokenizer, batch, note, stop_strings, seed, arguments)
+            _decode_batch(model, tokenizer, batch, note, stops, room, seed, arguments)
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -114,27 +131,51 @@ def decode_rows(
     return batch_size
 
 
-def _is_for_single_rows(model: Any) -> bool:
-    settings = model.generation_config
-    if (settings.num_beams or 1) > 1:
+def _is_for_single_rows(model: Any, settings: dict[str, Any]) -> bool:
+    values = ((settings.get(name), usual) for name, usual in ALONE.items())
+    # Rows cannot leave a quantised cache, which is scaled by what else is in it, nor the states of a recurrent model,
+    # which are no cache of tokens.
+    whole = settings.get("cache_implementation") == "quantized" or getattr(model, "_is_stateful", False)
+    return whole or any(value not in (None, usual) for value, usual in values)
+
+
+def _room(model: Any, tokenizer: Any, row: Row, end: LastPosition | None) -> float:
+    """How many new tokens a row has positions for. The last of them is never read, so it needs none.
+
+    Raises:
+        InputError: the prompt has no room itself.
+    """
+    if end is None:
+        return math.inf
+    taken = end.taken(visible(model, tokenizer, row.input_ids))
+    if taken > end.positions:
         raise InputError(
-            f"the model's generation config asks for {settings.num_beams} beams (num_beams), which are not made in "
-            "batches; take it out"
+            f"the prompt of {row.task_id} is {taken} tokens long, and the model has {end.positions} positions; choose "
+            "other tasks with --id_range or --limit"
         )
-    values = ((getattr(settings, name, None), usual) for name, usual in ALONE.items())
-    # The states of a recurrent model are no cache of tokens: rows cannot leave it.
-    return getattr(model, "_is_stateful", False) or any(value not in (None, usual) for value, usual in values)
+    return end.positions - taken + 1
 
 
-def _warn_of_positions(model: Any, rows: Sequence[Row], max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _warn_of_positions(model: Any, rows: Sequence[Row], max_new_tokens: int, end: LastPosition | None) -> None:
     longest = max((len(row.input_ids) for row in rows), default=0) + max_new_tokens
-    if positions is not None and longest > positions:
+    if end is not None:
+        # The last token is never read.
+        limit, what = end.positions + 1, f"has {end.positions} positions: samples that reach the last one end there"
+    else:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        what = f"is made for {limit}"
+    if limit is not None and longest > limit:
         message = (
-            f"the longest prompt with --max_new_tokens {max_new_tokens} takes {longest} tokens, and the model is made for "
-            f"{positions}"
+            f"the longest prompt with --max_new_tokens {max_new_tokens} takes {longest} tokens, and the model {what}"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+
+
+def _padding_takes_positions(end: LastPosition | None, longest: Row, max_new_tokens: int) -> bool:
+    """Whether rows of unlike length cannot share a batch, since padding would move the shorter ones, or end them early."""
+    if end is None:
+        return False
+    return end.shifts or (end.counts_padding and len(longest.input_ids) + max_new_tokens - 1 > end.positions)
 
 
 def _padding_gives_nan(model: Any) -> bool:
@@ -149,7 +190,8 @@ def _decode_batch(
     tokenizer: Any,
     rows: list[Row],
     finished: Finished,
-    stop_strings: Sequence[str],
+    stops: StopStrings,
+    room: dict[tuple[str, int], float],
     seed: int,
     arguments: dict[str, Any],
 ) -> None:
@@ -161,12 +203,15 @@ def _decode_batch(
         arguments = {**arguments, "cache_implementation": "dynamic"}
     if rows[0].expert_id is not None:
         arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
-    loop = _Loop(rows, finished, StopStrings(tokenizer, stop_strings), [row_generator(seed, row) for row in rows])
+    generators = [row_generator(seed, row) for row in rows]
+    rooms = [room[row.task_id, row.sample] for row in rows]
+    loop = _Loop(rows, finished, stops, generators, rooms)
     model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         pad_token_id=tokenizer.eos_token_id,
         num_return_sequences=1,
+        stop_strings=None,  # the loop's own
         custom_generate=loop,
         **arguments,
     )
@@ -191,19 +236,23 @@ class _Loop:
         finished: Finished,
         stop_strings: StopStrings,
         generators: list[np.random.Generator],
+        room: list[float],
     ):
         self.rows = list(rows)
         self.finished = finished
         self.stop_strings = stop_strings
         self.generators = generators
+        self.room = room  # new tokens that each row has positions for
         self.new_tokens: list[list[int]] = [[] for _ in rows]
         self.going_on = list(range(len(rows)))  # the places of those that are not done
 
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
     ) -> torch.LongTensor:
-        # Only our models have it, and only with their optional files.
-        fast = getattr(model, "decoding_fast", None)
+        # Only our models have it, and only with their optional files. Its rows all go on to the end, past their last
+        # position.
+        reaches_last_position = min(self.room) < generation_config.max_length - input_ids.shape[1]
+        fast = None if reaches_last_position else getattr(model, "decoding_fast", None)
         with nullcontext() if fast is None else fast(generation_config, model_kwargs) as decoding:
             return self._run(model, decoding, input_ids, logits_processor, generation_config, model_kwargs)
 
@@ -228,8 +277,9 @@ class _Loop:
             while True:
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                scores = logits_processor(input_ids, scores)  # `remove_invalid_values` takes NaN away
                 wrong = (scores if len(scores) == len(self.going_on) else scores[self.going_on]).isnan().any()
-                tokens = self._choose(logits_processor(input_ids, scores), generation_config.do_sample)
+                tokens = self._choose(scores, generation_config.do_sample)
                 read = _start_reading(torch.cat([tokens, wrong[None].to(tokens.dtype)]))
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
                 if decoding is not None and input_ids.shape[1] < generation_config.max_length:
@@ -260,16 +310,28 @@ class _Loop:
         """Give every row that goes on its new token, and tell those that are done with it."""
         going_on = []
         for place in self.going_on:
-            token, new_tokens = tokens[place], self.new_tokens[place]
-            new_tokens.append(token)
-            if token in end or len(new_tokens) >= max_new_tokens or self.stop_strings.complete(new_tokens):
-                self.finished(self.rows[place], new_tokens)
-            else:
+            new_tokens = self.new_tokens[place]
+            new_tokens.append(tokens[place])
+            stop = self._stop(place, end, max_new_tokens)
+            if stop is None:
                 going_on.append(place)
+            else:
+                self.finished(self.rows[place], new_tokens, stop)
         self.going_on = going_on
 
+    def _stop(self, place: int, end: set[int], max_new_tokens: int) -> str | None:
+        """Why a row ends with its newest token; None where it goes on."""
+        new_tokens = self.new_tokens[place]
+        if new_tokens[-1] in end:
+            return END_OF_SEQUENCE
+        if self.stop_strings.complete(new_tokens, self.rows[place].input_ids):
+            return STOP_STRING
+        if len(new_tokens) >= max_new_tokens:
+            return MAX_NEW_TOKENS
+        return LAST_POSITION if len(new_tokens) >= self.room[place] else None
+
     def _drop_done(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]):
-        for name in ("rows", "new_tokens", "generators"):
+        for name in ("rows", "new_tokens", "generators", "room"):
             setattr(self, name, [getattr(self, name)[place] for place in self.going_on])
         kept = torch.tensor(self.going_on, device=input_ids.device)
         self.going_on = list(range(len(kept)))
@@ -296,18 +358,37 @@ class StopStrings:
 
     A string that was not there a token ago ends in the last tokens, so their text is looked at first. (A string with
     tokens without text in it may be missed, and its row goes on; trimming cuts its text at the same place.)
+
+    Args:
+        of_model: the stop strings of the model's generation config, which transformers looks for: at the end of prompt
+            and new tokens.
+
+    Raises:
+        InputError: transformers cannot look for them with this tokenizer.
     """
 
     SPARE_TOKENS = 8  # that spell nothing, or parts of one character
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str]):
+    def __init__(self, tokenizer: Any, strings: Sequence[str], of_model: str | Sequence[str] | None = None):
         self.tokenizer = tokenizer
         self.strings = tuple(strings)
+        try:
+            self.criterion = StopStringCriteria(tokenizer, of_model) if of_model else None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the generation config of the model has stop_strings = {of_model!r}, which transformers cannot look for "
+                f"with this tokenizer ({type(error).__name__}: {one_line(error)}); take them out of generation_config.json"
+            ) from error
         self.window = max(map(len, self.strings), default=0) + self.SPARE_TOKENS
 
-    def complete(self, new_tokens: list[int]) -> bool:
+    def complete(self, new_tokens: list[int], prompt: Sequence[int] = ()) -> bool:
         tail = new_tokens[-self.window :]
-        return self._spelt(tail) and (len(tail) == len(new_tokens) or self._spelt(new_tokens))
+        if self._spelt(tail) and (len(tail) == len(new_tokens) or self._spelt(new_tokens)):
+            return True
+        if self.criterion is None:
+            return False
+        tail = [*prompt, *new_tokens][-self.criterion.maximum_token_len :]
+        return bool(self.criterion(torch.tensor([tail]), None))
 
     def _spelt(self, tokens: list[int]) -> bool:
         text = self.tokenizer.decode(tokens)

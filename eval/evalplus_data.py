@@ -29,8 +29,9 @@ class Benchmark:
         mini: with few plus inputs.
         dataset_hash: of the file, by EvalPlus.
         tasks: those that are asked, by their ids, in EvalPlus's order; its own dicts.
-        id_range: which these are, from the first number up to but not with the second, or None for all.
-        subset: the same in words, for tables and file names.
+        id_range: which these are, from the first number up to but not with the second; None for all, and for the first
+            so many of a set whose ids are not all numbered.
+        subset: which these are in words, for tables; None for all.
         file: the name of the user's own file that it was read from (HUMANEVAL_OVERRIDE_PATH, MBPP_OVERRIDE_PATH), or None.
     """
 
@@ -69,7 +70,7 @@ def load_benchmark(
         limit: the first so many of these.
 
     Raises:
-        InputError: the set is not known, a range is empty, or EvalPlus is not installed.
+        InputError: the set is not known, a range is empty or of tasks without a number, or EvalPlus is not installed.
         FailureError: the data cannot be had.
     """
     name = canonical_benchmark(name)
@@ -84,14 +85,24 @@ def load_benchmark(
         with contextlib.redirect_stdout(sys.stderr):  # the first time EvalPlus downloads it, and says so
             every, dataset_hash = get(mini=mini), get_hash(mini=mini)
     except Exception as error:  # no network, a file that is not there, or not what it should be
+        variable, why = f"{name.upper()}_OVERRIDE_PATH", f"{type(error).__name__}: {one_line(error)}"
+        if _own_file(name):
+            numbered = ", and numbers its tasks, Mbpp/1 and so on" if name == "mbpp" else ""
+            raise FailureError(
+                f"EvalPlus cannot read {_own_file(name)}, which {variable} names ({why}); give it one in the format of "
+                f"its own {name}{numbered}"
+            ) from error
         raise FailureError(
-            f"EvalPlus's data set {name} cannot be had ({type(error).__name__}: {one_line(error)}); put the file on this "
-            f"machine and name it in {name.upper()}_OVERRIDE_PATH"
+            f"EvalPlus's data set {name} cannot be had ({why}); put the file on this machine and name it in {variable}"
         ) from error
+    if not every or not all(isinstance(task_id, str) for task_id in every):
+        wrong = "holds no task" if not every else "has ids that are no text, which EvalPlus cannot score"
+        raise InputError(f"{_own_file(name) or name} {wrong}")
     tasks, chosen = _stretch(every, id_range, limit)
     subset = None
     if len(tasks) < len(every):
-        subset = f"tasks {chosen[0]} to {chosen[1] - 1}, {len(tasks)} of {len(every)}"
+        which = "the first" if chosen is None else f"tasks {chosen[0]} to {chosen[1] - 1},"
+        subset = f"{which} {len(tasks)} of {len(every)}"
     return Benchmark(name, mini, dataset_hash, tasks, chosen if subset else None, subset, _own_file(name))
 
 
@@ -105,17 +116,31 @@ def _own_file(name: str) -> str | None:
 
 def _stretch(
     every: dict[str, dict], id_range: Sequence[int] | None, limit: int | None
-) -> tuple[dict[str, dict], tuple[int, int]]:
+) -> tuple[dict[str, dict], tuple[int, int] | None]:
+    """The wanted tasks, and their range of numbers where all have one."""
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; it must be at least 1")
     if id_range is not None and (len(id_range) != 2 or id_range[0] >= id_range[1]):
         raise InputError(f"--id_range is {list(id_range)}; it takes two numbers, the lower one first")
-    numbers = {task_id: int(task_id.rpartition("/")[2]) for task_id in every}
+    numbers = {task_id: _number(task_id) for task_id in every}
+    unnumbered = next((task_id for task_id, number in numbers.items() if number is None), None)
+    if unnumbered is not None:
+        if id_range is not None:
+            raise InputError(
+                f"--id_range takes tasks by their number, and {unnumbered} has none; use --limit, or leave it out"
+            )
+        return dict(list(every.items())[:limit]), None
     low, high = id_range or (min(numbers.values()), max(numbers.values()) + 1)
     kept = [task_id for task_id, number in numbers.items() if low <= number < high][:limit]
     if not kept:
         raise InputError(f"--id_range {low} {high} holds no task; the numbers run up to {max(numbers.values())}")
     low, high = min(numbers[task_id] for task_id in kept), max(numbers[task_id] for task_id in kept) + 1
-    # A stretch of numbers, since that is what EvalPlus's own loop can be told.
+    # All with a number in this range, which is what the samples are called by.
     tasks = {task_id: task for task_id, task in every.items() if low <= numbers[task_id] < high}
     return tasks, (low, high)
+
+
+def _number(task_id: str) -> int | None:
+    """The number that a task's id ends in, `HumanEval/53`; None where it has another end, `HumanEval/53_v2`."""
+    end = task_id.rpartition("/")[2]
+    return int(end) if end.isascii() and end.isdigit() else None

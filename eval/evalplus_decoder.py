@@ -2,7 +2,8 @@
 
 EvalPlus asks one prompt at a time, and what it asks and what it makes of the answers (chat templates, stop strings,
 trimming, sanitising, its two files) lies inside its decoder and its loop. So these run twice, as they are, with a
-stand-in for the model: once that notes every question, and, when all answers are there, once that gives them.
+stand-in for the model: once that notes every question, and, when all answers are there, twice that gives them, since
+sanitising, too, is done for many at once in between.
 Knows nothing about how answers come about, or about routing.
 """
 
@@ -15,7 +16,6 @@ import io
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,16 +25,20 @@ from unittest import mock
 
 import torch
 from evalplus import codegen as evalplus_codegen
+from evalplus.provider import hf
 from evalplus.provider.base import DecoderBase
 from evalplus.provider.hf import HuggingFaceDecoder
-from evalplus.provider.utility import extra_eos_for_direct_completion
-from evalplus.sanitize import sanitize
+from evalplus.provider.utility import extra_eos_for_direct_completion, make_raw_chat_prompt
 from transformers import StoppingCriteriaList
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, one_line
+from dylora_moe.hub_export.errors import InputError, one_line
 
 from .evalplus_data import Benchmark
+from .sanitizing import Program, sanitize_programs
 
+
+# From programs to their sanitised texts, in order.
+Sanitize = Callable[[list[Program]], list[str]]
 
 # How an answer to a chat prompt ends, in EvalPlus.
 END_OF_CODE_BLOCK = "\n```\n"
@@ -100,6 +104,9 @@ def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Ques
 
     Args:
         decoder: `temperature`, `max_new_tokens`, `force_base_prompt`.
+
+    Raises:
+        InputError: the tokenizer's chat template cannot write the prompts.
     """
     asked: list[tuple[list[int], dict[str, Any]]] = []
 
@@ -109,7 +116,7 @@ def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Ques
 
     prompts = _decoder(benchmark, note, tokenizer, batch_size=1, **decoder)
     with tempfile.TemporaryDirectory() as folder:
-        _run_loop(Path(folder) / "questions.jsonl", benchmark, prompts, n_samples=1)
+        _run_loop(Path(folder) / "questions.jsonl", benchmark, prompts, 1, lambda code, entrypoint: code)
     ours = {"num_return_sequences", "pad_token_id", "stop_strings", "tokenizer"}  # decided anew for a batch
     questions = [
         Question(task_id, input_ids, {name: value for name, value in arguments.items() if name not in ours})
@@ -124,26 +131,42 @@ def write_samples(
     tokenizer: Any,
     completions: dict[tuple[str, int], list[int]],
     n_samples: int,
+    sanitize: Sanitize = sanitize_programs,
     **decoder: Any,
 ) -> None:
     """Write EvalPlus's two files, `path` and the same with `.raw.jsonl`, by its own code; each at one stroke.
 
     Args:
         completions: the new tokens of every sample, by task id and number.
+        sanitize: `sanitize_programs`, or the same with arguments.
         decoder: as for `ask`.
     """
-    order = iter([(task_id, number) for task_id in benchmark.task_ids for number in range(n_samples)])
+    names = [(task_id, number) for task_id in benchmark.task_ids for number in range(n_samples)]
+    programs: list[Program] = []
 
-    def give(input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        # One at a time, though EvalPlus asks for all: so none is padded.
-        return torch.tensor([completions[next(order)]], dtype=torch.long)
+    def note(code: str, entrypoint: str) -> str:
+        programs.append(Program(code, entrypoint))
+        return ""
 
-    prompts = _decoder(benchmark, give, tokenizer, batch_size=n_samples, **decoder)
+    def write(file: Path, sanitize_one: Callable[[str, str], str]) -> None:
+        order = iter(names)
+
+        def give(input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+            # One at a time, though EvalPlus asks for all: so none is padded.
+            return torch.tensor([completions[next(order)]], dtype=torch.long)
+
+        prompts = _decoder(benchmark, give, tokenizer, batch_size=n_samples, **decoder)
+        _run_loop(file, benchmark, prompts, n_samples, sanitize_one)
+
     folder = unfinished_files(path)
     folder.mkdir(parents=True)
     try:
         written = folder / path.name
-        _run_loop(written, benchmark, prompts, n_samples)
+        write(written, note)
+        for noted in (written, written.with_suffix(".raw.jsonl")):
+            noted.unlink()  # EvalPlus would add to them
+        texts = iter(sanitize(programs))
+        write(written, lambda code, entrypoint: next(texts))
         # The samples last: where they are, the raw ones are.
         os.replace(written.with_suffix(".raw.jsonl"), path.with_suffix(".raw.jsonl"))
         os.replace(written, path)
@@ -158,13 +181,35 @@ def unfinished_files(path: Path) -> Path:
 
 def prompt_text(benchmark: Benchmark, task_id: str, tokenizer: Any, force_base_prompt: bool = False) -> str:
     """The text that the model goes on from: the task's prompt, in a chat template where EvalPlus would use it."""
-    from evalplus.provider.utility import make_raw_chat_prompt
-
     prompt = benchmark.tasks[task_id]["prompt"].strip() + "\n"
     if force_base_prompt or tokenizer.chat_template is None:
         return prompt
-    prefixes = chat_prefixes()
-    return make_raw_chat_prompt(prompt, prefixes["instruction_prefix"], prefixes["response_prefix"], tokenizer)
+    return chat_prompt(prompt, tokenizer=tokenizer, **chat_prefixes())
+
+
+def chat_prompt(task_prompt: str, instruction_prefix: str, response_prefix: str, tokenizer: Any) -> str:
+    """EvalPlus's `make_raw_chat_prompt`.
+
+    Raises:
+        InputError: the chat template fails at a conversation that ends with an assistant's message, or writes nothing.
+    """
+    try:
+        text = make_raw_chat_prompt(task_prompt, instruction_prefix, response_prefix, tokenizer)
+        wrong = None if text.strip() else "it writes nothing"
+    except Exception as error:  # templates are programs, and fail in any way
+        wrong = f"{type(error).__name__}: {one_line(error)}"
+    if wrong is not None:
+        raise InputError(
+            "the tokenizer's chat template cannot write EvalPlus's prompts, which end within an assistant's message "
+            f"({wrong}); pass --force_base_prompt, or mend the template"
+        )
+    return text
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Raises InputError: the tokenizer has a chat template that cannot write EvalPlus's prompts."""
+    if tokenizer.chat_template is not None:
+        chat_prompt("def f():\n", tokenizer=tokenizer, **chat_prefixes())
 
 
 def _decoder(benchmark: Benchmark, answer: Callable, tokenizer: Any, **arguments: Any) -> PromptDecoder:
@@ -173,31 +218,27 @@ def _decoder(benchmark: Benchmark, answer: Callable, tokenizer: Any, **arguments
     )
 
 
-def _run_loop(path: Path, benchmark: Benchmark, decoder: PromptDecoder, n_samples: int) -> None:
+def _run_loop(
+    path: Path, benchmark: Benchmark, decoder: PromptDecoder, n_samples: int, sanitize_one: Callable[[str, str], str]
+) -> None:
     greedy = decoder.temperature == 0
-    # The release takes a set's name, the main branch the tasks themselves.
+    # The main branch takes the tasks themselves, the release a set's name, by which it reads them.
     takes_name = "version" in inspect.signature(evalplus_codegen.codegen).parameters
-    with quiet(), mock.patch.object(evalplus_codegen, "sanitize", _sanitize):
+    read = {"humaneval": "get_human_eval_plus", "mbpp": "get_mbpp_plus"}[benchmark.name]
+    with (
+        quiet(),
+        mock.patch.object(evalplus_codegen, read, lambda **_: benchmark.tasks, create=not takes_name),
+        mock.patch.object(evalplus_codegen, "sanitize", sanitize_one),
+        mock.patch.object(hf, "make_raw_chat_prompt", chat_prompt),
+    ):
         evalplus_codegen.codegen(
             target_path=str(path),
             model=decoder,
             dataset=benchmark.name if takes_name else benchmark.tasks,
             greedy=greedy,
             n_samples=n_samples,
-            id_range=benchmark.id_range,
             resume=False,
         )
-
-
-def _sanitize(code: str, entrypoint: str) -> str:
-    """EvalPlus's `sanitize`, but for programs that it fails at (thousands of operators in a row; NUL under Python 3.10),
-    where EvalPlus would end: these stay as they are."""
-    try:
-        return sanitize(code, entrypoint=entrypoint)
-    except (RecursionError, ValueError) as error:
-        message = f"EvalPlus cannot sanitize a sample of {entrypoint} ({one_line(error)}); it stays as it is"
-        warnings.warn(message, DyloraMoeWarning, stacklevel=2)
-        return code
 
 
 @cache
@@ -232,4 +273,4 @@ def quiet() -> Iterator[None]:
         yield
 
 
-__all__: Sequence[str] = ["PromptDecoder", "Question", "ask", "prompt_text", "write_samples"]
+__all__: Sequence[str] = ["PromptDecoder", "Question", "ask", "check_chat_template", "prompt_text", "write_samples"]

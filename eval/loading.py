@@ -124,6 +124,20 @@ class FoundModel:
         except ValueError as error:
             raise InputError(one_line(error, 2000)) from error
 
+    def generation_settings(self) -> dict[str, Any]:
+        """What `generation_config.json` says, by field; empty where there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+
+        try:
+            found = read_generation_config(str(self.folder), {})
+        except ValueError as error:
+            raise InputError(f"{self.source} cannot be loaded: {one_line(error, 600)}") from error
+        return {} if found is None else vars(found)
+
     def load_tokenizer(self) -> Any:
         """Raises InputError: there is none, or it cannot be read."""
         name = None if self.is_mixture else self.source

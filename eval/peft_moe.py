@@ -24,9 +24,9 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources import ARTIFACT
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
-from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, benchmark, score_run
+from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, benchmark, check_temperature, score_run
 from .evalplus_data import canonical_benchmark, load_benchmark
-from .evalplus_decoder import PromptDecoder
+from .evalplus_decoder import PromptDecoder, check_chat_template
 from .loading import find_model
 from .run_record import Run, find_run, read_runs
 from .scoring import pass_at_k, score_samples
@@ -72,6 +72,7 @@ class PeftMoEDecoder(PromptDecoder):
         from accelerate import PartialState
 
         refuse_unknown(arguments, _decoder_parameters())
+        check_temperature(arguments.get("temperature", 0.0))
         name = _source(name, wandb_artifact)
         found = find_model(
             name,
@@ -84,6 +85,8 @@ class PeftMoEDecoder(PromptDecoder):
             trust_remote_code=trust_remote_code,
         )
         strategy = found.strategies(None if routing_strategy is None else [routing_strategy])[0]
+        if not arguments.get("force_base_prompt"):
+            check_chat_template(found.load_tokenizer())
         loaded = found.load(
             dtype=dtype,
             device=PartialState().device,
@@ -92,6 +95,8 @@ class PeftMoEDecoder(PromptDecoder):
         )
         if loaded.is_mixture:
             loaded.model.generation_config.routing_strategy = strategy
+        # A generation config's stop strings need it, and EvalPlus 0.3.1 passes none.
+        loaded.model.generate = functools.partial(loaded.model.generate, tokenizer=loaded.tokenizer)
         super().__init__(
             name or found.source,
             dataset,

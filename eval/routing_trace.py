@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.last_position import LastPosition, last_position
 
 from .decoding import visible
 
@@ -40,8 +41,9 @@ class Trace:
 
     Attributes:
         text: what was read.
-        tokens: the text of each token; joined, they are prompt and completion. Empty for what has no text of its own: a
-            token that marks the beginning, the later parts of a character of several tokens.
+        tokens: the text of each token; joined, they are prompt and completion, as far as the model has positions. Empty
+            for what has no text of its own: a token that marks the beginning, the later parts of a character of several
+            tokens.
         num_prompt_tokens: how many of them are the prompt's.
         weights: `[tokens, num_experts]`, what each expert counts for at the token: each row sums to 1, and is zero
             outside the top k where the model routes sparsely.
@@ -121,11 +123,11 @@ def trace_texts(model: Any, tokenizer: Any, texts: Iterable[Text], *, batch_size
     """
     if getattr(model, "router", None) is None:
         raise InputError("this model has no router, so there is no routing to analyse")
-    texts = iter(texts)
+    texts, end = iter(texts), last_position(model)
     while batch := list(islice(texts, batch_size)):
         tokenized = [tokenize(tokenizer, text) for text in batch]
         rows = [
-            (token_ids, visible(model, tokenizer, token_ids[:count]) + [1] * (len(token_ids) - count))
+            _up_to(end, token_ids, visible(model, tokenizer, token_ids[:count]) + [1] * (len(token_ids) - count))
             for token_ids, _, count in tokenized
         ]
         logits = _router_logits(model, rows, batch)
@@ -134,11 +136,18 @@ def trace_texts(model: Any, tokenizer: Any, texts: Iterable[Text], *, batch_size
                 raise FailureError(f"the router's logits over {text.name} are not finite numbers; try another --dtype")
             yield Trace(
                 text=text,
-                tokens=tokens,
+                tokens=tokens[: len(of_text)],
                 num_prompt_tokens=num_prompt_tokens,
                 weights=model.router.weights(of_text, dense=model.routes_densely),
                 probabilities=of_text.softmax(dim=-1),
             )
+
+
+def _up_to(end: LastPosition | None, token_ids: list[int], seen: list[int]) -> Row:
+    """A row without what comes after the model's last position, which it did not read when it wrote the text either."""
+    while end is not None and end.taken(seen) > end.positions:
+        token_ids, seen = token_ids[:-1], seen[:-1]
+    return token_ids, seen
 
 
 def _router_logits(model: Any, rows: list[Row], texts: list[Text]) -> list[torch.Tensor]:

@@ -66,6 +66,8 @@ class Run:
         task_ids: the tasks, in EvalPlus's order; `subset` says in words which these are, None for all.
         scores: "pass@1", "plus_pass@1" and so on, fractions.
         seconds: of generation, without loading; None where it was interrupted.
+        stops: how many samples ended for which reason: "end_of_sequence", "stop_string", "max_new_tokens", or
+            "last_position" of a model whose positions end. Empty for samples of an older version.
     """
 
     folder: Path
@@ -98,6 +100,7 @@ class Run:
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
+    stops: dict[str, int] = field(default_factory=dict)
     samples_sha256: str | None = None
     raw_samples_sha256: str | None = None
     results: str | None = None

@@ -1,6 +1,6 @@
 """Finished samples on their way to EvalPlus's files: one line each, on disk as soon as a sample is done.
 
-    NAME.partial-0.jsonl    {"task_id": "HumanEval/0", "sample": 0, "tokens": [5, 17, …]}
+    NAME.partial-0.jsonl    {"task_id": "HumanEval/0", "sample": 0, "tokens": [5, 17, …], "stop": "stop_string"}
 
 One file a process, so that nobody waits for anybody. Whatever moment a process ends at, at most the line that it was
 writing is lost. Knows nothing about models or EvalPlus.
@@ -12,11 +12,19 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from dylora_moe.hub_export.errors import InputError
 
 
-Samples = dict[tuple[str, int], list[int]]
+class Sample(NamedTuple):
+    """New tokens, and why they end: see `decoding`; None in the journal of a version that did not say it."""
+
+    tokens: list[int]
+    stop: str | None
+
+
+Samples = dict[tuple[str, int], Sample]
 
 
 class SampleJournal:
@@ -25,12 +33,16 @@ class SampleJournal:
     Args:
         samples_path: EvalPlus's samples file, `NAME.jsonl`.
         process: this process's number.
+
+    Attributes:
+        sanitized_path: where texts that took long to sanitize are kept until all are there: see `sanitizing`.
     """
 
     def __init__(self, samples_path: Path, process: int = 0):
         self.stem = samples_path.name.removesuffix(".jsonl")
         self.folder = samples_path.parent
         self.path = self.folder / f"{self.stem}.partial-{process}.jsonl"
+        self.sanitized_path = self.folder / f"{self.stem}.sanitized-partial.jsonl"
 
     def paths(self) -> list[Path]:
         """All processes' journals."""
@@ -38,7 +50,7 @@ class SampleJournal:
         return sorted(path for path in self.folder.glob("*.jsonl") if path.name.startswith(prefix))
 
     def read(self) -> Samples:
-        """Every process's samples: new tokens by task id and number.
+        """Every process's samples: each by task id and number.
 
         Raises:
             InputError: a line other than the last is damaged.
@@ -59,13 +71,14 @@ class SampleJournal:
             with open(self.path, "r+b") as file:
                 file.truncate(whole)
 
-    def add(self, task_id: str, sample: int, tokens: list[int]) -> None:
+    def add(self, task_id: str, sample: int, tokens: list[int], stop: str) -> None:
         """Put one sample on disk.
 
         Raises:
             OSError: the disk is full.
         """
-        line = json.dumps({"task_id": task_id, "sample": sample, "tokens": tokens}, separators=(",", ":"))
+        entry = {"task_id": task_id, "sample": sample, "tokens": tokens, "stop": stop}
+        line = json.dumps(entry, separators=(",", ":"))
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
             content = line.encode() + b"\n"
@@ -73,8 +86,10 @@ class SampleJournal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def remove(self) -> None:
+        """Remove every process's journal, and what was sanitized of it."""
         for path in self.paths():
             path.unlink()
+        self.sanitized_path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Samples, int]:
@@ -87,11 +102,12 @@ def _read(path: Path) -> tuple[Samples, int]:
             break  # the process ended while it was writing this
         try:
             entry = json.loads(line)
-            samples[entry["task_id"], int(entry["sample"])] = [int(token) for token in entry["tokens"]]
+            tokens = [int(token) for token in entry["tokens"]]
+            samples[entry["task_id"], int(entry["sample"])] = Sample(tokens, entry.get("stop"))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: line {number} is damaged; remove the file to make its samples anew") from error
         whole += len(line)
     return samples, whole
 
 
-__all__ = ["SampleJournal", "Samples"]
+__all__ = ["Sample", "SampleJournal", "Samples"]

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
-from .decoding import Row, decode_rows
+from .decoding import LAST_POSITION, Row, decode_rows
 from .evalplus_data import Benchmark
 from .loading import FoundModel, LoadedModel
 from .run_record import Run, file_sha256, read_runs, write_run
-from .sample_journal import SampleJournal
+from .sample_journal import SampleJournal, Samples
+from .sanitizing import sanitize_programs
 
 
 # Called with the number of samples that are done, and of all.
@@ -38,6 +42,7 @@ def make_samples(
     overwrite: bool = False,
     state: Any = None,
     progress: Progress | None = None,
+    sanitize: Callable[..., list[str]] = sanitize_programs,
 ) -> Run:
     """Generate what is missing of a run's samples, and write EvalPlus's files and the record.
 
@@ -46,6 +51,7 @@ def make_samples(
         model: where the samples come from; `load` gives it loaded, and is not called when nothing is missing.
         overwrite: throw away what another run left under the same name, instead of refusing.
         state: accelerate's `PartialState` where several processes share the work.
+        sanitize: `sanitize_programs`, with its `workers` and `progress`.
 
     Returns:
         The run with its samples' hash, on every process.
@@ -56,7 +62,7 @@ def make_samples(
     """
     process, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     with _alone(run, process):
-        return _make(run, benchmark, model, load, batch_size, overwrite, state, process, processes, progress)
+        return _make(run, benchmark, model, load, batch_size, overwrite, state, process, processes, progress, sanitize)
 
 
 def _make(
@@ -70,6 +76,7 @@ def _make(
     process: int,
     processes: int,
     progress: Progress | None,
+    sanitize: Callable[..., list[str]],
 ) -> Run:
     from .evalplus_decoder import ask
 
@@ -101,8 +108,8 @@ def _make(
         done = count(len(there) + 1)
         tell(len(there), len(there) + len(rows))
 
-        def finished(row: Row, tokens: list[int]) -> None:
-            journal.add(row.task_id, row.sample, tokens)
+        def finished(row: Row, tokens: list[int], stop: str) -> None:
+            journal.add(row.task_id, row.sample, tokens, stop)
             tell(next(done), len(there) + len(rows))
 
         decode_rows(
@@ -120,7 +127,7 @@ def _make(
     recorded.seconds = None if there else seconds
     _wait(state)
     if process == 0:
-        _finish(recorded, benchmark, tokenizer, journal, decoder)
+        _finish(recorded, benchmark, tokenizer, journal, sanitize, decoder)
     _wait(state)
     return recorded if process == 0 else _recorded(run)
 
@@ -198,18 +205,40 @@ def _missing(run: Run, questions: list, there: dict) -> list[Row]:
     return sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
 
 
-def _finish(recorded: Run, benchmark: Benchmark, tokenizer: Any, journal: SampleJournal, decoder: dict) -> None:
+def _finish(
+    recorded: Run,
+    benchmark: Benchmark,
+    tokenizer: Any,
+    journal: SampleJournal,
+    sanitize: Callable[..., list[str]],
+    decoder: dict[str, Any],
+) -> None:
     from .evalplus_decoder import write_samples
 
-    completions = journal.read()
-    lacking = recorded.n_samples * len(benchmark.tasks) - len(completions)
+    samples = journal.read()
+    lacking = recorded.n_samples * len(benchmark.tasks) - len(samples)
     if lacking:
         raise FailureError(f"{recorded.samples_path} lacks {lacking} samples; run the same command again")
-    write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, **decoder)
+    recorded.stops = _stops(recorded, samples)
+    completions = {name: sample.tokens for name, sample in samples.items()}
+    keep = partial(sanitize, kept=journal.sanitized_path)
+    write_samples(recorded.samples_path, benchmark, tokenizer, completions, recorded.n_samples, keep, **decoder)
     recorded.samples_sha256 = file_sha256(recorded.samples_path)
     recorded.raw_samples_sha256 = file_sha256(recorded.raw_samples_path)
     write_run(recorded)
     journal.remove()  # last: what they held is safe now
+
+
+def _stops(run: Run, samples: Samples) -> dict[str, int]:
+    """How many samples ended for which reason. A model's last position cuts them off where nobody asked for it."""
+    stops = Counter(sample.stop for sample in samples.values() if sample.stop is not None)
+    if stops[LAST_POSITION]:
+        message = (
+            f"{stops[LAST_POSITION]} of {len(samples)} samples of {run.samples} ended at the model's last position, "
+            f"before --max_new_tokens {run.max_new_tokens}"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=4)
+    return dict(sorted((reason, count) for reason, count in stops.items() if count))
 
 
 def _wait(state: Any) -> None:
@@ -224,6 +253,8 @@ def samples_name(label: str, backend: str, strategy: str, benchmark: Benchmark, 
         parts.append("mini")
     if benchmark.id_range is not None:
         parts += ["tasks", *map(str, benchmark.id_range)]
+    elif benchmark.subset is not None:
+        parts += ["first", str(len(benchmark.tasks))]
     return (Path(benchmark.name) / ("_".join(parts) + ".jsonl")).as_posix()
 
 

@@ -36,6 +36,17 @@ def write_checksums(folder: Path) -> None:
     (folder / FILE).write_text("".join(lines), encoding="utf-8")
 
 
+def replace_covered(folder: Path, name: str, text: str) -> None:
+    """Write another text to a file, and its checksum, unless the file was not what the checksum says already."""
+    checksums = read_checksums(folder) or {}
+    was_right = checksums.get(name) == sha256(folder / name)
+    (folder / name).write_text(text, encoding="utf-8")
+    if was_right:
+        checksums[name] = sha256(folder / name)
+        lines = [f"{digest}  {file}\n" for file, digest in checksums.items()]
+        (folder / FILE).write_text("".join(lines), encoding="utf-8")
+
+
 def read_checksums(folder: Path) -> dict[str, str] | None:
     """File to checksum as they were written; None where there is no such file.
 

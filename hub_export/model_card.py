@@ -28,6 +28,7 @@ FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n?", re.DOTALL)
 RECORD = re.compile(r"<!-- metadata that was generated, too: (.*) -->")
 # The repo's name where `_loading` and `_scoring` write it: a string of Python, and a word of a shell.
 LITERAL = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
+GATE = "A linear gate in float32."  # begins the paragraph that says how the router weights experts
 QUOTED = re.compile(r"""--model (?:'[^']*'|"[^"]*"|[^\s'"])+""")
 DATASETS = {  # on the Hub
     "HumanEval": "openai/openai_humaneval",
@@ -120,8 +121,9 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
-def restate(card: str, name: str, routing_strategy: str | None = None) -> str:
-    """The card of the same repo under another name, perhaps with another default strategy; what a person wrote stays."""
+def restate(card: str, name: str, routing_strategy: str | None = None, config: Any = None) -> str:
+    """The card of the same repo under another name, perhaps with another default strategy or, in `config`, another router
+    mode; what a person wrote stays."""
     before, mark, rest = card.partition(BEGIN)
     generated, end, after = rest.partition(END)
     if not mark or not end:
@@ -130,6 +132,9 @@ def restate(card: str, name: str, routing_strategy: str | None = None) -> str:
     if routing_strategy is not None:
         default = f"The default here is `{routing_strategy}`"
         generated = re.sub(r"The default here is `[^`]*`", lambda _: default, generated, count=1)
+    if config is not None and config.has_router:
+        router = _router(config).splitlines()[-1]
+        generated = re.sub(rf"^{GATE}.*$", lambda _: router, generated, count=1, flags=re.MULTILINE)
     generated = LITERAL.sub(lambda _: f"from_pretrained({_literal(name)}", generated)
     generated = QUOTED.sub(lambda _: f"--model {shlex.quote(name)}", generated)
     return before + mark + generated + end + after
@@ -218,7 +223,7 @@ def _router(config: Any) -> str:
             f"logits / {config.router_temperature:g}."
         ),
     }[config.router_mode]
-    return f"## Router\n\nA linear gate in float32. It reads {reads}. {mode}"
+    return f"## Router\n\n{GATE} It reads {reads}. {mode}"
 
 
 def _strategies(config: Any, routing_strategy: str) -> str:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from .errors import InputError, one_line
+from .last_position import last_position
 from .mixture import Mixture, Router
 from .options import ExportOptions
 from .plan import Plan
@@ -63,7 +64,7 @@ def router_from_prompts(mixture: Mixture, plan: Plan, tokenizer: Any, options: E
     """The gate whose rows are made from prompts; rows of a router that the source has are kept where prompts lack.
 
     Raises:
-        InputError: the foundation or its tokenizer is not at hand.
+        InputError: the foundation or its tokenizer is not at hand, or a prompt has more tokens than it has positions.
     """
     prompts = read_prompts(options.router_prompts, mixture)
     if plan.find_weights is None or tokenizer is None:
@@ -123,9 +124,15 @@ def _model(mixture: Mixture, plan: Plan, router_input: str):
             weights = {name: tuple(matrix.float() for matrix in expert.read(name)) for name in expert.layers}
             routed.set_expert_weights(index, weights)
         active = routed.active_experts(torch.ones(1, 1, config.num_experts))
+    end = last_position(model)
 
     @torch.no_grad()
     def hidden_states(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if end is not None and input_ids.shape[1] > end.positions:
+            raise InputError(
+                f"--router_prompts holds a prompt of {input_ids.shape[1]} tokens, and {plan.foundation.name} has "
+                f"{end.positions} positions; shorten it"
+            )
         with use_experts(active):
             output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return output.last_hidden_state

@@ -1,10 +1,12 @@
-"""A second folder of an exported repo with another default strategy, sharing the weights on disk.
+"""A second folder of an exported repo with another default strategy or router mode, sharing the weights on disk.
 
-Tools that know a model only by its path can then compare strategies. It knows nothing about sources or weights.
+Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode. It knows nothing
+about sources or weights.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checksums import replace_covered
 from .containment import contained
 from .errors import DyloraMoeWarning, InputError, one_line
 from .exported_repo import is_replaceable, load_config
@@ -29,6 +32,7 @@ class VariantResult:
     output_dir: Path
     repo: Path
     routing_strategy: str
+    router_mode: str | None  # None for a mixture without a router
     weights: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,61 +40,93 @@ class VariantResult:
 
 
 def make_variant(
-    repo: str | Path, *, routing_strategy: str, output_dir: str | Path, overwrite: bool = False
+    repo: str | Path,
+    *,
+    output_dir: str | Path,
+    routing_strategy: str | None = None,
+    router_mode: str | None = None,
+    overwrite: bool = False,
 ) -> VariantResult:
-    """Write a folder that differs from `repo` in `generation_config.json`'s `routing_strategy`, and in the card's words.
+    """Write a folder that differs from `repo` in what is named here alone, and in the words of its card.
 
     The weight files are hard links to the repo's, or relative symbolic links where the file system has none, so neither
     folder's may be changed in place; all other files of the repo are copies. What else lies in its folder is left out.
 
     Args:
         repo: a local folder that this package exported.
-        routing_strategy: any form the model knows; experts by number or by name.
         output_dir: missing or empty, or with `overwrite` an exported repo, which is replaced at one stroke.
+        routing_strategy: the default strategy, in any form the model knows; experts by number or by name.
+        router_mode: `"dense"`, `"sparse"` or `"auto"`: see `DyloraMoeConfig`.
 
     Raises:
-        InputError: not a complete exported repo, a strategy it does not know (lists those it does), or an output folder that is
-            not empty.
+        InputError: not a complete exported repo, nothing to change, a strategy or mode it does not know (lists those it
+            does), or an output folder that is not empty.
         FailureError: the disk is full, or the file system refuses.
     """
-    from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
-
     repo = Path(repo)
     if not repo.is_dir():
         raise InputError(f"{repo} is a file; give the folder it is in" if repo.exists() else f"{repo} does not exist")
+    if routing_strategy is None and router_mode is None:
+        raise InputError("a variant differs in something: pass --routing_strategy, --router_mode or both")
     config = load_config(repo)
-    try:
-        strategy = str(resolve_routing_strategy(routing_strategy, config))
-    except ValueError as error:
-        raise InputError(one_line(error, 2000)) from error
+    generation_config = contained(repo, repo / "generation_config.json")
+    fields = read_json(generation_config) if generation_config.is_file() else {}
+    strategy = _strategy(fields.get("routing_strategy") if routing_strategy is None else routing_strategy, config)
+    if router_mode is not None:
+        _check_mode(router_mode, config)
+        config.router_mode = router_mode
     files = repo_files(repo, follow_links=True).files  # in the Hub's cache, and in a variant, files may be links
     if repo.resolve() == Path(output_dir).resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
     if Path(output_dir).resolve() in repo.resolve().parents:
         raise InputError(f"{repo} lies in the output folder {output_dir}, which would be replaced")
-    generation_config = contained(repo, repo / "generation_config.json")
-    fields = read_json(generation_config) if generation_config.is_file() else {}
     with staged_folder(Path(output_dir), overwrite, is_replaceable) as folder:
         shared = _copy(repo.resolve(), folder, files, Path(output_dir).resolve())
-        write_generation_config(folder, fields, strategy)
+        if routing_strategy is not None:
+            write_generation_config(folder, fields, strategy)
+        if router_mode is not None:
+            stored = {**read_json(folder / "config.json"), "router_mode": router_mode}
+            replace_covered(folder, "config.json", json.dumps(stored, indent=2, sort_keys=True) + "\n")
         card = folder / "README.md"
         if card.is_file():
             old = card.read_text(encoding="utf-8", errors="surrogateescape")  # it may be written in another encoding
-            text = restate(old, Path(output_dir).resolve().name, strategy)
+            text = restate(old, Path(output_dir).resolve().name, strategy, config)
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":
         message = f"the weights were copied to {output_dir}: its file system shares no files with {repo}"
         warnings.warn(message, DyloraMoeWarning, stacklevel=2)
-    return VariantResult(Path(output_dir).resolve(), repo, strategy, shared)
+    return VariantResult(
+        output_dir=Path(output_dir).resolve(),
+        repo=repo,
+        routing_strategy=strategy,
+        router_mode=config.router_mode if config.has_router else None,
+        weights=shared,
+    )
+
+
+def _strategy(text: str | None, config: Any) -> str:
+    from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
+
+    try:
+        return str(resolve_routing_strategy(text, config))
+    except ValueError as error:
+        raise InputError(one_line(error, 2000)) from error
+
+
+def _check_mode(router_mode: str, config: Any) -> None:
+    from dylora_moe.modeling.configuration_dylora_moe import ROUTER_MODES
+
+    if router_mode not in ROUTER_MODES:
+        raise InputError(f"--router_mode {router_mode!r} is not known; choose {', '.join(ROUTER_MODES)}")
+    if not config.has_router:
+        raise InputError("--router_mode is for mixtures with a router, which this one does not have")
 
 
 def _copy(repo: Path, folder: Path, files: list[str], final: Path) -> str:
-    """The repo's files but for its generation config; weights are linked. Returns how."""
+    """The repo's files; weights are linked. Returns how."""
     shared = "hard links"
     for name in files:
         path, target = repo / name, folder / name
-        if name == "generation_config.json":
-            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             shared = _share(path.resolve(), target, final / Path(name).parent)

@@ -11,9 +11,12 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import logging
 
 from .routing_strategies_dylora_moe import RoutingStrategy
 
+
+logger = logging.get_logger(__name__)
 
 # What transformers calls a cache among arguments and outputs; from 5.24 on, `cache`.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -77,7 +80,9 @@ class RowExpertsLayer(CacheLayerMixin):
 
 
 def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> None:
-    """Give an empty cache the layers of every stream, in place; check one that was filled before.
+    """Give a cache the layers of every stream, in place; check one that was filled before.
+
+    A cache that was filled outside of this model (PEFT's prefix tuning fills one) is the same past for every stream.
 
     Args:
         cache: any `Cache`; its first `num_layers` layers, if it has them already, become the first stream.
@@ -86,37 +91,73 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
             `RowExpertsLayer`; its name is remembered on the cache.
 
     Raises:
-        ValueError: the cache was filled under another strategy.
+        ValueError: the cache was filled under another strategy, has layers for another model, or cannot hold what the
+            strategy needs.
     """
     filled_by = getattr(cache, "routing_strategy", None)
     if filled_by == str(strategy):
         return
-    if cache.get_seq_length() > 0:
-        # A cache without the mark was filled by another model, and only the foundation's own can be gone on with.
-        if filled_by is not None or str(strategy) != "base" or len(cache.layers) != num_layers:
-            raise ValueError(
-                f"`past_key_values` was filled under {f'{filled_by!r}' if filled_by else 'another model'} and cannot "
-                f"be continued under routing strategy '{strategy}': pass the strategy it was filled under, or no cache."
-            )
-        return
+    if not hasattr(cache, "layers"):
+        raise ValueError(f"`past_key_values` is a {type(cache).__name__}; pass a `Cache` of layers (`DynamicCache`).")
+    if filled_by is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"`past_key_values` was filled under {filled_by!r} and cannot be continued under routing strategy "
+            f"'{strategy}': pass the strategy it was filled under, or no cache."
+        )
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         while len(cache.layers) < num_layers:
             cache.layers.append(cache.layer_class_to_replicate())
         cache.layer_class_to_replicate = None
-    stream = cache.layers[:num_layers]
-    if len(stream) != num_layers:
-        raise ValueError(f"`past_key_values` has {len(stream)} layers; the foundation has {num_layers}.")
-    copies = [deepcopy(stream) for _ in range(strategy.num_streams - 1)]
-    cache.layers[num_layers:] = [layer for copied in copies for layer in copied]
+    if len(cache.layers) < num_layers or (filled_by is None and len(cache.layers) > num_layers):
+        raise ValueError(f"`past_key_values` has {len(cache.layers)} layers; the foundation has {num_layers}.")
+    if strategy.num_streams > 1 or strategy.chooses_row_experts:
+        _check_room(cache, strategy)
+    if filled_by is None:
+        _warn_of_foreign_past(cache, strategy)
+    _add_streams(cache, num_layers, strategy)
+
+
+def _check_room(cache: Cache, strategy: RoutingStrategy) -> None:
+    """Raises ValueError: the cache works for a single pass alone, and the strategy keeps more than that with it."""
+    reason = None
+    if torch.compiler.is_exporting() and cache.is_compileable and any(layer.is_initialized for layer in cache.layers):
+        reason = "the cache is a fixed set of buffers of an exported program (as for ExecuTorch)"
+    for name in ("update", "get_seq_length", "get_mask_sizes"):
+        if getattr(type(cache), name) is not getattr(Cache, name):
+            reason = f"{type(cache).__name__} has its own `{name}`, which works on all layers as those of one pass"
+    if reason is not None:
+        raise ValueError(
+            f"Routing strategy {str(strategy)!r} keeps more with `past_key_values` than the keys and values of one pass, and "
+            f"{reason}: choose 'single:<expert>', 'uniform' or 'base', or pass another cache."
+        )
+
+
+def _warn_of_foreign_past(cache: Cache, strategy: RoutingStrategy) -> None:
+    if str(strategy) != "base" and not torch.compiler.is_compiling() and cache.get_seq_length() > 0:
+        logger.warning_once(
+            "`past_key_values` was filled outside of this model. It is taken as it is, as the past of every pass: right "
+            "for prefix tuning; a prompt that the foundation was run over lacks the experts' part."
+        )
+
+
+def _add_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> None:
+    copies = [_copied(layer) for _ in range(strategy.num_streams - 1) for layer in cache.layers[:num_layers]]
+    cache.layers[num_layers:] = copies
     if strategy.chooses_row_experts:
         cache.layers.append(RowExpertsLayer())
     cache.routing_strategy = str(strategy)
 
 
+def _copied(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """A layer with the same keys and values, through which gradients go on to where they came from."""
+    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+    return deepcopy(layer, {id(tensor): tensor.clone() for tensor in tensors})
+
+
 def new_cache(config: PreTrainedConfig, strategy: RoutingStrategy) -> Cache:
     """An empty dynamic cache with the layers of every stream; see `prepare_streams`."""
     cache = DynamicCache(config=config)
-    prepare_streams(cache, len(cache.layers), strategy)
+    _add_streams(cache, len(cache.layers), strategy)
     return cache
 
 

@@ -124,6 +124,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         self.router_aux_loss_coef = router_aux_loss_coef
         self.output_router_logits = output_router_logits
         self.weights_layout = weights_layout
+        kwargs.pop("text_config", None)  # which `to_dict` shows, and `base_config` has
         # The foundation ties its own embeddings, as its own config says; the outer model ties nothing.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
@@ -219,10 +220,18 @@ class DyloraMoeConfig(PreTrainedConfig):
         return {*self.adapted_modules(), *(name.rpartition(".")[0] for name in self.adapted_parameters())}
 
     def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`, with the foundation's config once more under `text_config`, where code that
+        reads sizes from a dictionary looks for a language model's (PEFT does); files hold it as `base_config` alone."""
         fields = super().to_dict()
         if isinstance(fields.get("base_config"), dict):
             fields["base_config"] = without_code_elsewhere(fields["base_config"])
             fields["base_config"].pop("_name_or_path", None)  # where it lay on the machine that saved it
+            fields["text_config"] = deepcopy(fields["base_config"].get("text_config", fields["base_config"]))
+        return fields
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        fields = super().to_diff_dict()
+        fields.pop("text_config", None)
         return fields
 
     @classmethod

@@ -128,15 +128,16 @@ class LowRankStacks(nn.Module):
     """The stacks `lora_A` and `lora_B` of all experts at one place: an expert is the same contiguous rows of both."""
 
     layout: RankLayout
-    dropouts: tuple[float, ...]
+    dropouts: nn.ModuleList
     frozen_experts: frozenset[int]
+    has_merged_adapter: bool
 
     def rows(self, expert: int) -> slice:
         """The rows of both stacks that belong to one expert; empty where it does not adapt this layer."""
         start = sum(rank for rank, _ in self.layout[:expert])
         return slice(start, start + self.layout[expert][0])
 
-    def extend(self, layout: RankLayout, dropouts: tuple[float, ...]) -> None:
+    def extend(self, layout: RankLayout, dropouts: nn.ModuleList) -> None:
         """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
         added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
         self.layout, self.dropouts = layout, dropouts
@@ -172,10 +173,10 @@ class DyloraMoeLinear(LowRankStacks):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D` (GPT-2).
         layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layouts`.
-        dropouts: dropout probability of every expert, on the input of its A, while training.
+        dropouts: every expert's dropout on the input of its A, while training; the layers of a model share them.
     """
 
-    def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: tuple[float, ...]):
+    def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: nn.ModuleList):
         super().__init__()
         in_features, out_features = linear_shape(base_layer)
         total_rank = sum(rank for rank, _ in layout)
@@ -187,6 +188,7 @@ class DyloraMoeLinear(LowRankStacks):
         self.lora_A = nn.Parameter(torch.empty(total_rank, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(total_rank, out_features, dtype=dtype, device=weight.device))
         self.frozen_experts: frozenset[int] = frozenset()
+        self.has_merged_adapter = False  # in the frozen layer, which is then no longer the foundation's
 
     @property
     def weight(self) -> torch.Tensor:
@@ -211,7 +213,7 @@ class DyloraMoeLinear(LowRankStacks):
             if rank == 0:
                 return result
             rows = self.rows(active.single)
-            update = self._low_rank(hidden_states, rows, self.dropouts[active.single], scale)
+            update = self._low_rank(hidden_states, rows, self.dropouts[active.single].p, scale)
         else:
             update = self._mixed(hidden_states, active.scales[self.layout])
         return result + update.to(result.dtype)
@@ -219,11 +221,11 @@ class DyloraMoeLinear(LowRankStacks):
     def _mixed(self, hidden_states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """All experts: `hidden_states` `[batch, sequence, in]`, `scale` `[batch or 1, sequence or 1, R]`."""
         scale = scale.to(hidden_states.device)
-        if not self.training or not any(self.dropouts):
+        if not self.training or not any(dropout.p for dropout in self.dropouts):
             return self._low_rank(hidden_states, slice(None), 0.0, scale)
         # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
         return sum(
-            self._low_rank(hidden_states, self.rows(expert), dropout, scale[..., self.rows(expert)])
+            self._low_rank(hidden_states, self.rows(expert), dropout.p, scale[..., self.rows(expert)])
             for expert, dropout in enumerate(self.dropouts)
             if self.layout[expert][0] > 0
         )
@@ -241,11 +243,32 @@ class DyloraMoeLinear(LowRankStacks):
                 scale = scale.unsqueeze(1)
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
 
+    # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it to merge and
+    # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked in its turn.
+
+    def merge(self, *args, **kwargs) -> None:
+        """Merge nothing: an adapter on top is merged into the frozen layer by PEFT's own layer."""
+        self.has_merged_adapter = True
+
+    def get_base_layer(self) -> "DyloraMoeLinear":
+        """What is left once PEFT's layers are taken off: this one."""
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the remedy where PEFT refuses this layer, too: its error shows the layer."""
+        total_rank = self.lora_A.shape[0]
+        return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
+
     def initialize_experts(self) -> None:
         """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A
         Kaiming-uniform with a = sqrt(5), as PEFT has it; leaves alone what was read from a file."""
         init.kaiming_uniform_(self.lora_A, a=5**0.5)  # its bound depends on in_features alone, so experts can share it
         init.zeros_(self.lora_B)
+
+
+def expert_dropouts(expert_configs: list[dict]) -> nn.ModuleList:
+    """Every expert's dropout, as the modules that trainers look for when they switch dropout off."""
+    return nn.ModuleList(nn.Dropout(expert["lora_dropout"]) for expert in expert_configs)
 
 
 def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]:
@@ -292,6 +315,7 @@ __all__ = [
     "ActiveExperts",
     "DyloraMoeLinear",
     "checkpoint_with_experts",
+    "expert_dropouts",
     "in_base_layer",
     "linear_shape",
     "refuse_offloaded",

@@ -6,7 +6,7 @@ Knows the stacks and the gate's rows. Knows nothing about how a model is trained
 import torch
 
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import in_base_layer, refuse_offloaded
+from .experts_dylora_moe import expert_dropouts, in_base_layer, refuse_offloaded
 from .router_dylora_moe import DyloraMoeRouter
 
 
@@ -51,7 +51,7 @@ class GrowthMixin:
         }
         self.config.expert_configs = grown.expert_configs
         self._stack_modules = grown.stack_modules()
-        layouts, dropouts = grown.rank_layouts(), tuple(expert["lora_dropout"] for expert in grown.expert_configs)
+        layouts, dropouts = grown.rank_layouts(), expert_dropouts(grown.expert_configs)
         for module_name, layer in self.expert_layers().items():
             if module_name in new_places:
                 layer.initialize_experts()

@@ -200,6 +200,13 @@ def keep_single_expert(model, stored: DyloraMoeConfig) -> None:
     model.generation_config.routing_strategy = f"single:{model.config.expert_index(meant)}"
 
 
+def set_default_strategy(model, strategy: str) -> None:
+    """Let the model's generation config name the strategy; a model that does not generate gets one for it alone."""
+    if getattr(model, "generation_config", None) is None:
+        model.generation_config = GenerationConfig()
+    model.generation_config.routing_strategy = strategy
+
+
 def read_full(
     location: str,
     config: DyloraMoeConfig,
@@ -590,6 +597,7 @@ __all__ = [
     "read_generation_config",
     "save_adapters",
     "save_router",
+    "set_default_strategy",
     "subset_of",
     "why_not_loaded",
     "why_unreadable",

@@ -1,8 +1,8 @@
 """DyLoRA-MoE: a frozen causal language model with several LoRA experts and a router that picks among them per token.
 
-`DyloraMoeForCausalLM` and `DyloraMoeModel` hold the same modules under the same names: `foundation`, a causal language
-model of transformers with its adapted layers wrapped, and `router`. The first returns logits, the second hidden
-states. Knows nothing about files of training runs, PEFT or benchmarks.
+`DyloraMoeModel`, the routed backbone, returns hidden states; `DyloraMoeForCausalLM`, which is it and a head, logits.
+Both hold the same modules under the same names: `foundation`, a causal language model of transformers with its adapted
+layers wrapped, and `router`. Knows nothing about files of training runs, PEFT or benchmarks.
 """
 
 import copy
@@ -28,6 +28,7 @@ from .experts_dylora_moe import (
     DyloraMoeLinear,
     LowRankStacks,
     checkpoint_with_experts,
+    expert_dropouts,
     in_base_layer,
     refuse_offloaded,
 )
@@ -40,10 +41,13 @@ from .layouts_dylora_moe import (
     read_adapter,
     read_full,
     read_generation_config,
+    set_default_strategy,
     subset_of,
 )
+from .peft_dylora_moe import PeftTargetsMixin
 from .routed_pass_dylora_moe import RoutedPass
 from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
+from .router_mode_dylora_moe import routes_densely, warn_of_copies_that_differ
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
 from .saving_dylora_moe import SavingMixin
 from .stacked_experts_dylora_moe import DyloraMoeStackedExperts, as_in_peft, rows_of_stack, stack_shape
@@ -64,7 +68,7 @@ logger = logging.get_logger(__name__)
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 
-class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, SavingMixin, PreTrainedModel):
     """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
 
     config_class = DyloraMoeConfig
@@ -78,11 +82,11 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_resized = False
-    _recomputes_layers = False  # a flag of our own: looking through all modules for theirs cannot be compiled
 
     def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
         super().__init__(config)
+        self._is_resized = False
+        self._recomputes_layers = False  # a flag of our own: looking through all modules for theirs cannot be compiled
         if config.base_config is None:
             raise ValueError("The config has no `base_config`, so there is no foundation to build.")
         if foundation is None:
@@ -106,23 +110,29 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             layer.lora_B.requires_grad_(True)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, base_model=None, experts=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, base_model=None, experts=None, routing_strategy=None, **kwargs
+    ):
         """As `PreTrainedModel.from_pretrained`; the foundation comes back frozen, experts and gate trainable.
 
         Args:
             base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its config says;
                 the loaded model's config says it, too.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
+            routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`), instead of the
+                repo's; a number in `single:<number>` counts the loaded experts.
 
         Raises:
-            ValueError: no such expert, a foundation that is missing (`FoundationError`) or of other shapes, a damaged
-                file, or `experts` of a repo that was saved quantised.
+            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of other shapes, a
+                damaged file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         stored = kwargs.get("config")
         if location is not None and not isinstance(stored, PreTrainedConfig):
             stored = cls.config_class.from_pretrained(stored or location, **where)
+        if routing_strategy is not None:  # before any weight is read
+            routing_strategy = str(resolve_routing_strategy(routing_strategy, subset_of(stored, experts)[0]))
         own_way = location is not None and (stored.weights_layout == "adapter" or experts is not None)
         if base_model is not None and (not own_way or stored.weights_layout != "adapter"):
             raise ValueError("`base_model` is for repos of layout `adapter`; this one holds its own foundation.")
@@ -138,7 +148,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
             # transformers reads this file for models that generate and are loaded its own way, but every model's
             # strategy is in it.
             model.generation_config = generation_config
-        if experts is not None:
+        if routing_strategy is not None:
+            set_default_strategy(model, routing_strategy)
+        elif experts is not None:
             keep_single_expert(model, stored)
         return loaded
 
@@ -183,8 +195,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
 
     def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put expert layers around modules of the foundation: around all of them, or on error around none."""
-        dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
-        wrapped, layouts = {}, config.rank_layouts()
+        wrapped, layouts, dropouts = {}, config.rank_layouts(), expert_dropouts(config.expert_configs)
         for name in names:
             try:
                 wrapped[name] = DyloraMoeLinear(self.foundation.get_submodule(name), layouts[name], dropouts)
@@ -214,8 +225,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
 
     def _wrap_parameters(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put updates beside parameters of stacked experts."""
-        dropouts = tuple(expert["lora_dropout"] for expert in config.expert_configs)
-        layouts = config.rank_layouts()
+        layouts, dropouts = config.rank_layouts(), expert_dropouts(config.expert_configs)
         for name in names:
             module_name, _, parameter = name.rpartition(".")
             module = self.foundation.get_submodule(module_name)
@@ -252,10 +262,6 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         """What holds the stacks of every adapted layer or parameter, by its name inside the foundation."""
         modules = self._stack_modules.items()
         return {name: reduce(getattr, module.split("."), self.foundation) for name, module in modules}
-
-    @property
-    def base_model(self) -> PreTrainedModel:
-        return self.foundation
 
     @property
     def foundation_body(self) -> nn.Module:
@@ -368,12 +374,21 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
     @property
     def routes_densely(self) -> bool:
         """Whether the router weights all experts, rather than the top k: see `DyloraMoeConfig.router_mode`."""
-        if self.config.router_mode != "auto":
-            return self.config.router_mode == "dense"
-        return self.training or not all(expert["mature"] for expert in self.config.expert_configs)
+        return routes_densely(self.config, self.training)
+
+    def balance_loss(self, router_logits: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The balance loss of one pass, for a loss that is computed outside of the model: see `balance_loss`.
+
+        Args:
+            router_logits: `[batch, sequence, num_experts]`, as the model's outputs have them.
+            token_mask: `[batch, sequence]`, nonzero at tokens that are not padding; `None` for no padding.
+        """
+        return balance_loss(self.router.weights(router_logits, dense=self.routes_densely), token_mask)
 
     def active_experts(self, weights: int | torch.Tensor | None, tokens: int | None = None) -> ActiveExperts | None:
         """What the expert layers read during a pass; see `ActiveExperts`."""
+        if hasattr(self, "peft_config"):  # which PEFT leaves on a model that it changed
+            self.refuse_adapters_around_experts()
         if weights is None or not self._rank_layouts:
             return None
         any_layer = self.foundation.get_submodule(next(iter(self._stack_modules.values())))
@@ -405,6 +420,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
         if cache is not None and past_key_values is not None:
             raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
         past_key_values = cache if past_key_values is None else past_key_values
+        if str(strategy) == "router" and not torch.compiler.is_compiling():
+            warn_of_copies_that_differ(self)
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
         if self.training and self._recomputes_layers:
@@ -427,7 +444,21 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, SavingMixin, PreTr
 
 
 class DyloraMoeModel(DyloraMoePreTrainedModel):
-    """The routed model without its language modeling head: hidden states."""
+    """The routed backbone: everything but the language modeling head, hidden states."""
+
+    _has_head_above = False  # whether it is the `base_model` of a model with a head
+
+    @classmethod
+    def of(cls, model: "DyloraMoeForCausalLM") -> "DyloraMoeModel":
+        """Make the backbone of a model with a head: one with the same modules and attributes, not copies of them."""
+        backbone = cls.__new__(cls)
+        nn.Module.__init__(backbone)
+        own = vars(backbone).keys() - {"_modules", "training"} | {"_backbone"}  # such as hooks
+        # What is called, such as a `forward` that a trainer put on the model, is for the model alone.
+        shared = {name: value for name, value in vars(model).items() if name not in own and not callable(value)}
+        vars(backbone).update(shared)
+        backbone._has_head_above = True
+        return backbone
 
     @can_return_tuple
     def forward(
@@ -443,14 +474,19 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         expert_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """Arguments as of `DyloraMoeForCausalLM.forward`.
+        """Arguments as of `DyloraMoeForCausalLM.forward`. Where its model has a head, the model's logits are that head on
+        `last_hidden_state`, `[batch, sequence, hidden]`, scaled or capped as the foundation's config says.
 
         Raises:
-            ValueError: an unknown strategy, one without hidden states, or a cache filled under another one.
+            ValueError: an unknown strategy, one without hidden states (`ensemble`), a cache filled under another one, or
+                experts that adapt the head, which would be left out of it.
         """
+        strategy = self.routing_strategy(routing_strategy)
+        if self._has_head_above:
+            self._check_head(strategy)
         routed_pass = self.routed_pass(
             self.foundation_body,
-            self.routing_strategy(routing_strategy),
+            strategy,
             past_key_values,
             use_cache,
             expert_ids,
@@ -462,6 +498,8 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         )
         outputs = routed_pass.strategy.run(routed_pass)
         routing_too = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if not routing_too:
+            self._warn_of_lost_balance_loss(routed_pass)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
@@ -469,6 +507,23 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
             router_logits=routed_pass.router_logits if routing_too else None,
             **{CACHE: routed_pass.past_key_values},
         )
+
+    def _check_head(self, strategy: RoutingStrategy) -> None:
+        """Raises ValueError: the head has experts, which act within a pass of the whole model alone."""
+        if str(strategy) != "base" and isinstance(self.get_output_embeddings(), DyloraMoeLinear):
+            raise ValueError(
+                "Experts adapt the head, so a head that is put on the hidden states of `base_model` leaves them out. Take "
+                "the logits of the model itself; its hidden states come with `output_hidden_states=True`."
+            )
+
+    def _warn_of_lost_balance_loss(self, routed_pass: RoutedPass) -> None:
+        trains = self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef != 0
+        if trains and str(routed_pass.strategy) == "router" and self.router.gate.weight.requires_grad:
+            logger.warning_once(
+                "A loss computed from the hidden states of `base_model` has no balance loss (`router_aux_loss_coef`) in "
+                "it. Add it: `model.config.router_aux_loss_coef * model.balance_loss(router_logits)`, with the logits that "
+                "`output_router_logits=True` returns; or set `model.config.router_aux_loss_coef = 0`."
+            )
 
 
 class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMoeGenerationMixin):
@@ -480,7 +535,7 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
 
     >>> model = AutoModelForCausalLM.from_pretrained("./my-mixture", trust_remote_code=True)
-    >>> tokenizer = AutoTokenizer.from_pretrained("./my-mixture")
+    >>> tokenizer = AutoTokenizer.from_pretrained("./my-mixture", trust_remote_code=True)
     >>> inputs = tokenizer("def add(a, b):", return_tensors="pt")
     >>> model.generate(**inputs, routing_strategy="single:0", max_new_tokens=16)
     ```
@@ -492,6 +547,20 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
         # loses every field that transformers does not know when it is read back, and with it the routing strategy.
         self.generation_config = copy.deepcopy(self.foundation.generation_config)
         self.generation_config._from_model_config = False
+
+    @property
+    def base_model(self) -> DyloraMoeModel:
+        """The routed backbone, which `get_decoder()` gives, too. Its modules are this model's, so it is no submodule."""
+        backbone = vars(self).get("_backbone")
+        if backbone is None or backbone._modules is not self._modules:  # a shallow copy of a model needs its own
+            backbone = vars(self)["_backbone"] = DyloraMoeModel.of(self)
+        return backbone
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        backbone = vars(self).get("_backbone")
+        if backbone is not None and name in vars(backbone):  # its config, whether it trains, ...
+            setattr(backbone, name, value)
 
     @can_return_tuple
     def forward(
@@ -547,8 +616,7 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
 
         aux_loss = None
         if str(routed_pass.strategy) == "router" and (routing_too or labels is not None):
-            weights = self.router.weights(routed_pass.router_logits, dense=self.routes_densely)
-            aux_loss = balance_loss(weights, routed_pass.token_mask)
+            aux_loss = self.balance_loss(routed_pass.router_logits, routed_pass.token_mask)
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, num_items_in_batch, aux_loss, **kwargs)

@@ -82,6 +82,8 @@ class RoutedPass:
             names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
             inputs = {name: self.inputs[name] for name in names if self.inputs.get(name) is not None}
             cache = {"use_cache": False} if stream is None else self._cache(stream)
+            if stream is None and self.token_mask is not None:
+                inputs["attention_mask"] = self.token_mask  # without the tokens in the cache
             with torch.no_grad(), use_experts(self.model.active_experts(self._router_input_weights())):
                 outputs = body(**inputs, **cache, return_dict=True)
             self.router_logits = self.model.router(outputs.last_hidden_state)

@@ -55,8 +55,8 @@ class SavingMixin:
                 loaded from: a checkpoint of layout `adapter` is no checkpoint that the Trainer can go back to.
 
         Raises:
-            ValueError: layout `adapter` of a model whose embeddings were resized, or whose config names no foundation,
-                or, with `push_to_hub`, one on this machine alone.
+            ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter was merged
+                into, or whose config names no foundation, or, with `push_to_hub`, one on this machine alone.
         """
         directory = Path(save_directory)
         layouts = self.config.rank_layouts()
@@ -125,6 +125,11 @@ class SavingMixin:
         if self._is_resized:
             raise ValueError(
                 f"The embeddings were resized, and the foundation at {foundation!r} has others: choose layout='full'."
+            )
+        if any(layer.has_merged_adapter for layer in self.expert_layers().values()):
+            raise ValueError(
+                f"An adapter was merged into the foundation, and the one at {foundation!r} is without it: choose "
+                "layout='full'."
             )
         if on_hub and Path(foundation).exists():
             raise ValueError(

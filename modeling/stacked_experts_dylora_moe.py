@@ -96,9 +96,7 @@ class StackedUpdate(LowRankStacks):
     `[R, stacked experts, out_features]`, R the sum of the experts' ranks here.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], layout: RankLayout, dropouts: tuple[float, ...], weight: torch.Tensor
-    ):
+    def __init__(self, shape: tuple[int, int, int], layout: RankLayout, dropouts: nn.ModuleList, weight: torch.Tensor):
         super().__init__()
         count, in_features, out_features = shape
         total_rank = sum(rank for rank, _ in layout)
@@ -108,6 +106,7 @@ class StackedUpdate(LowRankStacks):
         self.lora_A = nn.Parameter(torch.empty(total_rank, count, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(total_rank, count, out_features, dtype=dtype, device=weight.device))
         self.frozen_experts: frozenset[int] = frozenset()
+        self.has_merged_adapter = False  # in the frozen parameter
 
     def initialize_experts(self) -> None:
         """As for linear layers: A as a Kaiming-uniform matrix of `in_features`, B zero."""
@@ -124,7 +123,7 @@ class DyloraMoeStackedExperts(nn.Module):
         self.base_layer = base_layer
         self.updates = nn.ModuleDict()
 
-    def add_update(self, parameter: str, layout: RankLayout, dropouts: tuple[float, ...]) -> None:
+    def add_update(self, parameter: str, layout: RankLayout, dropouts: nn.ModuleList) -> None:
         """Adapt a parameter.
 
         Raises:
@@ -133,6 +132,17 @@ class DyloraMoeStackedExperts(nn.Module):
         shape = stack_shape(self.base_layer, parameter)
         update = StackedUpdate(shape, layout, dropouts, getattr(self.base_layer, parameter))
         self.updates[parameter] = update.train(self.training)
+
+    # As in `DyloraMoeLinear`, for PEFT when it unloads an adapter.
+
+    def merge(self, *args, **kwargs) -> None:
+        """Merge nothing: an adapter on top is merged into the frozen parameters by PEFT's own layer."""
+        for update in self.updates.values():
+            update.has_merged_adapter = True
+
+    def get_base_layer(self) -> "DyloraMoeStackedExperts":
+        """What is left once PEFT's layers are taken off: this one."""
+        return self
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -162,6 +172,10 @@ class DyloraMoeStackedExperts(nn.Module):
     ) -> torch.Tensor:
         """What the foundation's own loop over its experts computes, with the updates in its two products."""
         base, result = self.base_layer, torch.zeros_like(hidden_states)
+        if not all(hasattr(base, mark) for mark in MARKS):
+            raise ValueError(
+                f"A {type(base).__name__} stands in the place of stacked experts that experts adapt: put no adapter on those."
+            )
         if any(parameter.dtype not in COMPUTED for parameter in base.parameters()):
             raise ValueError(
                 f"The stacked experts of this {type(base).__name__} are quantised, and experts adapt them: load the model "
@@ -218,12 +232,12 @@ def _update(
 ) -> torch.Tensor:
     """The update of the tokens at one stacked expert: `inputs` `[tokens, in]`, `scale` a number or `[tokens, R]`."""
     if single is not None:
-        return _low_rank(update, inputs, number, update.rows(single), update.dropouts[single], scale)
-    if not update.training or not any(update.dropouts):
+        return _low_rank(update, inputs, number, update.rows(single), update.dropouts[single].p, scale)
+    if not update.training or not any(dropout.p for dropout in update.dropouts):
         return _low_rank(update, inputs, number, slice(None), 0.0, scale)
     # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
     return sum(
-        _low_rank(update, inputs, number, update.rows(expert), dropout, scale[:, update.rows(expert)])
+        _low_rank(update, inputs, number, update.rows(expert), dropout.p, scale[:, update.rows(expert)])
         for expert, dropout in enumerate(update.dropouts)
         if update.layout[expert][0] > 0
     )

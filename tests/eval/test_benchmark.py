@@ -27,8 +27,8 @@ from hub_server import Hub, Repo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.cli import main
+from dylora_moe.eval import PeftMoEDecoder, sample_journal
 from dylora_moe.eval import benchmark as benchmark_module
-from dylora_moe.eval import sample_journal
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
 from dylora_moe.eval.evalplus_decoder import ask, prompt_text, unfinished_files, write_samples
@@ -115,14 +115,14 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_the_same(repo, tmp_path, monk
     made = []
     add = SampleJournal.add
 
-    def add_some(self, task_id, sample, tokens):
+    def add_some(self, task_id, sample, tokens, stop):
         if len(made) in (2, 5):
             made.append(None)
             with open(self.path, "ab") as file:  # the line that it was writing
                 file.write(b'{"task_id": "HumanEval/5", "sam')
             raise KeyboardInterrupt
         made.append((task_id, sample))
-        add(self, task_id, sample, tokens)
+        add(self, task_id, sample, tokens, stop)
 
     monkeypatch.setattr(SampleJournal, "add", add_some)
     for _ in range(2):
@@ -132,6 +132,7 @@ def test_a_run_that_ends_anywhere_goes_on_and_ends_the_same(repo, tmp_path, monk
         assert not run.has_samples and not run.samples_path.exists()
     resumed = benchmark(repo, output_dir=tmp_path / "broken", **options)
     assert files(resumed) == files(whole)
+    assert resumed.runs[0].stops == whole.runs[0].stops and sum(whole.runs[0].stops.values()) == len(made) - 2
     made = [sample for sample in made if sample is not None]
     assert len(made) == len(set(made)) == len(lines(resumed.runs[0].samples_path))
     assert not list((tmp_path / "broken").rglob("*partial*"))
@@ -239,6 +240,7 @@ def test_a_model_on_the_hub_is_recorded_by_its_commit_and_is_not_fetched_again(r
         ({"benchmarks": "codeforces"}, "unknown benchmark"),
         ({"dtype": "int3"}, "--dtype"),
         ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": 1e-40}, "--temperature is 1e-40; .*overflow"),
         ({"parallel": 0}, "--parallel"),
         ({"strategies": "single:9"}, "out of range"),
         ({"backend": "vllm"}, "hf, peft_moe"),
@@ -470,6 +472,40 @@ def test_a_sample_that_evalplus_cannot_sanitize_ends_nothing(repo, tmp_path):
         assert line["solution"].endswith(texts[task_id].rstrip())
     path = score_samples(tmp_path / "samples.jsonl", "humaneval", task_ids=data.task_ids)
     assert pass_at_k(path)["pass@1"] == 0.0
+
+
+TEMPLATES = {
+    "refuses the assistant": "{{ raise_exception('user turns only') }}",
+    "not a template": "{% for message in messages %}",
+    "takes messages for lists of parts": "{{ messages[0].content[0]['text'] + 1 }}",
+    "named ones, none the default": {"rag": "{{ messages }}", "tool_use": "{{ messages }}"},
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_chat_template_that_cannot_write_the_prompts_is_said_before_the_model_is_loaded(
+    repo, tmp_path, monkeypatch, template, capsys
+):
+    folder = shutil.copytree(repo, tmp_path / "repo")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    if template == "":  # which `save_pretrained` leaves out
+        (folder / "chat_template.jinja").write_text("")
+    load = FoundModel.load
+    monkeypatch.setattr(FoundModel, "load", None)
+    arguments = ["--model", str(folder), "--limit", "2", "--max_new_tokens", "4", "-o", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(["benchmark", *arguments])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2 and "Traceback" not in printed
+    assert "chat template cannot write" in printed and "pass --force_base_prompt" in printed
+    with pytest.raises(InputError, match="--force_base_prompt"):
+        PeftMoEDecoder(str(folder), "humaneval", temperature=0.0)
+    monkeypatch.setattr(FoundModel, "load", load)
+    run = benchmark(folder, output_dir=tmp_path / "out", force_base_prompt=True, **SMALL).runs[0]
+    assert run.has_samples
 
 
 def test_what_evalplus_says_when_it_downloads_is_no_result(repo, tmp_path, problems, monkeypatch, capsys):

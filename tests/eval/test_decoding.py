@@ -63,7 +63,7 @@ def decode(model, tokenizer, rows, batch_size=3, stop_strings=(), **arguments):
         model,
         tokenizer,
         rows,
-        lambda row, tokens: got.__setitem__((row.task_id, row.sample), tokens),
+        lambda row, tokens, stop: got.__setitem__((row.task_id, row.sample), tokens),
         batch_size=batch_size,
         **arguments,
     )
@@ -156,7 +156,7 @@ def test_sampling_follows_the_probabilities():
     scores = torch.tensor([0.5, 0.2, 0.3, 0.0]).log()
     count = 4000
     generators = [row_generator(0, Row("Task/0", number, [])) for number in range(count)]
-    loop = _Loop([None] * count, None, None, generators)
+    loop = _Loop([None] * count, None, None, generators, [])
     tokens = loop._choose(scores.expand(count, -1), do_sample=True)
     shares = np.bincount(tokens.numpy(), minlength=4) / count
     assert shares[3] == 0
@@ -179,7 +179,7 @@ def test_a_batch_that_is_too_large_is_halved_and_nothing_is_made_twice(model, to
     monkeypatch.setattr(model, "forward", limited)
     got = {}
 
-    def finished(row, tokens):
+    def finished(row, tokens, stop):
         made.append(row.task_id)
         got[row.task_id, 0] = tokens
 

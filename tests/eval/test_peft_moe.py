@@ -310,6 +310,26 @@ def test_make_model_gives_a_decoder(checkpoint, registered, main_branch, monkeyp
     assert "\nclass " not in mbpp.eos and '\n"""' in mbpp.eos
 
 
+def test_a_decoder_obeys_the_stop_strings_of_the_generation_config(checkpoint, registered):
+    make = evalplus.provider.make_model
+    decoder = make(str(checkpoint), "peft_moe", "humaneval", temperature=0.0, dtype="float32")
+    asked = {"prompt": "def add(a, b):\n", "do_sample": False, "num_samples": 1}
+    (text,) = decoder.codegen(**asked)
+    stop = text[3:5]
+    decoder.model.generation_config.stop_strings = [stop]
+    (shorter,) = decoder.codegen(**asked)
+    assert stop in shorter and text.startswith(shorter) and len(shorter) < len(text)
+
+
+@pytest.mark.parametrize("call", ["make_model", "run_codegen"])
+def test_a_temperature_that_overflows_is_refused(registered, checkpoint, tmp_path, call):
+    with pytest.raises(InputError, match="overflow float32"):
+        if call == "make_model":
+            evalplus.provider.make_model(str(checkpoint), "peft_moe", "humaneval", temperature=1e-40)
+        else:
+            run_codegen(model=checkpoint, root=tmp_path, temperature=1e-40, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 import yaml
-from helpers_checkpoints import save_adapter
+from helpers_checkpoints import save_adapter, save_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, router_prompts
 
@@ -105,6 +105,17 @@ WRONG = {
     "no yaml": ("a: [", "cannot be read"),
     "an object": ("plain: !!python/object/apply:os.system [true]\n", "cannot be read"),
 }
+
+
+def test_a_prompt_past_the_last_position_is_refused(tmp_path):
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    save_tokenizer(tmp_path / "gpt2")
+    fields = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    adapters = [save_adapter(tmp_path / name, tmp_path / "gpt2", **fields) for name in ("one", "two")]
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump({"one": ["abc" * 8], "two": ["abc" * 8 + "d"]}))
+    with pytest.raises(InputError, match=r"a prompt of 25 tokens, and .*gpt2 has 24 positions"):
+        export(adapters, tmp_path / "repo", router_prompts=tmp_path / "prompts.yaml", verify=False)
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -7,7 +7,7 @@ import torch
 from helpers_checkpoints import snapshot
 from transformers import AutoTokenizer
 
-from dylora_moe.hub_export import InputError, export, make_variant
+from dylora_moe.hub_export import InputError, export, make_variant, verify
 from dylora_moe.hub_export.tensor_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -21,6 +21,52 @@ def test_a_variant_shares_the_weights_and_differs_in_the_strategy_alone(repo, tm
     assert original.keys() == variant.keys()
     fields = read_json(repo / "generation_config.json"), read_json(tmp_path / "variant" / "generation_config.json")
     assert {**fields[0], "routing_strategy": "single:2"} == fields[1]
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "auto"])
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_a_variant_of_another_router_mode_computes_by_it(checkpoint, tmp_path, layout, mode):
+    repo = export(checkpoint, tmp_path / "mixture", layout=layout, verify=False).output_dir
+    result = make_variant(repo, router_mode=mode, output_dir=tmp_path / "variant")
+    assert (result.routing_strategy, result.router_mode) == ("router", mode)
+    original, variant = snapshot(repo), snapshot(tmp_path / "variant")
+    changed = {name for name in original if original[name] != variant[name]}
+    # The repo's own mode is auto.
+    assert changed - {"README.md"} == ({"config.json", "SHA256SUMS"} if mode != "auto" else set())
+    fields = read_json(repo / "config.json"), read_json(tmp_path / "variant" / "config.json")
+    assert {**fields[0], "router_mode": mode} == fields[1]
+    card = (tmp_path / "variant" / "README.md").read_text()
+    assert ("softmax over all experts" in card) == (mode != "sparse") and ("largest logit" in card) == (
+        mode != "dense"
+    )
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    weights = {}
+    for training in (False, True):
+        model = DyloraMoeForCausalLM.from_pretrained(tmp_path / "variant").train(training)
+        logits = model(ids, output_router_logits=True).router_logits
+        weights[training] = model.router.weights(logits, dense=model.routes_densely)
+    is_dense = {training: bool((routed > 0).all()) for training, routed in weights.items()}
+    assert is_dense == {False: mode == "dense", True: mode != "sparse"}
+
+
+def test_verify_accepts_a_variant_of_another_mode_and_finds_what_was_wrong_before(checkpoint, tmp_path):
+    repo = export(checkpoint, tmp_path / "mixture", verify=False).output_dir
+    make_variant(repo, router_mode="dense", output_dir=tmp_path / "variant")
+    assert verify(tmp_path / "variant").passed
+    (repo / "config.json").write_text((repo / "config.json").read_text().replace("0.01", "0.02"))
+    make_variant(repo, router_mode="dense", output_dir=tmp_path / "changed")
+    found = verify(tmp_path / "changed")
+    assert not found.passed and "config.json" in str(found.to_dict())
+
+
+def test_a_variant_of_both_and_one_of_nothing(repo, tmp_path):
+    result = make_variant(repo, routing_strategy="best", router_mode="dense", output_dir=tmp_path / "both")
+    assert (result.routing_strategy, result.router_mode) == ("best", "dense")
+    with pytest.raises(InputError, match="pass --routing_strategy, --router_mode or both"):
+        make_variant(repo, output_dir=tmp_path / "nothing")
+    with pytest.raises(InputError, match="'thick' is not known; choose auto, dense, sparse"):
+        make_variant(repo, router_mode="thick", output_dir=tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("layout", ["full", "adapter"])

@@ -1,6 +1,9 @@
 """What tests of fast decoding with plain steps in place of graphs share."""
 
+import logging
+
 import pytest
+import transformers
 from helpers_graphs import count_steps, decode_fast_on_a_cpu
 
 
@@ -16,3 +19,22 @@ def fast_on_a_cpu(monkeypatch):
 def steps(monkeypatch, fast_on_a_cpu):
     """The sessions of all steps that were decoded fast."""
     return count_steps(monkeypatch, pytest.importorskip(FAST))
+
+
+class _Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def messages():
+    """What the model's code logged, a list that grows; what is said once is said anew."""
+    transformers.utils.logging.warning_once.cache_clear()
+    handler, logger = _Messages(), logging.getLogger("dylora_moe.modeling")
+    logger.addHandler(handler)
+    yield handler.texts
+    logger.removeHandler(handler)

@@ -1,5 +1,6 @@
 """The config: fields that are the foundation's, flags that act, names that are refused."""
 
+import copy
 import json
 
 import pytest
@@ -29,6 +30,22 @@ def test_sizes_and_special_tokens_are_the_foundations(tmp_path):
     gpt2 = DyloraMoeConfig(GPT2Config(n_embd=32, n_layer=3, n_head=4))
     assert (gpt2.hidden_size, gpt2.num_hidden_layers) == (32, 3)
     assert not hasattr(DyloraMoeConfig(), "vocab_size")
+
+
+def test_a_dictionary_shows_the_foundations_config_as_that_of_the_text_model(tmp_path):
+    """Where generic code looks for sizes; files and configs made from one have them in `base_config` alone."""
+    config = build().config
+    fields = config.to_dict()
+    assert fields["text_config"] == fields["base_config"] and fields["text_config"]["hidden_size"] == 32
+    fields["base_config"]["pad_token_id"] = 7
+    again = DyloraMoeConfig(**fields)
+    assert again.pad_token_id == 7 and "text_config" not in vars(again)
+    for diff in (True, False):
+        config.to_json_file(tmp_path / "config.json", use_diff=diff)
+        assert ("text_config" in json.loads((tmp_path / "config.json").read_text())) is not diff
+        read = DyloraMoeConfig.from_pretrained(tmp_path)
+        assert read.to_dict() == config.to_dict() == copy.deepcopy(config).to_dict()
+    assert "text_config" not in DyloraMoeConfig().to_dict()
 
 
 def test_flags_of_the_config_act():

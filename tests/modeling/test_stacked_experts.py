@@ -7,7 +7,7 @@ import torch
 import transformers
 from helpers_moe import moe_model
 from helpers_stacked import gpt_oss, nemotron
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
@@ -210,7 +210,7 @@ def test_gradients_are_those_of_finite_differences(single):
 def test_dropout_is_on_the_inputs_of_each_expert_while_training():
     model = mixture()
     for layer in model.expert_layers().values():
-        layer.dropouts = (0.5, 0.0, 0.0)
+        layer.dropouts[0].p = 0.5
     for strategy, changes in (("single:both", True), ("single:down", False), ("uniform", True)):
         model.train()
         found = [model(ROWS, routing_strategy=strategy).logits for _ in range(2)]
@@ -360,3 +360,27 @@ def test_tokens_that_cannot_be_told_apart_are_refused():
     active = model.active_experts(torch.rand(2, 9, 3))
     with use_experts(active), pytest.raises(ValueError, match="a selection of the tokens"):
         a_layer(model)(torch.rand(7, 32), torch.zeros(7, 2, dtype=torch.long), torch.rand(7, 2))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@torch.no_grad()
+def test_an_adapter_of_peft_on_top_is_taken_off_again(merge, tmp_path):
+    model = mixture(base_model_name_or_path="somewhere")
+    before = model(ROWS, routing_strategy="uniform").logits
+    targets = model.peft_target_modules(["q_proj", "v_proj"])
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    on_top = peft(ROWS, routing_strategy="uniform").logits
+    left = peft.merge_and_unload() if merge else peft.unload()
+    assert isinstance(a_layer(left), DyloraMoeStackedExperts) and not torch.allclose(on_top, before, atol=0.1)
+    assert_same(left(ROWS, routing_strategy="uniform").logits, on_top if merge else before)
+    if merge:
+        with pytest.raises(ValueError, match="merged into the foundation"):
+            left.save_pretrained(tmp_path / "saved", layout="adapter")
+
+
+@torch.no_grad()
+def test_an_adapter_of_peft_around_the_stacks_is_refused():
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    model = get_peft_model(mixture(), config)
+    with pytest.raises(ValueError, match="A ParamWrapper stands in the place of stacked experts"):
+        model(ROWS, routing_strategy="uniform")
