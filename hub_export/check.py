@@ -209,8 +209,7 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
 
 
 def _num_expert_parameters(mixture: Mixture) -> int:
-    layers = [layer for expert in mixture.experts for layer in expert.layers.values()]
-    return sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
+    return sum(expert.num_parameters for expert in mixture.experts)
 
 
 def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> int:

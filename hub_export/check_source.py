@@ -1,22 +1,26 @@
 """The other side of the check after an export: what a source computes, by PEFT's own layers from the raw files.
 
 It opens the files itself and shares no code with the readers or with the model, so that a mistake there cannot hide
-here; the foundation is loaded by transformers. Slow and plain: one adapter after the other, and for weights that differ from token to token a hook on each
-adapter's `lora_B`, or where that is no module, as in AdaLoRA, on what goes into the adapter.
+hide here; the foundation is loaded by transformers. Slow and plain: one adapter after the other, and for weights that
+differ from token to token a hook on each adapter's `lora_B`, or where that is no module, as in AdaLoRA, on what goes into the
+adapter. Stacked experts with adapters on their parameters are run by the foundation's own code, token by token, with PEFT's
+delta added to the token's experts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
@@ -104,6 +108,9 @@ class Reference:
     def _weighted(self, weights: torch.Tensor):
         """All active adapters, adapter i times `weights[..., i]`; weights are [rows, tokens, experts]."""
         handles = []
+        wrapped = [module for path, module in self.model.named_modules() if _is_outermost(path, module)]
+        for module in wrapped:
+            module.forward = partial(_token_by_token, module, weights.flatten(0, 1), self.names)
         for path, module in self.model.named_modules():
             for index, name in enumerate(self.names):
                 if path.endswith(f".lora_B.{name}"):
@@ -115,6 +122,45 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+            for module in wrapped:
+                del module.forward
+
+
+def _is_outermost(path: str, module: torch.nn.Module) -> bool:
+    return isinstance(module, ParamWrapper) and not path.endswith(".base_layer")
+
+
+def _token_by_token(
+    wrapper: ParamWrapper,
+    weights: torch.Tensor,
+    names: list[str],
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Stacked experts, adapter i times `weights[:, i]`, which is [tokens, adapters]; the others are [tokens, ..]."""
+    experts = wrapper.get_base_layer()
+    deltas = {
+        layer.parameter_name: [
+            (i, layer.get_delta_weight(name)) for i, name in enumerate(names) if name in layer.lora_A
+        ]
+        for layer in _nested_wrappers(wrapper)
+    }
+    outputs = []
+    for token, index in enumerate(top_k_index):
+        chosen = {name: parameter[index] for name, parameter in experts.named_parameters(recurse=False)}
+        for name, of_adapters in deltas.items():
+            chosen[name] = chosen[name] + sum(weights[token, i] * delta[index] for i, delta in of_adapters)
+        place = torch.arange(len(index))[None]  # of the token's own experts among those chosen
+        inputs = hidden[token, None], place, top_k_weights[token, None]
+        outputs.append(torch.func.functional_call(experts, chosen, inputs))
+    return torch.cat(outputs)
+
+
+def _nested_wrappers(module: torch.nn.Module) -> Iterator[ParamWrapper]:
+    while isinstance(module, ParamWrapper):
+        yield module
+        module = module.base_layer
 
 
 def _times(weight: torch.Tensor):
@@ -184,7 +230,7 @@ def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _round_adapters(model: PeftModel, dtype: torch.dtype | None) -> None:
+def _round_adapters(model: PeftModel, dtype: torch.dtype | None, only: str = "") -> None:
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             for name in module.lora_A:  # one factor of an export is A and E together, a product in float32
@@ -194,7 +240,7 @@ def _round_adapters(model: PeftModel, dtype: torch.dtype | None) -> None:
     if dtype is None:
         return
     for path, parameter in model.named_parameters():
-        if ".lora_A." in path or ".lora_B." in path:
+        if f".lora_A.{only}" in path or f".lora_B.{only}" in path:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
@@ -248,27 +294,31 @@ def _by_names_alone(folder: Path) -> bool:
 def _add_by_names(foundation: torch.nn.Module, model: PeftModel | None, name: str, folder: Path) -> PeftModel:
     """PEFT's layers where the names of the adapter's tensors say."""
     fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = _named_as_now(foundation, load_peft_weights(str(folder), device="cpu"))
+    tensors = load_peft_weights(str(folder), device="cpu")
     patterns, parameters = fields.get("alpha_pattern") or {}, fields.get("target_parameters") or ()
-    alphas, named = {}, {}
-    for key, value in tensors.items():
-        module, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if matrix not in ("A.weight", "B.weight"):
-            continue
-        by_weight = any(f".{module}.weight".endswith(f".{parameter}") for parameter in parameters)
-        pattern = get_pattern_key(patterns.keys(), f"{module}.weight" if by_weight else module)
-        alphas[module] = patterns.get(pattern, fields["lora_alpha"])
-        named[f"{key.removesuffix('.weight')}.{name}.weight"] = value
-    return _add_adapter(foundation, model, name, named, alphas, bool(fields.get("use_rslora")))
+
+    def alpha(target: str) -> float:
+        by_weight = any(f".{target}.weight".endswith(f".{parameter}") for parameter in parameters)
+        pattern = get_pattern_key(patterns.keys(), f"{target}.weight" if by_weight else target)
+        return patterns.get(pattern, fields["lora_alpha"])
+
+    named = {
+        f"{key.removesuffix('.weight')}.{name}.weight": value
+        for key, value in tensors.items()
+        if key.endswith((".lora_A.weight", ".lora_B.weight"))
+    }
+    return _add_adapter(foundation, model, name, named, alpha, bool(fields.get("use_rslora")), parameters)
 
 
 def _adapters_of_two_kinds(
     foundation: torch.nn.Module, folders: list[Path], names: list[str], dtype: torch.dtype | None
 ) -> PeftModel:
-    """PEFT holds LoRA and AdaLoRA adapters in no one model; each adapter's own delta, as PEFT gives it, becomes a LoRA
-    of full rank, one factor of which is the identity."""
+    """PEFT holds LoRA and AdaLoRA adapters in no one model; the delta of an AdaLoRA adapter, as PEFT gives it, becomes a
+    LoRA of full rank, one factor of which is the identity."""
     deltas: dict[str, dict[str, torch.Tensor]] = {}
     for name, folder in zip(names, folders, strict=True):
+        if PeftConfig.from_pretrained(str(folder)).peft_type != PeftType.ADALORA:
+            continue
         alone = PeftModel.from_pretrained(foundation, str(folder), adapter_name=name, torch_device="cpu")
         rounding.convert(alone, foundation.dtype)
         _round_adapters(alone, dtype)
@@ -279,9 +329,13 @@ def _adapters_of_two_kinds(
         }
         alone.unload()
     model = None
-    for name, layers in deltas.items():
+    for name, folder in zip(names, folders, strict=True):
+        if name not in deltas:
+            model = _add_by_names(foundation, model, name, folder)
+            _round_adapters(model, dtype, name)
+            continue
         tensors = {}
-        for module, delta in layers.items():
+        for module, delta in deltas[name].items():
             tensors[f"base_model.model.{module}.lora_A.{name}.weight"] = torch.eye(delta.shape[1], dtype=delta.dtype)
             tensors[f"base_model.model.{module}.lora_B.{name}.weight"] = delta
         model = _add_adapter(foundation, model, name, tensors, None)
@@ -319,30 +373,39 @@ def _add_adapter(
     model: PeftModel | None,
     name: str,
     tensors: dict[str, torch.Tensor],
-    alpha: float | dict[str, float] | None,
+    alpha: float | Callable[[str], float] | None,
     use_rslora: bool = False,
+    target_parameters: Iterable[str] = (),
 ) -> PeftModel:
     """PEFT's own layers around the foundation, filled with an adapter's tensors.
 
     Args:
         alpha: of all layers, or of each by its name; None for a scale of 1.
+        target_parameters: as the adapter's config has them.
     """
     plain = {f"{key.removesuffix(f'.{name}.weight')}.weight": value for key, value in tensors.items()}
-    tensors = {
-        f"{key.removesuffix('.weight')}.{name}.weight": value
-        for key, value in _named_as_now(foundation, plain).items()
-    }
-    ranks = {
-        key.split(".lora_A.")[0].removeprefix("base_model.model."): value.shape[0]
-        for key, value in tensors.items()
-        if ".lora_A." in key
-    }
-    alphas = ranks if alpha is None else alpha if isinstance(alpha, dict) else dict.fromkeys(ranks, alpha)
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in _named_as_now(foundation, plain).items():
+        layer, _, matrix = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        by_layer.setdefault(layer, {})[matrix] = value
+    stacks = _stacks(foundation)
+    parameters = {layer: _parameter(stacks, layer, target_parameters) for layer in by_layer}
+    ranks, alphas = {}, {}
+    for layer, matrices in by_layer.items():
+        target, experts = parameters[layer] or (layer, 1)
+        ranks[target] = len(matrices["A"]) // experts
+        alphas[target] = ranks[target] if alpha is None else alpha(target) if callable(alpha) else alpha
+        # where w1 and w3 became one, with twice the rank, PEFT doubles the alpha, too
+        put_together = f"base_model.model.{layer}.lora_A.weight" not in plain
+        alphas[target] *= 2 if parameters[layer] and put_together and target.endswith(".gate_up_proj") else 1
+    stacked = [f"{module}.{name}" for module, names in stacks.items() for name in names]
     config = LoraConfig(
         r=next(iter(ranks.values())),
-        target_modules=list(ranks),
-        rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
-        alpha_pattern={re.escape(module): alphas[module] for module in ranks},
+        target_modules=[layer for layer in by_layer if not parameters[layer]],
+        # all that there are, as all adapters of a model must name the same; those that have no tensors do nothing
+        target_parameters=stacked if any(parameters.values()) else None,
+        rank_pattern={re.escape(target): rank for target, rank in ranks.items()},
+        alpha_pattern={re.escape(target): alpha for target, alpha in alphas.items()},
         use_rslora=use_rslora,
     )
     with _no_other_targets(foundation):
@@ -350,10 +413,39 @@ def _add_adapter(
             model = PeftModel(foundation, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
-    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"PEFT has no place for {unexpected[0]}")
+    for layer, matrices in by_layer.items():
+        module = foundation.get_submodule(layer.replace(".base_layer", ""))
+        if parameters[layer]:
+            parameter = parameters[layer][0].rpartition(".")[2]
+            module = next(each for each in _nested_wrappers(module) if each.parameter_name == parameter)
+        for matrix, value in matrices.items():
+            getattr(module, f"lora_{matrix}")[name].load_state_dict({"weight": value})
     return model
+
+
+def _parameter(
+    stacks: dict[str, dict[str, int]], layer: str, target_parameters: Iterable[str]
+) -> tuple[str, int] | None:
+    """The parameter of stacked experts that a layer of an adapter's file is for, and how many there are; None where it is
+    for a module. The first parameter's layer is the inmost."""
+    module = layer.replace(".base_layer", "")
+    if module not in stacks:
+        return None
+    names = list(stacks[module])
+    named = [name for name in names if any(f".{module}.{name}".endswith(f".{target}") for target in target_parameters)]
+    named = named or names  # put together of matrices of single experts, both layers being there
+    name = named[len(named) - 1 - layer.count(".base_layer")]
+    return f"{module}.{name}", stacks[module][name]
+
+
+def _stacks(foundation: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """The modules with stacked experts, the names of their parameters in order, and how many experts each holds."""
+    stacks: dict[str, dict[str, int]] = {}
+    for path, parameter in foundation.named_parameters():
+        if parameter.dim() == 3 and path.endswith("_proj"):  # the weight of a convolution has three dimensions, too
+            module, _, name = path.replace(".base_layer", "").rpartition(".")
+            stacks.setdefault(module, {})[name] = len(parameter)
+    return stacks
 
 
 @contextmanager

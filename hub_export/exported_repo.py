@@ -2,7 +2,8 @@
 
     config.json              model_type "dylora_moe", weights_layout, base_config, expert_configs, router_*
     model.safetensors        full: (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
-                             foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias
+                             foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias;
+                             of stacked experts foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B
     experts/<name>/          adapter: adapter_config.json, adapter_model.safetensors, as PEFT writes them
     router.safetensors       adapter: gate.weight, gate.bias
     generation_config.json   routing_strategy
@@ -12,6 +13,7 @@ It knows the names of the model's parameters and nothing about other formats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ import torch
 
 from .containment import contained
 from .errors import InputError, one_line
+from .foundation_weights import skeleton
 from .foundation_weights import weight_files as shards
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, Router
 from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
+from .weight_conversion import renamed
 
 
 FORMAT = "exported repo"
@@ -173,7 +177,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
         raise InputError("an exported repo states its alphas; leave out --lora_alpha")
     config = load_config(folder)
     is_full = config.weights_layout == "full"
-    weights = _full_weights(folder) if is_full else _adapter_weights(folder, config)
+    weights = _full_weights(folder, config) if is_full else _adapter_weights(folder, config)
     _check_nothing_else(folder, config, weights)
     layouts = config.rank_layouts()
     return Mixture(
@@ -195,12 +199,24 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else []
 
 
-def _full_weights(folder: Path) -> dict[str, StoredTensor]:
+def _full_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     files = [TensorFile(path) for path in weight_files(folder)]
     weights = {key: of_file(file, key) for file in files for key in file.keys()}  # noqa: SIM118
     if not weights:
         raise InputError(f"{folder} has a config.json but no model.safetensors")
-    return weights
+    return _with_own_names(weights, config)
+
+
+def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
+    """The stacks under the names that the config gives; transformers saves a model under a foundation's older names."""
+    own = {f"foundation.{module}.lora_{matrix}" for module in config.stack_modules().values() for matrix in "AB"}
+    stacks = [key for key in weights if _is_stack(key)]
+    if config.base_config is None or all(key in own for key in stacks):
+        return weights
+    inside = [key.removeprefix("foundation.") for key in stacks]
+    names = renamed(inside, skeleton(config.base_config))
+    now = {f"foundation.{before}": f"foundation.{after}" for before, after in names.items()}
+    return {now.get(key, key): tensor for key, tensor in weights.items()}
 
 
 def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> None:
@@ -211,13 +227,24 @@ def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTens
     """
     known = {"router.gate.weight", "router.gate.bias"} if config.router_input is not None else set()
     is_full = config.weights_layout == "full"
-    for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
-        form = "foundation.{}.lora_{}" if is_full else f"{name}/{PEFT_PREFIX}{{}}.lora_{{}}.weight"
-        known |= {form.format(module, matrix) for module in entry["target_modules"] for matrix in "AB"}
+    for index in range(config.num_experts):
+        keys = _stored_keys(config, index)
+        known |= {key.format(matrix) for key in keys.values() for matrix in "AB"}
     for key in weights:
         is_foundations = is_full and key.startswith("foundation.") and not _is_stack(key)
         if key not in known and not is_foundations:
             raise InputError(f"{folder}: {key} in its weights is nothing that its config.json speaks of")
+
+
+def _stored_keys(config: Any, index: int) -> dict[str, str]:
+    """What an expert adapts -> the name of its tensors, with {} for A and B: in layout `full` those of all experts."""
+    from dylora_moe.modeling.layouts_dylora_moe import peft_keys
+
+    keys = peft_keys(config.expert_configs[index])
+    if config.weights_layout == "full":
+        modules = config.stack_modules()
+        return {name: f"foundation.{modules[name]}.lora_{{}}" for name in keys}
+    return {name: f"{config.expert_names[index]}/{key}.lora_{{}}.weight" for name, key in keys.items()}
 
 
 def _is_stack(key: str) -> bool:
@@ -241,7 +268,8 @@ def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
         place = folder / "experts" / name
         written = peft_config(config, config.expert_names.index(name), False)
-        _check_adapter_config(contained(folder, place / "adapter_config.json"), name, (written, entry))
+        earlier = {**entry, "target_parameters": entry["target_parameters"] or None}
+        _check_adapter_config(contained(folder, place / "adapter_config.json"), name, (written, earlier))
         file = TensorFile(contained(folder, place / "adapter_model.safetensors"))
         weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
     if config.router_input is not None:
@@ -273,12 +301,13 @@ def _check_adapter_config(path: Path, name: str, forms: tuple[dict[str, Any], ..
 def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]) -> Expert:
     entry = config.expert_configs[index]
     stored = {
-        module: _matrices(folder, config, layouts[module], index, module, weights)
-        for module in entry["target_modules"]
+        name: _matrices(folder, config, layouts[name], index, (name, key), weights)
+        for name, key in _stored_keys(config, index).items()
     }
+    ranks = {name: layouts[name][index][0] for name in stored}
     return Expert(
         name=entry["name"],
-        layers={module: _layer(entry, module, pair) for module, pair in stored.items()},
+        layers={name: _layer(entry, name, ranks[name], pair) for name, pair in stored.items()},
         read=lambda module: tuple(matrix.read() for matrix in stored[module]),
         origin=folder,
         lora_dropout=entry["lora_dropout"],
@@ -288,40 +317,51 @@ def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[
 
 
 def _matrices(
-    folder: Path, config: Any, layout: tuple, index: int, module: str, weights: dict[str, StoredTensor]
+    folder: Path, config: Any, layout: tuple, index: int, place: tuple[str, str], weights: dict[str, StoredTensor]
 ) -> tuple[StoredTensor, StoredTensor]:
-    """A [rank, in] and B [out, rank] of one expert on one layer, from either layout."""
+    """A and B of one expert on one layer, as in PEFT, from either layout.
+
+    Args:
+        place: what is adapted, and the name of its tensors with {} for A and B.
+    """
+    from dylora_moe.modeling.stacked_experts_dylora_moe import a_as_in_peft, b_as_in_peft
+
     rank, name = layout[index][0], config.expert_names[index]
+    is_full, is_stacked = config.weights_layout == "full", place[0] in config.adapted_parameters()
+    rows = sum(rank for rank, _ in layout) if is_full else rank
     found = []
-    for matrix in "AB":
-        if config.weights_layout == "full":
-            key, rows = f"foundation.{module}.lora_{matrix}", sum(rank for rank, _ in layout)
-        else:
-            key, rows = f"{name}/{PEFT_PREFIX}{module}.lora_{matrix}.weight", rank
+    for matrix, as_in_peft in (("A", a_as_in_peft), ("B", b_as_in_peft)):
+        key = place[1].format(matrix)
         if key not in weights:
-            raise InputError(f"{folder}: config.json says that expert {name} adapts {module}, but {key} is missing")
+            raise InputError(f"{folder}: config.json says that expert {name} adapts {place[0]}, but {key} is missing")
         tensor = weights[key]
-        rank_dimension = 1 if matrix == "B" and config.weights_layout == "adapter" else 0
-        if len(tensor.shape) != 2 or tensor.shape[rank_dimension] != rows:
+        size = tensor.shape[1 if matrix == "B" and not is_full else 0] if tensor.shape else 0
+        fits = size == rows or (is_stacked and not is_full and size and size % rows == 0)
+        if len(tensor.shape) != (3 if is_full and is_stacked else 2) or not fits:
             raise InputError(
                 f"{folder}: {key} is {list(tensor.shape)}, but the ranks in config.json sum up to {rows} there"
             )
-        if config.weights_layout == "full":
+        if is_full:
             start = sum(rank for rank, _ in layout[:index])
-            tensor = tensor.rows(start, start + rank)
-            tensor = tensor.transposed() if matrix == "B" else tensor
+            tensor = _changed(tensor.rows(start, start + rank), as_in_peft)
         found.append(tensor)
     return tuple(found)
 
 
-def _layer(entry: dict, module: str, matrices: tuple[StoredTensor, StoredTensor]) -> AdaptedLayer:
+def _changed(tensor: StoredTensor, change: Callable[[torch.Tensor], torch.Tensor]) -> StoredTensor:
+    shape = tuple(change(torch.empty(tensor.shape, device="meta")).shape)
+    return StoredTensor(shape, tensor.dtype, lambda: change(tensor.read()))
+
+
+def _layer(entry: dict, name: str, rank: int, matrices: tuple[StoredTensor, StoredTensor]) -> AdaptedLayer:
     lora_a, lora_b = matrices
     return AdaptedLayer(
-        rank=lora_a.shape[0],
-        lora_alpha=entry["alpha_pattern"].get(module, entry["lora_alpha"]),
+        rank=rank,
+        lora_alpha=entry["alpha_pattern"].get(name, entry["lora_alpha"]),
         in_features=lora_a.shape[1],
         out_features=lora_b.shape[0],
         dtype=torch.promote_types(lora_a.dtype, lora_b.dtype),
+        num_stacked=lora_a.shape[0] // rank if name in entry["target_parameters"] else 0,
     )
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from .errors import InputError
 from .layer_names import why_missing
-from .mixture import Expert, FoundationReference, Router
+from .mixture import AdaptedLayer, Expert, FoundationReference, Router
 from .sources import HUB_ID, is_forbidden
+from .stacked_experts import has_exchanged_sizes, shape_in
 from .tensor_files import read_json
 
 
@@ -168,7 +169,7 @@ def not_loaded(reference: FoundationReference, error: Exception) -> str:
 
 
 def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -> None:
-    """Every adapted layer must exist in the foundation, be linear, and have the adapter's shape.
+    """Every adapted layer must exist in the foundation, be linear or stacked experts, and have the adapter's shape.
 
     Raises:
         InputError: names expert, layer and both shapes.
@@ -176,10 +177,12 @@ def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -
     modules = dict(foundation.named_modules())
     for expert in experts:
         for layer_name, layer in expert.layers.items():
+            if layer.num_stacked:
+                _check_stack_fits(expert, layer_name, layer, foundation, name)
+                continue
             if layer_name not in modules:
-                raise InputError(
-                    f"expert {expert.name} ({expert.origin}) adapts {layer_name}{why_missing(layer_name, foundation, name)}"
-                )
+                why = why_missing(layer_name, expert.layers, foundation, name)
+                raise InputError(f"expert {expert.name} ({expert.origin}) adapts {layer_name}{why}")
             shape = _linear_shape(modules[layer_name])
             if shape is None:
                 raise InputError(
@@ -193,6 +196,35 @@ def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -
                     f"[{layer.out_features}, {layer.rank}]), but in {name} this layer has {shape[0]} inputs and {shape[1]} "
                     "outputs; pass the model it was trained on with --base_model"
                 )
+
+
+def _check_stack_fits(expert: Expert, parameter: str, layer: AdaptedLayer, foundation: nn.Module, name: str) -> None:
+    where = f"expert {expert.name} ({expert.origin})"
+    try:
+        shape = shape_in(foundation, parameter)
+    except ValueError as error:
+        raise InputError(f"{where} adapts {parameter} in {name}. {error}") from error
+    if shape is None:
+        raise InputError(
+            f"{where} adapts {parameter}, which the foundation {name} does not have; pass the model it was trained on with "
+            "--base_model"
+        )
+    found = (layer.num_stacked, layer.in_features, layer.out_features)
+    is_square = shape[1] == shape[2]
+    if (found == (shape[0], shape[2], shape[1]) and not is_square) or (
+        is_square and has_exchanged_sizes(expert.peft_version, parameter, foundation)
+    ):
+        raise InputError(
+            f"{where} adapts {parameter} with its inputs taken for its outputs, as PEFT before 0.19.1 did; newer ones do not "
+            "read what it saved. Train it again"
+        )
+    if found == shape:
+        return
+    raise InputError(
+        f"{where} was trained on {parameter} with {found[0]} stacked experts of {found[1]} inputs and {found[2]} outputs "
+        f"(rank {layer.rank}), but in {name} it has {shape[0]} of {shape[1]} inputs and {shape[2]} outputs; pass the "
+        "model it was trained on with --base_model"
+    )
 
 
 def check_router_fits(router: Router, config: Any, name: str) -> None:

@@ -7,6 +7,7 @@ loads such an adapter without an error, and without an effect.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from . import weight_conversion
 from .errors import InputError
 from .mixture import AdaptedLayer, Expert
+from .stacked_experts import put_together, why_not_whole
 from .stored_tensors import of_tensor
 
 
@@ -65,12 +67,15 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
     """The same expert with its layers called as the foundation calls them, where PEFT reads them so.
 
     Raises:
-        InputError: its alphas go by the old names, which PEFT would look for under the new ones, and not find.
+        InputError: its alphas go by the old names, which PEFT would look for under the new ones, and not find; or matrices
+            that are one parameter by now cannot be put together.
     """
     modules = dict(foundation.named_modules())
-    if all(name in modules for name in expert.layers):
+    expert = put_together(expert, foundation)
+    if all(name in modules or layer.num_stacked for name, layer in expert.layers.items()):
         return expert
-    now_called = converted([name for name in expert.layers if name not in modules], foundation)
+    unknown = [name for name, layer in expert.layers.items() if name not in modules and not layer.num_stacked]
+    now_called = converted(unknown, foundation)
     old_names: dict[str, str] = {}
     for name in expert.layers:
         now = now_called.get(name, name)
@@ -111,15 +116,19 @@ def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
     }
 
 
-def why_missing(name: str, foundation: nn.Module, called: str) -> str:
-    """The end of a sentence on a layer that the foundation, `called` so, does not have: why, and what to do."""
+def why_missing(name: str, layers: Iterable[str], foundation: nn.Module, called: str) -> str:
+    """The end of a sentence on a layer that the foundation, `called` so, does not have: why, and what to do.
+
+    Args:
+        layers: the names of all layers of the adapter.
+    """
     unreadable = why_unreadable(f"{PREFIX}{name}")  # PEFT's prefix is off it by now
     if unreadable is not None:
         return f": {unreadable}"
     if weight_conversion.is_part(f"{name}.weight", foundation):
         return (
             f", one matrix of a mixture-of-experts layer. In {called} the matrices of all its experts are one parameter of "
-            "three dimensions; only linear layers can be adapted, such as those of the attention"
+            f"three dimensions, which an adapter can have only as a whole, and {_what_is_missing(name, layers, foundation)}"
         )
     now = converted([name], foundation).get(name, name)
     module = dict(foundation.named_modules()).get(now)
@@ -132,6 +141,15 @@ def why_missing(name: str, foundation: nn.Module, called: str) -> str:
             f"Rename the tensors: in each key, replace {name!r} by {now!r}"
         )
     return f", which the foundation {called} does not have; pass the model it was trained on with --base_model"
+
+
+def _what_is_missing(name: str, layers: Iterable[str], foundation: nn.Module) -> str:
+    modules = dict(foundation.named_modules())
+    stacks = weight_conversion.stacks([layer for layer in layers if layer not in modules], foundation)
+    for parameter, parts in stacks.items():
+        if any(name in names for names in parts.values()):
+            return why_not_whole(parameter, parts, foundation)
+    return "this one is put together in a way that LoRA cannot follow"
 
 
 def _converted_by_transformers(name: str, foundation: nn.Module) -> str | None:

@@ -21,17 +21,27 @@ from .stored_tensors import StoredTensor
 
 @dataclass
 class AdaptedLayer:
-    """One expert on one layer. `lora_A` is [rank, in_features], `lora_B` [out_features, rank], as in PEFT."""
+    """One expert on one layer. `lora_A` is [rank, in_features], `lora_B` [out_features, rank], as in PEFT.
+
+    On a parameter of stacked experts, of which there are `num_stacked`, they are [num_stacked * rank, in_features] and
+    [out_features, rank * num_stacked].
+    """
 
     rank: int
     lora_alpha: float | None  # None: the source does not say
     in_features: int
     out_features: int
     dtype: torch.dtype
+    num_stacked: int = 0  # 0: a linear layer
+
+    @property
+    def num_rows(self) -> int:
+        """Of `lora_A`."""
+        return self.rank * (self.num_stacked or 1)
 
     @property
     def num_parameters(self) -> int:
-        return self.rank * (self.in_features + self.out_features)
+        return self.num_rows * (self.in_features + self.out_features)
 
 
 @dataclass
@@ -40,12 +50,14 @@ class Expert:
 
     Attributes:
         name: what `single:<name>` calls it.
-        layers: module name inside the foundation (`model.layers.0.self_attn.q_proj`) to its ranks and shapes.
-        read: module name to the pair (`lora_A` [rank, in], `lora_B` [out, rank]), in the dtype they are stored in.
+        layers: name of a module inside the foundation (`model.layers.0.self_attn.q_proj`), or of a parameter of stacked
+            experts (`model.layers.0.mlp.experts.down_proj`), to its ranks and shapes.
+        read: such a name to the pair (`lora_A`, `lora_B`), in the dtype they are stored in.
         origin: the file or folder it was read from, for error messages.
         whole_weights: tensors of the foundation that the adapter's file holds as well, by their names there. They are
             left out, once they are seen to be the foundation's own.
         alpha_of: the alpha that the source's settings give a layer of a name, where they go by names.
+        peft_version: of the PEFT that saved it, where that is known.
     """
 
     name: str
@@ -57,6 +69,7 @@ class Expert:
     mature: bool = True
     whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
     alpha_of: Callable[[str], float] | None = None
+    peft_version: str = ""
 
     @property
     def does_nothing(self) -> bool:
@@ -75,8 +88,8 @@ class Expert:
         The most frequent rank and alpha become `r` and `lora_alpha`; layers that differ are listed, by full module
         name, in `rank_pattern` and `alpha_pattern`.
         """
-        rank = _most_common(layer.rank for layer in self.layers.values())
-        alpha = _most_common(layer.lora_alpha for layer in self.layers.values())
+        rank = _most_common(self.layers[name].rank for name in sorted(self.layers))
+        alpha = _most_common(self.layers[name].lora_alpha for name in sorted(self.layers))
         return {
             "name": self.name,
             "r": rank,
@@ -87,7 +100,8 @@ class Expert:
             },
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
-            "target_modules": sorted(self.layers),
+            "target_modules": sorted(name for name, layer in self.layers.items() if not layer.num_stacked),
+            "target_parameters": sorted(name for name, layer in self.layers.items() if layer.num_stacked),
             "mature": self.mature,
         }
 

@@ -27,6 +27,7 @@ from .layer_names import PREFIX, why_unreadable
 from .mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, natural_order
 from .patterns import LONGEST_NAME, check_pattern
 from .peft_fields import check_fields
+from .stacked_experts import parameters_of
 from .stored_tensors import StoredTensor, of_file
 from .tensor_files import TensorFile, read_json
 from .training_run import number
@@ -189,15 +190,22 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
             lora_dropout=config.get("lora_dropout") or 0.0,
             whole_weights=whole,
         )
+    parameters = _parameters(file, keys, config)
+    keys = {parameters.get(module, module): matrices for module, matrices in keys.items()}
+    stacked = set(parameters.values())
     return Expert(
         name=name,
-        layers={module: _layer(file, module, matrices, config, folder) for module, matrices in keys.items()},
+        layers={
+            module: _layer(file, module, matrices, config, folder, module in stacked)
+            for module, matrices in keys.items()
+        },
         read=lambda module: (file.read(keys[module]["A"]), file.read(keys[module]["B"])),
         origin=folder,
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
         whole_weights=whole,
         alpha_of=partial(_alpha, config),
+        peft_version=str(config.get("peft_version") or ""),
     )
 
 
@@ -233,6 +241,20 @@ def _sorted(
     return keys, whole
 
 
+def _parameters(file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any]) -> dict[str, str]:
+    """Names of layers on stacked experts, as the keys have them, and the parameters that they are for."""
+
+    def is_linear(name: str) -> bool:
+        matrices = keys[name]
+        return "A" in matrices and file.shape(matrices["A"])[:1] == (_rank(config, name),)
+
+    targets = config.get("target_parameters") or ()
+    try:
+        return parameters_of(keys, targets, is_linear) if targets else {}
+    except InputError as error:
+        raise InputError(f"{file.path}: {error}") from None
+
+
 def _what_it_is(key: str) -> str:
     if "lora_embedding_" in key:
         return "LoRA on an embedding"
@@ -248,7 +270,7 @@ def _what_it_is(key: str) -> str:
 
 
 def _layer(
-    file: TensorFile, module: str, matrices: dict[str, str], config: dict[str, Any], folder: Path
+    file: TensorFile, module: str, matrices: dict[str, str], config: dict[str, Any], folder: Path, is_stacked: bool
 ) -> AdaptedLayer:
     if set(matrices) != {"A", "B"}:
         raise InputError(f"{file.path}: {module} has lora_{'/'.join(matrices)} but not both matrices")
@@ -262,9 +284,8 @@ def _layer(
             f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
         )
-    target = _target(module, config.get("target_parameters") or ())
-    rank = _by_pattern(config.get("rank_pattern") or {}, target, config["r"])
-    if shape_a[0] != rank:
+    rank = _rank(config, module)
+    if shape_a[0] != rank and not (is_stacked and shape_a[0] % rank == 0):
         raise InputError(
             f"{file.path}: {module} has rank {shape_a[0]}, {folder}/adapter_config.json says {rank}; "
             "the two do not belong together"
@@ -275,7 +296,13 @@ def _layer(
         in_features=shape_a[1],
         out_features=shape_b[0],
         dtype=torch.promote_types(file.dtype(matrices["A"]), file.dtype(matrices["B"])),
+        num_stacked=shape_a[0] // rank if is_stacked else 0,
     )
+
+
+def _rank(config: dict[str, Any], module: str) -> int:
+    target = _target(module, config.get("target_parameters") or ())
+    return _by_pattern(config.get("rank_pattern") or {}, target, config["r"])
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

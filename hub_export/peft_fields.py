@@ -92,9 +92,14 @@ def _check_initialisation(path: Path, initialisation: Any) -> None:
 
 def _check_parameters(path: Path, parameters: Any) -> None:
     """LoRA on a parameter called `weight` is that on its layer, which is seen to be linear later."""
+    from dylora_moe.modeling.configuration_dylora_moe import STACKED_PARAMETERS
+
     for name in parameters or ():
-        if not isinstance(name, str) or not name.endswith(".weight"):
+        if not isinstance(name, str) or not (
+            name.endswith(".weight") or name.rpartition(".")[2] in STACKED_PARAMETERS
+        ):
             raise InputError(
-                f"{path}: target_parameters names {name!r}: LoRA on bare parameters (target_parameters), such as the "
-                "stacked experts of a mixture-of-experts layer, cannot be an expert, only LoRA on linear layers can"
+                f"{path}: target_parameters names {name!r}: LoRA on bare parameters (target_parameters) can be an expert "
+                f"only on the stacked experts of a mixture-of-experts layer ({', '.join(STACKED_PARAMETERS)}) and on the weight of "
+                "linear layers"
             )

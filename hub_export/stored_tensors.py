@@ -63,9 +63,6 @@ class StoredTensor:
         read_rows = None if rows is None else lambda start, stop: change(rows(start, stop))
         return StoredTensor(self.shape, self.dtype, lambda: change(self.read()), read_rows)
 
-    def transposed(self) -> StoredTensor:
-        return StoredTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
-
     def rows(self, start: int, stop: int) -> StoredTensor:
         """Rows of a matrix."""
         read_rows = self.read_rows or (lambda start, stop: self.read()[start:stop])

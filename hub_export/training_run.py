@@ -109,6 +109,11 @@ def low_rank_layer(
             f"{where}: {name} on {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
         )
+    if module.endswith(".base_layer") or module.rpartition(".")[2] == "experts":
+        raise InputError(
+            f"{where}: {name} adapts parameters of {module.removesuffix('.base_layer')}, stacked experts, and such a checkpoint "
+            "does not say which, nor with what alpha; export the folder that PEFT's save_pretrained makes of the adapter"
+        )
     if config_rank is not None and shape_a[0] != config_rank:
         raise InputError(
             f"{where}: {name} on {module} has rank {shape_a[0]}, config.json's _dylora_lora_r is {config_rank}; "

@@ -149,7 +149,7 @@ def _headers(folder: Path, config: Any, result: Verification) -> None:
             if file.dtype(key).is_floating_point and not is_finite(_readable(file.read(key))):
                 wrong.append(f"{key} in {file.path.name} holds NaN or infinite numbers")
     count = sum(map(len, files))
-    own = len(config.adapted_modules()) if is_full else sum(len(expert.layers) for expert in mixture.experts)
+    own = len(config.adapted_places()) if is_full else sum(len(expert.layers) for expert in mixture.experts)
     expected = 2 * own + (2 if mixture.router is not None else 0) + len(mixture.foundation_weights or ())
     if count != expected:
         wrong.append(f"{count} tensors, and the config asks for {expected}")

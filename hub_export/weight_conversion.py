@@ -54,6 +54,14 @@ class Parts:
         side_by_side = all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
         return isinstance(first, MergeModulelist) and first.dim == 0 and side_by_side
 
+    @property
+    def stacks_outputs(self) -> bool:
+        """Whether it is a stack of matrices, of several of them one below the other."""
+        from transformers.core_model_loading import Concatenate
+
+        others = self.converter.operations[1:]
+        return self.is_stack and all(isinstance(each, Concatenate) and each.dim == 1 for each in others)
+
     def rows(self, start: int, stop: int) -> Parts:
         """Those of some rows of a stack."""
         of_pattern: dict[str, list[tuple[str, str, StoredTensor]]] = {}
@@ -108,6 +116,39 @@ def named_as_now(stored: dict[str, StoredTensor], model: nn.Module) -> tuple[dic
         return by_model_name(stored, model)
     except UnknownConversion:
         return {name: tensor for name, tensor in stored.items() if name in names}, unknown
+
+
+def renamed(names: list[str], model: nn.Module) -> dict[str, str]:
+    """Names in a checkpoint -> what transformers calls them by now, where it does no more than to rename them."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+        return {name: rename_source_key(name, renamings, [])[0] for name in names}
+    except Exception:  # this version does it in another way
+        return {name: name for name in names}
+
+
+def stacks(names: list[str], model: nn.Module) -> dict[str, dict[str, list[str]]]:
+    """The layers, by an older version's names, whose weights are stacked into one parameter each.
+
+    Returns:
+        The parameter -> for each matrix of a row, one below the other along its outputs (`experts.*.w1.weight`,
+        `experts.*.w3.weight`), the layers of all rows in order. An empty list is a matrix that no layer is for.
+    """
+    try:
+        _, groups, _ = _assign({f"{name}.weight": of_tensor(torch.empty(0)) for name in names}, model)
+    except Exception:  # this version does it in another way
+        return {}
+    found = {}
+    for target, parts in groups.items():
+        of_pattern: dict[str, list[str]] = {pattern: [] for pattern in parts.converter.source_patterns}
+        for pattern, key, _ in parts.members:
+            of_pattern[pattern].append(key.removesuffix(".weight"))
+        if parts.stacks_outputs:
+            found[target] = of_pattern
+    return found
 
 
 def is_part(key: str, model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Writes a repo's weights, in either layout, tensor by tensor.
 
     full       model.safetensors (or shards): foundation.<name>, foundation.<module>.base_layer.<name>,
-               foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias
+               foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias;
+               of stacked experts foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B [R, E, out]
     adapter    experts/<name>/adapter_config.json, adapter_model.safetensors in PEFT's form; router.safetensors
 
 It knows names and shapes of what it writes, and nothing about where tensors come from.
@@ -46,14 +47,13 @@ def write_full(
             what is converted to it.
         OSError: the disk is full, or the file system refuses.
     """
-    adapted = set(config.adapted_modules())
-    tensors = {}
-    for name, tensor in foundation.items():
-        module, _, kind = name.rpartition(".")
-        inside = ".base_layer" if module in adapted else ""
-        tensors[f"foundation.{module}{inside}.{kind}" if module else f"foundation.{kind}"] = _converted(
-            tensor, name, dtype
-        )
+    from dylora_moe.modeling.experts_dylora_moe import in_base_layer
+
+    wrapped = config.wrapped_modules()
+    tensors = {
+        f"foundation.{in_base_layer(name, wrapped)}": _converted(tensor, name, dtype)
+        for name, tensor in foundation.items()
+    }
     tensors.update(_stacks(mixture, config, dtype or finest_dtype(mixture)))
     if mixture.router is not None:
         tensors.update({f"router.{name}": tensor for name, tensor in _gate(mixture.router, mixture).items()})
@@ -71,18 +71,24 @@ def write_adapter(
     Raises:
         As `write_full`.
     """
-    from dylora_moe.modeling.layouts_dylora_moe import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, peft_config
+    from dylora_moe.modeling.layouts_dylora_moe import (
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        ROUTER_WEIGHTS,
+        peft_config,
+        peft_keys,
+    )
 
     dtype = dtype or finest_dtype(mixture)
     for index, expert in enumerate(mixture.experts):
         place = folder / "experts" / expert.name
         place.mkdir(parents=True)
         tensors = {}
-        for module, layer in expert.layers.items():
-            shapes = {"lora_A": (layer.rank, layer.in_features), "lora_B": (layer.out_features, layer.rank)}
+        for name, key in peft_keys(config.expert_configs[index]).items():
+            layer = expert.layers[name]
+            shapes = {"lora_A": (layer.num_rows, layer.in_features), "lora_B": (layer.out_features, layer.num_rows)}
             for position, (kind, shape) in enumerate(shapes.items()):
-                read = _matrix(expert, module, position, dtype)
-                tensors[f"base_model.model.{module}.{kind}.weight"] = StoredTensor(shape, dtype, read)
+                tensors[f"{key}.{kind}.weight"] = StoredTensor(shape, dtype, _matrix(expert, name, position, dtype))
         write_safetensors(place / ADAPTER_WEIGHTS, tensors)
         fan_in_fan_out = any(module in transposed for module in expert.layers)
         text = json.dumps(peft_config(config, index, fan_in_fan_out), indent=2, sort_keys=True)
@@ -103,21 +109,26 @@ def finest_dtype(mixture: Mixture) -> torch.dtype:
 
 
 def _stacks(mixture: Mixture, config: Any, dtype: torch.dtype) -> dict[str, StoredTensor]:
-    """lora_A [R, in] and lora_B [R, out] of every adapted layer: the experts' rows, in their order."""
+    """lora_A [R, in] and lora_B [R, out] of every adapted layer, [R, E, in] and [R, E, out] of stacked experts: the
+    experts' rows, in their order."""
     tensors = {}
-    for module in config.adapted_modules():
-        holders = [expert for expert in mixture.experts if module in expert.layers]
-        total = sum(expert.layers[module].rank for expert in holders)
-        sizes = (holders[0].layers[module].in_features, holders[0].layers[module].out_features)
-        for position, size in enumerate(sizes):
-            read = _stack(holders, module, position, dtype)
-            tensors[f"foundation.{module}.lora_{'AB'[position]}"] = StoredTensor((total, size), dtype, read)
+    for name, module in config.stack_modules().items():
+        holders = [expert for expert in mixture.experts if name in expert.layers]
+        total = sum(expert.layers[name].rank for expert in holders)
+        layer = holders[0].layers[name]
+        for position, size in enumerate((layer.in_features, layer.out_features)):
+            shape = (total, layer.num_stacked, size) if layer.num_stacked else (total, size)
+            read = _stack(holders, name, position, dtype)
+            tensors[f"foundation.{module}.lora_{'AB'[position]}"] = StoredTensor(shape, dtype, read)
     return tensors
 
 
-def _stack(holders: list[Expert], module: str, position: int, dtype: torch.dtype):
-    matrices = [_matrix(expert, module, position, dtype) for expert in holders]
-    return lambda: torch.cat([matrix() if position == 0 else matrix().T for matrix in matrices])
+def _stack(holders: list[Expert], name: str, position: int, dtype: torch.dtype):
+    from dylora_moe.modeling.stacked_experts_dylora_moe import rows_of_a, rows_of_b
+
+    rows = (rows_of_a, rows_of_b)[position]
+    matrices = [(_matrix(expert, name, position, dtype), expert.layers[name].num_stacked) for expert in holders]
+    return lambda: torch.cat([rows(matrix(), num_stacked) for matrix, num_stacked in matrices])
 
 
 def _matrix(expert: Expert, module: str, position: int, dtype: torch.dtype):

@@ -43,8 +43,11 @@ IMPLEMENTATIONS = {
     "_experts_implementation_internal": OWN_EXPERTS,
 }
 
+# The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and PEFT nests them.
+STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
 # What each field of an expert's entry defaults to. The names and their meaning are those of `peft.LoraConfig`, except
-# that `target_modules` and the keys of the two patterns are whole module names, not regular expressions.
+# that `target_modules`, `target_parameters` and the keys of the two patterns are whole names, not regular expressions.
 EXPERT_DEFAULTS: dict[str, Any] = {
     "name": None,
     "r": 8,
@@ -54,6 +57,7 @@ EXPERT_DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "use_rslora": False,
     "target_modules": [],
+    "target_parameters": [],
     "mature": True,
 }
 
@@ -71,7 +75,8 @@ class DyloraMoeConfig(PreTrainedConfig):
         expert_configs (`list[dict]`):
             One entry an expert: `name`, `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`,
             `use_rslora`, `target_modules` (names of modules inside the foundation, e.g.
-            `"model.layers.0.self_attn.q_proj"`) and `mature`. See `EXPERT_DEFAULTS`.
+            `"model.layers.0.self_attn.q_proj"`), `target_parameters` (names of stacked experts of a mixture-of-experts
+            foundation, e.g. `"model.layers.0.mlp.experts.gate_up_proj"`) and `mature`. See `EXPERT_DEFAULTS`.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             Where the foundation came from.
         router_input (`str`, *optional*, defaults to `"base"`):
@@ -174,14 +179,14 @@ class DyloraMoeConfig(PreTrainedConfig):
         raise ValueError(f"There is no expert named {expert!r}; this model has {', '.join(self.expert_names)}.")
 
     def rank_layouts(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        """Rank r_i and scale s_i of every expert at every adapted module, rank 0 where an expert leaves it alone.
+        """Rank r_i and scale s_i of every expert at every adapted place, rank 0 where an expert leaves it alone.
 
         s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised LoRA,
         https://arxiv.org/abs/2312.03732).
         """
-        layouts = {name: [(0, 0.0)] * self.num_experts for name in self.adapted_modules()}
+        layouts = {name: [(0, 0.0)] * self.num_experts for name in self.adapted_places()}
         for index, expert in enumerate(self.expert_configs):
-            for name in expert["target_modules"]:
+            for name in (*expert["target_modules"], *expert["target_parameters"]):
                 rank = expert["rank_pattern"].get(name, expert["r"])
                 alpha = expert["alpha_pattern"].get(name, expert["lora_alpha"])
                 layouts[name][index] = (rank, alpha / rank**0.5 if expert["use_rslora"] else alpha / rank)
@@ -190,6 +195,29 @@ class DyloraMoeConfig(PreTrainedConfig):
     def adapted_modules(self) -> list[str]:
         """Names of all modules that at least one expert adapts, in the order in which experts name them."""
         return list(dict.fromkeys(name for expert in self.expert_configs for name in expert["target_modules"]))
+
+    def adapted_parameters(self) -> list[str]:
+        """Names of all parameters of stacked experts that at least one expert adapts, in the same order."""
+        return list(dict.fromkeys(name for expert in self.expert_configs for name in expert["target_parameters"]))
+
+    def adapted_places(self) -> list[str]:
+        """Names of all modules and parameters that at least one expert adapts."""
+        return [*self.adapted_modules(), *self.adapted_parameters()]
+
+    def stack_modules(self) -> dict[str, str]:
+        """Every adapted place, with the name inside the foundation of the module that holds its stacks.
+
+        Not a parameter's own name, which transformers would convert in a file, as it does the parameter's.
+        """
+        places = {name: name for name in self.adapted_modules()}
+        for name in self.adapted_parameters():
+            module, _, parameter = name.rpartition(".")
+            places[name] = f"{module}.updates.{parameter}"
+        return places
+
+    def wrapped_modules(self) -> set[str]:
+        """Names of all modules of the foundation around which an expert layer is put."""
+        return {*self.adapted_modules(), *(name.rpartition(".")[0] for name in self.adapted_parameters())}
 
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, with the foundation's config once more under `text_config`, where code that
@@ -309,8 +337,15 @@ def _complete_expert(index: int, entry: dict) -> dict:
             f"`expert_configs[{index}]` is named {expert['name']!r}, and a name of digits alone reads as an expert's "
             "number: give it another."
         )
-    expert["target_modules"] = list(expert["target_modules"])  # and copies of the patterns: a config owns its fields
+    # copies, of the patterns too: a config owns its fields
+    expert |= {name: list(expert[name] or []) for name in ("target_modules", "target_parameters")}
     expert |= {name: dict(expert[name] or {}) for name in ("rank_pattern", "alpha_pattern")}
+    for name in expert["target_parameters"]:
+        if not isinstance(name, str) or name.rpartition(".")[2] not in STACKED_PARAMETERS:
+            raise ValueError(
+                f"Expert {expert['name']!r} has {name!r} among its `target_parameters`; they are whole names of parameters of "
+                f"stacked experts, which end in {', '.join(STACKED_PARAMETERS)}."
+            )
     ranks = [expert["r"], *expert["rank_pattern"].values()]
     if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
         raise ValueError(f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1.")

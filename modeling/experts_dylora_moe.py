@@ -124,7 +124,46 @@ def checkpoint_with_experts(checkpoint_function):
     return checkpoint
 
 
-class DyloraMoeLinear(nn.Module):
+class LowRankStacks(nn.Module):
+    """The stacks `lora_A` and `lora_B` of all experts at one place: an expert is the same contiguous rows of both."""
+
+    layout: RankLayout
+    dropouts: nn.ModuleList
+    frozen_experts: frozenset[int]
+    has_merged_adapter: bool
+
+    def rows(self, expert: int) -> slice:
+        """The rows of both stacks that belong to one expert; empty where it does not adapt this layer."""
+        start = sum(rank for rank, _ in self.layout[:expert])
+        return slice(start, start + self.layout[expert][0])
+
+    def extend(self, layout: RankLayout, dropouts: nn.ModuleList) -> None:
+        """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
+        added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
+        self.layout, self.dropouts = layout, dropouts
+        if added == 0:
+            return
+        for name in ("lora_A", "lora_B"):
+            stack = getattr(self, name)
+            rows = torch.zeros(added, *stack.shape[1:], dtype=stack.dtype, device=stack.device)
+            if name == "lora_A":
+                nn.init.kaiming_uniform_(rows.view(-1, rows.shape[-1]), a=5**0.5)
+            grown = nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
+            setattr(self, name, grown)
+
+    def _stack(self, name: str) -> torch.Tensor:
+        """A stack whose frozen experts' rows get no gradient."""
+        stack = getattr(self, name)
+        if not self.frozen_experts or not torch.is_grad_enabled():
+            return stack
+        parts = [
+            stack[self.rows(expert)].detach() if expert in self.frozen_experts else stack[self.rows(expert)]
+            for expert in range(len(self.layout))
+        ]
+        return torch.cat(parts)
+
+
+class DyloraMoeLinear(LowRankStacks):
     """A linear layer of the foundation with the experts' low-rank updates beside it.
 
     Parameters are the stacks of all experts: `lora_A` `[R, in_features]` and `lora_B` `[R, out_features]`
@@ -158,11 +197,6 @@ class DyloraMoeLinear(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias
-
-    def rows(self, expert: int) -> slice:
-        """The rows of both stacks that belong to one expert; empty where it does not adapt this layer."""
-        start = sum(rank for rank, _ in self.layout[:expert])
-        return slice(start, start + self.layout[expert][0])
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         result = self.base_layer(hidden_states, *args, **kwargs)
@@ -208,31 +242,6 @@ class DyloraMoeLinear(nn.Module):
             elif ranks.dim() == 4:  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
                 scale = scale.unsqueeze(1)
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
-
-    def extend(self, layout: RankLayout, dropouts: nn.ModuleList) -> None:
-        """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
-        added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
-        self.layout, self.dropouts = layout, dropouts
-        if added == 0:
-            return
-        for name in ("lora_A", "lora_B"):
-            stack = getattr(self, name)
-            rows = torch.zeros(added, stack.shape[1], dtype=stack.dtype, device=stack.device)
-            if name == "lora_A":
-                nn.init.kaiming_uniform_(rows, a=5**0.5)
-            grown = nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
-            setattr(self, name, grown)
-
-    def _stack(self, name: str) -> torch.Tensor:
-        """A stack whose frozen experts' rows get no gradient."""
-        stack = getattr(self, name)
-        if not self.frozen_experts or not torch.is_grad_enabled():
-            return stack
-        parts = [
-            stack[self.rows(expert)].detach() if expert in self.frozen_experts else stack[self.rows(expert)]
-            for expert in range(len(self.layout))
-        ]
-        return torch.cat(parts)
 
     # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it to merge and
     # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked in its turn.
@@ -280,9 +289,13 @@ def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]
 
 
 def in_base_layer(name: str, adapted: set[str]) -> str:
-    """The name of a foundation's parameter once the layers `adapted` are wrapped: `<layer>.base_layer.weight`."""
-    module, _, kind = name.rpartition(".")
-    return f"{module}.base_layer.{kind}" if module in adapted else name
+    """The name of a foundation's parameter once the modules `adapted` are wrapped: `<module>.base_layer.weight`."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:end])
+        if module in adapted:
+            return ".".join([module, "base_layer", *parts[end:]])
+    return name
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

@@ -45,7 +45,8 @@ def set_aside(model, state_dict: dict | None, checkpoint_files: list[str] | None
         A state dict for transformers, slices of files, and the stacks: name -> (layer, kind, slice, dtype). Where transformers
         is to read them, what it was given and nothing, and the model as it was.
     """
-    here = {f"foundation.{name}.{k}": (layer, k) for name, layer in model.expert_layers().items() for k in KINDS}
+    names = model.config.stack_modules()
+    here = {f"foundation.{names[n]}.{k}": (layer, k) for n, layer in model.expert_layers().items() for k in KINDS}
     stacks = {name: getattr(layer, kind) for name, (layer, kind) in here.items()}
     being_made = bool(stacks) and all(type(stack) is nn.Parameter and stack.is_meta for stack in stacks.values())
     can_be_read = state_dict is None and bool(checkpoint_files) and all(map(can_be_mapped, checkpoint_files))

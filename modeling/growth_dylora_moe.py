@@ -23,8 +23,8 @@ class GrowthMixin:
             name: the expert's name.
             target_modules: module names inside the foundation; the last expert's, if left out.
             mature: whether the expert is finished; an immature one keeps a router of mode `auto` dense.
-            fields: further fields of the expert's config: `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`,
-                `lora_dropout`, `use_rslora`.
+            fields: further fields of the expert's config: `target_parameters`, which are the last expert's where
+                `target_modules` are; `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`, `use_rslora`.
 
         Returns:
             The expert's number.
@@ -37,19 +37,23 @@ class GrowthMixin:
             if not self.config.expert_configs:
                 raise ValueError("The first expert needs `target_modules`.")
             target_modules = self.config.expert_configs[-1]["target_modules"]
+            fields = {"target_parameters": self.config.expert_configs[-1]["target_parameters"], **fields}
         entry = {"name": name, "target_modules": target_modules, "mature": mature, **fields}
         grown = DyloraMoeConfig(expert_configs=[*self.config.expert_configs, entry])
-        new_modules = [module for module in grown.adapted_modules() if module not in self._adapted_modules]
+        new_places = [name for name in grown.adapted_places() if name not in self._stack_modules]
+        new_modules = [name for name in new_places if name in grown.adapted_modules()]
         wrapped = {f"foundation.{module}" for module in new_modules}
-        self._wrap_modules(new_modules, grown)  # may fail, so it comes before anything else changes
+        self._check_parameters(grown)  # may fail, as the next, so they come before anything else changes
+        self._wrap_modules(new_modules, grown)
+        self._wrap_parameters([name for name in new_places if name not in new_modules], grown)
         self.all_tied_weights_keys = {
             in_base_layer(target, wrapped): source for target, source in self.all_tied_weights_keys.items()
         }
         self.config.expert_configs = grown.expert_configs
-        self._adapted_modules = grown.adapted_modules()
+        self._stack_modules = grown.stack_modules()
         layouts, dropouts = grown.rank_layouts(), expert_dropouts(grown.expert_configs)
         for module_name, layer in self.expert_layers().items():
-            if module_name in new_modules:
+            if module_name in new_places:
                 layer.initialize_experts()
             else:
                 layer.extend(layouts[module_name], dropouts)

@@ -16,7 +16,8 @@ from huggingface_hub import constants, errors
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import (
     CONFIG_NAME,
@@ -26,8 +27,9 @@ from transformers.utils import (
     cached_file,
 )
 
-from .configuration_dylora_moe import DyloraMoeConfig, read_config
-from .experts_dylora_moe import refuse_offloaded
+from .configuration_dylora_moe import STACKED_PARAMETERS, DyloraMoeConfig, read_config
+from .experts_dylora_moe import in_base_layer, refuse_offloaded
+from .stacked_experts_dylora_moe import as_in_peft, rows_of_stack
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,11 +49,19 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
 
     On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets that are called as
     these matrices were before onto that parameter, and leaves dense and shared layers of the same names out. There such
-    a layer is named by its weight, as a parameter, which PEFT takes as it stands; it then wants a dropout of 0.
+    a layer is named by its weight, as a parameter, which PEFT takes as it stands. Of an adapter of parameters, it wants a
+    dropout of 0.
     """
-    entry = {name: value for name, value in config.expert_configs[expert].items() if name not in ("name", "mature")}
+    left_out = (
+        "name",
+        "mature",
+        *(() if config.expert_configs[expert]["target_parameters"] else ("target_parameters",)),
+    )
+    entry = {name: value for name, value in config.expert_configs[expert].items() if name not in left_out}
     if has_stacked_experts(config.base_config):
         entry |= _targets_by_weight(entry)
+    if entry.get("target_parameters"):
+        entry["lora_dropout"] = 0.0
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -80,11 +90,30 @@ def _targets_by_weight(entry: dict) -> dict:
 
     return {
         "target_modules": [name for name in entry["target_modules"] if name not in moved],
-        "target_parameters": [f"{name}.weight" for name in entry["target_modules"] if name in moved],
+        "target_parameters": [
+            *(f"{name}.weight" for name in entry["target_modules"] if name in moved),
+            *entry.get("target_parameters", ()),
+        ],
         "rank_pattern": by_weight(entry["rank_pattern"]),
         "alpha_pattern": by_weight(entry["alpha_pattern"]),
-        "lora_dropout": 0.0,
     }
+
+
+def peft_keys(entry: dict) -> dict[str, str]:
+    """What an expert adapts -> what PEFT calls it in a file, without `lora_A.weight` and `lora_B.weight`.
+
+    The layers that it puts around a module, one for each parameter, lie in each other, the first parameter's inmost.
+    """
+    keys = {name: f"{PEFT_PREFIX}{name}" for name in entry["target_modules"]}
+    for name in entry["target_parameters"]:
+        module, _, parameter = name.rpartition(".")
+        later = [
+            other
+            for other in STACKED_PARAMETERS[STACKED_PARAMETERS.index(parameter) + 1 :]
+            if f"{module}.{other}" in entry["target_parameters"]
+        ]
+        keys[name] = f"{PEFT_PREFIX}{module}{'.base_layer' * len(later)}"
+    return keys
 
 
 def save_adapters(model, directory: str | Path, state_dict: dict | None = None) -> list[Path]:
@@ -100,7 +129,7 @@ def save_adapters(model, directory: str | Path, state_dict: dict | None = None) 
         refuse_offloaded(model)
         state_dict = model.state_dict()
     folders = []
-    layers = model.expert_layers()
+    layers, modules = model.expert_layers(), model.config.stack_modules()
     for index, entry in enumerate(model.config.expert_configs):
         name = entry["name"]
         if Path(name).name != name or name in (".", ".."):
@@ -108,11 +137,13 @@ def save_adapters(model, directory: str | Path, state_dict: dict | None = None) 
         folder = Path(directory) / name
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
-        for module in entry["target_modules"]:
-            for kind in ("lora_A", "lora_B"):
-                rows = state_dict[f"foundation.{module}.{kind}"].detach()[layers[module].rows(index)].cpu()
-                matrix = rows.T if kind == "lora_B" else rows
-                weights[f"{PEFT_PREFIX}{module}.{kind}.weight"] = matrix.clone(memory_format=torch.contiguous_format)
+        for place, key in peft_keys(entry).items():
+            rows = [
+                state_dict[f"foundation.{modules[place]}.{kind}"].detach()[layers[place].rows(index)].cpu()
+                for kind in ("lora_A", "lora_B")
+            ]
+            for kind, matrix in zip(("lora_A", "lora_B"), as_in_peft(*rows), strict=True):
+                weights[f"{key}.{kind}.weight"] = matrix.clone(memory_format=torch.contiguous_format)
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         transposed = any(isinstance(layers[module].base_layer, Conv1D) for module in entry["target_modules"])
         text = json.dumps(peft_config(model.config, index, transposed), indent=2, sort_keys=True)
@@ -177,7 +208,12 @@ def set_default_strategy(model, strategy: str) -> None:
 
 
 def read_full(
-    location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, variant: str | None = None
+    location: str,
+    config: DyloraMoeConfig,
+    numbers: list[int],
+    where: dict,
+    network: type,
+    variant: str | None = None,
 ) -> dict:
     """The state dict of some experts of a repo of layout `full`: rows of the stacks and the gate, and slices of the
     files for everything else, which are read when they are used.
@@ -187,6 +223,7 @@ def read_full(
         config: the repo's config, with all experts.
         numbers: the experts wanted, in order.
         where: arguments for the Hub.
+        network: the model class, to know the names that transformers saves under others.
         variant: which of several sets of weight files, as in `model.<variant>.safetensors`.
 
     Raises:
@@ -197,24 +234,38 @@ def read_full(
             f"{location} was saved quantised, so `experts` cannot pick some: load it whole, or from a repo "
             "that was saved without, with `quantization_config`."
         )
-    layouts = config.rank_layouts()
+    layouts = {module: config.rank_layouts()[place] for place, module in config.stack_modules().items()}
+    wrapped = {f"foundation.{module}" for module in subset_of(config, numbers)[0].wrapped_modules()}
     state = {}
-    for path in _weight_files(location, variant, where):
-        file = _opened(path)
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            module, _, kind = name.removeprefix("foundation.").replace(".base_layer.", ".").rpartition(".")
+    files = [_opened(path) for path in _weight_files(location, variant, where)]
+    names = _as_in_model([name for file in files for name in file.keys()], config, network)  # noqa: SIM118
+    for file in files:
+        for stored in file.keys():  # noqa: SIM118  (not a dict)
+            name = names.get(stored, stored)
+            module, _, kind = name.removeprefix("foundation.").rpartition(".")
             layout = layouts.get(module)
-            unused = layout is not None and not any(layout[number][0] for number in numbers)
             if name.startswith("router.gate."):
-                state[name] = file.get_tensor(name)[numbers]
+                state[name] = file.get_tensor(stored)[numbers]
             elif layout is not None and kind in ("lora_A", "lora_B"):
-                if not unused:
-                    state[name] = _rows(file.get_slice(name), layout, numbers)
-            elif unused:
-                state[name.replace(".base_layer.", ".")] = file.get_slice(name)
+                if any(layout[number][0] for number in numbers):
+                    state[name] = _rows(file.get_slice(stored), layout, numbers)
+            elif ".base_layer." in name:  # which those that these experts leave alone do not have
+                state[in_base_layer(name.replace(".base_layer.", "."), wrapped)] = file.get_slice(stored)
             else:
-                state[name] = file.get_slice(name)
+                state[name] = file.get_slice(stored)
     return state
+
+
+def _as_in_model(stored: list[str], config: DyloraMoeConfig, network: type) -> dict[str, str]:
+    """The names in the model of tensors of expert layers that transformers saved under the foundation's older names."""
+    own = [name for name in stored if ".base_layer." in name or ".lora_" in name]
+    with torch.device("meta"):
+        model = network(config)
+    expected = model.state_dict()
+    if all(name in expected for name in own):
+        return {}
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in own}
 
 
 def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:
@@ -276,11 +327,8 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
     foundation = _load_foundation(name, hub)
     with torch.device("meta"):
         needed = network(config).state_dict()
-    adapted = config.adapted_modules()
-    state = {}
-    for key, tensor in foundation.state_dict().items():
-        module, _, kind = key.rpartition(".")
-        state[f"foundation.{module}{'.base_layer' if module in adapted else ''}.{kind}"] = tensor
+    wrapped = config.wrapped_modules()
+    state = {f"foundation.{in_base_layer(key, wrapped)}": value for key, value in foundation.state_dict().items()}
     for key, expected in needed.items():
         if ".lora_" in key or key.startswith("router."):
             continue
@@ -290,7 +338,9 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
                 f"The foundation {name!r} does not fit the experts of {location}: {key.removeprefix('foundation.')} is "
                 f"{found}, and they were trained on {tuple(expected.shape)}. Pass the right one as `base_model=`."
             )
-    state.update(_expert_stacks(location, config, where))
+    stacks = {name: needed[f"foundation.{module}.lora_A"] for name, module in config.stack_modules().items()}
+    counts = {name: stack.shape[1] if stack.dim() == 3 else 0 for name, stack in stacks.items()}
+    state.update(_expert_stacks(location, config, counts, where))
     if config.has_router:
         router = _opened(cached_file(location, ROUTER_WEIGHTS, **where))
         state.update({f"router.{key}": router.get_tensor(key)[numbers] for key in router.keys()})  # noqa: SIM118
@@ -449,18 +499,22 @@ def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
     return config.base_model_name_or_path, {**hub, "revision": config.base_model_revision}
 
 
-def _expert_stacks(location: str, config: DyloraMoeConfig, where: dict) -> dict[str, torch.Tensor]:
-    files = {}
-    for name in config.expert_names:
-        file = _opened(cached_file(location, f"experts/{name}/{ADAPTER_WEIGHTS}", **where))
-        files[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    stacks = {}
-    for module in config.adapted_modules():
-        key = f"{PEFT_PREFIX}{module}.lora_{{}}.weight"
-        holders = [file for file in files.values() if key.format("A") in file]
-        stacks[f"foundation.{module}.lora_A"] = torch.cat([file[key.format("A")] for file in holders])
-        stacks[f"foundation.{module}.lora_B"] = torch.cat([file[key.format("B")].T for file in holders])
-    return stacks
+def _expert_stacks(
+    location: str, config: DyloraMoeConfig, counts: dict[str, int], where: dict
+) -> dict[str, torch.Tensor]:
+    """The stacks of all experts from their files. `counts` are those of `rows_of_stack`, by the names of what is adapted."""
+    rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in counts}
+    for entry in config.expert_configs:
+        file = _opened(cached_file(location, f"experts/{entry['name']}/{ADAPTER_WEIGHTS}", **where))
+        for name, key in peft_keys(entry).items():
+            pair = (file.get_tensor(f"{key}.lora_{matrix}.weight") for matrix in "AB")
+            rows[name].append(rows_of_stack(*pair, counts[name]))
+    modules = config.stack_modules()
+    return {
+        f"foundation.{modules[name]}.lora_{matrix}": torch.cat([pair[position] for pair in pairs])
+        for name, pairs in rows.items()
+        for position, matrix in enumerate("AB")
+    }
 
 
 @torch.no_grad()
@@ -472,28 +526,39 @@ def merge_expert(model, expert: int | str):
     """
     index = model.config.expert_index(expert)
     refuse_offloaded(model, everything=True)
-    for name, layer in model.expert_layers().items():
+    for name in model.expert_layers():
+        weight, _ = _frozen_weight(model, model.foundation, name)
         # torchao's weights say that they are numbers of floating point; only their class tells.
-        if type(layer.weight.data) is not torch.Tensor or not layer.weight.is_floating_point():
+        if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
             raise ValueError(f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that.")
     merged = deepcopy(model.foundation)
     _tie_as_before(merged, keep_tied=not any(_adapts(model, index, name) for name in merged.all_tied_weights_keys))
-    for name in model.config.adapted_modules():
-        layer = merged.get_submodule(name)
-        base = layer.base_layer
+    for name, layer in model.expert_layers().items():
         rank, scale = layer.layout[index]
         if rank > 0:
-            rows = layer.rows(index)
-            update = scale * layer.lora_B[rows].float().T @ layer.lora_A[rows].float()  # [out, in]
-            update = update.T if isinstance(base, Conv1D) else update
-            base.weight.copy_(base.weight.float() + update.to(base.weight.device))
+            (weight, transposed), rows = _frozen_weight(model, merged, name), layer.rows(index)
+            lora_a, lora_b = layer.lora_A[rows].float(), layer.lora_B[rows].float()
+            update = scale * torch.einsum("r...i, r...o -> ...oi", lora_a, lora_b)
+            update = update.mT if transposed else update
+            weight.copy_(weight.float() + update.to(weight.device))
+    for name in model.config.wrapped_modules():
         parent_name, _, child_name = name.rpartition(".")
-        setattr(merged.get_submodule(parent_name), child_name, base)
+        setattr(merged.get_submodule(parent_name), child_name, merged.get_submodule(name).base_layer)
     if getattr(model, "generation_config", None) is not None and merged.can_generate():
         merged.generation_config = deepcopy(model.generation_config)  # further tokens that end a text are only there
         vars(merged.generation_config).pop("routing_strategy", None)
     merged.requires_grad_(True)
     return merged.eval()
+
+
+def _frozen_weight(model, foundation: PreTrainedModel, place: str) -> tuple[torch.Tensor, bool]:
+    """The foundation's own weight where experts adapt it, and whether it is stored as `[.., in, out]`."""
+    if place in model.config.adapted_parameters():
+        module, _, parameter = place.rpartition(".")
+        experts = foundation.get_submodule(module).base_layer
+        return getattr(experts, parameter), experts.is_transposed
+    layer = foundation.get_submodule(place).base_layer
+    return layer.weight, isinstance(layer, Conv1D)
 
 
 def _adapts(model, expert: int, parameter: str) -> bool:
@@ -526,6 +591,7 @@ __all__ = [
     "keep_single_expert",
     "merge_expert",
     "peft_config",
+    "peft_keys",
     "read_adapter",
     "read_full",
     "read_generation_config",

@@ -26,6 +26,7 @@ from .configuration_dylora_moe import DyloraMoeConfig
 from .experts_dylora_moe import (
     ActiveExperts,
     DyloraMoeLinear,
+    LowRankStacks,
     checkpoint_with_experts,
     expert_dropouts,
     in_base_layer,
@@ -49,6 +50,7 @@ from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
 from .router_mode_dylora_moe import routes_densely, warn_of_copies_that_differ
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
 from .saving_dylora_moe import SavingMixin
+from .stacked_experts_dylora_moe import DyloraMoeStackedExperts, as_in_peft, rows_of_stack, stack_shape
 
 
 try:
@@ -90,8 +92,10 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         if foundation is None:
             foundation = AutoModelForCausalLM.from_config(config.base_config)
         self.foundation = foundation
-        self._adapted_modules = config.adapted_modules()
-        self._wrap_modules(self._adapted_modules, config)
+        self._stack_modules = config.stack_modules()
+        self._check_parameters(config)
+        self._wrap_modules(config.adapted_modules(), config)
+        self._wrap_parameters(config.adapted_parameters(), config)
         self._describe_foundation()
         self.router = None
         if config.has_router:
@@ -169,7 +173,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         if config.weights_layout == "adapter":
             state_dict = read_adapter(location, subset, numbers, where, cls)
         else:
-            state_dict = read_full(location, config, numbers, where, kwargs.get("variant"))
+            state_dict = read_full(location, config, numbers, where, cls, kwargs.get("variant"))
         loaded = super().from_pretrained(None, *args, config=subset, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = location
@@ -209,6 +213,28 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
             setattr(self.foundation.get_submodule(parent_name), child_name, layer)
         self._rename_tied_weights(set(wrapped))
 
+    def _check_parameters(self, config: DyloraMoeConfig) -> None:
+        """Raises ValueError: an expert adapts a parameter that is none of stacked experts."""
+        for name in config.adapted_parameters():
+            module_name, _, parameter = name.rpartition(".")
+            try:
+                module = self.foundation.get_submodule(module_name)
+                stack_shape(getattr(module, "base_layer", module), parameter)
+            except (AttributeError, ValueError) as error:
+                raise ValueError(f"`target_parameters` names {name!r}. {error}") from error
+
+    def _wrap_parameters(self, names: list[str], config: DyloraMoeConfig) -> None:
+        """Put updates beside parameters of stacked experts."""
+        layouts, dropouts = config.rank_layouts(), expert_dropouts(config.expert_configs)
+        for name in names:
+            module_name, _, parameter = name.rpartition(".")
+            module = self.foundation.get_submodule(module_name)
+            if not isinstance(module, DyloraMoeStackedExperts):
+                module = DyloraMoeStackedExperts(module).train(module.training)
+                parent_name, _, child_name = module_name.rpartition(".")
+                setattr(self.foundation.get_submodule(parent_name), child_name, module)
+            module.add_update(parameter, layouts[name], dropouts)
+
     def _rename_tied_weights(self, wrapped: set[str]) -> None:
         """A tied head that experts adapt stays tied, under its new name: they act on its output, not on its weight."""
         tied = self.foundation.all_tied_weights_keys
@@ -222,6 +248,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
     def _describe_foundation(self) -> None:
         """Note what every pass needs to know of the modules, once."""
         self.num_layers_per_stream = len(DynamicCache(config=self.config.get_text_config(decoder=True)).layers)
+        if self.config.adapted_parameters():  # a loop over those of the foundation's experts that have tokens
+            self._can_compile_fullgraph = False
         self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -230,9 +258,10 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     # Modules and weights
 
-    def expert_layers(self) -> dict[str, DyloraMoeLinear]:
-        """Every adapted layer by its name inside the foundation."""
-        return {name: reduce(getattr, name.split("."), self.foundation) for name in self._adapted_modules}
+    def expert_layers(self) -> dict[str, LowRankStacks]:
+        """What holds the stacks of every adapted layer or parameter, by its name inside the foundation."""
+        modules = self._stack_modules.items()
+        return {name: reduce(getattr, module.split("."), self.foundation) for name, module in modules}
 
     @property
     def foundation_body(self) -> nn.Module:
@@ -244,18 +273,19 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
         Args:
             expert: name or number.
-            weights: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them.
+            weights: name of a module -> (A `[r, in_features]`, B `[out_features, r]`), and of a parameter of stacked
+                experts -> (A `[experts * r, in_features]`, B `[out_features, r * experts]`), as PEFT has them.
 
         Raises:
-            ValueError: modules that are not just the expert's, a shape that does not fit (names both shapes), or
+            ValueError: names that are not just the expert's, a shape that does not fit (names both shapes), or
                 weights that are offloaded.
         """
         refuse_offloaded(self)
         index = self.config.expert_index(expert)
-        expected = set(self.config.expert_configs[index]["target_modules"])
+        expected = set(self._places_of(index))
         if set(weights) != expected:
             raise ValueError(
-                f"Expert {expert!r} adapts {len(expected)} modules, and weights came for {len(weights)}; "
+                f"Expert {expert!r} adapts {len(expected)} modules and parameters, and weights came for {len(weights)}; "
                 f"the difference is {sorted(expected ^ set(weights))[:4]}."
             )
         layers = self.expert_layers()
@@ -263,16 +293,19 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
             for name, (lora_a, lora_b) in weights.items():
                 layer = layers[name]
                 rows = layer.rows(index)
-                for kind, mine, given in (("A", layer.lora_A[rows], lora_a), ("B", layer.lora_B[rows].T, lora_b)):
+                views = layer.lora_A[rows], layer.lora_B[rows]
+                for kind, mine, given in zip("AB", as_in_peft(*views), (lora_a, lora_b), strict=True):
                     if mine.shape != given.shape:
                         raise ValueError(
                             f"Expert {expert!r}, layer {name!r}: lora_{kind} is of shape {tuple(given.shape)}, and this "
                             f"foundation needs {tuple(mine.shape)}. It was trained on a foundation of other shapes."
                         )
-                    mine.copy_(given)  # a view of the stack
+                count = layer.lora_A.shape[1] if layer.lora_A.dim() == 3 else 0
+                for mine, given in zip(views, rows_of_stack(lora_a, lora_b, count), strict=True):
+                    mine.copy_(given)
 
     def expert_weights(self, expert: int | str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """One expert's matrices: module name -> (A `[r, in_features]`, B `[out_features, r]`), as PEFT has them.
+        """One expert's matrices by the names of what it adapts, as PEFT has them; see `set_expert_weights`.
 
         Raises:
             ValueError: no such expert, or its weights are offloaded.
@@ -280,11 +313,15 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         refuse_offloaded(self)
         index = self.config.expert_index(expert)
         weights = {}
-        for name in self.config.expert_configs[index]["target_modules"]:
-            layer = self.foundation.get_submodule(name)
-            lora_a, lora_b = (stack.detach()[layer.rows(index)] for stack in (layer.lora_A, layer.lora_B))
-            weights[name] = (lora_a.clone(), lora_b.T.clone())
+        for name in self._places_of(index):
+            layer = self.foundation.get_submodule(self._stack_modules[name])
+            rows = (stack.detach()[layer.rows(index)] for stack in (layer.lora_A, layer.lora_B))
+            weights[name] = tuple(matrix.clone() for matrix in as_in_peft(*rows))
         return weights
+
+    def _places_of(self, expert: int) -> list[str]:
+        entry = self.config.expert_configs[expert]
+        return [*entry["target_modules"], *entry["target_parameters"]]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -354,7 +391,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
             self.refuse_adapters_around_experts()
         if weights is None or not self._rank_layouts:
             return None
-        any_layer = self.foundation.get_submodule(self._adapted_modules[0])
+        any_layer = self.foundation.get_submodule(next(iter(self._stack_modules.values())))
         return ActiveExperts(weights, self._rank_layouts, any_layer.lora_A.dtype, tokens)
 
     def routing_strategy(self, strategy: str | RoutingStrategy | None = None) -> RoutingStrategy:

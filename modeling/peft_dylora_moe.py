@@ -3,7 +3,7 @@
 Knows how PEFT names its targets. Knows nothing about PEFT's layers, and does not import it.
 """
 
-from .experts_dylora_moe import DyloraMoeLinear
+from .experts_dylora_moe import DyloraMoeLinear, LowRankStacks
 
 
 class PeftTargetsMixin:
@@ -39,7 +39,7 @@ class PeftTargetsMixin:
         """Raises ValueError: PEFT put an adapter around an expert layer, which it would take away with the adapter. It
         does so, without an error of its own, where it knows a layer by the class of its weight (torchao)."""
         for name, layer in self.expert_layers().items():
-            if not isinstance(layer, DyloraMoeLinear):
+            if not isinstance(layer, LowRankStacks):
                 raise ValueError(
                     f"A {type(layer).__name__} was put around layer {name!r}, which experts adapt: adapters go inside, on "
                     "`<layer>.base_layer`. Load the model anew and let `model.peft_target_modules([<name>, ...])` name "

@@ -1,0 +1,253 @@
+"""The low-rank updates of the stacked experts of a mixture-of-experts foundation.
+
+Such a foundation has experts of its own, called stacked experts here, whose matrices are parameters of three dimensions,
+one stacked expert after the other. An expert of the mixture adapts such a parameter as PEFT's `target_parameters` do: with
+an A and a B for each stacked expert e. A token x that the foundation sends to e gets there
+
+    sum_i w_i s_i B_ie A_ie x  =  B_e ((A_e x) * g)        g as in `experts_dylora_moe`
+
+Knows how transformers lays out such experts. Knows nothing about how a foundation chooses among them.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_dylora_moe import STACKED_PARAMETERS
+from .experts_dylora_moe import (
+    ActiveExperts,
+    LowRankStacks,
+    RankLayout,
+    _batch_and_sequence,
+    _pass_in_progress,
+    refuse_recomputation,
+)
+
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What transformers' `use_experts_implementation` notes on the modules whose forward is of the kind that is computed here.
+MARKS = ("has_gate", "has_bias", "is_transposed")
+
+
+def stack_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """`(number of stacked experts, in_features, out_features)` of a parameter of stacked experts.
+
+    Raises:
+        ValueError: it is none, or the module computes something else than transformers' standard experts.
+    """
+    found = dict(experts.named_parameters(recurse=False))
+    names = [name for name in found if name in STACKED_PARAMETERS]
+    needed = ["gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"]
+    is_standard = all(hasattr(experts, mark) for mark in MARKS) and names == needed
+    if parameter not in names or not is_standard or any(found[name].dim() != 3 for name in names):
+        raise ValueError(
+            f"Experts adapt the parameters gate_up_proj (or up_proj) and down_proj of a mixture-of-experts layer whose "
+            f"experts are stacked as transformers has it; {parameter!r} of this {type(experts).__name__} is none of these."
+        )
+    count, first, second = found[parameter].shape
+    return (count, first, second) if experts.is_transposed else (count, second, first)
+
+
+def rows_of_stack(lora_a: torch.Tensor, lora_b: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert's rows of both stacks, from what PEFT has.
+
+    PEFT's A lists a stacked expert's ranks one after the other, its B a rank's stacked experts (`ParamWrapper.get_delta_weight`).
+
+    Args:
+        lora_a: `[count * r, in_features]`; lora_b: `[out_features, r * count]`.
+        count: the number of stacked experts; 0 for a linear layer, which has none.
+
+    Returns:
+        `[r, count, in_features]` and `[r, count, out_features]`; of a linear layer `[r, in_features]` and
+        `[r, out_features]`.
+    """
+    return rows_of_a(lora_a, count), rows_of_b(lora_b, count)
+
+
+def rows_of_a(lora_a: torch.Tensor, count: int) -> torch.Tensor:
+    return lora_a.unflatten(0, (count, -1)).transpose(0, 1) if count else lora_a
+
+
+def rows_of_b(lora_b: torch.Tensor, count: int) -> torch.Tensor:
+    return lora_b.T.unflatten(0, (-1, count)) if count else lora_b.T
+
+
+def as_in_peft(rows_a: torch.Tensor, rows_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEFT has, A `[.., in_features]` and B `[out_features, ..]`, from one expert's rows of both stacks."""
+    return a_as_in_peft(rows_a), b_as_in_peft(rows_b)
+
+
+def a_as_in_peft(rows: torch.Tensor) -> torch.Tensor:
+    return rows.transpose(0, 1).flatten(0, 1) if rows.dim() == 3 else rows
+
+
+def b_as_in_peft(rows: torch.Tensor) -> torch.Tensor:
+    return rows.flatten(0, 1).T if rows.dim() == 3 else rows.T
+
+
+class StackedUpdate(LowRankStacks):
+    """The updates of one parameter.
+
+    Parameters are the stacks of all experts: `lora_A` `[R, stacked experts, in_features]` and `lora_B`
+    `[R, stacked experts, out_features]`, R the sum of the experts' ranks here.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], layout: RankLayout, dropouts: nn.ModuleList, weight: torch.Tensor):
+        super().__init__()
+        count, in_features, out_features = shape
+        total_rank = sum(rank for rank, _ in layout)
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        self.layout = layout
+        self.dropouts = dropouts
+        self.lora_A = nn.Parameter(torch.empty(total_rank, count, in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(total_rank, count, out_features, dtype=dtype, device=weight.device))
+        self.frozen_experts: frozenset[int] = frozenset()
+        self.has_merged_adapter = False  # in the frozen parameter
+
+    def initialize_experts(self) -> None:
+        """As for linear layers: A as a Kaiming-uniform matrix of `in_features`, B zero."""
+        bound = self.lora_A.shape[-1] ** -0.5
+        init.uniform_(self.lora_A, -bound, bound)
+        init.zeros_(self.lora_B)
+
+
+class DyloraMoeStackedExperts(nn.Module):
+    """Stacked experts of the foundation, `base_layer`, and in `updates` a `StackedUpdate` for each adapted parameter."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.updates = nn.ModuleDict()
+
+    def add_update(self, parameter: str, layout: RankLayout, dropouts: nn.ModuleList) -> None:
+        """Adapt a parameter.
+
+        Raises:
+            ValueError: it is none that experts can adapt.
+        """
+        shape = stack_shape(self.base_layer, parameter)
+        update = StackedUpdate(shape, layout, dropouts, getattr(self.base_layer, parameter))
+        self.updates[parameter] = update.train(self.training)
+
+    # As in `DyloraMoeLinear`, for PEFT when it unloads an adapter.
+
+    def merge(self, *args, **kwargs) -> None:
+        """Merge nothing: an adapter on top is merged into the frozen parameters by PEFT's own layer."""
+        for update in self.updates.values():
+            update.has_merged_adapter = True
+
+    def get_base_layer(self) -> "DyloraMoeStackedExperts":
+        """What is left once PEFT's layers are taken off: this one."""
+        return self
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As the foundation's own: `hidden_states` `[tokens, hidden]`, the others `[tokens, stacked experts of a token]`."""
+        active = _pass_in_progress.active
+        if active is None:
+            refuse_recomputation()
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)
+        updates = dict(self.updates.items())
+        if active.single is not None:
+            updates = {name: update for name, update in updates.items() if update.layout[active.single][0] > 0}
+        if not updates:
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)
+        with ExitStack() as stack:
+            for module in (self.base_layer, *updates.values()):
+                stack.enter_context(_at_hand(module))
+            return self._adapted(active, updates, hidden_states, top_k_index, top_k_weights)
+
+    def _adapted(
+        self,
+        active: ActiveExperts,
+        updates: dict[str, StackedUpdate],
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the foundation's own loop over its experts computes, with the updates in its two products."""
+        base, result = self.base_layer, torch.zeros_like(hidden_states)
+        if not all(hasattr(base, mark) for mark in MARKS):
+            raise ValueError(
+                f"A {type(base).__name__} stands in the place of stacked experts that experts adapt: put no adapter on those."
+            )
+        if any(parameter.dtype not in COMPUTED for parameter in base.parameters()):
+            raise ValueError(
+                f"The stacked experts of this {type(base).__name__} are quantised, and experts adapt them: load the model "
+                "without quantising those."
+            )
+        scales = {name: _token_scales(active, update, len(hidden_states)) for name, update in updates.items()}
+
+        def linear(name: str, inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            weight = getattr(base, name)[number]
+            bias = getattr(base, f"{name}_bias")[number] if base.has_bias else None
+            outputs = F.linear(inputs, weight.T if base.is_transposed else weight, bias)
+            if name not in updates:
+                return outputs
+            scale = scales[name] if active.single is not None else scales[name][tokens]
+            return outputs + _update(updates[name], inputs, number, active.single, scale).to(outputs.dtype)
+
+        for number in top_k_index.unique().tolist():
+            if number >= base.num_experts:  # another process's, where the foundation's experts are spread over several
+                continue
+            tokens, places = torch.where(top_k_index == number)
+            hidden = linear("gate_up_proj" if base.has_gate else "up_proj", hidden_states[tokens], tokens)
+            hidden = base._apply_gate(hidden) if base.has_gate else base.act_fn(hidden)
+            hidden = linear("down_proj", hidden, tokens)
+            if getattr(base, "has_post_expert_norm", False):
+                hidden = base.post_expert_norm(hidden)
+            hidden = hidden * top_k_weights[tokens, places, None]
+            result.index_add_(0, tokens, hidden.to(result.dtype))
+        return result
+
+
+@contextmanager
+def _at_hand(module: nn.Module) -> Iterator[None]:
+    """Bring offloaded weights where they are computed with, as accelerate does around a module's own forward."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
+
+
+def _token_scales(active: ActiveExperts, update: StackedUpdate, num_tokens: int) -> float | torch.Tensor:
+    """The scale of the one expert, or g of every token, `[tokens, R]`."""
+    if active.single is not None:
+        return update.layout[active.single][1]
+    scale = active.scales[update.layout].to(update.lora_A.device)
+    return scale.expand(*_batch_and_sequence(scale, num_tokens), -1).reshape(-1, scale.shape[-1])
+
+
+def _update(
+    update: StackedUpdate, inputs: torch.Tensor, number: int, single: int | None, scale: float | torch.Tensor
+) -> torch.Tensor:
+    """The update of the tokens at one stacked expert: `inputs` `[tokens, in]`, `scale` a number or `[tokens, R]`."""
+    if single is not None:
+        return _low_rank(update, inputs, number, update.rows(single), update.dropouts[single].p, scale)
+    if not update.training or not any(dropout.p for dropout in update.dropouts):
+        return _low_rank(update, inputs, number, slice(None), 0.0, scale)
+    # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
+    return sum(
+        _low_rank(update, inputs, number, update.rows(expert), dropout.p, scale[:, update.rows(expert)])
+        for expert, dropout in enumerate(update.dropouts)
+        if update.layout[expert][0] > 0
+    )
+
+
+def _low_rank(update, inputs, number: int, rows: slice, dropout: float, scale: float | torch.Tensor) -> torch.Tensor:
+    inputs = F.dropout(inputs.to(update.lora_A.dtype), dropout, update.training)
+    ranks = F.linear(inputs, update._stack("lora_A")[rows, number])  # [tokens, rank]
+    scale = scale.to(ranks.dtype) if isinstance(scale, torch.Tensor) else scale
+    return (ranks * scale) @ update._stack("lora_B")[rows, number].to(ranks.dtype)
+
+
+__all__ = ["DyloraMoeStackedExperts", "StackedUpdate", "as_in_peft", "rows_of_stack", "stack_shape"]
