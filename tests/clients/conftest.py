@@ -43,7 +43,7 @@ def environment(tmp_path_factory):
     def environment(*packages: str):
         if packages not in made:
             folder = tmp_path_factory.mktemp("environment")
-            python = make_environment(folder, ("torch", "transformers", "accelerate", "peft", "jinja2"))
+            python = make_environment(folder, ("torch", "transformers", "accelerate", "peft", "jinja2", "requests"))
             site_packages = next((folder / "lib").glob("python*/site-packages"))
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site_packages)]
             process = subprocess.run([*command, *packages], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""TRL, at two versions: the blocks of docs/training.md as they stand, and what holds after them."""
+"""TRL, at two versions: the blocks of docs/training.md on a CPU in float32, and what holds after them."""
 
 import json
 import math
@@ -64,6 +64,7 @@ def trl(request, environment, mixtures, tmp_path):
         shutil.copytree(repo, tmp_path / repo.name)
 
     def run(code: str) -> str:
+        code = code.replace("output_dir=", "use_cpu=True, bf16=False, output_dir=")  # TRL's default is for GPUs
         return run_python(python, START + code + HISTORY, str(tmp_path), home=tmp_path)
 
     run.version, run.folder = request.param, tmp_path
