@@ -206,7 +206,7 @@ class _Pool:
         """
         for _ in range(TRIES):
             before = len(self.troubles)
-            answer = self._insist(check, lambda answer: not answer.unset)
+            answer = self._repeat(check, lambda answer: not answer.unset)
             if not answer.has_run:
                 raise self._failure(answer)
             if not answer.is_doubtful(self.troubles[before:]):
@@ -220,11 +220,11 @@ class _Pool:
         Raises:
             FailureError: it is not run, however often it is tried.
         """
-        answer = self._insist(Check(task, ""), Answer.is_certain)
+        answer = self._repeat(Check(task, ""), Answer.is_certain)
         if not answer.is_certain():
             raise self._failure(answer)
 
-    def _insist(self, check: Check, is_enough: Callable[[Answer], bool]) -> Answer:
+    def _repeat(self, check: Check, is_enough: Callable[[Answer], bool]) -> Answer:
         """The answer to a check that is made alone; again and again for a while, until it is good enough."""
         for seconds in PAUSES:
             time.sleep(seconds)
@@ -236,7 +236,9 @@ class _Pool:
 
     def _failure(self, answer: Answer) -> FailureError:
         why = answer.verdict.lost or "a program that fails at once was not run to its end"
-        return FailureError(f"programs cannot be checked: {why}; {remedy(answer.errno, self.workers[0].folder.parent)}")
+        return FailureError(
+            f"programs cannot be checked: {why}; {remedy(answer.errno, self.workers[0].folder.parent)}"
+        )
 
     def _wait(self, selector: selectors.BaseSelector) -> set[_Worker]:
         """The workers that answer or end, after a second at most. Much longer means that all stood still meanwhile."""
