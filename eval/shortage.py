@@ -32,7 +32,7 @@ def remedy(number: int | None, folder: str | Path) -> str:
     """
     if number in (errno.ENOSPC, errno.EDQUOT):
         left = ", ".join(_space_left(place) for place in (Path(folder), SHARED_MEMORY) if place.is_dir())
-        return f"{left}; make room there, or name another temporary folder in TMPDIR"
+        return f"{left}; make room there; TMPDIR names another temporary folder"
     return _REMEDIES.get(number, "run the same command again once this is mended")
 
 
