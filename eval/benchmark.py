@@ -212,9 +212,11 @@ def _processes() -> Any:
 
 
 def _check_settings(options: BenchmarkOptions) -> None:
+    from .check_workers import check_start
     from .scoring import check_settings
 
     check_settings(options.sandbox)
+    check_start(options.sandbox)
 
 
 def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:
@@ -323,12 +325,14 @@ def score_run(
 ) -> Run:
     """Score a run's samples and record it, unless that was done and neither samples nor results have changed since.
 
+    Results in which checks had no verdict are never final: they are made again.
+
     Raises:
         InputError, FailureError: as `score_samples`.
     """
-    from .scoring import pass_at_k, score_samples
+    from .scoring import lost_checks, pass_at_k, score_samples
 
-    if run.has_results and run.base_only <= base_only:
+    if run.has_results and run.base_only <= base_only and not lost_checks(run.results_path):
         return run
     run.results_path.unlink(missing_ok=True)  # EvalPlus would take it for these samples'
     path = score_samples(

@@ -42,8 +42,10 @@ from .restrictions import (
 )
 
 
-# EvalPlus 0.3.1 gives the base and the plus tests so long each, and waits a little for the process to end.
+# EvalPlus 0.3.1 gives the base and the plus tests so long each, waits so much longer before it calls a program timed out
+# and ends it, and is done with it after the third.
 EVALPLUS_SECONDS = 60
+WAITING_SECONDS = 2
 ENDING_SECONDS = 3
 # For the guard itself, on a busy machine.
 GRACE_SECONDS = 10
@@ -52,6 +54,10 @@ KEPT_VARIABLE = "EVALPLUS_MAX_MEMORY_BYTES"
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 # System V's shared memory, messages and semaphores, which no process's end frees.
 LASTING = [Path("/proc/sysvipc", kind) for kind in ("shm", "msg", "sem")]
+
+
+# What a program's process notes of itself when all that remains is to run the program.
+RUNS = {"runs": True}
 
 
 class Task(NamedTuple):
@@ -71,8 +77,10 @@ def serve(folder: str, private: Sequence[str], user: int | None, processes: int 
     """Answer questions from stdin until it ends, or until a program has changed what the next one would run in.
 
     A question is pickled: (the fields of a Task, or None for the one before; the program's text). An answer is what
-    `check_correctness` says of it, `{"base": [status, details], "plus": [status, details]}`, or `{"lost": status,
-    "reason": text}`; with `"last": true` if this process ends with it.
+    `check_correctness` says of it, `{"base": [status, details], "plus": [status, details]}`, with `"early": true` if a
+    program that EvalPlus calls timed out ended before its time; or `{"lost": status, "reason": text}`; or `{"unset":
+    reason, "errno": number or null, "has_run": …}` where the check could not be set up, with whether the program has run
+    for the base tests at least. With `"last": true` this process ends with it.
 
     Args:
         folder: where samples get folders of their own.
@@ -106,38 +114,56 @@ def serve(folder: str, private: Sequence[str], user: int | None, processes: int 
                 return
 
 
-def allowed_seconds(times: Sequence[float]) -> float:
-    """How long EvalPlus lets a program run on inputs that the reference solution took so long for, at most."""
+def limit_seconds(times: Sequence[float]) -> float:
+    """EvalPlus's limit for a program on inputs that the reference solution took so long for."""
     from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
 
     limits = (max(DEFAULT_MIN_TIME_LIMIT, DEFAULT_GT_TIME_LIMIT_FACTOR * seconds) for seconds in times)
-    return min(EVALPLUS_SECONDS, sum(limits)) + ENDING_SECONDS
+    return min(EVALPLUS_SECONDS, sum(limits))
 
 
 def _check(task: Task, program: str, folder: str, processes: int | None) -> dict[str, Any]:
     """One answer. When it returns, nothing that the program started is left, and neither is its folder."""
     kinds = ("base",) if task.base_only else ("base", "plus")
-    seconds = [allowed_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
-    own = tempfile.mkdtemp(dir=folder)
-    reading, writing = os.pipe()
-    guard = os.fork()
-    if guard == 0:
-        _guard(task, program, own, writing, math.ceil(max(seconds)), processes)
-    os.close(writing)
-    try:
+    limits = [limit_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
+    seconds = [limit + ENDING_SECONDS for limit in limits]
+    with contextlib.ExitStack() as stack:
+        try:
+            own = tempfile.mkdtemp(dir=folder)
+            stack.callback(remove_folder, own)
+            reading, writing = os.pipe()
+            stack.callback(os.close, reading)
+            with contextlib.closing(os.fdopen(writing, "wb")):
+                guard = os.fork()
+                if guard == 0:
+                    _guard(task, program, own, writing, math.ceil(max(seconds)), processes)
+        except (OSError, MemoryError) as error:
+            return {**_unset(error), "has_run": False}
+        stack.callback(_end_all, guard)
         said = _read(reading, time.monotonic() + sum(seconds) + GRACE_SECONDS)
-    finally:
-        os.close(reading)
-        _end_all(guard)
-        remove_folder(own)
     if said is None:
         return {"lost": "timeout", "reason": "the check did not end at its time limit"}
-    try:
-        answer = json.loads(said)
-        return {kind: answer[kind] for kind in kinds}
-    except (ValueError, KeyError, TypeError):
-        reason = said.decode("utf-8", errors="replace").strip() or "the checking process was ended"
-        return {"lost": "fail", "reason": reason[-300:]}
+    *notes, answer = _lines(said) or [{}]
+    unset = next((note for note in [*notes, answer] if "unset" in note), None)
+    if unset is not None:
+        return {**unset, "has_run": notes[:1] == [RUNS]}
+    if "base" not in answer:
+        return {"lost": "fail", "reason": "the checking process was ended"}
+    waited = sum(
+        limit + WAITING_SECONDS for kind, limit in zip(kinds, limits, strict=True) if answer[kind][0] == "timeout"
+    )
+    return {**{kind: answer[kind] for kind in kinds}, "early": answer["seconds"] < waited}
+
+
+def _lines(said: bytes) -> list[dict[str, Any]]:
+    """What a guard and its programs wrote; without the line that one was ended at."""
+    return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _unset(error: BaseException) -> dict[str, Any]:
+    """The answer where a check could not be set up."""
+    reason = traceback.format_exception_only(type(error), error)[-1].strip()
+    return {"unset": reason[:300], "errno": getattr(error, "errno", None)}
 
 
 def _read(descriptor: int, deadline: float) -> bytes | None:
@@ -204,6 +230,7 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
         os.register_at_fork(
             after_in_child=functools.partial(_restrict, os.getpid(), writing, own, cpu_seconds, processes)
         )
+        started = time.monotonic()
         answer = _evalplus_check()(
             task.dataset,
             0,
@@ -214,9 +241,9 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
             fast_check=True,  # as evalplus.evaluate does
         )
         kinds = {kind: (answer[kind][0], list(answer[kind][1])) for kind in ("base", "plus") if kind in answer}
-        os.write(writing, json.dumps(kinds).encode())
-    except BaseException:
-        os.write(writing, traceback.format_exc(limit=-1).encode())
+        _write(writing, {**kinds, "seconds": time.monotonic() - started})
+    except BaseException as error:
+        _write(writing, _unset(error))
     finally:
         os._exit(0)
 
@@ -250,10 +277,16 @@ def _restrict(guard: int, writing: int, own: str, cpu_seconds: int, processes: i
         limit_resources(cpu_seconds, processes)
         drop_privileges()
         confine(own)
+        os.rmdir(tempfile.mkdtemp())  # EvalPlus makes one, and calls the program timed out if it cannot
+        _write(writing, RUNS)
         os.close(writing)  # the answer is not the program's to give
-    except BaseException:
-        os.write(writing, traceback.format_exc(limit=-1).encode())
+    except BaseException as error:
+        _write(writing, _unset(error))
         os._exit(1)
+
+
+def _write(writing: int, answer: Mapping[str, Any]) -> None:
+    os.write(writing, json.dumps(answer).encode() + b"\n")
 
 
 def _redirect(descriptor: int) -> None:

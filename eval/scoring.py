@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError, one_line
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
 
 from .check_workers import Check, Verdict, run_checks
@@ -53,8 +53,8 @@ def score_samples(
     """Score the samples in an EvalPlus samples file, and write `<samples>_eval_results.json` beside it at one stroke.
 
     The verdicts and the file are those of `evalplus.evaluate --samples`. The file of a part of a set has one key more,
-    `"subset": {"tasks": 10, "of": 164}`. A sample whose check ended without a verdict counts as failed, with a
-    `DyloraMoeWarning`.
+    `"subset": {"tasks": 10, "of": 164}`. A sample whose checks end without a verdict, although others' do not, counts as
+    failed, with a `DyloraMoeWarning`; then the file has the key `"lost"`, how many there are.
 
     Args:
         samples: one JSON object a line, `{"task_id": …, "solution": …}` or with `completion` in place of `solution`.
@@ -69,7 +69,7 @@ def score_samples(
 
     Raises:
         InputError: the file or the tasks in it are not as they should be, or something that is needed is missing.
-        FailureError: the data cannot be had, or programs cannot be run.
+        FailureError: the data cannot be had, programs cannot be run, or the result file cannot be written.
     """
     samples = Path(samples)
     results = _results_path(samples)
@@ -85,7 +85,8 @@ def score_samples(
     }
     checks = [Check(tasks[task_id], program) for task_id in tasks for program in programs[task_id]]
     workers = parallel or max(1, cpu_count() // 2)
-    verdicts = iter(run_checks(checks, workers=workers, sandbox=sandbox, progress=progress))
+    found = run_checks(checks, workers=workers, sandbox=sandbox, progress=progress)
+    verdicts = iter(found)
     content: dict[str, Any] = {
         "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "hash": benchmark.dataset_hash,
@@ -96,8 +97,16 @@ def score_samples(
     }
     if len(benchmark.tasks) < len(whole.tasks):
         content["subset"] = {"tasks": len(benchmark.tasks), "of": len(whole.tasks)}
+    lost = sum(verdict.lost is not None for verdict in found)
+    if lost:
+        content["lost"] = lost
     _write(results, content)
     return results
+
+
+def lost_checks(results: str | Path) -> int:
+    """How many samples in a result file of `score_samples` count as failed because their checks had no verdict."""
+    return json.loads(Path(results).read_text(encoding="utf-8")).get("lost", 0)
 
 
 def pass_at_k(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str, float]:
@@ -159,13 +168,18 @@ def check_settings(sandbox: bool) -> None:
     wanted = query_maximum_memory_bytes()
     if wanted is None:
         return
-    for name in ("AS", "DATA", "STACK"):
-        allowed = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
-        if resource.RLIM_INFINITY != allowed < wanted:
-            raise InputError(
-                f"EvalPlus gives each program {wanted} bytes of memory, and this process may have {allowed} at most "
-                f"(RLIMIT_{name}); set EVALPLUS_MAX_MEMORY_BYTES={allowed}"
-            )
+    limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] for name in ("AS", "DATA", "STACK")}
+    short = {name: limit for name, limit in limits.items() if resource.RLIM_INFINITY != limit < wanted}
+    if not short:
+        return
+    memory = min((limit for name, limit in short.items() if name != "STACK"), default=None)
+    if memory is None or short.get("STACK", memory) < memory:
+        memory = -1  # EvalPlus has one number for all three: the stack's would leave programs too little memory
+    said = ", ".join(f"{limit} of RLIMIT_{name}" for name, limit in short.items())
+    raise InputError(
+        f"EvalPlus gives each program {wanted} bytes of memory and of stack, and this process may have less ({said}); "
+        f"set EVALPLUS_MAX_MEMORY_BYTES={memory}" + (", which keeps this process's own limits" if memory == -1 else "")
+    )
 
 
 def _part(benchmark: Benchmark, task_ids: Sequence[str] | None) -> Benchmark:
@@ -241,6 +255,10 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         with open(partial, "w", encoding="utf-8") as file:
             json.dump(content, file)
         os.replace(partial, path)
+    except OSError as error:
+        raise FailureError(
+            f"{path} cannot be written: {one_line(error)}; the samples are kept: make room, and run the same command again"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -54,7 +54,15 @@ def server(environment, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [str(environment(*PACKAGES)), "-c", code_of_the_line(), "serve", "--trust-remote-code", "--device", "cpu"]
+    command = [
+        str(environment(*PACKAGES)),
+        "-c",
+        code_of_the_line(),
+        "serve",
+        "--trust-remote-code",
+        "--device",
+        "cpu",
+    ]
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*command, "--port", str(port)], env=environ, stdout=log, stderr=log)

@@ -27,7 +27,7 @@ from hub_server import Hub, Repo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.cli import main
-from dylora_moe.eval import PeftMoEDecoder, sample_journal
+from dylora_moe.eval import PeftMoEDecoder, sample_journal, scoring
 from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_data import load_benchmark
@@ -340,6 +340,25 @@ def test_a_full_disk_is_said_and_loses_nothing(repo, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             benchmark(repo, output_dir=tmp_path / "full", **SMALL)
     assert files(benchmark(repo, output_dir=tmp_path / "full", **SMALL)) == files(whole)
+
+
+def test_results_with_lost_checks_are_never_final(repo, tmp_path, monkeypatch):
+    options = {**SMALL, "limit": 2, "score": True}
+    scored = []
+    run_checks = scoring.run_checks
+
+    def some_lost(checks, **others):
+        scored.append(len(checks))
+        verdicts = run_checks(checks, **others)
+        return [verdicts[0], verdicts[1]._replace(lost="it was ended")] if len(scored) == 1 else verdicts
+
+    monkeypatch.setattr(scoring, "run_checks", some_lost)
+    with pytest.warns(DyloraMoeWarning, match="counts as failed.*it was ended"):
+        benchmark(repo, output_dir=tmp_path, **options)
+    (run,) = benchmark(repo, output_dir=tmp_path, **options).runs
+    assert run.has_results and "lost" not in json.loads(run.results_path.read_text())
+    assert benchmark(repo, output_dir=tmp_path, **options).runs == [run]
+    assert scored == [2, 2]
 
 
 def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from dylora_moe.eval.restrictions import FILE_BYTES, landlock_version
 from dylora_moe.hub_export.errors import FailureError, InputError
 
 
-pytest.importorskip("evalplus")
+evalplus = pytest.importorskip("evalplus")
 
 TASK = Task(
     dataset="humaneval",
@@ -108,6 +109,7 @@ def sandboxed(request):
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
     """Every process of a test can be told by its command line, which forks keep. None may outlive the test."""
+    monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1))
     monkeypatch.setattr(check_workers, "_START", f"# {tmp_path}\n{check_workers._START}")
     yield
     assert processes(str(tmp_path)) == []
@@ -292,7 +294,7 @@ def f(x):
     assert [verdict.base_status for verdict in verdicts] == ["fail", "fail", "pass"]
 
 
-def test_a_checking_process_that_ends_costs_its_one_program(sandboxed):
+def test_a_program_whose_checking_process_was_killed_is_checked_again(sandboxed):
     waits = "import time\ndef f(x):\n    time.sleep(0.9)\n    return x\n"
 
     def kill_one():
@@ -309,16 +311,39 @@ def test_a_checking_process_that_ends_costs_its_one_program(sandboxed):
     killer.start()
     verdicts = run_checks([Check(SHORT, program) for program in (waits, RIGHT)], workers=1, sandbox=sandboxed)
     killer.join()
-    assert verdicts[0][:4] == ("fail", [], None, [])
-    assert "ended" in verdicts[0].lost
-    assert verdicts[1] == ("pass", [1], None, [], None)
+    assert verdicts == [("pass", [1], None, [], None)] * 2
+
+
+def test_a_program_that_takes_its_check_from_it_counts_as_failed_and_is_said(sandboxed):
+    """Here: all files from the process that would have to set up the plus tests."""
+    takes = f"""
+import ctypes, posix
+def f(x):
+    none = (ctypes.c_uint64 * 2)(0, 0)
+    return x if ctypes.CDLL(None).prlimit(posix.getppid(), {resource.RLIMIT_NOFILE}, none, None) == 0 else None
+"""
+    verdicts = run([takes, RIGHT], task=TASK, sandbox=sandboxed)
+    assert verdicts[0][:4] == ("fail", [], "fail", [])
+    assert "Too many open files" in verdicts[0].lost
+    assert verdicts[1] == ("pass", [1, 1], "pass", [1], None)
 
 
 def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(check_workers, "CHECK_SECONDS", 3)  # EvalPlus would take 7
+    monkeypatch.setattr(check_workers, "TRIES", 1)
     verdicts = run([HOSTILE["loops"], RIGHT], task=TASK)
     assert [verdict.base_status for verdict in verdicts] == ["fail", "pass"]
     assert "did not answer" in verdicts[0].lost
+
+
+def test_an_answer_that_came_in_time_is_read_however_late(monkeypatch):
+    """As after a stop from the terminal, which the checking processes do not get."""
+    monkeypatch.setattr(check_workers, "CHECK_SECONDS", 3)
+    asked = []
+    monkeypatch.setattr(check_workers._Pool, "answer_alone", lambda pool, check: asked.append(check))
+    verdicts = run([RIGHT, RIGHT], progress=lambda done, total: time.sleep(3.5))
+    assert [verdict.base_status for verdict in verdicts] == ["pass", "pass"]
+    assert asked == []
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
@@ -361,6 +386,56 @@ def test_a_missing_bubblewrap_is_named(monkeypatch):
 
 
 def test_a_checking_process_that_does_not_start_says_why(monkeypatch):
-    monkeypatch.setattr(check_workers, "_START", "raise RuntimeError('broken')")
-    with pytest.raises(FailureError, match="does not start: RuntimeError: broken"):
+    monkeypatch.setattr(check_workers, "_START", "raise RuntimeError('broken\\nas ever')")
+    with pytest.raises(FailureError, match=r"does not start: RuntimeError: broken$"):
         run([RIGHT])
+
+
+# In a clone whose verdict on every program tells that it was asked.
+MARK = """
+
+def check_correctness(*args, **kwargs):
+    return {"base": ("pass", [True]), "plus": ("pass", [True])}
+"""
+ASKS = """
+import json, sys
+from dylora_moe.eval.check_workers import Check, run_checks
+from dylora_moe.eval.guarded_check import Task
+task, sandboxed = Task(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
+(verdict,) = run_checks([Check(task, "def f(x):\\n    return None\\n")], workers=1, sandbox=sandboxed)
+print(verdict.base_status)
+"""
+# As setuptools installs a folder for development: the path does not name it.
+FINDS = """
+import importlib.machinery, sys
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "evalplus":
+            return importlib.machinery.PathFinder.find_spec(name, [CLONE])
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("way", ["PYTHONPATH", "editable"])
+def test_evalplus_from_a_clone(tmp_path, way, sandboxed):
+    installed = Path(evalplus.__file__).parent
+    clone = tmp_path / "clone" / "evalplus"
+    clone.mkdir(parents=True)
+    for entry in installed.iterdir():
+        if entry.name not in ("evaluate.py", "__pycache__"):
+            (clone / entry.name).symlink_to(entry)
+    (clone / "evaluate.py").write_text((installed / "evaluate.py").read_text() + MARK)
+    environment = dict(os.environ)
+    if way == "PYTHONPATH":
+        environment["PYTHONPATH"] = str(clone.parent)
+    code = ASKS if way == "PYTHONPATH" else FINDS.replace("CLONE", repr(str(clone.parent))) + ASKS
+    ran = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(SHORT._asdict()), json.dumps(sandboxed)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.split() == ["pass"], ran.stderr

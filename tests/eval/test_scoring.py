@@ -1,5 +1,6 @@
 """Scoring: verdicts and result files are those of stock `evalplus.evaluate`, and what is wrong with samples is named."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,7 @@ from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputEr
 
 
 evaluate = pytest.importorskip("evalplus.evaluate")
+gen_util = pytest.importorskip("evalplus.gen.util")
 
 REAL = {name: os.environ.get(f"{name.upper()}_OVERRIDE_PATH") for name in ("humaneval", "mbpp")}
 # EvalPlus 0.3.1 fails every program of this task, its own too: it does not count the inputs that pass.
@@ -162,6 +165,14 @@ def test_what_else_cannot_be_scored_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (2**30, 2**30))
     with pytest.raises(InputError, match="EVALPLUS_MAX_MEMORY_BYTES=1073741824"):
         score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
+    # EvalPlus has one number for memory and stack: that of a small stack would fail programs for want of memory.
+    stack = {resource.RLIMIT_STACK: 8 * 2**20}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (stack.get(limit, -1),) * 2)
+    with pytest.raises(InputError, match=r"8388608 of RLIMIT_STACK.*; set EVALPLUS_MAX_MEMORY_BYTES=-1, which keeps"):
+        score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (stack.get(limit, 2**30),) * 2)
+    with pytest.raises(InputError, match="EVALPLUS_MAX_MEMORY_BYTES=-1"):
+        score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
     monkeypatch.setenv("EVALPLUS_TIMEOUT_PER_TASK", "30")
     with pytest.raises(InputError, match="EVALPLUS_TIMEOUT_PER_TASK is set"):
         score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
@@ -182,6 +193,7 @@ def test_a_check_without_a_verdict_counts_as_failed_and_is_said(tmp_path, monkey
     with pytest.warns(DyloraMoeWarning, match="HumanEval/3 counts as failed.*it was ended"):
         path = score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
     assert pass_at_k(path) == {"pass@1": 0.5, "plus_pass@1": 0.5}
+    assert json.loads(path.read_text())["lost"] == 1
 
 
 @pytest.mark.usefixtures("problems", "cache")
@@ -240,6 +252,15 @@ def test_expected_outputs_are_kept_whole_or_not_at_all(cache):
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(InputError, match="damaged; remove it"):
         expected_outputs(benchmark)
+
+
+@pytest.mark.usefixtures("problems", "cache")
+def test_a_clock_that_is_set_back_shortens_no_time_limit(monkeypatch):
+    times = itertools.count(1e9, -3600)
+    monkeypatch.setattr(gen_util, "time", SimpleNamespace(time=lambda: next(times)))
+    (outputs,) = expected_outputs(load_benchmark("humaneval", limit=1)).values()
+    assert all(seconds > 0 for kind in ("base_time", "plus_time") for seconds in outputs[kind])
+    assert next(times) == 1e9  # and EvalPlus has its own again
 
 
 @pytest.mark.usefixtures("problems")
