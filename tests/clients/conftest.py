@@ -3,15 +3,18 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+from pathlib import Path
 
 import pytest
-from environments import make_environment
 from helpers_text import save_text_repo
 from transformers import PreTrainedTokenizerFast
 
 from dylora_moe.hub_export import make_variant
 
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -36,17 +39,19 @@ def mixtures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Makes a Python that has torch, transformers, accelerate and PEFT as installed here, and named packages from the
-    package index, these alone: what they require besides is named, too, since torch must stay what it is."""
+    """Makes a Python that has packages from the package index beside what is installed here, but for this project."""
     made = {}
 
-    def environment(*packages: str):
+    def environment(*packages: str) -> Path:
         if packages not in made:
             folder = tmp_path_factory.mktemp("environment")
-            python = make_environment(folder, ("torch", "transformers", "accelerate", "peft", "jinja2", "requests"))
-            site_packages = next((folder / "lib").glob("python*/site-packages"))
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site_packages)]
-            process = subprocess.run([*command, *packages], capture_output=True, text=True, check=False)
+            venv.create(folder, with_pip=False, symlinks=True)
+            (site_packages,) = folder.glob("lib/python*/site-packages")
+            (site_packages / "installed.pth").write_text(sysconfig.get_path("purelib"))
+            python = folder / "bin" / "python"
+            command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+            command += ["--constraint", str(ROOT / "constraints.txt"), *packages]  # torch stays what it is
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
             if process.returncode != 0:
                 pytest.skip(f"pip cannot install {packages[0]}: {process.stderr.strip()[-300:]}")
             made[packages] = python

@@ -10,15 +10,8 @@ from transformers import AutoTokenizer
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
-PACKAGES = (
-    "lm-eval==0.4.13",
-    *("datasets", "pyarrow", "pandas", "dill", "multiprocess", "xxhash", "python-dateutil", "pytz", "tzdata", "six"),
-    *("evaluate", "sacrebleu", "portalocker", "colorama", "tabulate", "lxml", "rouge-score", "absl-py", "nltk"),
-    *("scikit-learn", "scipy", "joblib", "threadpoolctl", "sqlitedict", "zstandard", "word2number", "more-itertools"),
-    *("jsonlines", "attrs", "pytablewriter", "DataProperty", "mbstrdecoder", "typepy", "tabledata", "tcolorpy"),
-    *("pathvalidate", "chardet", "aiohttp", "narwhals"),
-)
-PAIRS = [["def add(a, b):\n", "    return a + b\n"], ["x =", " 1"], ["def f(", "y):\n    pass"]]
+# Without blanks at the end of the first, which the harness moves to the second.
+PAIRS = [["def add(a, b):", "\n    return a + b\n"], ["x =", " 1"], ["def f(", "y):\n    pass"]]
 RUN = """
 import json, sys
 from lm_eval.api.instance import Instance
@@ -34,7 +27,7 @@ print("FOUND" + json.dumps([value for value, _ in model.loglikelihood(requests, 
 @pytest.mark.parametrize("strategy", ["router", "single:1", "ensemble"])
 def test_log_likelihoods_are_the_models_own(environment, mixtures, tmp_path, strategy):
     repo = mixtures / "my-mixture"
-    output = run_python(environment(*PACKAGES), RUN, str(repo), strategy, json.dumps(PAIRS), home=tmp_path)
+    output = run_python(environment("lm-eval==0.4.13"), RUN, str(repo), strategy, json.dumps(PAIRS), home=tmp_path)
     found = json.loads(next(line for line in output.splitlines() if line.startswith("FOUND"))[len("FOUND") :])
     tokenizer, model = AutoTokenizer.from_pretrained(repo), DyloraMoeForCausalLM.from_pretrained(repo)
     for (start, rest), value in zip(PAIRS, found, strict=True):

@@ -13,20 +13,6 @@ from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
 ROOT = Path(__file__).parents[2]
-NEEDED = [
-    "datasets",
-    "pyarrow",
-    "pandas",
-    "dill",
-    "multiprocess",
-    "xxhash",
-    "python-dateutil",
-    "pytz",
-    "tzdata",
-    "six",
-    "aiohttp",
-    "fsspec",
-]
 VERSIONS = ("1.16.0", "0.29.1")
 HISTORY = """
 print("HISTORY" + json.dumps(trainer.state.log_history))
@@ -59,7 +45,7 @@ def said(output: str, mark: str):
 @pytest.fixture(params=VERSIONS)
 def trl(request, environment, mixtures, tmp_path):
     """Runs code in a folder with the mixtures under this version of TRL; what it printed."""
-    python = environment(f"trl=={request.param}", *NEEDED)
+    python = environment(f"trl=={request.param}")
     for repo in mixtures.glob("my-mixture*"):
         shutil.copytree(repo, tmp_path / repo.name)
 
