@@ -55,6 +55,7 @@ def verdicts(path: Path) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_verdicts_are_those_of_stock_evalplus(tmp_path):
     """Of the reference solutions, but for one."""
     problems = list(load_benchmark("humaneval").tasks.values())
