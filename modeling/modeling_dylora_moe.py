@@ -144,6 +144,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
             loaded = super().from_pretrained(location, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_foundation()  # reading a weight makes it trainable, whatever it was before
+        own_way &= kwargs.get("generation_config") is None  # or the caller's is in place
         if generation_config is not None and (own_way or not model.can_generate()):
             # transformers reads this file for models that generate and are loaded its own way, but every model's
             # strategy is in it.
@@ -442,6 +443,20 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         }
         return RoutedPass(self, body, strategy, inputs, past_key_values, expert_ids)
 
+    def warn_of_lost_balance_loss(self, strategy: RoutingStrategy) -> None:
+        """Warn once of a pass that trains the gate for a loss outside of the model, and hands out no router logits."""
+        trains = self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef != 0
+        if not trains or str(strategy) != "router" or torch.compiler.is_compiling():
+            return
+        has_gradient = self.routes_densely or self.config.num_experts_per_tok > 1  # one expert's weight is always 1
+        if has_gradient and self.router.gate.weight.requires_grad:
+            logger.warning_once(
+                "A loss computed outside of the model, from its logits or the hidden states of `base_model`, has no balance "
+                "loss (`router_aux_loss_coef`) in it. Add it: `model.config.router_aux_loss_coef * "
+                "model.balance_loss(router_logits)`, with the logits that `output_router_logits=True` returns; or set "
+                "`model.config.router_aux_loss_coef = 0`."
+            )
+
 
 class DyloraMoeModel(DyloraMoePreTrainedModel):
     """The routed backbone: everything but the language modeling head, hidden states."""
@@ -499,7 +514,7 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         outputs = routed_pass.strategy.run(routed_pass)
         routing_too = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if not routing_too:
-            self._warn_of_lost_balance_loss(routed_pass)
+            self.warn_of_lost_balance_loss(routed_pass.strategy)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
@@ -514,15 +529,6 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
             raise ValueError(
                 "Experts adapt the head, so a head that is put on the hidden states of `base_model` leaves them out. Take "
                 "the logits of the model itself; its hidden states come with `output_hidden_states=True`."
-            )
-
-    def _warn_of_lost_balance_loss(self, routed_pass: RoutedPass) -> None:
-        trains = self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef != 0
-        if trains and str(routed_pass.strategy) == "router" and self.router.gate.weight.requires_grad:
-            logger.warning_once(
-                "A loss computed from the hidden states of `base_model` has no balance loss (`router_aux_loss_coef`) in "
-                "it. Add it: `model.config.router_aux_loss_coef * model.balance_loss(router_logits)`, with the logits that "
-                "`output_router_logits=True` returns; or set `model.config.router_aux_loss_coef = 0`."
             )
 
 
@@ -555,6 +561,11 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
         if backbone is None or backbone._modules is not self._modules:  # a shallow copy of a model needs its own
             backbone = vars(self)["_backbone"] = DyloraMoeModel.of(self)
         return backbone
+
+    def __copy__(self) -> "DyloraMoeForCausalLM":
+        copied = type(self).__new__(type(self))
+        vars(copied).update({name: value for name, value in vars(self).items() if name != "_backbone"})
+        return copied
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -617,6 +628,8 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
         aux_loss = None
         if str(routed_pass.strategy) == "router" and (routing_too or labels is not None):
             aux_loss = self.balance_loss(routed_pass.router_logits, routed_pass.token_mask)
+        elif labels is None and not routing_too:
+            self.warn_of_lost_balance_loss(routed_pass.strategy)
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, num_items_in_batch, aux_loss, **kwargs)

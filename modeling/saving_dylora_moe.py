@@ -126,7 +126,8 @@ class SavingMixin:
             raise ValueError(
                 f"The embeddings were resized, and the foundation at {foundation!r} has others: choose layout='full'."
             )
-        if any(layer.has_merged_adapter for layer in self.expert_layers().values()):
+        layers, merged_now = self.expert_layers().values(), (getattr(m, "merged", False) for m in self.modules())
+        if any(layer.has_merged_adapter for layer in layers) or any(merged_now):
             raise ValueError(
                 f"An adapter was merged into the foundation, and the one at {foundation!r} is without it: choose "
                 "layout='full'."

@@ -146,6 +146,39 @@ def test_a_loss_outside_is_told_of_the_balance_loss_once(messages):
     assert messages == []
 
 
+def test_a_loss_from_logits_is_told_of_the_balance_loss_once(messages):
+    model = build().train()
+    model(**BATCH, labels=BATCH["input_ids"])
+    model(**BATCH, output_router_logits=True)
+    model(**BATCH, routing_strategy="uniform")
+    model.config.router_mode = "sparse"  # with one expert per token its weight is 1 whatever the gate says
+    model(**BATCH)
+    with torch.no_grad():
+        model(**BATCH)
+    assert messages == []
+    model.config.router_mode = "dense"
+    model(**BATCH)
+    model.base_model(**BATCH)
+    assert len(messages) == 1 and "router_aux_loss_coef" in messages[0]
+
+
+def test_a_training_backbone_compiles_in_one_graph():
+    model = build().train()
+    compiled = torch.compile(model.base_model, backend="eager", fullgraph=True)
+    found = compiled(**BATCH, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, model.base_model(**BATCH, use_cache=False).last_hidden_state)
+
+
+def test_a_shallow_copy_of_the_same_modules_has_settings_of_its_own():
+    model = build()
+    assert model.base_model.routing_strategy().name == "router"
+    other = copy.copy(model)
+    other.generation_config = copy.deepcopy(model.generation_config)
+    other.generation_config.routing_strategy = "base"
+    torch.testing.assert_close(logits_of_the_backbone(other), other(**BATCH).logits)
+    torch.testing.assert_close(logits_of_the_backbone(model), model(**BATCH).logits)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "gpt2", "opt"])
 def test_backbones_of_foundations_that_scale_or_cap_their_logits(kind):
     """The model's logits are the head on the backbone, then what the config says of scaling and capping."""

@@ -48,7 +48,8 @@ def test_beside_other_arguments(saved, layout):
     loaded, _ = DyloraMoeForCausalLM.from_pretrained(
         folder / layout, routing_strategy="base", generation_config=given, output_loading_info=True
     )
-    assert loaded.generation_config.routing_strategy == "base"
+    assert loaded.generation_config.routing_strategy == "base" and loaded.generation_config.max_new_tokens == 3
+    assert getattr(given, "routing_strategy", None) is None
 
 
 def test_without_a_generation_config(saved, tmp_path):

@@ -218,6 +218,11 @@ def test_a_merged_foundation_is_saved_whole(tmp_path):
     save_layouts(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
     top = get_peft_model(loaded, LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **TASK)).eval()
+    top.merge_adapter()
+    with pytest.raises(ValueError, match="An adapter was merged into the foundation"):
+        loaded.save_pretrained(tmp_path / "again", layout="adapter")
+    top.unmerge_adapter()
+    loaded.save_pretrained(tmp_path / "as_it_was", layout="adapter")
     merged = top.merge_and_unload()
     with pytest.raises(ValueError, match="An adapter was merged into the foundation"):
         merged.save_pretrained(tmp_path / "again", layout="adapter")
