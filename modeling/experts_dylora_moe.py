@@ -140,7 +140,7 @@ class LowRankStacks(nn.Module):
     def extend(self, layout: RankLayout, dropouts: nn.ModuleList) -> None:
         """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
         added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
-        self.layout, self.dropouts = layout, dropouts
+        self.layout, self.dropouts = layout, dropouts.train(self.training)
         if added == 0:
             return
         for name in ("lora_A", "lora_B"):

@@ -46,6 +46,13 @@ def test_a_new_expert_changes_nothing_of_the_others():
     assert not model.routes_densely
 
 
+def test_a_grown_model_is_as_a_whole_in_evaluation_or_in_training():
+    for training in (False, True):
+        model = build().train(training)
+        model.add_expert("fourth", r=2, lora_dropout=0.5)
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_grown_model_equals_a_peft_loop_and_survives_saving(tmp_path):
     model = build()
     model.add_expert("fourth", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], r=5, lora_alpha=10)
