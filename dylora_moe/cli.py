@@ -392,6 +392,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     err.print(f"warning: {' '.join(str(message).split())}", markup=False)
 
 
+INTERRUPTED = 130
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 if all went well, 2 for bad input, 1 for a failure, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -402,12 +405,13 @@ def main(arguments: list[str] | None = None) -> None:
             _quiet()
             code = app(args=cli_eval.spread(arguments), prog_name="dylora-moe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
-        err.print("interrupted")
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
         code = _report(error)
+    if code == INTERRUPTED:  # typer has this code for it, too
+        err.print("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

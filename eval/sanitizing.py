@@ -176,7 +176,8 @@ class _Worker:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError), self.process:  # which closes its pipes
+            pass
 
 
 def _last_line(log: IO[bytes]) -> str:

@@ -43,7 +43,8 @@ class LastPosition:
 def last_position(model: Any) -> LastPosition | None:
     """Find out where a causal language model's positions end; None where they do not.
 
-    Tried on the families of transformers 5.23: each one's last position is that of its config.
+    Tried on the families of transformers 5.23: each one's last position is that of its config, except those of XLM and
+    ProphetNet, whose own `generate` fails before it.
 
     Args:
         model: of transformers, or a mixture.

@@ -197,3 +197,13 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(run, checkpoint, 
     with pytest.raises(ZeroDivisionError):
         main([*arguments, "--debug"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dylora_moe.hub_export.inspect", interrupted)
+    with pytest.raises(SystemExit) as ends:
+        main(["inspect", "somewhere"])
+    assert ends.value.code == 130 and "interrupted" in capsys.readouterr().err
