@@ -142,7 +142,12 @@ def _token_by_token(
     experts = wrapper.get_base_layer()
     deltas = {
         layer.parameter_name: [
-            (i, layer.get_delta_weight(name)) for i, name in enumerate(names) if name in layer.lora_A
+            (
+                i,
+                layer.get_delta_weight(name).reshape(layer.get_param().shape),
+            )  # a matrix where there is one expert alone
+            for i, name in enumerate(names)
+            if name in layer.lora_A
         ]
         for layer in _nested_wrappers(wrapper)
     }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .layer_names import why_missing
+from .layer_names import ADAPTABLE, why_missing
 from .mixture import AdaptedLayer, Expert, FoundationReference, Router
 from .sources import HUB_ID, is_forbidden
 from .stacked_experts import has_exchanged_sizes, shape_in
@@ -185,9 +185,9 @@ def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -
                 raise InputError(f"expert {expert.name} ({expert.origin}) adapts {layer_name}{why}")
             shape = _linear_shape(modules[layer_name])
             if shape is None:
+                kind = type(modules[layer_name]).__name__
                 raise InputError(
-                    f"expert {expert.name} adapts {layer_name}, a {type(modules[layer_name]).__name__} in {name}; only "
-                    "linear layers can be adapted"
+                    f"expert {expert.name} ({expert.origin}) adapts {layer_name}, a {kind} in {name}; {ADAPTABLE}"
                 )
             if shape != (layer.in_features, layer.out_features):
                 raise InputError(

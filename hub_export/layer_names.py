@@ -39,6 +39,11 @@ DATA_PARALLEL = (
     "the model inside, `model.module`",
 )
 
+ADAPTABLE = (
+    "only linear layers, and of a mixture-of-experts layer its stacked experts, can be adapted, not its gate. Train without "
+    "it, or merge the adapter into its foundation with PEFT's merge_and_unload"
+)
+
 
 def why_unreadable(name: str) -> str | None:
     """What is wrong with a tensor's or layer's name in which a wrapper is left, and what to do; None for other names."""
@@ -133,7 +138,7 @@ def why_missing(name: str, layers: Iterable[str], foundation: nn.Module, called:
     now = converted([name], foundation).get(name, name)
     module = dict(foundation.named_modules()).get(now)
     if module is not None:
-        return f", which in {called} is {now}, a {type(module).__name__}; only linear layers can be adapted"
+        return f", which in {called} is {now}, a {type(module).__name__}; {ADAPTABLE}"
     now = _converted_by_transformers(name, foundation)
     if now is not None:
         return (

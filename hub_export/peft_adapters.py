@@ -285,7 +285,7 @@ def _layer(
             "expected [rank, in] and [out, rank] of one rank"
         )
     rank = _rank(config, module)
-    if shape_a[0] != rank and not (is_stacked and shape_a[0] % rank == 0):
+    if shape_a[0] != rank and not (is_stacked and rank > 0 and shape_a[0] % rank == 0):
         raise InputError(
             f"{file.path}: {module} has rank {shape_a[0]}, {folder}/adapter_config.json says {rank}; "
             "the two do not belong together"

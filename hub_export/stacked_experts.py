@@ -51,9 +51,8 @@ def parameters_of(modules: Iterable[str], targets: Iterable[str], is_linear: Cal
     found: dict[str, str] = {}
     for module, names in levels.items():
         named = [name for name in STACKED_PARAMETERS if _is_target(f"{module}.{name}", targets)]
-        sure = len(names) > 1 or any(
-            "." in target and _is_target(f"{module}.{_last(target)}", [target]) for target in targets
-        )
+        with_module = [target for target in targets if "." in target]
+        sure = len(names) > 1 or any(_is_target(f"{module}.{name}", with_module) for name in named)
         if not named or (not sure and is_linear(names[0])):
             continue
         names = sorted(names, key=len, reverse=True)  # the inmost first
@@ -68,10 +67,6 @@ def parameters_of(modules: Iterable[str], targets: Iterable[str], is_linear: Cal
 
 def _is_target(parameter: str, targets: Iterable[str]) -> bool:
     return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
-
-
-def _last(target: str) -> str:
-    return target.rpartition(".")[2]
 
 
 def shape_in(foundation: nn.Module, name: str) -> tuple[int, int, int] | None:
@@ -103,7 +98,8 @@ def put_together(expert: Expert, foundation: nn.Module) -> Expert:
     Matrices of which others are missing are left as they are.
 
     Raises:
-        InputError: their ranks or alphas differ, or rank-stabilised scales, which PEFT changes by putting them together.
+        InputError: their ranks or alphas differ, or rank-stabilised scales, which PEFT changes by putting them together; or the
+            adapter has the parameter itself, too.
     """
     modules = dict(foundation.named_modules())
     unknown = [name for name in expert.layers if name not in modules and not expert.layers[name].num_stacked]
@@ -111,6 +107,11 @@ def put_together(expert: Expert, foundation: nn.Module) -> Expert:
     for parameter, parts in weight_conversion.stacks(unknown, foundation).items():
         if why_not_whole(parameter, parts, foundation) is not None:
             continue
+        if parameter in layers:
+            raise InputError(
+                f"expert {expert.name} ({expert.origin}) adapts {parameter} twice: as a parameter, and by matrices of single "
+                f"experts such as {next(chain(*parts.values()))}; take one of the two out"
+            )
         members[parameter] = list(parts.values())
         layers[parameter] = _one_layer(expert, parameter, members[parameter])
         for name in chain(*parts.values()):

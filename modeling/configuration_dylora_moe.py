@@ -221,8 +221,14 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, with the foundation's config once more under `text_config`, where code that
-        reads sizes from a dictionary looks for a language model's (PEFT does); files hold it as `base_config` alone."""
+        reads sizes from a dictionary looks for a language model's (PEFT does); files hold it as `base_config` alone.
+
+        An expert without `target_parameters` is written without that field, which older versions of this class refuse.
+        """
         fields = super().to_dict()
+        for entry in fields.get("expert_configs", ()):
+            if not entry["target_parameters"]:
+                del entry["target_parameters"]
         if isinstance(fields.get("base_config"), dict):
             fields["base_config"] = without_code_elsewhere(fields["base_config"])
             fields["base_config"].pop("_name_or_path", None)  # where it lay on the machine that saved it

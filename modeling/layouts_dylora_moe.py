@@ -227,14 +227,16 @@ def read_full(
         variant: which of several sets of weight files, as in `model.<variant>.safetensors`.
 
     Raises:
-        ValueError: the weights were saved quantised, where an expert's rows cannot be told apart.
+        ValueError: the weights were saved quantised, where an expert's rows cannot be told apart; or they are not those of
+            the config.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{location} was saved quantised, so `experts` cannot pick some: load it whole, or from a repo "
             "that was saved without, with `quantization_config`."
         )
-    layouts = {module: config.rank_layouts()[place] for place, module in config.stack_modules().items()}
+    of_places = config.rank_layouts()
+    layouts = {module: of_places[place] for place, module in config.stack_modules().items()}
     wrapped = {f"foundation.{module}" for module in subset_of(config, numbers)[0].wrapped_modules()}
     state = {}
     files = [_opened(path) for path in _weight_files(location, variant, where)]
@@ -248,6 +250,7 @@ def read_full(
                 state[name] = file.get_tensor(stored)[numbers]
             elif layout is not None and kind in ("lora_A", "lora_B"):
                 if any(layout[number][0] for number in numbers):
+                    _check_rows(file.get_slice(stored), layout, f"{location}: {stored}")
                     state[name] = _rows(file.get_slice(stored), layout, numbers)
             elif ".base_layer." in name:  # which those that these experts leave alone do not have
                 state[in_base_layer(name.replace(".base_layer.", "."), wrapped)] = file.get_slice(stored)
@@ -266,6 +269,12 @@ def _as_in_model(stored: list[str], config: DyloraMoeConfig, network: type) -> d
         return {}
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     return {name: rename_source_key(name, renamings, [])[0] for name in own}
+
+
+def _check_rows(stack, layout, called: str) -> None:
+    rows, ranks = stack.get_shape()[0], sum(rank for rank, _ in layout)
+    if rows != ranks:
+        raise ValueError(f"{called} has {rows} rows, and the ranks in the config sum up to {ranks}.")
 
 
 def _rows(stack, layout, numbers: list[int]) -> torch.Tensor:
@@ -502,12 +511,22 @@ def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
 def _expert_stacks(
     location: str, config: DyloraMoeConfig, counts: dict[str, int], where: dict
 ) -> dict[str, torch.Tensor]:
-    """The stacks of all experts from their files. `counts` are those of `rows_of_stack`, by the names of what is adapted."""
+    """The stacks of all experts from their files. `counts` are those of `rows_of_stack`, by the names of what is adapted.
+
+    Raises:
+        ValueError: an expert's matrices are not of the rank that the config gives it.
+    """
     rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in counts}
     for entry in config.expert_configs:
         file = _opened(cached_file(location, f"experts/{entry['name']}/{ADAPTER_WEIGHTS}", **where))
         for name, key in peft_keys(entry).items():
-            pair = (file.get_tensor(f"{key}.lora_{matrix}.weight") for matrix in "AB")
+            pair = [file.get_tensor(f"{key}.lora_{matrix}.weight") for matrix in "AB"]
+            rank = entry["rank_pattern"].get(name, entry["r"])
+            if (pair[0].shape[0], pair[1].shape[-1]) != (rank * (counts[name] or 1),) * 2:
+                raise ValueError(
+                    f"{location}: expert {entry['name']!r} has lora_A {list(pair[0].shape)} and lora_B "
+                    f"{list(pair[1].shape)} on {name}, and config.json gives it rank {rank} there."
+                )
             rows[name].append(rows_of_stack(*pair, counts[name]))
     modules = config.stack_modules()
     return {

@@ -393,3 +393,55 @@ def test_a_layer_too_many_or_too_few_is_told(mixtral, tmp_path):
     change_json(adapter / "adapter_config.json", target_parameters=["experts.down_proj"])
     with pytest.raises(InputError, match=r"2 layers on model\..*\.experts, and target_parameters .* names down"):
         inspect(adapter)
+
+
+def test_parameters_without_a_module_beside_the_weight_of_a_linear_layer(quick_check, mixtral, tmp_path):
+    """As PEFT saves what it converted, with a linear layer that is named by its weight."""
+    targets = ["gate_up_proj", "down_proj", "q_proj.weight"]
+    adapter = write_new_adapter(tmp_path / "new", mixtral, "none: mixtral", targets)
+    assert inspect(adapter).missing == []
+    result = export(adapter, tmp_path / "out")
+    assert result.check.passed
+    assert_same(of_repo(result.output_dir, "single:0"), of_peft(mixtral, adapter))
+
+
+@pytest.mark.parametrize("fields", [{"r": 0}, {"rank_pattern": {"experts.down_proj": 0}}])
+def test_a_rank_of_zero_is_told(mixtral, tmp_path, fields):
+    adapter = write_new_adapter(tmp_path / "new", mixtral, "none: mixtral", BOTH)
+    change_json(adapter / "adapter_config.json", **fields)
+    with pytest.raises(InputError, match=r"_proj has rank 16, .* says 0"):
+        inspect(adapter)
+
+
+def test_a_parameter_in_both_forms_is_refused(mixtral, tmp_path):
+    """One of the two would be left out."""
+    adapter = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral")
+    other = write_new_adapter(tmp_path / "new", mixtral, "none: mixtral", BOTH[1:])
+    tensors = load_file(adapter / "adapter_model.safetensors") | load_file(other / "adapter_model.safetensors")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    change_json(adapter / "adapter_config.json", target_parameters=list(BOTH[1:]))
+    with pytest.raises(
+        InputError, match=r"adapts model\.layers\.0\.mlp\.experts\.down_proj twice: .*experts\.0\.w2; take one"
+    ):
+        export(adapter, tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("place", ["block_sparse_moe", "mlp"])
+def test_an_adapter_of_the_gate_is_refused(mixtral, tmp_path, place):
+    adapter = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    gate = f"base_model.model.model.layers.0.{place}.gate"
+    tensors |= {f"{gate}.lora_A.weight": torch.randn(4, 32), f"{gate}.lora_B.weight": torch.randn(4, 4)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"mlp\.gate, a MixtralTopKRouter.*, not its gate. Train without it"):
+        export(adapter, tmp_path / "out", verify=False)
+
+
+def test_a_layer_of_one_stacked_expert(quick_check, tmp_path):
+    foundation = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=1, num_experts_per_tok=1))
+    foundation.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    adapter = write_new_adapter(tmp_path / "new", tmp_path / "base", foundation, BOTH, ["q_proj"])
+    result = export(adapter, tmp_path / "out")
+    assert result.check.passed
+    assert_same(of_repo(result.output_dir, "single:0"), of_peft(tmp_path / "base", adapter))

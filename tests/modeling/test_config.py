@@ -90,3 +90,15 @@ def test_a_config_owns_its_fields():
     assert again.rank_layouts() == expected
     assert DyloraMoeConfig(expert_configs=[{"target_modules": ["a"]}]).rank_layouts() == {"a": ((8, 1.0),)}
     assert config.rank_layouts() == {"a": ((2, 3.5), (2, 4.0)), "b": ((9, 8 / 9), (4, 2.0)), "c": ((4, 2.0), (0, 0.0))}
+
+
+def test_files_have_target_parameters_only_where_an_expert_has_some(tmp_path):
+    """Without that, versions that do not know the field read the repo as before."""
+    parameter = "model.layers.0.mlp.experts.down_proj"
+    experts = [{"name": "a", "target_modules": ["lm_head"]}, {"name": "b", "target_parameters": [parameter]}]
+    config = DyloraMoeConfig(expert_configs=experts)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["expert_configs"]
+    assert [entry.get("target_parameters") for entry in stored] == [None, [parameter]]
+    assert config.expert_configs[0]["target_parameters"] == []
+    assert DyloraMoeConfig.from_pretrained(tmp_path).expert_configs == config.expert_configs

@@ -1,6 +1,7 @@
 """Experts on the stacked experts of mixture-of-experts foundations: what they compute, learn, and how they are kept."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -384,3 +385,18 @@ def test_an_adapter_of_peft_around_the_stacks_is_refused():
     model = get_peft_model(mixture(), config)
     with pytest.raises(ValueError, match="A ParamWrapper stands in the place of stacked experts"):
         model(ROWS, routing_strategy="uniform")
+
+
+def test_experts_whose_ranks_are_not_those_of_the_files_are_refused(tmp_path):
+    """Their rows would be another expert's."""
+    model = mixture("mixtral")
+    FOUNDATIONS["mixtral"]().save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    for layout in ("full", "adapter"):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+        path = tmp_path / layout / "config.json"
+        fields = json.loads(path.read_text())
+        fields["expert_configs"][1]["r"] = 2
+        path.write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=r"ranks in the config sum up|gives it rank"):
+            DyloraMoeForCausalLM.from_pretrained(tmp_path / layout, experts=["down"])
