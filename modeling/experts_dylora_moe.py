@@ -137,10 +137,15 @@ class LowRankStacks(nn.Module):
         start = sum(rank for rank, _ in self.layout[:expert])
         return slice(start, start + self.layout[expert][0])
 
-    def extend(self, layout: RankLayout, dropouts: nn.ModuleList) -> None:
+    def share_dropouts(self, dropouts: nn.ModuleList) -> None:
+        """Refer to the model's dropouts, which are no part of this layer: going through all layers must not go through
+        all experts in each."""
+        vars(self)["dropouts"] = dropouts
+
+    def extend(self, layout: RankLayout) -> None:
         """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
         added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
-        self.layout, self.dropouts = layout, dropouts.train(self.training)
+        self.layout = layout
         if added == 0:
             return
         for name in ("lora_A", "lora_B"):
@@ -184,7 +189,7 @@ class DyloraMoeLinear(LowRankStacks):
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         self.base_layer = base_layer
         self.layout = layout
-        self.dropouts = dropouts
+        self.share_dropouts(dropouts)
         self.lora_A = nn.Parameter(torch.empty(total_rank, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(total_rank, out_features, dtype=dtype, device=weight.device))
         self.frozen_experts: frozenset[int] = frozenset()
@@ -266,11 +271,6 @@ class DyloraMoeLinear(LowRankStacks):
         init.zeros_(self.lora_B)
 
 
-def expert_dropouts(expert_configs: list[dict]) -> nn.ModuleList:
-    """Every expert's dropout, as the modules that trainers look for when they switch dropout off."""
-    return nn.ModuleList(nn.Dropout(expert["lora_dropout"]) for expert in expert_configs)
-
-
 def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]:
     """Batch and sequence that `num_tokens` flattened tokens came from.
 
@@ -315,7 +315,6 @@ __all__ = [
     "ActiveExperts",
     "DyloraMoeLinear",
     "checkpoint_with_experts",
-    "expert_dropouts",
     "in_base_layer",
     "linear_shape",
     "refuse_offloaded",

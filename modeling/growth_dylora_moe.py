@@ -4,9 +4,10 @@ Knows the stacks and the gate's rows. Knows nothing about how a model is trained
 """
 
 import torch
+from torch import nn
 
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import expert_dropouts, in_base_layer, refuse_offloaded
+from .experts_dylora_moe import in_base_layer, refuse_offloaded
 from .router_dylora_moe import DyloraMoeRouter
 
 
@@ -51,12 +52,13 @@ class GrowthMixin:
         }
         self.config.expert_configs = grown.expert_configs
         self._stack_modules = grown.stack_modules()
-        layouts, dropouts = grown.rank_layouts(), expert_dropouts(grown.expert_configs)
+        self.expert_dropouts.append(nn.Dropout(grown.expert_configs[-1]["lora_dropout"]).train(self.training))
+        layouts = grown.rank_layouts()
         for module_name, layer in self.expert_layers().items():
             if module_name in new_places:
                 layer.initialize_experts()
             else:
-                layer.extend(layouts[module_name], dropouts)
+                layer.extend(layouts[module_name])
         self._describe_foundation()
         self._extend_router()
         return self.config.num_experts - 1

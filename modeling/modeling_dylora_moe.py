@@ -28,7 +28,6 @@ from .experts_dylora_moe import (
     DyloraMoeLinear,
     LowRankStacks,
     checkpoint_with_experts,
-    expert_dropouts,
     in_base_layer,
     refuse_offloaded,
 )
@@ -92,6 +91,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         if foundation is None:
             foundation = AutoModelForCausalLM.from_config(config.base_config)
         self.foundation = foundation
+        # On the input of each expert's A, while training: modules, since trainers look for those to switch dropout off.
+        self.expert_dropouts = nn.ModuleList(nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs)
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
         self._wrap_modules(config.adapted_modules(), config)
@@ -196,10 +197,12 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put expert layers around modules of the foundation: around all of them, or on error around none."""
-        wrapped, layouts, dropouts = {}, config.rank_layouts(), expert_dropouts(config.expert_configs)
+        wrapped, layouts = {}, config.rank_layouts()
         for name in names:
             try:
-                wrapped[name] = DyloraMoeLinear(self.foundation.get_submodule(name), layouts[name], dropouts)
+                wrapped[name] = DyloraMoeLinear(
+                    self.foundation.get_submodule(name), layouts[name], self.expert_dropouts
+                )
             except AttributeError as error:
                 whole = [module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")]
                 raise ValueError(
@@ -226,7 +229,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     def _wrap_parameters(self, names: list[str], config: DyloraMoeConfig) -> None:
         """Put updates beside parameters of stacked experts."""
-        layouts, dropouts = config.rank_layouts(), expert_dropouts(config.expert_configs)
+        layouts = config.rank_layouts()
         for name in names:
             module_name, _, parameter = name.rpartition(".")
             module = self.foundation.get_submodule(module_name)
@@ -234,7 +237,7 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
                 module = DyloraMoeStackedExperts(module).train(module.training)
                 parent_name, _, child_name = module_name.rpartition(".")
                 setattr(self.foundation.get_submodule(parent_name), child_name, module)
-            module.add_update(parameter, layouts[name], dropouts)
+            module.add_update(parameter, layouts[name], self.expert_dropouts)
 
     def _rename_tied_weights(self, wrapped: set[str]) -> None:
         """A tied head that experts adapt stays tied, under its new name: they act on its output, not on its weight."""

@@ -102,7 +102,7 @@ class StackedUpdate(LowRankStacks):
         total_rank = sum(rank for rank, _ in layout)
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         self.layout = layout
-        self.dropouts = dropouts
+        self.share_dropouts(dropouts)
         self.lora_A = nn.Parameter(torch.empty(total_rank, count, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(total_rank, count, out_features, dtype=dtype, device=weight.device))
         self.frozen_experts: frozenset[int] = frozenset()

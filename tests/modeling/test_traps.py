@@ -223,6 +223,23 @@ def test_dropout_draws_one_mask_an_expert():
     assert not torch.equal(*(model(**batch, routing_strategy="single:2").logits for _ in range(2)))
 
 
+def test_a_trainer_that_switches_dropout_off_switches_off_that_of_experts():
+    """As TRL does, through all modules; and what it switched off stays off in a model that grows."""
+    model = build(experts=[{**expert, "lora_dropout": 0.5} for expert in build().config.expert_configs])
+    model.train()
+    batch = left_padded(random_rows((6, 4)))
+    assert not torch.equal(*(model(**batch).logits for _ in range(2)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    copied = copy.deepcopy(model)
+    model.add_expert("fourth", r=2, lora_dropout=0.0)
+    for each in (model, copied):
+        for strategy in ("router", "uniform", "single:1"):
+            assert torch.equal(*(each(**batch, routing_strategy=strategy).logits for _ in range(2)))
+    assert all(name.startswith(("foundation.", "router.")) for name in model.state_dict())
+
+
 def test_training_after_inference_mode():
     """Tensors made in inference mode and kept would fail here."""
     model = build()
