@@ -1,7 +1,7 @@
 """EvalPlus's `sanitize` for many programs: in processes where it takes long, and what is done is kept on disk.
 
 EvalPlus parses every run of a program's lines, so a sample of a thousand lines takes seconds, and one of a few thousand
-minutes. Knows programs and their texts. Knows nothing about models, samples or where files lie.
+minutes. Knows programs and their texts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What this machine is short of when a program cannot be run, and what a user can do about it.
 
-Imports the standard library only. Knows nothing about programs or checks.
+Imports the standard library only.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 EvalPlus encodes a prompt with all special tokens that the tokenizer adds, and decodes the new tokens alone. A tokenizer
 that changes texts on either way makes a figure that says nothing about the model; stock EvalPlus says nothing either.
-Knows tokenizers and tasks. Knows nothing about models.
+Knows tokenizers and tasks.
 """
 
 from __future__ import annotations

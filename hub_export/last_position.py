@@ -1,6 +1,6 @@
 """Where a model's positions end, for the models that have an end.
 
-GPT-2 and its kind look positions up in a table, learned or computed once: a token after the last one is an IndexError on
+GPT-2 and similar models look positions up in a table, learned or computed once: a token after the last one is an IndexError on
 a CPU, and on a GPU the end of the process. Rotary models go on, however badly. Knows models, and nothing about texts.
 """
 

@@ -249,7 +249,7 @@ class DyloraMoeLinear(LowRankStacks):
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
 
     # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it to merge and
-    # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked in its turn.
+    # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked separately.
 
     def merge(self, *args, **kwargs) -> None:
         """Merge nothing: an adapter on top is merged into the frozen layer by PEFT's own layer."""

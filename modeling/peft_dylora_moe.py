@@ -1,6 +1,6 @@
 """PEFT adapters on top of a routed model: which modules they go on, and which they must not.
 
-Knows how PEFT names its targets. Knows nothing about PEFT's layers, and does not import it.
+Knows how PEFT names its targets; does not import it.
 """
 
 from .experts_dylora_moe import DyloraMoeLinear, LowRankStacks
@@ -42,7 +42,7 @@ class PeftTargetsMixin:
             if not isinstance(layer, LowRankStacks):
                 raise ValueError(
                     f"A {type(layer).__name__} was put around layer {name!r}, which experts adapt: adapters go inside, on "
-                    "`<layer>.base_layer`. Load the model anew and let `model.peft_target_modules([<name>, ...])` name "
+                    "`<layer>.base_layer`. Reload the model and let `model.peft_target_modules([<name>, ...])` name "
                     "PEFT's `target_modules`."
                 )
 

@@ -6,7 +6,7 @@ an A and a B for each stacked expert e. A token x that the foundation sends to e
 
     sum_i w_i s_i B_ie A_ie x  =  B_e ((A_e x) * g)        g as in `experts_dylora_moe`
 
-Knows how transformers lays out such experts. Knows nothing about how a foundation chooses among them.
+Knows how transformers lays out such experts.
 """
 
 from collections.abc import Iterator
@@ -159,7 +159,7 @@ class DyloraMoeStackedExperts(nn.Module):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         with ExitStack() as stack:
             for module in (self.base_layer, *updates.values()):
-                stack.enter_context(_at_hand(module))
+                stack.enter_context(_on_device(module))
             return self._adapted(active, updates, hidden_states, top_k_index, top_k_weights)
 
     def _adapted(
@@ -207,7 +207,7 @@ class DyloraMoeStackedExperts(nn.Module):
 
 
 @contextmanager
-def _at_hand(module: nn.Module) -> Iterator[None]:
+def _on_device(module: nn.Module) -> Iterator[None]:
     """Bring offloaded weights where they are computed with, as accelerate does around a module's own forward."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
