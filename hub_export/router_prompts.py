@@ -64,12 +64,12 @@ def router_from_prompts(mixture: Mixture, plan: Plan, tokenizer: Any, options: E
     """The gate whose rows are made from prompts; rows of a router that the source has are kept where prompts lack.
 
     Raises:
-        InputError: the foundation or its tokenizer is not at hand, or a prompt has more tokens than it has positions.
+        InputError: the foundation or its tokenizer cannot be loaded, or a prompt has more tokens than it has positions.
     """
     prompts = read_prompts(options.router_prompts, mixture)
     if plan.find_weights is None or tokenizer is None:
         raise InputError(
-            f"--router_prompts needs the foundation {plan.foundation.name} and its tokenizer at hand, to compute hidden "
+            f"--router_prompts needs the foundation {plan.foundation.name} and its tokenizer, to compute hidden "
             "states; pass a folder with --base_model"
         )
     kept = mixture.router if len(prompts) < len(mixture.experts) else None

@@ -2,7 +2,7 @@
 
 `DyloraMoeModel`, the routed backbone, returns hidden states; `DyloraMoeForCausalLM`, which is it and a head, logits.
 Both hold the same modules under the same names: `foundation`, a causal language model of transformers with its adapted
-layers wrapped, and `router`. Knows nothing about files of training runs, PEFT or benchmarks.
+layers wrapped, and `router`.
 """
 
 import copy

@@ -239,5 +239,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=text_of([1]), pad_token=text_of([PAD]))
 
 
+def visible_character_tokenizer() -> PreTrainedTokenizerFast:
+    """One visible character a token, and three tokens at the end that are none."""
+    words = {chr(33 + index): index for index in range(VOCABULARY - 3)} | {"<e1>": 94, "<e2>": 95, "<e3>": 96}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=chr(33 + PAD), eos_token=chr(34))
+
+
 def text_of(tokens: list[int]) -> str:
     return "".join(chr(ord("0") + token) for token in tokens)

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +80,6 @@ def server(environment, tmp_path):
         process.wait(30)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="starts a server")
 def test_chat_streaming_and_two_at_once_give_the_models_own_tokens(server, mixtures):
     repo = mixtures / "my-mixture"
     tokenizer, model = AutoTokenizer.from_pretrained(repo), DyloraMoeForCausalLM.from_pretrained(repo)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers_graphs import RecordedGraph, record_on_a_cpu
-from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows
+from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows, visible_character_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -25,7 +24,6 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from dylora_moe.eval import decoding
@@ -38,12 +36,7 @@ LENGTHS = (9, 4, 6, 9, 3)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One visible character a token."""
-    words = {chr(33 + index): index for index in range(VOCABULARY - 3)} | {"<e1>": 94, "<e2>": 95, "<e3>": 96}
-    inner = Tokenizer(models.WordLevel(words))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=chr(33 + PAD), eos_token=chr(34))
+    return visible_character_tokenizer()
 
 
 @pytest.fixture(scope="module")

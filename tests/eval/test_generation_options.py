@@ -5,10 +5,10 @@ import functools
 
 import pytest
 import torch
-from helpers_models import PAD, VOCABULARY, build, random_rows
+from helpers_models import PAD, VOCABULARY, build, random_rows, visible_character_tokenizer
 from helpers_text import save_text_repo
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, cache_utils
+from tokenizers import normalizers
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, cache_utils
 
 from dylora_moe.cli import main
 from dylora_moe.eval import generation_options
@@ -96,12 +96,7 @@ END = [*range(5, 12), 79]  # so that rows end at different times
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One visible character a token."""
-    words = {chr(33 + index): index for index in range(VOCABULARY - 3)} | {"<e1>": 94, "<e2>": 95, "<e3>": 96}
-    inner = Tokenizer(models.WordLevel(words))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=chr(33 + PAD), eos_token=chr(34))
+    return visible_character_tokenizer()
 
 
 @functools.cache
@@ -293,7 +288,7 @@ def test_invalid_values_are_removed_where_the_generation_config_asks_for_it(toke
     assert decode(model, tokenizer) == one_by_one(model, tokenizer)
 
 
-@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs a package that quantises caches")
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
 def test_a_quantised_cache_holds_one_row(model, tokenizer):
     settings_of(model, cache_implementation="quantized", cache_config={"backend": "fp8"})
     got = decode(model, tokenizer)

@@ -151,32 +151,28 @@ def test_one_of_the_two_parameters_by_old_names(quick_check, mixtral, tmp_path, 
         assert_same(of_peft(mixtral, result.output_dir, subfolder="experts/old"), model(ROWS).logits)
 
 
-def test_dense_and_stacked_layers_under_the_same_old_names(quick_check, tmp_path):
-    kind, names = "dense: qwen3 moe", ("q_proj", "gate_proj", "up_proj", "down_proj")
+def assert_old_names_are_read(tmp_path, kind, **fields):
+    """An adapter with the matrices of stacked experts one by one: the repo, and PEFT on it, compute what they say."""
     folder = tmp_path / "base"
     moe_model(kind).save_pretrained(folder)
     save_tokenizer(folder)
-    adapter = write_old_adapter(tmp_path / "old", folder, kind, also=names)
+    adapter = write_old_adapter(tmp_path / "old", folder, kind, **fields)
     result = export(adapter, tmp_path / "out", layout="adapter")
     assert result.check.passed
     with torch.no_grad():
         expected = with_old_adapter(AutoModelForCausalLM.from_pretrained(folder), adapter, kind)(ROWS).logits
     assert_same(of_repo(result.output_dir, "single:0"), expected)
     assert_same(of_peft(folder, result.output_dir, subfolder="experts/old"), expected)
+
+
+def test_dense_and_stacked_layers_under_the_same_old_names(quick_check, tmp_path):
+    kind, names = "dense: qwen3 moe", ("q_proj", "gate_proj", "up_proj", "down_proj")
+    assert_old_names_are_read(tmp_path, kind, also=names)
 
 
 def test_a_type_whose_old_names_peft_does_not_convert(quick_check, tmp_path):
     """It leaves the experts' matrices out without an error, and reads what is written here."""
-    kind, folder = "none: qwen2 moe", tmp_path / "base"
-    moe_model(kind).save_pretrained(folder)
-    save_tokenizer(folder)
-    adapter = write_old_adapter(tmp_path / "old", folder, kind)
-    result = export(adapter, tmp_path / "out", layout="adapter")
-    assert result.check.passed
-    with torch.no_grad():
-        expected = with_old_adapter(AutoModelForCausalLM.from_pretrained(folder), adapter, kind)(ROWS).logits
-    assert_same(of_repo(result.output_dir, "single:0"), expected)
-    assert_same(of_peft(folder, result.output_dir, subfolder="experts/old"), expected)
+    assert_old_names_are_read(tmp_path, "none: qwen2 moe")
 
 
 def test_what_peft_saves_of_an_adapter_that_it_converted(quick_check, mixtral, tmp_path):
