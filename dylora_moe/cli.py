@@ -1,7 +1,7 @@
 """The `dylora-moe` command: reads options, calls the package's functions, prints what they return.
 
-Results go to stdout (as JSON with --json), progress and warnings to stderr. It knows nothing about how anything is
-done, and imports what does it only when a command runs.
+Results go to stdout (as JSON with --json), progress and warnings to stderr. It knows nothing about how
+anything is done, and imports what does it only when a command runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from dylora_moe.cli_common import (
 )
 
 
-# typer brings its own click or uses the installed one, by its version; these are the classes of the one in use
+# typer brings its own click or uses the installed one, by its version; these are the classes of the one in
+# use
 ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
@@ -64,14 +65,15 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
 ) -> None:
-    """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare them with stock tools."""
+    """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare them with stock
+    tools."""
 
 
 @app.command()
 def demo(
-    output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")] = Path(
-        "demo_output"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option("-o", "--output_dir", help="Where everything is written.")
+    ] = Path("demo_output"),
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and training.")] = 0,
 ) -> None:
     """Train small experts on this machine, export them, and score every strategy with stock EvalPlus."""
@@ -86,7 +88,9 @@ def inspect(
     base_model: Annotated[
         str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
     ] = None,
-    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")
+    ] = None,
     subfolder: Subfolder = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -114,14 +118,17 @@ def export(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE", help=f"{SOURCE} Several PEFT adapters: one expert each; after a repo, appended to it."
+            metavar="SOURCE",
+            help=f"{SOURCE} Several PEFT adapters: one expert each; after a repo, appended to it.",
         ),
     ],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
     base_model: Annotated[
         str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
     ] = None,
-    base_revision: Annotated[str | None, typer.Option("--base_revision", help="The foundation's revision.")] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base_revision", help="The foundation's revision.")
+    ] = None,
     layout: Annotated[
         str, typer.Option("--layout", help="full, or adapter: the foundation stays where it is.")
     ] = "full",
@@ -139,17 +146,24 @@ def export(
         float | None, typer.Option("--router_temperature", help="Divides the gate's logits, if dense.")
     ] = None,
     router_prompts: Annotated[
-        Path | None, typer.Option("--router_prompts", help="YAML, expert to prompts: a router without training.")
+        Path | None,
+        typer.Option("--router_prompts", help="YAML, expert to prompts: a router without training."),
     ] = None,
-    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")
+    ] = None,
     expert_names: Annotated[
-        list[str] | None, typer.Option("--expert_names", help="Names for the experts: one,two or the option repeated.")
+        list[str] | None,
+        typer.Option("--expert_names", help="Names for the experts: one,two or the option repeated."),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder or a Hub id.")] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Convert to float32, bfloat16 or float16; otherwise as stored.")
+        str | None,
+        typer.Option("--dtype", help="Convert to float32, bfloat16 or float16; otherwise as stored."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Split weights beyond this size.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option("--max_shard_size", help="Split weights beyond this size.")
+    ] = "5GB",
     results: Annotated[
         list[str] | None,
         typer.Option("--results", help="STRATEGY=FILE of EvalPlus's results, for the card; repeatable."),
@@ -157,7 +171,9 @@ def export(
     subfolder: Subfolder = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
-    no_verify: Annotated[bool, typer.Option("--no_verify", help="Leave out the check against the source.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no_verify", help="Leave out the check against the source.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust_remote_code", help="Let a tokenizer run code of its own.")
     ] = False,
@@ -206,12 +222,14 @@ def variant(
         str | None, typer.Option("--routing_strategy", help="The variant's default strategy.")
     ] = None,
     router_mode: Annotated[
-        str | None, typer.Option("--router_mode", help="dense or sparse, as in training or in use alone; or auto.")
+        str | None,
+        typer.Option("--router_mode", help="dense or sparse, as in training or in use alone; or auto."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a second folder that shares the weights on disk and differs in its default strategy or router mode."""
+    """Make a second folder that shares the weights on disk and differs in its default strategy or router
+    mode."""
     from dylora_moe import hub_export
 
     result = hub_export.make_variant(
@@ -236,9 +254,12 @@ def variant(
 def verify(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     against: Annotated[
-        list[str] | None, typer.Option("--against", help="What it was exported from; repeatable for several adapters.")
+        list[str] | None,
+        typer.Option("--against", help="What it was exported from; repeatable for several adapters."),
     ] = None,
-    base_model: Annotated[str | None, typer.Option("--base_model", help="The foundation, as given to export.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="The foundation, as given to export.")
+    ] = None,
     base_revision: Annotated[str | None, typer.Option("--base_revision", help="As given to export.")] = None,
     router_input: Annotated[str | None, typer.Option("--router_input", help="As given to export.")] = None,
     router_mode: Annotated[str | None, typer.Option("--router_mode", help="As given to export.")] = None,
@@ -248,19 +269,25 @@ def verify(
     router_temperature: Annotated[
         float | None, typer.Option("--router_temperature", help="As given to export.")
     ] = None,
-    router_prompts: Annotated[Path | None, typer.Option("--router_prompts", help="As given to export.")] = None,
+    router_prompts: Annotated[
+        Path | None, typer.Option("--router_prompts", help="As given to export.")
+    ] = None,
     lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="As given to export.")] = None,
-    expert_names: Annotated[list[str] | None, typer.Option("--expert_names", help="As given to export.")] = None,
+    expert_names: Annotated[
+        list[str] | None, typer.Option("--expert_names", help="As given to export.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="As given to export.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="As given to export.")] = None,
     subfolder: Subfolder = None,
     revision: Revision = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust_remote_code", help="Run the repo's code even where it is not this package's.")
+        bool,
+        typer.Option("--trust_remote_code", help="Run the repo's code even where it is not this package's."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at a repo's files, checksums, code and tokenizer, and compare it with what it was exported from."""
+    """Look at a repo's files, checksums, code and tokenizer, and compare it with what it was exported
+    from."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -300,7 +327,9 @@ def merge(
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The model's folder.")],
     base_model: Annotated[
         str | None,
-        typer.Option("--base_model", help="The foundation of a repo of layout adapter, if it is elsewhere now."),
+        typer.Option(
+            "--base_model", help="The foundation of a repo of layout adapter, if it is elsewhere now."
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the foundation.")
@@ -317,8 +346,12 @@ def merge(
         print_json(result.to_dict())
     else:
         out.print(f"{result.output_dir}: expert {result.expert} in {result.dtype}", markup=False)
-        checked = "checked: its logits equal those of the expert" if result.passed else "not checked: its logits"
-        out.print(f"{checked}, largest difference {result.difference:.1e} (rounding allows {result.allowed:.1e})")
+        checked = (
+            "checked: its logits equal those of the expert" if result.passed else "not checked: its logits"
+        )
+        out.print(
+            f"{checked}, largest difference {result.difference:.1e} (rounding allows {result.allowed:.1e})"
+        )
         if result.dtype != "float32":
             out.print(f"rounded to {result.dtype}, as it was written, they differ by {result.rounding:.1e}")
 
@@ -347,7 +380,9 @@ def _print_inspection(result: Any) -> None:
         )
     if result.experts:
         out.print(table)
-    out.print("router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none"))
+    out.print(
+        "router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none")
+    )
     if result.routing_strategy:
         out.print(f"default strategy: {result.routing_strategy}", markup=False)
     out.print(f"tokenizer: {result.tokenizer or 'none'}", markup=False)
@@ -364,7 +399,8 @@ def _print_export(result: Any) -> None:
     out.print(f"{result.output_dir}: exported ({result.format}: {result.reason})", markup=False)
     router = "with a router" if result.router else "without a router"
     out.print(
-        f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}", markup=False
+        f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}",
+        markup=False,
     )
     check = result.check
     if check is None:
@@ -372,7 +408,9 @@ def _print_export(result: Any) -> None:
         return
     out.print(f"checked: {check.num_tensors} tensors of experts and router are the source's, bit by bit")
     if check.compared_logits:
-        outcome = "equal the source's" if check.passed else "compared, not all of which can be told from wrong ones"
+        outcome = (
+            "equal the source's" if check.passed else "compared, not all of which can be told from wrong ones"
+        )
         out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
         out.print("not checked: logits, because the foundation is not at hand")
@@ -396,7 +434,8 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 if all went well, 2 for bad input, 1 for a failure, 130 when interrupted."""
+    """Run one command and exit: 0 if all went well, 2 for bad input, 1 for a failure, 130 when
+    interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]

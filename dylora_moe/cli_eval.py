@@ -34,7 +34,10 @@ def _option(kind: Any, default: Any, name: str, text: str) -> inspect.Parameter:
 SHARED = (
     _option(str | None, None, "base_model", "The foundation: a folder or a Hub id."),
     _option(
-        list[str] | None, None, "adapter_path", "Adapter folders, an expert each; --model is then the foundation."
+        list[str] | None,
+        None,
+        "adapter_path",
+        "Adapter folders, an expert each; --model is then the foundation.",
     ),
     _option(str | None, None, "backend", "hf: what transformers loads; peft_moe: what is exported first."),
     _option(int, 1, "n_samples", "Samples a task."),
@@ -94,8 +97,8 @@ def _with_shared_options(command: Callable) -> Callable:
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser understands, and
-    `--model=a b` as `--model=a --model b`; and old spellings as today's."""
+    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser
+    understands, and `--model=a b` as `--model=a --model b`; and old spellings as today's."""
     arguments = translate(arguments)
     if not arguments or arguments[0].replace("_", "-") not in COMMANDS:
         return list(arguments)
@@ -120,7 +123,8 @@ def benchmark(
         list[str] | None, typer.Option("--benchmarks", help="humaneval, mbpp; several may follow.")
     ] = None,
     routing_strategy: Annotated[
-        list[str] | None, typer.Option("--routing_strategy", help="Several may follow; else the repo's default.")
+        list[str] | None,
+        typer.Option("--routing_strategy", help="Several may follow; else the repo's default."),
     ] = None,
     wandb_project: Project = None,
     output_dir: Folder = DEFAULT_FOLDER,
@@ -142,8 +146,8 @@ def benchmark(
         )
 
     def table(result: Any, console: Any) -> None:
-        from dylora_moe.eval.benchmark_table import benchmark_table
-        from dylora_moe.eval.run_record import read_runs
+        from dylora_moe.eval.report.benchmark_table import benchmark_table
+        from dylora_moe.eval.sampling.run_record import read_runs
 
         console.print(benchmark_table(result.runs, read_runs(result.folder)))
 
@@ -159,12 +163,14 @@ def expert_analysis(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Say what each expert is good at, and whether the router is worth having; generates only what is missing."""
+    """Say what each expert is good at, and whether the router is worth having; generates only what is
+    missing."""
     _check_needs(wandb_project)
-    from dylora_moe.eval import expert_analysis as analysis
+    from dylora_moe.eval.analysis import expert_analysis as analysis
+    from dylora_moe.eval.report.expert_tables import print_expert_analysis
 
     result = _analyse(analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
-    _show(result, analysis.print_expert_analysis, output_dir, wandb_project, as_json)
+    _show(result, print_expert_analysis, output_dir, wandb_project, as_json)
 
 
 def routing_analysis(
@@ -178,13 +184,16 @@ def routing_analysis(
 ) -> None:
     """Say what the router does: weights, confidence, switches, balance, by task and by category."""
     _check_needs(wandb_project)
-    from dylora_moe.eval import routing_analysis as analysis
+    from dylora_moe.eval.analysis import routing_analysis as analysis
+    from dylora_moe.eval.report.routing_tables import print_routing_analysis
 
     result = _analyse(analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
-    _show(result, analysis.print_routing_analysis, output_dir, wandb_project, as_json)
+    _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
-def _analyse(analyse: Callable, models: list[str] | None, dataset: str, folder: Path, options: dict[str, Any]) -> Any:
+def _analyse(
+    analyse: Callable, models: list[str] | None, dataset: str, folder: Path, options: dict[str, Any]
+) -> Any:
     if models is not None and len(models) > 1:
         raise typer.BadParameter("takes one model", param_hint="--model")
     model = models[0] if models else None
@@ -211,7 +220,7 @@ def _check_needs(project: str | None) -> None:
 
     check_packages(*REPORT)
     if project is not None:
-        from dylora_moe.eval.wandb_tables import check_wandb
+        from dylora_moe.eval.report.wandb_tables import check_wandb
 
         check_wandb(project)
 
@@ -219,7 +228,7 @@ def _check_needs(project: str | None) -> None:
 def _show(result: Any, show: Callable, folder: Path, project: str | None, as_json: bool) -> None:
     if not is_main_process():
         return
-    from dylora_moe.eval.report import write_report
+    from dylora_moe.eval.report.page import write_report
 
     report = None
     try:
@@ -236,7 +245,7 @@ def _show(result: Any, show: Callable, folder: Path, project: str | None, as_jso
 
 def _log(folder: Path, project: str | None) -> None:
     if project is not None:
-        from dylora_moe.eval.wandb_tables import log_to_wandb
+        from dylora_moe.eval.report.wandb_tables import log_to_wandb
 
         log_to_wandb(folder, project)
 

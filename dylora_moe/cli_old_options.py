@@ -1,4 +1,5 @@
-"""Options of DyLoRA-MoE's old benchmark script: those that still work, with a warning, and what became of the others.
+"""Options of DyLoRA-MoE's old benchmark script: those that still work, with a warning, and what became of the
+others.
 
 Knows spellings alone. docs/migration.md has them all.
 """
@@ -61,7 +62,9 @@ def translate(arguments: Sequence[str]) -> list[str]:
             _warn(name, "it is --dtype bfloat16 now, and the default")
             translated += ["--dtype", "bfloat16"]
         elif name in RENAMED or name == "--model_name":
-            today = RENAMED.get(name) or ("--base_model" if any(model in names for model in MODELS) else "--model")
+            today = RENAMED.get(name) or (
+                "--base_model" if any(model in names for model in MODELS) else "--model"
+            )
             _warn(name, f"it is {today} now")
             translated.append(f"{today}{separator}{value}")
         else:

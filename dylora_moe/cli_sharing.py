@@ -1,4 +1,5 @@
-"""The commands that take a repo elsewhere and back: `push` to the Hub, `mirror push` and `mirror pull` with W&B."""
+"""The commands that take a repo elsewhere and back: `push` to the Hub, `mirror push` and `mirror pull` with
+W&B."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def push(
     private: Annotated[
         bool, typer.Option("--private", help="Make it a private repo, or an existing one private.")
     ] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="A branch, made if it is not there.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="A branch, made if it is not there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Create or update a Hub repo that holds what the folder holds."""
@@ -52,7 +55,9 @@ def push(
 
 def mirror_push(
     repo: Repo,
-    artifact: Annotated[str, typer.Argument(metavar="ENTITY/PROJECT/NAME", help="The artifact, without a version.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ENTITY/PROJECT/NAME", help="The artifact, without a version.")
+    ],
     aliases: Annotated[
         list[str] | None, typer.Option("--alias", help="A name of this version; may be repeated.")
     ] = None,
@@ -74,19 +79,27 @@ def mirror_push(
 def mirror_pull(
     artifact: Annotated[str, typer.Argument(metavar="ENTITY/PROJECT/NAME:VERSION", help="The artifact.")],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
-    subfolder: Annotated[str | None, typer.Option("--subfolder", help="Which folder of the artifact.")] = None,
+    subfolder: Annotated[
+        str | None, typer.Option("--subfolder", help="Which folder of the artifact.")
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
     ] = None,
-    base_revision: Annotated[str | None, typer.Option("--base_revision", help="The foundation's revision.")] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base_revision", help="The foundation's revision.")
+    ] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="full or adapter.")] = None,
     routing_strategy: Annotated[
         str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
     ] = None,
-    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder or a Hub id.")] = None,
     overwrite: Overwrite = False,
-    no_verify: Annotated[bool, typer.Option("--no_verify", help="Leave out the check against the source.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no_verify", help="Leave out the check against the source.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a W&B artifact as a repo; what training left is exported on the way, with these options."""

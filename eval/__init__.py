@@ -13,20 +13,20 @@ from dylora_moe.hub_export.extras import check_packages
 
 if TYPE_CHECKING:
     from .benchmark import BenchmarkOptions, BenchmarkResult
+    from .evalplus_bridge.stock import run_stock_evalplus
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
-    from .run_record import Run, read_runs
-    from .stock_evalplus import run_stock_evalplus
+    from .sampling.run_record import Run, read_runs
 
 _PLACES = {
     "BenchmarkOptions": "benchmark",
     "BenchmarkResult": "benchmark",
     "PeftMoEDecoder": "peft_moe",
-    "Run": "run_record",
+    "Run": "sampling.run_record",
     "evaluate": "peft_moe",
-    "read_runs": "run_record",
+    "read_runs": "sampling.run_record",
     "register": "peft_moe",
     "run_codegen": "peft_moe",
-    "run_stock_evalplus": "stock_evalplus",
+    "run_stock_evalplus": "evalplus_bridge.stock",
 }
 
 

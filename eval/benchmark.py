@@ -1,7 +1,7 @@
 """Scores models with EvalPlus: every model x strategy x benchmark, each model loaded once.
 
-Knows the order of the work and what is recorded of it. Prompts, stops, trimming and scoring are EvalPlus's own; how
-samples come about and how they are scored are other files'.
+Knows the order of the work and what is recorded of it. Prompts, stops, trimming and scoring are EvalPlus's
+own; how samples come about and how they are scored are other files'.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
-from .evalplus_data import Benchmark, canonical_benchmark, load_benchmark
-from .generation_options import refuse_options
-from .loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
-from .run_record import Run, file_sha256, write_run
-from .sampling_run import make_samples, samples_name
-from .sanitizing import sanitize_programs
-from .tokenizer_round_trip import warn_of_tokenizer
+from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
+from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
+from .front_door import run_command
+from .sampling.generation_options import refuse_options
+from .sampling.loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
+from .sampling.make_samples import make_samples, samples_name
+from .sampling.run_record import Run, file_sha256, write_run
+from .scoring.sanitizing import sanitize_programs
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
@@ -52,7 +53,8 @@ class BenchmarkOptions:
         id_range: two task numbers, the second not with it; `limit`: the first so many of these.
         mini: the set with few plus inputs; `base_only`: without plus inputs.
         device_map: transformers' own, for models that need several GPUs.
-        parallel: processes that score, half the cores unless given; and that sanitize where it takes long, all of them.
+        parallel: processes that score, half the cores unless given; and that sanitize where it takes long,
+            all of them.
         sandbox: score inside bubblewrap.
         overwrite: throw away what another run left under the same name.
     """
@@ -84,7 +86,9 @@ class BenchmarkOptions:
 
     def __post_init__(self) -> None:
         if self.greedy and (self.temperature or self.n_samples != 1):
-            raise InputError("--greedy makes one sample a task at temperature 0; leave out the others, or --greedy")
+            raise InputError(
+                "--greedy makes one sample a task at temperature 0; leave out the others, or --greedy"
+            )
         for name in ("n_samples", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -115,7 +119,8 @@ class BenchmarkOptions:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises InputError: it is no number, negative, or so small that logits divided by it overflow float32."""
+    """Raises InputError: it is no number, negative, or so small that logits divided by it overflow
+    float32."""
     if not 0 <= temperature < math.inf:
         raise InputError(f"--temperature is {temperature}; it must be a number, and not negative")
     if 0 < temperature < LOWEST_TEMPERATURE:
@@ -146,7 +151,8 @@ def benchmark(
     progress: Progress | None = None,
     **options: Any,
 ) -> BenchmarkResult:
-    """Make and score the samples of every model x strategy x benchmark. What the folder holds already is not made again.
+    """Make and score the samples of every model x strategy x benchmark. What the folder holds already is not
+    made again.
 
     Under `accelerate launch` the processes share the tasks, and the first one scores.
 
@@ -167,7 +173,9 @@ def benchmark(
     folder = Path(output_dir)
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     state = _processes()
-    with state.local_main_process_first():  # what EvalPlus downloads is written in place: nobody may read half of it
+    with (
+        state.local_main_process_first()
+    ):  # what EvalPlus downloads is written in place: nobody may read half of it
         sets = [
             load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
             for name in dict.fromkeys(map(canonical_benchmark, names))
@@ -177,7 +185,9 @@ def benchmark(
     found = tell_apart([_find(model, chosen) for model in _as_list(models)])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
-    plans = [(model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found]
+    plans = [
+        (model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found
+    ]
     for model in found:
         refuse_options(model.generation_settings(), model.source)
     _check_folder(folder, found)
@@ -196,7 +206,15 @@ def _as_list(models: Any) -> list[Any]:
 
 
 def _find(source: Any, options: BenchmarkOptions) -> FoundModel:
-    names = ("base_model", "adapter_path", "backend", "revision", "subfolder", "lora_alpha", "trust_remote_code")
+    names = (
+        "base_model",
+        "adapter_path",
+        "backend",
+        "revision",
+        "subfolder",
+        "lora_alpha",
+        "trust_remote_code",
+    )
     return find_model(source, **{name: getattr(options, name) for name in names})
 
 
@@ -212,8 +230,8 @@ def _processes() -> Any:
 
 
 def _check_settings(options: BenchmarkOptions) -> None:
-    from .check_workers import check_start
-    from .scoring import check_settings
+    from .scoring.check_workers import check_start
+    from .scoring.scoring import check_settings
 
     check_settings(options.sandbox)
     check_start(options.sandbox)
@@ -241,7 +259,8 @@ def _runs_of(
     state: Any,
     progress: Progress | None,
 ) -> Iterator[Run]:
-    """The samples of one model, which is loaded when the first of them is missing, and forgotten at the end."""
+    """The samples of one model, which is loaded when the first of them is missing, and forgotten at the
+    end."""
 
     @cache
     def load() -> LoadedModel:
@@ -323,14 +342,15 @@ def score_run(
     sandbox: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Score a run's samples and record it, unless that was done and neither samples nor results have changed since.
+    """Score a run's samples and record it, unless that was done and neither samples nor results have changed
+    since.
 
     Results in which checks had no verdict are never final: they are made again.
 
     Raises:
         InputError, FailureError: as `score_samples`.
     """
-    from .scoring import lost_checks, pass_at_k, score_samples
+    from .scoring.scoring import lost_checks, pass_at_k, score_samples
 
     if run.has_results and run.base_only <= base_only and not lost_checks(run.results_path):
         return run
@@ -386,12 +406,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
-    import sys
-
-    from dylora_moe.cli import main
-
-    main(["benchmark", *sys.argv[1:]])
-
-
 __all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "check_temperature", "score_run"]
+
+if __name__ == "__main__":
+    run_command("benchmark")

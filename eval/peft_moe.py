@@ -1,4 +1,5 @@
-"""The backend `peft_moe`: mixtures of LoRA experts in EvalPlus's own commands and functions, whatever they were saved as.
+"""The backend `peft_moe`: mixtures of LoRA experts in EvalPlus's own commands and functions, whatever they
+were saved as.
 
     PeftMoEDecoder          EvalPlus's `hf` decoder on any source, under a routing strategy; one prompt at a time
     run_codegen, evaluate   as EvalPlus's functions of these names, in batches
@@ -21,15 +22,15 @@ from evalplus import provider
 from evalplus.provider.base import DecoderBase
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.sources import ARTIFACT
+from dylora_moe.hub_export.sources.hub_and_folders import ARTIFACT
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, benchmark, check_temperature, score_run
-from .evalplus_data import canonical_benchmark, load_benchmark
-from .evalplus_decoder import PromptDecoder, check_chat_template
-from .loading import find_model
-from .run_record import Run, find_run, read_runs
-from .scoring import pass_at_k, score_samples
+from .evalplus_bridge.data import canonical_benchmark, load_benchmark
+from .evalplus_bridge.decoder import PromptDecoder, check_chat_template
+from .sampling.loading import find_model
+from .sampling.run_record import Run, find_run, read_runs
+from .scoring.scoring import pass_at_k, score_samples
 
 
 BACKEND = "peft_moe"
@@ -39,7 +40,8 @@ class PeftMoEDecoder(PromptDecoder):
     """EvalPlus's `HuggingFaceDecoder` on any source that this package reads.
 
     Args:
-        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the foundation, with `adapter_path`.
+        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the foundation, with
+            `adapter_path`.
         wandb_artifact: `entity/project/name:version`, in place of `name`.
         dataset: "humaneval" or "mbpp".
         routing_strategy: the repo's default unless given.
@@ -126,7 +128,8 @@ def run_codegen(
     evalperf_type: str | None = None,
     **options: Any,
 ) -> str:
-    """As EvalPlus's `run_codegen`, in batches; returns the path of the samples, whose name holds the strategy.
+    """As EvalPlus's `run_codegen`, in batches; returns the path of the samples, whose name holds the
+    strategy.
 
     Args:
         model: any source, see `PeftMoEDecoder`; or `wandb_artifact`, `entity/project/name:version`.
@@ -164,15 +167,16 @@ def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, flo
 
     Args:
         samples: an EvalPlus samples file.
-        options: `base_only`, `parallel`, `sandbox`, `progress`; for files that `benchmark` did not make, `task_ids` and
-            `mini` as well, see `score_samples`.
+        options: `base_only`, `parallel`, `sandbox`, `progress`; for files that `benchmark` did not make,
+            `task_ids` and `mini` as well, see `score_samples`.
 
     Returns:
-        `{"pass@1": …, "plus_pass@1": …}` and so on for every k of 1, 10 and 100 with samples enough; fractions.
+        `{"pass@1": …, "plus_pass@1": …}` and so on for every k of 1, 10 and 100 with samples enough;
+        fractions.
 
     Raises:
-        InputError: no such file, samples of other tasks, or of a benchmark that is not this one or not this version of
-            it; no such option.
+        InputError: no such file, samples of other tasks, or of a benchmark that is not this one or not this
+            version of it; no such option.
     """
     refuse_unknown(options, parameter_names(evaluate, score_samples))
     samples = Path(samples)
@@ -190,13 +194,15 @@ def _check_record(run: Run, dataset: str, options: dict[str, Any]) -> None:
     if known:
         raise InputError(f"leave out {' and '.join(known)}: the record of {run.samples_path} says it")
     if load_benchmark(dataset, mini=run.mini).dataset_hash != run.dataset_hash:
-        raise InputError(f"{run.samples_path} was made for another version of {dataset} than is on this machine")
+        raise InputError(
+            f"{run.samples_path} was made for another version of {dataset} than is on this machine"
+        )
 
 
 def register() -> None:
     """Let the EvalPlus in this process take `backend="peft_moe"`: `evalplus.provider.make_model` and
-    `evalplus.codegen.run_codegen` then accept `base_model`, `adapter_path`, `routing_strategy` and so on. Other backends
-    go where they went. Calling it again changes nothing."""
+    `evalplus.codegen.run_codegen` then accept `base_model`, `adapter_path`, `routing_strategy` and so on.
+    Other backends go where they went. Calling it again changes nothing."""
     make_model = _with_backend(provider.make_model, _decoder_maker(provider.make_model))
     codegen = _with_backend(evalplus_codegen.run_codegen, run_codegen)
     provider.make_model = evalplus_codegen.make_model = make_model
@@ -223,11 +229,13 @@ def _with_backend(function: Any, ours: Any) -> Any:
 
 
 def _decoder_maker(make_model: Callable) -> Callable[..., PeftMoEDecoder]:
-    """`make_model` for our backend. EvalPlus's own passes every backend's arguments: those of the others are left out,
-    and what EvalPlus does not know either reaches the decoder, which refuses it."""
+    """`make_model` for our backend. EvalPlus's own passes every backend's arguments: those of the others are
+    left out, and what EvalPlus does not know either reaches the decoder, which refuses it."""
     of_others = set(parameter_names(make_model)) - set(_decoder_parameters())
 
-    def make_decoder(model: str | None = None, dataset: str = "humaneval", **arguments: Any) -> PeftMoEDecoder:
+    def make_decoder(
+        model: str | None = None, dataset: str = "humaneval", **arguments: Any
+    ) -> PeftMoEDecoder:
         kept = {name: value for name, value in arguments.items() if name not in of_others}
         return PeftMoEDecoder(model, dataset, **kept)
 

@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         except DyloraMoeError as error:
             parser.exit(error.exit_code, f"error: {error}\n")
         print(
-            f"{strategy:<14} " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in scores[strategy].items())
+            f"{strategy:<14} "
+            + "  ".join(f"{name} {100 * value:.1f} %" for name, value in scores[strategy].items())
         )
     return scores
 

@@ -2,15 +2,16 @@
 
     python examples/is_the_router_worth_it.py SOURCE --output_dir results
 
-Exit code 0 if the router helps, 1 if it does not, 2 if nothing could be said, so that a script can go on from there.
+Exit code 0 if the router helps, 1 if it does not, 2 if nothing could be said, so that a script can go on from
+there.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from dylora_moe.eval.expert_analysis import expert_analysis
-from dylora_moe.eval.report import write_report
+from dylora_moe.eval.analysis.expert_analysis import expert_analysis
+from dylora_moe.eval.report.page import write_report
 from dylora_moe.hub_export import DyloraMoeError
 from dylora_moe.hub_export.extras import REPORT, check_packages
 

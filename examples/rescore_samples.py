@@ -2,8 +2,9 @@
 
     python examples/rescore_samples.py evalplus_results/humaneval --dataset humaneval --output_dir rescored
 
-The files are copied first: old results beside them are neither read nor changed. A file is scored on the tasks that it
-holds samples of, which after `--limit` are not all; how many is printed. One that cannot be scored stops no other.
+The files are copied first: old results beside them are neither read nor changed. A file is scored on the
+tasks that it holds samples of, which after `--limit` are not all; how many is printed. One that cannot be
+scored stops no other.
 """
 
 import argparse

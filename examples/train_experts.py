@@ -43,8 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     foundation = AutoModelForCausalLM.from_config(config)
-    targets = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
-    experts = [{"name": name, "r": 8, "lora_alpha": 16, "target_modules": targets} for name in ("low", "high")]
+    targets = [
+        f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
+    ]
+    experts = [
+        {"name": name, "r": 8, "lora_alpha": 16, "target_modules": targets} for name in ("low", "high")
+    ]
     model = DyloraMoeForCausalLM.from_foundation(
         foundation, DyloraMoeConfig(base_config=foundation.config, expert_configs=experts)
     )

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .artifacts import download_artifact
-    from .check import CheckReport
+    from .checking.check import CheckReport
+    from .checking.verify import Verification, verify
     from .errors import DyloraMoeError, DyloraMoeWarning, FailureError, InputError
-    from .exporter import ExportResult, export
-    from .formats import Detection, detect
+    from .exporter import export
     from .hub_push import PushResult, push
     from .inspection import Inspection, inspect
     from .merging import MergeResult, merge
     from .mirror import mirror_pull, mirror_push
+    from .readers.detect import Detection, detect
+    from .repo.options import ExportResult
+    from .sources.wandb_artifacts import download_artifact
     from .variant import VariantResult, make_variant
-    from .verification import Verification, verify
 
 _PLACES = {
-    "CheckReport": "check",
-    "Detection": "formats",
+    "CheckReport": "checking.check",
+    "Detection": "readers.detect",
     "DyloraMoeError": "errors",
     "DyloraMoeWarning": "errors",
     "ExportResult": "exporter",
@@ -34,9 +35,9 @@ _PLACES = {
     "MergeResult": "merging",
     "PushResult": "hub_push",
     "VariantResult": "variant",
-    "Verification": "verification",
-    "detect": "formats",
-    "download_artifact": "artifacts",
+    "Verification": "checking.verify",
+    "detect": "readers.detect",
+    "download_artifact": "sources.wandb_artifacts",
     "export": "exporter",
     "inspect": "inspection",
     "make_variant": "variant",
@@ -44,7 +45,7 @@ _PLACES = {
     "mirror_pull": "mirror",
     "mirror_push": "mirror",
     "push": "hub_push",
-    "verify": "verification",
+    "verify": "checking.verify",
 }
 
 

@@ -1,12 +1,13 @@
 """The two ways a command of this package ends badly, and the warning it may give on the way.
 
-An error's text is one line: what is wrong, where (file, key, layer), and what to do about it. This file knows nothing
-about any format.
+An error's text is one line: what is wrong, where (file, key, layer), and what to do about it. This file knows
+nothing about any format.
 """
 
 
 class DyloraMoeError(Exception):
-    """Base of the errors that are meant to be read by a person. `exit_code` is what the command line ends with."""
+    """Base of the errors that are meant to be read by a person. `exit_code` is what the command line ends
+    with."""
 
     exit_code = 1
 
@@ -21,7 +22,8 @@ class InputError(DyloraMoeError, ValueError):
 
 
 class FailureError(DyloraMoeError, RuntimeError):
-    """The input was right and the work failed all the same: a full disk, a check that found a difference. Exit code 1."""
+    """The input was right and the work failed all the same: a full disk, a check that found a difference.
+    Exit code 1."""
 
     exit_code = 1
 

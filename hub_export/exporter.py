@@ -1,12 +1,13 @@
 """Export: any source a reader knows becomes a Hub repo that stock transformers loads.
 
-The order is: look at everything that is cheap to look at, write to a hidden folder tensor by tensor, check, and only then
-let the repo appear under its name. It knows nothing about the formats of sources.
+The order is: look at everything that is cheap to look at, write to a hidden folder tensor by tensor, check,
+and only then let the repo appear under its name. It knows nothing about the formats of sources.
 
-Dtypes: the foundation is saved as it is stored and the gate in float32. The experts are saved in their own stored
-dtype (the finest one, where they differ), because rounding float32 adapters to a bfloat16 foundation's dtype would
-change what they compute; on loading, `dtype` decides for both, as for any model. An explicit `dtype` converts
-foundation and experts.
+Dtypes: the foundation is saved as it is stored and the gate in float32. The experts are saved in their own
+    stored
+dtype (the finest one, where they differ), because rounding float32 adapters to a bfloat16 foundation's dtype
+would change what they compute; on loading, `dtype` decides for both, as for any model. An explicit `dtype`
+converts foundation and experts.
 """
 
 from __future__ import annotations
@@ -14,26 +15,34 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checksums import write_checksums
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
-from .exported_repo import is_exported_repo, is_replaceable
-from .formats import open_sources, read_sources
-from .licence import foundation_licence, stored_licence
-from .mixture import Mixture, ReadOptions, check_expert_names, idle_experts
-from .model_card import keep_edits, model_card
-from .options import ExportOptions, ExportResult
-from .plan import Plan, make_plan
-from .results import read_results
-from .router_prompts import read_prompts, router_from_prompts
-from .side_files import make_readable, write_config_and_code, write_generation_config
-from .sources import Source
+from .preparation import prepare
+from .readers.open_source import open_sources
+from .repo.checksums import write_checksums
+from .repo.model_card import foundation_licence, keep_edits, model_card, stored_licence
+from .repo.options import ExportOptions, ExportResult
+from .repo.plan import Plan
+from .repo.repo_config import is_exported_repo
+from .repo.repo_files import is_replaceable
+from .repo.results import read_results
+from .repo.tokenizer import (
+    FoundTokenizer,
+    warn_about_older_transformers,
+    write_tokenizer,
+)
+from .repo.writer import (
+    make_readable,
+    write_adapter,
+    write_config_and_code,
+    write_full,
+    write_generation_config,
+)
+from .sources.hub_and_folders import Source
 from .staging import check_output, staged_folder
-from .tokenizer import FoundTokenizer, check_vocabulary, find_tokenizer, warn_about_older_transformers, write_tokenizer
-from .writer import write_adapter, write_full
+from .tensors.mixture import Mixture, idle_experts
 
 
 # What a person may have put into a repo, or added lines to: overwriting keeps it.
@@ -50,21 +59,24 @@ def export(
     """Write one or several sources as one repo, then check it against them.
 
     Args:
-        sources: a folder, a Hub id or `wandb:entity/project/name:version`; several PEFT adapters become several experts,
-            in this order, and after an exported repo they are appended to its experts.
+        sources: a folder, a Hub id or `wandb:entity/project/name:version`; several PEFT adapters become
+            several experts, in this order, and after an exported repo they are appended to its experts.
         output_dir: the repo's folder. It must be missing or empty, or with `overwrite` an exported repo.
         progress: is told in a few words what happens next.
         base_model, base_revision: the foundation, where the source names none or not the right one.
         layout: "full", or "adapter", which leaves the foundation where it is.
-        routing_strategy: the default strategy; otherwise `router`, `single:0` for one expert, `uniform` without router.
-        router_mode, router_input, num_experts_per_tok, router_temperature: other router settings than the source's.
+        routing_strategy: the default strategy; otherwise `router`, `single:0` for one expert, `uniform`
+            without router.
+        router_mode, router_input, num_experts_per_tok, router_temperature: other router settings than the
+            source's.
         router_prompts: a YAML file, expert -> example prompts, from which a router is made without training.
         lora_alpha: alpha of all experts, for training checkpoints that do not store it.
         expert_names: other names for the experts, in order.
         tokenizer: folder or Hub id, where neither source nor foundation has the right one.
         subfolder: which of several checkpoints in the source.
         revision: the source's revision on the Hub.
-        dtype: "float32", "bfloat16" or "float16" converts foundation and experts; otherwise they stay as stored.
+        dtype: "float32", "bfloat16" or "float16" converts foundation and experts; otherwise they stay as
+            stored.
         max_shard_size: weights beyond it are split over several files.
         results: `STRATEGY=FILE` for each file of EvalPlus's results, to be stated in the card.
         overwrite: replace an exported repo, at one stroke; what was written by hand in its card is kept.
@@ -73,8 +85,8 @@ def export(
 
     Raises:
         InputError: what was given cannot be exported as it is.
-        FailureError: writing failed, or the check found a difference beyond rounding. Nothing is left under `output_dir` then that was
-            not there before.
+        FailureError: writing failed, or the check found a difference beyond rounding. Nothing is left under
+            `output_dir` then that was not there before.
     """
     chosen = ExportOptions.of(options)
     read_results(chosen.results)  # before anything else, since it may be wrong
@@ -85,7 +97,9 @@ def export(
     _refuse_inside(output, [source.folder for source in resolved])
     for source in resolved:
         if is_exported_repo(source.folder) and source.folder.resolve() in output.parents:
-            raise InputError(f"{output} lies in the repo {source.folder}, which is the source; choose another folder")
+            raise InputError(
+                f"{output} lies in the repo {source.folder}, which is the source; choose another folder"
+            )
     mixture, plan, tokenizer = prepare(resolved, chosen, tell)
     _refuse_inside(output, [Path(name) for name in (plan.foundation.name, chosen.tokenizer) if name])
     if tokenizer is not None:
@@ -116,81 +130,10 @@ def export(
     return result
 
 
-def prepare(
-    sources: list[Source], options: ExportOptions, tell: Callable[[str], None]
-) -> tuple[Mixture, Plan, FoundTokenizer | None]:
-    """What will be written: experts and router, foundation and config, the tokenizer.
-
-    Raises:
-        InputError: what was given cannot be exported as it is.
-    """
-    mixture = read_mixture(sources, options)
-    plan = make_plan(mixture, options)
-    tokenizer = find_tokenizer(options, mixture, plan.foundation, plan.config.base_config)
-    if tokenizer is not None:
-        skeleton = plan.skeleton
-        check_vocabulary(tokenizer, None if skeleton is None else skeleton.get_input_embeddings().weight.shape[0])
-    if options.router_prompts is not None:
-        tell("making a router from the prompts")
-        if mixture.router is None and mixture.routing_strategy == "uniform":
-            mixture.routing_strategy = None  # what a mixture without a router starts with
-        mixture.router = router_from_prompts(mixture, plan, tokenizer and tokenizer.tokenizer, options)
-        plan = make_plan(mixture, options)
-    return mixture, plan, tokenizer
-
-
 def _refuse_inside(output: Path, folders: list[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and output in folder.resolve().parents:
             raise InputError(f"{folder} lies in the output folder {output}, which would be replaced")
-
-
-def read_mixture(sources: list[Source], options: ExportOptions) -> Mixture:
-    """The mixture with the user's names and router settings, ready to be exported."""
-    mixture = read_sources(
-        sources,
-        ReadOptions(
-            lora_alpha=options.lora_alpha,
-            base_model=options.base_model,
-            num_experts_per_tok=options.num_experts_per_tok,
-            router_temperature=options.router_temperature,
-        ),
-    )
-    if mixture.problems:
-        raise InputError(mixture.problems[0])
-    if options.expert_names is not None:
-        if len(options.expert_names) != len(mixture.experts):
-            raise InputError(
-                f"--expert_names has {len(options.expert_names)} names, the source has {len(mixture.experts)} experts "
-                f"({', '.join(expert.name for expert in mixture.experts)})"
-            )
-        for expert, name in zip(mixture.experts, options.expert_names, strict=True):
-            expert.name = name
-    check_expert_names([expert.name for expert in mixture.experts], [expert.origin for expert in mixture.experts])
-    if options.drops_router:
-        mixture.router, mixture.routing_strategy = None, _without_router(mixture.routing_strategy)
-    elif options.router_prompts is not None:
-        read_prompts(options.router_prompts, mixture)
-    elif mixture.router is not None:
-        mixture.router = replace(mixture.router, **options.router_settings)
-        if mixture.router.num_experts != len(mixture.experts):
-            message = (
-                f"the router knows {mixture.router.num_experts} of {len(mixture.experts)} experts and is left out; "
-                "--router_prompts makes its new rows"
-            )
-            warnings.warn(message, DyloraMoeWarning, stacklevel=3)
-            mixture.router, mixture.routing_strategy = None, _without_router(mixture.routing_strategy)
-    elif options.router_settings:
-        raise InputError(
-            f"--{next(iter(options.router_settings))} needs a router, which {mixture.folders[0]} does not have"
-        )
-    for note in mixture.notes:
-        warnings.warn(note, DyloraMoeWarning, stacklevel=3)
-    return mixture
-
-
-def _without_router(strategy: str | None) -> str | None:
-    return None if strategy in ("router", "best") else strategy
 
 
 def _routing_strategy(strategy: str | None, config: Any) -> str:
@@ -253,7 +196,7 @@ def _write(
 
 
 def _check(folder: Path, mixture: Mixture, sources: list[Source], plan: Plan, options: ExportOptions) -> Any:
-    from .check import check_export
+    from .checking.check import check_export
 
     report = check_export(folder, mixture, plan, options)
     if report.passed is False:

@@ -1,4 +1,5 @@
-"""The optional packages, and which extra of this one brings each: a missing one is named before any work begins."""
+"""The optional packages, and which extra of this one brings each: a missing one is named before any work
+begins."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ def check_packages(*names: str) -> None:
         names: of `EXTRAS`.
 
     Raises:
-        InputError: names all that are missing, with the command that installs them; or one that is there and broken.
+        InputError: names all that are missing, with the command that installs them; or one that is there and
+            broken.
     """
     missing = [name for name in names if not _is_installed(name)]
     if missing:
         are = "are" if len(missing) > 1 else "is"
         extras = ",".join(dict.fromkeys(EXTRAS[name] for name in missing))
-        raise InputError(f"this needs {', '.join(missing)}, which {are} not installed: {how_to_install(extras)}")
+        raise InputError(
+            f"this needs {', '.join(missing)}, which {are} not installed: {how_to_install(extras)}"
+        )
 
 
 def how_to_install(extra: str) -> str:
@@ -36,7 +40,9 @@ def _is_installed(name: str) -> bool:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        if error.name is not None and error.name.split(".")[0] != name:  # it is there, and lacks something itself
+        if (
+            error.name is not None and error.name.split(".")[0] != name
+        ):  # it is there, and lacks something itself
             raise InputError(f"{name} cannot be imported: {one_line(error)}") from error
         return False
     return True

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, one_line
-from .exported_repo import MODEL_TYPE
-from .hub_errors import find_token, hub_errors
-from .model_card import restate
-from .repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_files
-from .sources import HUB_ID
-from .tensor_files import read_json
+from .repo.model_card import restate
+from .repo.repo_config import MODEL_TYPE
+from .repo.repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_files
+from .sources.hub_and_folders import HUB_ID
+from .sources.hub_errors import find_token, hub_errors
+from .tensors.tensor_files import read_json
 
 
 Progress = Callable[[str], None]
@@ -58,21 +58,21 @@ def push(
 ) -> PushResult:
     """Make the Hub repo hold what this folder holds.
 
-    Weights, experts, code and tokenizer files that an earlier export left there and this one does not have are deleted
-    in the same commit; all other files on the Hub stay.
+    Weights, experts, code and tokenizer files that an earlier export left there and this one does not have
+    are deleted in the same commit; all other files on the Hub stay.
 
     Args:
         repo: an exported repo, of either layout.
         hub_id: `org/name`, or `name` for the token's own user.
-        private: create it as a private repo, or make an existing one private first. Without it a new repo is what the
-            Hub makes by default, and an existing one stays as it is.
+        private: create it as a private repo, or make an existing one private first. Without it a new repo is
+            what the Hub makes by default, and an existing one stays as it is.
         revision: a branch, made from `main` if it is not there.
         token: otherwise HF_TOKEN or what `hf auth login` stored.
         progress: is told what is being done.
 
     Raises:
-        InputError: not a complete exported repo; its foundation is a folder of this machine; no token, or one that may
-            not write there; the Hub repo holds another model.
+        InputError: not a complete exported repo; its foundation is a folder of this machine; no token, or one
+            that may not write there; the Hub repo holds another model.
         FailureError: no network, or the Hub failed.
     """
     folder, tell = Path(repo), progress or (lambda message: None)
@@ -107,7 +107,8 @@ def push(
 
 
 def check_foundation(folder: Path, content: RepoFiles) -> None:
-    """Whoever loads the repo, or one of its experts with PEFT, must be able to find the foundation by its name.
+    """Whoever loads the repo, or one of its experts with PEFT, must be able to find the foundation by its
+    name.
 
     Raises:
         InputError: a name is a folder of this machine, or can be no Hub id.
@@ -124,7 +125,9 @@ def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
     if name is None and not needed:
         return
     if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: base_model_name_or_path is {name!r}, so nobody can find the foundation; {way_out}")
+        raise InputError(
+            f"{path}: base_model_name_or_path is {name!r}, so nobody can find the foundation; {way_out}"
+        )
     if Path(name).is_absolute() or os.path.exists(os.path.expanduser(name)):
         raise InputError(
             f"{path}: base_model_name_or_path is {name}, a folder of this machine, which nobody else has; {way_out}"
@@ -163,7 +166,9 @@ def _check_names(hub_id: str, revision: str | None) -> None:
     if revision is None:
         return
     if COMMIT.fullmatch(revision):
-        raise InputError(f"--revision {revision} is a commit, to which nothing can be added; give a branch's name")
+        raise InputError(
+            f"--revision {revision} is a commit, to which nothing can be added; give a branch's name"
+        )
     if not BRANCH.fullmatch(revision):
         raise InputError(f"--revision {revision!r} is not a branch's name")
 
@@ -234,7 +239,8 @@ def _check_holds_no_other_model(api: Any, hub_id: str, branch: str, token: str) 
 
 
 def _foundation_notes(api: Any, config: dict[str, Any]) -> list[str]:
-    """Layout `adapter` needs its foundation on the Hub. That this token cannot see it does not mean that nobody can."""
+    """Layout `adapter` needs its foundation on the Hub. That this token cannot see it does not mean that
+    nobody can."""
     from huggingface_hub import errors
 
     name, revision = config["base_model_name_or_path"], config.get("base_model_revision")
@@ -250,7 +256,8 @@ def _foundation_notes(api: Any, config: dict[str, Any]) -> list[str]:
 
 
 def _stale(on_hub: list[str], content: RepoFiles) -> list[str]:
-    """What an earlier export left. A tokenizer that lies there alone stays: somebody added what the export lacks."""
+    """What an earlier export left. A tokenizer that lies there alone stays: somebody added what the export
+    lacks."""
     own_tokenizer = any(is_tokenizer_file(file) for file in content.files)
     return sorted(
         file

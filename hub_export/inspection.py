@@ -1,4 +1,5 @@
-"""Inspect: what a source holds, and what it lacks to be exported. It loads no model and knows nothing about formats."""
+"""Inspect: what a source holds, and what it lacks to be exported. It loads no model and knows nothing about
+formats."""
 
 from __future__ import annotations
 
@@ -9,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .formats import open_sources, read_sources
-from .foundation import in_hub_cache, is_local, load_foundation_config, resolve_foundation
-from .foundation_weights import WEIGHT_NAMES, foundation_weights, skeleton, tied_head, weight_files
-from .mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, idle_experts
-from .plan import check_fit
-from .sources import is_elsewhere
-from .tensor_files import TensorFile
-from .tokenizer import has_tokenizer
-from .whole_weights import check_whole_weights
+from .foundation.reference import in_hub_cache, is_local, load_foundation_config, resolve_foundation
+from .foundation.weights import WEIGHT_NAMES, foundation_weights, skeleton, tied_head, weight_files
+from .foundation.whole_weights import check_whole_weights
+from .readers.open_source import open_sources, read_sources
+from .repo.plan import check_fit
+from .repo.tokenizer_files import has_tokenizer
+from .sources.hub_and_folders import is_elsewhere
+from .tensors.mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, idle_experts
+from .tensors.tensor_files import TensorFile
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,7 +26,8 @@ BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass
 class ExpertSummary:
-    """Ranks and alphas are (smallest, largest) over the layers; `num_bytes` is the size of the tensors as stored."""
+    """Ranks and alphas are (smallest, largest) over the layers; `num_bytes` is the size of the tensors as
+    stored."""
 
     name: str
     rank: tuple[int, int] | None
@@ -41,7 +43,8 @@ class ExpertSummary:
 
 @dataclass
 class FoundationSummary:
-    """`folder` is where it lies on this machine, None where it does not; then `num_parameters` is unknown, too."""
+    """`folder` is where it lies on this machine, None where it does not; then `num_parameters` is unknown,
+    too."""
 
     name: str | None
     revision: str | None
@@ -51,7 +54,8 @@ class FoundationSummary:
 
 @dataclass
 class Inspection:
-    """What `inspect` found. `memory` is bytes by dtype when loaded; `missing` what stands in the way of an export."""
+    """What `inspect` found. `memory` is bytes by dtype when loaded; `missing` what stands in the way of an
+    export."""
 
     sources: list[str]
     format: str
@@ -81,9 +85,10 @@ def inspect(
     """Look at one or several sources without loading a model.
 
     Args:
-        sources: a folder, a Hub id or `wandb:entity/project/name:version`; several only for PEFT adapters, which may
-            follow an exported repo.
-        base_model, lora_alpha, revision, subfolder: as for `export`, to see whether an export would still lack something.
+        sources: a folder, a Hub id or `wandb:entity/project/name:version`; several only for PEFT adapters,
+            which may follow an exported repo.
+        base_model, lora_alpha, revision, subfolder: as for `export`, to see whether an export would still
+            lack something.
         progress: is told when a source has to be fetched first, which may take long.
 
     Raises:
@@ -164,7 +169,8 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
 
 
 def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str], notes: list[str]) -> None:
-    """Add what an export would refuse in experts or router beside their foundation, where that is on this machine."""
+    """Add what an export would refuse in experts or router beside their foundation, where that is on this
+    machine."""
     if foundation.folder is None or not mixture.experts:
         return
     reference = FoundationReference(foundation.folder)
@@ -193,7 +199,8 @@ def _place(reference: FoundationReference, base_model: str | None) -> tuple[Foun
 
 
 def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> str | None:
-    """The folder that an export would take it from. A named foundation may have it where the source brings its own."""
+    """The folder that an export would take it from. A named foundation may have it where the source brings
+    its own."""
     try:
         _, foundation = _place(mixture.foundation, base_model)
         elsewhere = foundation is None  # from where an export downloads it
@@ -222,7 +229,8 @@ def _gate_parameters(mixture: Mixture) -> int:
 
 
 def _memory(mixture: Mixture, foundation: FoundationSummary) -> dict[str, dict[str, int | None]]:
-    """Bytes of the loaded parameters by dtype; the gate is float32 in each. None where the foundation is not at hand."""
+    """Bytes of the loaded parameters by dtype; the gate is float32 in each. None where the foundation is not
+    at hand."""
     experts, gate = sum(expert.num_parameters for expert in mixture.experts), 4 * _gate_parameters(mixture)
     memory: dict[str, dict[str, int | None]] = {}
     for dtype, size in BYTES_PER_PARAMETER.items():

@@ -1,4 +1,5 @@
-"""Merge: one expert folded into the foundation, W + s B A. What comes out is an ordinary model that any server loads.
+"""Merge: one expert folded into the foundation, W + s B A. What comes out is an ordinary model that any
+server loads.
 
 It knows how a merged folder is written, and nothing about how experts are stored.
 """
@@ -14,27 +15,28 @@ from typing import Any
 
 import torch
 
-from . import rounding
-from .check import Comparison, compared
+from .checking import rounding
+from .checking.check import Comparison, compared
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
-from .exported_repo import foundation_of, load_config
-from .foundation import is_hub_id, is_local, not_loaded, resolve_foundation
-from .licence import foundation_licence
-from .mixture import FoundationReference
-from .options import DTYPES
-from .quantised import check_needs_no_kernels
-from .side_files import make_readable, write_generation_config
-from .sources import resolve_sources
+from .foundation.quantised import check_needs_no_kernels
+from .foundation.reference import is_hub_id, is_local, not_loaded, resolve_foundation
+from .repo.model_card import foundation_licence
+from .repo.options import DTYPES
+from .repo.repo_config import foundation_of, load_config
+from .repo.tokenizer import open_tokenizer, write_tokenizer
+from .repo.tokenizer_files import has_tokenizer
+from .repo.writer import make_readable, write_generation_config
+from .sources.hub_and_folders import resolve_sources
 from .staging import check_output, staged_folder
-from .tokenizer import open_tokenizer, write_tokenizer
-from .tokenizer_files import has_tokenizer
+from .tensors.mixture import FoundationReference
 
 
 @dataclass
 class MergeResult:
-    """What was written. `difference` is the largest one between the logits of the sum, in float32, and those of
-    `single:`, and `allowed` what rounding in float32 allows; `passed` is None where that is so much that it says nothing.
-    `rounding` is the difference of the files as they lie there, which a dtype of 16 bits makes larger."""
+    """What was written. `difference` is the largest one between the logits of the sum, in float32, and those
+    of `single:`, and `allowed` what rounding in float32 allows; `passed` is None where that is so much that
+    it says nothing. `rounding` is the difference of the files as they lie there, which a dtype of 16 bits
+    makes larger."""
 
     output_dir: Path
     expert: str
@@ -58,12 +60,14 @@ def merge(
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> MergeResult:
-    """Write a repo's foundation with one expert in it, and compare it with the strategy `single:` of that expert.
+    """Write a repo's foundation with one expert in it, and compare it with the strategy `single:` of that
+    expert.
 
     Args:
         repo: an exported repo, a folder or a Hub id.
         expert: its name or number.
-        base_model: the foundation of a repo of layout `adapter`, where it is not at the place that the config names.
+        base_model: the foundation of a repo of layout `adapter`, where it is not at the place that the config
+            names.
         dtype: what the model is saved in; the foundation's own, if left out. The sum is formed in float32.
 
     Raises:
@@ -92,7 +96,11 @@ def merge(
     tell("loading the repo")
     stored = DTYPES.get(dtype) or config.dtype or torch.float32
     try:
-        where = {"base_model": foundation.name} if config.weights_layout == "adapter" and is_local(foundation) else {}
+        where = (
+            {"base_model": foundation.name}
+            if config.weights_layout == "adapter" and is_local(foundation)
+            else {}
+        )
         model = DyloraMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
         merged = model.merge_expert(index)
     except FoundationError as error:
@@ -104,7 +112,9 @@ def merge(
     values, moved = _measure(model, rows, index)
     del model
     expected, effect = values["expert"], float((values["expert"] - values["base"]).abs().max())
-    sum_of_both = compared("the merged model's logits", expected, _logits(merged, rows), moved["expert"], effect)
+    sum_of_both = compared(
+        "the merged model's logits", expected, _logits(merged, rows), moved["expert"], effect
+    )
     _judge(sum_of_both, name)
     merged.to(stored)
     merged.config.dtype = stored
@@ -158,7 +168,8 @@ def _logits(model: Any, rows: torch.Tensor, **arguments: Any) -> torch.Tensor:
 
 
 def _measure(model: Any, rows: torch.Tensor, index: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Logits of the foundation and of one expert, and how far rounding moves them; the model is moved by it, too."""
+    """Logits of the foundation and of one expert, and how far rounding moves them; the model is moved by it,
+    too."""
 
     def compute(choice: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
         yield "base", _logits(model, rows, routing_strategy="base")
@@ -206,7 +217,9 @@ def _foundation(folder: Path, config: Any, base_model: str | None) -> Foundation
     if config.weights_layout == "adapter":
         return resolve_foundation(named, base_model, None)
     if base_model is not None:
-        raise InputError(f"{folder} holds its own foundation, so that --base_model would do nothing; leave it out")
+        raise InputError(
+            f"{folder} holds its own foundation, so that --base_model would do nothing; leave it out"
+        )
     return named
 
 

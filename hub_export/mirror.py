@@ -1,7 +1,7 @@
 """Exported repos to and from W&B artifacts, by the wandb SDK.
 
-What is pulled is an exported repo, as EvalPlus takes it: one that was pushed comes as it is, and what training left is
-exported on the way.
+What is pulled is an exported repo, as EvalPlus takes it: one that was pushed comes as it is, and what
+training left is exported on the way.
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .artifacts import cached, download_to, fetch_artifact
-from .checksums import sha256
 from .errors import InputError
-from .exported_repo import FORMAT, is_exported_repo, is_replaceable
 from .hub_push import is_hub_id
-from .options import ExportOptions
-from .repo_files import RepoFiles, repo_files
+from .readers.exported_repo import FORMAT
+from .repo.checksums import sha256
+from .repo.options import ExportOptions
+from .repo.repo_config import is_exported_repo
+from .repo.repo_files import RepoFiles, is_replaceable, repo_files
+from .sources.wandb_artifacts import (
+    ArtifactName,
+    cached,
+    check_ready,
+    download_to,
+    fetch_artifact,
+    mode,
+    parse_name,
+    sdk,
+    wandb_errors,
+)
 from .staging import check_output, staged_folder
 from .unknown_options import refuse_unknown
-from .wandb_sdk import ArtifactName, check_ready, mode, parse_name, sdk, wandb_errors
 
 
 Progress = Callable[[str], None]
@@ -33,7 +43,8 @@ REPO_MARKS = {"config.json", "modeling_dylora_moe.py"}
 
 @dataclass
 class MirrorPushResult:
-    """What was handed to W&B. `artifact` has a version unless the run is offline, where `run_folder` is to be synced."""
+    """What was handed to W&B. `artifact` has a version unless the run is offline, where `run_folder` is to be
+    synced."""
 
     artifact: str
     offline: bool
@@ -50,8 +61,8 @@ class MirrorPushResult:
 class MirrorPullResult:
     """What is in `output_dir` now.
 
-    `artifact` has its version's number, whatever alias was asked for. `export` is what the exporter returned, None where
-    the artifact was a repo.
+    `artifact` has its version's number, whatever alias was asked for. `export` is what the exporter returned,
+    None where the artifact was a repo.
     """
 
     output_dir: Path
@@ -73,7 +84,8 @@ def mirror_push(
     aliases: tuple[str, ...] = ("latest",),
     progress: Progress | None = None,
 ) -> MirrorPushResult:
-    """Log an exported repo as an artifact of type `model`, in a run of its own, in the user's own mode (WANDB_MODE).
+    """Log an exported repo as an artifact of type `model`, in a run of its own, in the user's own mode
+    (WANDB_MODE).
 
     Args:
         repo: an exported repo, of either layout. Nothing but the repo's files goes along.
@@ -122,7 +134,8 @@ def _log(
     aliases: tuple[str, ...],
     scratch: str | None,
 ) -> MirrorPushResult:
-    """One run that logs one artifact. `scratch` is for what an online run writes here, which nobody needs later."""
+    """One run that logs one artifact. `scratch` is for what an online run writes here, which nobody needs
+    later."""
     offline = scratch is None
     run = wandb.init(
         entity=name.entity,
@@ -150,7 +163,8 @@ def _log(
 
 
 def _nothing_else(wandb: Any) -> dict[str, Any]:
-    """Settings under which the run tells nothing about this machine, as far as the installed SDK knows them."""
+    """Settings under which the run tells nothing about this machine, as far as the installed SDK knows
+    them."""
     settings = {
         "console": "off",
         "disable_git": True,
@@ -204,7 +218,8 @@ def mirror_pull(
         options: handed to `export`; those that would change an artifact that is a repo already are refused.
 
     Raises:
-        InputError: as `download_artifact`; the output folder may not be written; the artifact cannot be exported.
+        InputError: as `download_artifact`; the output folder may not be written; the artifact cannot be
+            exported.
         FailureError: no network; damaged files; a full disk.
     """
     final, tell = Path(output_dir), progress or (lambda message: None)
@@ -220,7 +235,9 @@ def mirror_pull(
         found = fetch_artifact(artifact, token)
         entries = {str(path): entry for path, entry in found.manifest.entries.items()}
         size = sum(entry.size or 0 for entry in entries.values())
-        result = MirrorPullResult(final.resolve(), str(name._replace(version=found.version)), found.digest, [])
+        result = MirrorPullResult(
+            final.resolve(), str(name._replace(version=found.version)), found.digest, []
+        )
         tell(f"fetching {len(entries)} files, {size / 1e6:,.1f} MB")
         if not subfolder and entries.keys() >= REPO_MARKS:
             _refuse(options, artifact)

@@ -1,9 +1,9 @@
 """A folder that appears under its name at one stroke, complete, or not at all.
 
-What is written goes to a hidden folder beside the final one (`.NAME.partial-XXXXXXXX/content`), which is then renamed.
-An old folder of that name is exchanged for the new one in a single system call where Linux offers it. A killed run
-leaves at most its hidden folder, which the next run removes; a lock keeps runs from removing each other's. This file
-knows nothing about what is written.
+What is written goes to a hidden folder beside the final one (`.NAME.partial-XXXXXXXX/content`), which is then
+renamed. An old folder of that name is exchanged for the new one in a single system call where Linux offers
+it. A killed run leaves at most its hidden folder, which the next run removes; a lock keeps runs from removing
+each other's. This file knows nothing about what is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Path:
-    """The absolute path of the final folder, if it may be written. `is_replaceable` may say why not with `InputError`.
+    """The absolute path of the final folder, if it may be written. `is_replaceable` may say why not with
+    `InputError`.
 
     Raises:
         InputError: something is there that may not be replaced; nothing was touched.
@@ -60,7 +61,8 @@ def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path],
     """Yields an empty folder to write to; it becomes `final` when the block ends without an exception.
 
     Args:
-        final: the folder to make. It may be missing or empty, or with `overwrite` hold what `is_replaceable` accepts.
+        final: the folder to make. It may be missing or empty, or with `overwrite` hold what `is_replaceable`
+            accepts.
 
     Raises:
         InputError: `final` may not be written, or the block could not read a file.
@@ -113,7 +115,9 @@ def _is_of_writing(error: OSError, work: Path) -> bool:
 
 def _not_of_writing(error: OSError, final: Path) -> InputError | FailureError:
     if error.errno is not None and isinstance(error.filename, str | bytes):
-        return InputError(f"{os.fsdecode(error.filename)} cannot be read: {error.strerror}; {final} was not written")
+        return InputError(
+            f"{os.fsdecode(error.filename)} cannot be read: {error.strerror}; {final} was not written"
+        )
     return FailureError(f"{one_line(error, 500)}; {final} was not written")
 
 
@@ -164,8 +168,8 @@ def _lock(folder: Path, required: bool) -> int:
 def remove_leftovers(final: Path) -> None:
     """Removes hidden folders that killed runs left for this output, unless a run still holds them.
 
-    A run killed in the middle of the slow way of replacing (see `_publish`) has moved the old folder aside: if nothing
-    is under the final name, it goes back there.
+    A run killed in the middle of the slow way of replacing (see `_publish`) has moved the old folder aside:
+    if nothing is under the final name, it goes back there.
     """
     for work in sorted(final.parent.glob(f".{_escape(final.name)}.partial-" + "[0-9a-f]" * 8)):
         if fcntl is None or work.is_symlink() or not work.is_dir():
@@ -216,7 +220,8 @@ def _publish(content: Path, final: Path, aside: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swaps two folders in one step. False where the system or the file system has no such call; nothing changed then.
+    """Swaps two folders in one step. False where the system or the file system has no such call; nothing
+    changed then.
 
     The call is Linux's renameat2 with RENAME_EXCHANGE (https://man7.org/linux/man-pages/man2/rename.2.html).
     """

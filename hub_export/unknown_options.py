@@ -28,5 +28,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
 def parameter_names(*functions: Callable) -> list[str]:
     """List the parameters of functions by name, without `self` and without `*args` and `**kwargs`."""
     gather = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [entry for function in functions for entry in inspect.signature(function).parameters.values()]
+    parameters = [
+        entry for function in functions for entry in inspect.signature(function).parameters.values()
+    ]
     return [entry.name for entry in parameters if entry.kind not in gather and entry.name != "self"]

@@ -1,7 +1,8 @@
-"""A second folder of an exported repo with another default strategy or router mode, sharing the weights on disk.
+"""A second folder of an exported repo with another default strategy or router mode, sharing the weights on
+disk.
 
-Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode. It knows nothing
-about sources or weights.
+Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode. It
+knows nothing about sources or weights.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checksums import replace_covered
-from .containment import contained
 from .errors import DyloraMoeWarning, InputError, one_line
-from .exported_repo import is_replaceable, load_config
-from .model_card import restate
-from .repo_files import repo_files
-from .side_files import write_generation_config
+from .repo.checksums import replace_covered
+from .repo.model_card import restate
+from .repo.repo_config import load_config
+from .repo.repo_files import is_replaceable, repo_files
+from .repo.writer import write_generation_config
 from .staging import staged_folder
-from .tensor_files import read_json
+from .tensors.containment import contained
+from .tensors.tensor_files import read_json
 
 
 @dataclass
@@ -49,8 +50,9 @@ def make_variant(
 ) -> VariantResult:
     """Write a folder that differs from `repo` in what is named here alone, and in the words of its card.
 
-    The weight files are hard links to the repo's, or relative symbolic links where the file system has none, so neither
-    folder's may be changed in place; all other files of the repo are copies. What else lies in its folder is left out.
+    The weight files are hard links to the repo's, or relative symbolic links where the file system has none,
+    so neither folder's may be changed in place; all other files of the repo are copies. What else lies in its
+    folder is left out.
 
     Args:
         repo: a local folder that this package exported.
@@ -59,23 +61,29 @@ def make_variant(
         router_mode: `"dense"`, `"sparse"` or `"auto"`: see `DyloraMoeConfig`.
 
     Raises:
-        InputError: not a complete exported repo, nothing to change, a strategy or mode it does not know (lists those it
-            does), or an output folder that is not empty.
+        InputError: not a complete exported repo, nothing to change, a strategy or mode it does not know
+            (lists those it does), or an output folder that is not empty.
         FailureError: the disk is full, or the file system refuses.
     """
     repo = Path(repo)
     if not repo.is_dir():
-        raise InputError(f"{repo} is a file; give the folder it is in" if repo.exists() else f"{repo} does not exist")
+        raise InputError(
+            f"{repo} is a file; give the folder it is in" if repo.exists() else f"{repo} does not exist"
+        )
     if routing_strategy is None and router_mode is None:
         raise InputError("a variant differs in something: pass --routing_strategy, --router_mode or both")
     config = load_config(repo)
     generation_config = contained(repo, repo / "generation_config.json")
     fields = read_json(generation_config) if generation_config.is_file() else {}
-    strategy = _strategy(fields.get("routing_strategy") if routing_strategy is None else routing_strategy, config)
+    strategy = _strategy(
+        fields.get("routing_strategy") if routing_strategy is None else routing_strategy, config
+    )
     if router_mode is not None:
         _check_mode(router_mode, config)
         config.router_mode = router_mode
-    files = repo_files(repo, follow_links=True).files  # in the Hub's cache, and in a variant, files may be links
+    files = repo_files(
+        repo, follow_links=True
+    ).files  # in the Hub's cache, and in a variant, files may be links
     if repo.resolve() == Path(output_dir).resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
     if Path(output_dir).resolve() in repo.resolve().parents:
@@ -89,7 +97,9 @@ def make_variant(
             replace_covered(folder, "config.json", json.dumps(stored, indent=2, sort_keys=True) + "\n")
         card = folder / "README.md"
         if card.is_file():
-            old = card.read_text(encoding="utf-8", errors="surrogateescape")  # it may be written in another encoding
+            old = card.read_text(
+                encoding="utf-8", errors="surrogateescape"
+            )  # it may be written in another encoding
             text = restate(old, Path(output_dir).resolve().name, strategy, config)
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":

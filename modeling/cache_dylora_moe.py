@@ -1,8 +1,8 @@
 """One cache for all streams of a routed model: stream after stream, each a stretch of ordinary cache layers.
 
-A stream is one pass of the foundation over the tokens (the router's, the routed one, or one an expert). Since the
-layers are transformers' own objects, reordering, cropping, repeating and selecting rows work as they always do.
-Knows nothing about experts' weights or the model.
+A stream is one pass of the foundation over the tokens (the router's, the routed one, or one an expert). Since
+the layers are transformers' own objects, reordering, cropping, repeating and selecting rows work as they
+always do. Knows nothing about experts' weights or the model.
 """
 
 from copy import deepcopy
@@ -25,8 +25,8 @@ CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ els
 class RowExpertsLayer(CacheLayerMixin):
     """A last, pseudo layer that keeps each row's expert with the row, for strategies that choose one per row.
 
-    A cache that was filled under one expert can only be continued under the same one, whatever was done to its rows
-    in between. `expert_ids` is of shape `[batch]`, or `None` until it is known.
+    A cache that was filled under one expert can only be continued under the same one, whatever was done to
+    its rows in between. `expert_ids` is of shape `[batch]`, or `None` until it is known.
     """
 
     is_compileable = True
@@ -82,7 +82,8 @@ class RowExpertsLayer(CacheLayerMixin):
 def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> None:
     """Give a cache the layers of every stream, in place; check one that was filled before.
 
-    A cache that was filled outside of this model (PEFT's prefix tuning fills one) is the same past for every stream.
+    A cache that was filled outside of this model (PEFT's prefix tuning fills one) is the same past for every
+    stream.
 
     Args:
         cache: any `Cache`; its first `num_layers` layers, if it has them already, become the first stream.
@@ -91,14 +92,16 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
             `RowExpertsLayer`; its name is remembered on the cache.
 
     Raises:
-        ValueError: the cache was filled under another strategy, has layers for another model, or cannot hold what the
-            strategy needs.
+        ValueError: the cache was filled under another strategy, has layers for another model, or cannot hold
+            what the strategy needs.
     """
     filled_by = getattr(cache, "routing_strategy", None)
     if filled_by == str(strategy):
         return
     if not hasattr(cache, "layers"):
-        raise ValueError(f"`past_key_values` is a {type(cache).__name__}; pass a `Cache` of layers (`DynamicCache`).")
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__}; pass a `Cache` of layers (`DynamicCache`)."
+        )
     if filled_by is not None and cache.get_seq_length() > 0:
         raise ValueError(
             f"`past_key_values` was filled under {filled_by!r} and cannot be continued under routing strategy "
@@ -109,7 +112,9 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
             cache.layers.append(cache.layer_class_to_replicate())
         cache.layer_class_to_replicate = None
     if len(cache.layers) < num_layers or (filled_by is None and len(cache.layers) > num_layers):
-        raise ValueError(f"`past_key_values` has {len(cache.layers)} layers; the foundation has {num_layers}.")
+        raise ValueError(
+            f"`past_key_values` has {len(cache.layers)} layers; the foundation has {num_layers}."
+        )
     if strategy.num_streams > 1 or strategy.chooses_row_experts:
         _check_room(cache, strategy)
     if filled_by is None:
@@ -118,13 +123,20 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
 
 
 def _check_room(cache: Cache, strategy: RoutingStrategy) -> None:
-    """Raises ValueError: the cache works for a single pass alone, and the strategy keeps more than that with it."""
+    """Raises ValueError: the cache works for a single pass alone, and the strategy keeps more than that with
+    it."""
     reason = None
-    if torch.compiler.is_exporting() and cache.is_compileable and any(layer.is_initialized for layer in cache.layers):
+    if (
+        torch.compiler.is_exporting()
+        and cache.is_compileable
+        and any(layer.is_initialized for layer in cache.layers)
+    ):
         reason = "the cache is a fixed set of buffers of an exported program (as for ExecuTorch)"
     for name in ("update", "get_seq_length", "get_mask_sizes"):
         if getattr(type(cache), name) is not getattr(Cache, name):
-            reason = f"{type(cache).__name__} has its own `{name}`, which works on all layers as those of one pass"
+            reason = (
+                f"{type(cache).__name__} has its own `{name}`, which works on all layers as those of one pass"
+            )
     if reason is not None:
         raise ValueError(
             f"Routing strategy {str(strategy)!r} keeps more with `past_key_values` than the keys and values of one pass, and "
@@ -150,7 +162,9 @@ def _add_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> No
 
 def _copied(layer: CacheLayerMixin) -> CacheLayerMixin:
     """A layer with the same keys and values, through which gradients go on to where they came from."""
-    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+    tensors = [
+        value for value in vars(layer).values() if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]
     return deepcopy(layer, {id(tensor): tensor.clone() for tensor in tensors})
 
 
@@ -180,15 +194,25 @@ def row_experts(cache: Cache | None) -> RowExpertsLayer | None:
 
 
 def kept_experts(cache: Cache | None) -> torch.LongTensor | None:
-    """Each row's expert, `[batch]`, that the cache was filled under; a cache that was emptied forgets them."""
+    """Each row's expert, `[batch]`, that the cache was filled under; a cache that was emptied forgets
+    them."""
     layer = row_experts(cache)
     if layer is None:
         return None
     length = cache.get_seq_length()
-    # The length of a static cache is a tensor, which compiled code cannot look at; only `reset` empties such a cache.
+    # The length of a static cache is a tensor, which compiled code cannot look at; only `reset` empties such
+    # a cache.
     if isinstance(length, int) and length == 0:
         layer.reset()
     return layer.expert_ids
 
 
-__all__ = ["CACHE", "RowExpertsLayer", "kept_experts", "new_cache", "prepare_streams", "row_experts", "stream_of"]
+__all__ = [
+    "CACHE",
+    "RowExpertsLayer",
+    "kept_experts",
+    "new_cache",
+    "prepare_streams",
+    "row_experts",
+    "stream_of",
+]

@@ -11,8 +11,9 @@ import transformers
 from packaging.version import Version
 
 
-# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs. An older one
-# fails later, in errors that do not name the cause: this must stand before anything else is imported from it.
+# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs. An
+# older one fails later, in errors that do not name the cause: this must stand before anything else is
+# imported from it.
 REQUIRED_TRANSFORMERS = "5.10"
 if Version(transformers.__version__) < Version(REQUIRED_TRANSFORMERS):
     # An ImportError: transformers goes on after an OSError or a ValueError here, as if there were no config.
@@ -30,8 +31,9 @@ WEIGHTS_LAYOUTS = ("full", "adapter")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
-# Ways to compute attention and a foundation's own experts that are transformers' own. Others are kernels from the Hub,
-# which a config could name, or packages that transformers fetches as such where they are not installed.
+# Ways to compute attention and a foundation's own experts that are transformers' own. Others are kernels from
+# the Hub, which a config could name, or packages that transformers fetches as such where they are not
+# installed.
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 IMPLEMENTATIONS = {
@@ -43,11 +45,13 @@ IMPLEMENTATIONS = {
     "_experts_implementation_internal": OWN_EXPERTS,
 }
 
-# The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and PEFT nests them.
+# The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and
+# PEFT nests them.
 STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
-# What each field of an expert's entry defaults to. The names and their meaning are those of `peft.LoraConfig`, except
-# that `target_modules`, `target_parameters` and the keys of the two patterns are whole names, not regular expressions.
+# What each field of an expert's entry defaults to. The names and their meaning are those of
+# `peft.LoraConfig`, except that `target_modules`, `target_parameters` and the keys of the two patterns are
+# whole names, not regular expressions.
 EXPERT_DEFAULTS: dict[str, Any] = {
     "name": None,
     "r": 8,
@@ -68,26 +72,29 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     Args:
         base_config (`PreTrainedConfig` or `dict`):
-            The foundation's own configuration, a sub-config: of any causal language model whose body (`base_model`)
-            takes tokens and a cache of keys and values and returns `last_hidden_state`, which the router reads. (The
-            text model of Llama 4 does not: there, only strategies without a router work.) Its sizes and special
-            tokens are fields of this config, too.
+            The foundation's own configuration, a sub-config: of any causal language model whose body
+            (`base_model`) takes tokens and a cache of keys and values and returns `last_hidden_state`, which
+            the router reads. (The text model of Llama 4 does not: there, only strategies without a router
+            work.) Its sizes and special tokens are fields of this config, too.
         expert_configs (`list[dict]`):
             One entry an expert: `name`, `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`,
             `use_rslora`, `target_modules` (names of modules inside the foundation, e.g.
-            `"model.layers.0.self_attn.q_proj"`), `target_parameters` (names of stacked experts of a mixture-of-experts
-            foundation, e.g. `"model.layers.0.mlp.experts.gate_up_proj"`) and `mature`. See `EXPERT_DEFAULTS`.
+            `"model.layers.0.self_attn.q_proj"`), `target_parameters` (names of stacked experts of a
+            mixture-of-experts foundation, e.g. `"model.layers.0.mlp.experts.gate_up_proj"`) and `mature`. See
+            `EXPERT_DEFAULTS`.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             Where the foundation came from.
         router_input (`str`, *optional*, defaults to `"base"`):
-            What the gate reads: the foundation's last hidden state with the experts off (`"base"`), with all of them
-            on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a router.
+            What the gate reads: the foundation's last hidden state with the experts off (`"base"`), with all
+            of them on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a router.
         router_mode (`str`, *optional*, defaults to `"auto"`):
-            `"dense"`, `"sparse"`, or `"auto"`: dense while training or while any expert is immature, else sparse.
+            `"dense"`, `"sparse"`, or `"auto"`: dense while training or while any expert is immature, else
+            sparse.
         num_experts_per_tok (`int`, *optional*, defaults to 1): Experts per token in sparse mode.
         router_temperature (`float`, *optional*, defaults to 2.0): Divides the gate's logits in dense mode.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01): Factor of the balance loss.
-        output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the gate's logits.
+        output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the gate's
+            logits.
         weights_layout (`str`, *optional*, defaults to `"full"`): `"full"` or `"adapter"`.
 
     Raises:
@@ -114,7 +121,9 @@ class DyloraMoeConfig(PreTrainedConfig):
         **kwargs,
     ):
         self.base_config = _as_config(base_config)
-        self.expert_configs = [_complete_expert(index, entry) for index, entry in enumerate(expert_configs or [])]
+        self.expert_configs = [
+            _complete_expert(index, entry) for index, entry in enumerate(expert_configs or [])
+        ]
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.router_input = router_input
@@ -134,20 +143,28 @@ class DyloraMoeConfig(PreTrainedConfig):
         names = self.expert_names
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"`expert_configs` names {repeated} more than once; every expert needs its own name.")
+            raise ValueError(
+                f"`expert_configs` names {repeated} more than once; every expert needs its own name."
+            )
         if self.router_input is not None and self.router_input not in ROUTER_INPUTS:
-            raise ValueError(f"`router_input` is {self.router_input!r}; it must be one of {ROUTER_INPUTS} or None.")
+            raise ValueError(
+                f"`router_input` is {self.router_input!r}; it must be one of {ROUTER_INPUTS} or None."
+            )
         if self.router_mode not in ROUTER_MODES:
             raise ValueError(f"`router_mode` is {self.router_mode!r}; it must be one of {ROUTER_MODES}.")
         if self.weights_layout not in WEIGHTS_LAYOUTS:
-            raise ValueError(f"`weights_layout` is {self.weights_layout!r}; it must be one of {WEIGHTS_LAYOUTS}.")
+            raise ValueError(
+                f"`weights_layout` is {self.weights_layout!r}; it must be one of {WEIGHTS_LAYOUTS}."
+            )
         if self.has_router and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}; with {self.num_experts} experts it must lie "
                 f"between 1 and {self.num_experts}."
             )
         if not _is_positive(self.router_temperature):
-            raise ValueError(f"`router_temperature` is {self.router_temperature}; it must be a number greater than 0.")
+            raise ValueError(
+                f"`router_temperature` is {self.router_temperature}; it must be a number greater than 0."
+            )
 
     @property
     def num_experts(self) -> int:
@@ -176,13 +193,16 @@ class DyloraMoeConfig(PreTrainedConfig):
                 f"Expert {expert} is out of range: this model has {self.num_experts} experts, "
                 f"0 to {self.num_experts - 1}: {', '.join(self.expert_names)}."
             )
-        raise ValueError(f"There is no expert named {expert!r}; this model has {', '.join(self.expert_names)}.")
+        raise ValueError(
+            f"There is no expert named {expert!r}; this model has {', '.join(self.expert_names)}."
+        )
 
     def rank_layouts(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        """Rank r_i and scale s_i of every expert at every adapted place, rank 0 where an expert leaves it alone.
+        """Rank r_i and scale s_i of every expert at every adapted place, rank 0 where an expert leaves it
+        alone.
 
-        s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised LoRA,
-        https://arxiv.org/abs/2312.03732).
+        s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised
+        LoRA, https://arxiv.org/abs/2312.03732).
         """
         layouts = {name: [(0, 0.0)] * self.num_experts for name in self.adapted_places()}
         for index, expert in enumerate(self.expert_configs):
@@ -194,11 +214,15 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     def adapted_modules(self) -> list[str]:
         """Names of all modules that at least one expert adapts, in the order in which experts name them."""
-        return list(dict.fromkeys(name for expert in self.expert_configs for name in expert["target_modules"]))
+        return list(
+            dict.fromkeys(name for expert in self.expert_configs for name in expert["target_modules"])
+        )
 
     def adapted_parameters(self) -> list[str]:
         """Names of all parameters of stacked experts that at least one expert adapts, in the same order."""
-        return list(dict.fromkeys(name for expert in self.expert_configs for name in expert["target_parameters"]))
+        return list(
+            dict.fromkeys(name for expert in self.expert_configs for name in expert["target_parameters"])
+        )
 
     def adapted_places(self) -> list[str]:
         """Names of all modules and parameters that at least one expert adapts."""
@@ -220,10 +244,12 @@ class DyloraMoeConfig(PreTrainedConfig):
         return {*self.adapted_modules(), *(name.rpartition(".")[0] for name in self.adapted_parameters())}
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, with the foundation's config once more under `text_config`, where code that
-        reads sizes from a dictionary looks for a language model's (PEFT does); files hold it as `base_config` alone.
+        """As `PreTrainedConfig.to_dict`, with the foundation's config once more under `text_config`, where
+        code that reads sizes from a dictionary looks for a language model's (PEFT does); files hold it as
+        `base_config` alone.
 
-        An expert without `target_parameters` is written without that field, which older versions of this class refuse.
+        An expert without `target_parameters` is written without that field, which older versions of this
+        class refuse.
         """
         fields = super().to_dict()
         for entry in fields.get("expert_configs", ()):
@@ -241,8 +267,11 @@ class DyloraMoeConfig(PreTrainedConfig):
         return fields
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `PreTrainedConfig.get_config_dict`, without what asks for code elsewhere, the repo's own code apart."""
+    def get_config_dict(
+        cls, pretrained_model_name_or_path, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `PreTrainedConfig.get_config_dict`, without what asks for code elsewhere, the repo's own code
+        apart."""
         stored, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         fields = without_code_elsewhere(stored)
         if "auto_map" in stored:
@@ -257,14 +286,17 @@ class DyloraMoeConfig(PreTrainedConfig):
 
 
 def _of_foundation(name: str) -> property:
-    """A field that generic code looks for on any model's config; it lies in the foundation's, and there alone."""
+    """A field that generic code looks for on any model's config; it lies in the foundation's, and there
+    alone."""
 
     def theirs(config: DyloraMoeConfig) -> PreTrainedConfig:
         if config.base_config is None:
             raise AttributeError(f"The config has no `base_config`, which would have {name!r}.")
         return config.get_text_config()
 
-    return property(lambda config: getattr(theirs(config), name), lambda config, to: setattr(theirs(config), name, to))
+    return property(
+        lambda config: getattr(theirs(config), name), lambda config, to: setattr(theirs(config), name, to)
+    )
 
 
 for _name in (*SIZES, *TOKENS, "use_cache"):
@@ -304,9 +336,11 @@ def read_config(location: str, **where) -> PreTrainedConfig:
 
 
 def without_code_elsewhere(value: Any) -> Any:
-    """A config's JSON without the fields that name code or kernels which transformers would fetch, however deep.
+    """A config's JSON without the fields that name code or kernels which transformers would fetch, however
+    deep.
 
-    Those are `auto_map` and, unless they name what is transformers' own, the implementations of attention and experts.
+    Those are `auto_map` and, unless they name what is transformers' own, the implementations of attention and
+    experts.
     """
     if isinstance(value, list):
         return [without_code_elsewhere(entry) for entry in value]
@@ -354,14 +388,26 @@ def _complete_expert(index: int, entry: dict) -> dict:
             )
     ranks = [expert["r"], *expert["rank_pattern"].values()]
     if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
-        raise ValueError(f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1.")
+        raise ValueError(
+            f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1."
+        )
     alphas = [expert["lora_alpha"], *expert["alpha_pattern"].values()]
     if not all(map(_is_positive, alphas)):
-        raise ValueError(f"Expert {expert['name']!r} has alphas {alphas}; every one must be a number greater than 0.")
+        raise ValueError(
+            f"Expert {expert['name']!r} has alphas {alphas}; every one must be a number greater than 0."
+        )
     dropout = expert["lora_dropout"]
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"Expert {expert['name']!r} has `lora_dropout` {dropout!r}; it must lie from 0 up to 1.")
+        raise ValueError(
+            f"Expert {expert['name']!r} has `lora_dropout` {dropout!r}; it must lie from 0 up to 1."
+        )
     return expert
 
 
-__all__ = ["REQUIRED_TRANSFORMERS", "WEIGHTS_LAYOUTS", "DyloraMoeConfig", "read_config", "without_code_elsewhere"]
+__all__ = [
+    "REQUIRED_TRANSFORMERS",
+    "WEIGHTS_LAYOUTS",
+    "DyloraMoeConfig",
+    "read_config",
+    "without_code_elsewhere",
+]

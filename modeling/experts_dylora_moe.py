@@ -34,12 +34,15 @@ class ActiveExperts:
         tokens: how many tokens of each row the weights are for; `None`: all, those in a cache, too.
     """
 
-    def __init__(self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype, tokens=None):
+    def __init__(
+        self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype, tokens=None
+    ):
         self.single = weights if isinstance(weights, int) else None
         self.tokens: int | None = tokens if self.single is None else None
         self.scales: dict[RankLayout, torch.Tensor] = {}
         if self.single is None:
-            # Eagerly and not in the first layer that asks: a checkpointed layer runs without gradients at first.
+            # Eagerly and not in the first layer that asks: a checkpointed layer runs without gradients at
+            # first.
             self.scales = {layout: spread_over_ranks(weights, layout).to(dtype) for layout in layouts}
 
     def with_scales(self, scales: tuple[torch.Tensor, ...]) -> "ActiveExperts":
@@ -62,7 +65,8 @@ def spread_over_ranks(weights: torch.Tensor, layout: RankLayout) -> torch.Tensor
 
 
 class _PassInProgress(threading.local):
-    """Weights cannot be passed through a foundation's own forward, so they travel beside it, apart in each thread."""
+    """Weights cannot be passed through a foundation's own forward, so they travel beside it, apart in each
+    thread."""
 
     def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
         self.active: ActiveExperts | None = None  # which is when the experts are off
@@ -70,7 +74,8 @@ class _PassInProgress(threading.local):
         self.add_update = None  # of fast decoding: whether it added a layer's update
 
 
-# A thread-local object and no context variable: `torch.compile` traces the first and guards it for the calling thread.
+# A thread-local object and no context variable: `torch.compile` traces the first and guards it for the
+# calling thread.
 _pass_in_progress = _PassInProgress()
 
 
@@ -86,7 +91,8 @@ def use_experts(active: ActiveExperts | None) -> Iterator[None]:
 
 
 def refuse_recomputation() -> None:
-    """Raises RuntimeError: an expert layer is recomputed during a backward pass without the weights of its pass."""
+    """Raises RuntimeError: an expert layer is recomputed during a backward pass without the weights of its
+    pass."""
     if torch.compiler.is_compiling() or _pass_in_progress.running:
         return
     if torch._C._current_graph_task_id() != -1:
@@ -98,7 +104,8 @@ def refuse_recomputation() -> None:
 
 
 def refuse_offloaded(model: nn.Module, everything: bool = False) -> None:
-    """Raises ValueError: a weight of the experts or the router (with `everything`, any) is not in the model."""
+    """Raises ValueError: a weight of the experts or the router (with `everything`, any) is not in the
+    model."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta and (everything or ".lora_" in name or name.startswith("router.")):
             raise ValueError(
@@ -108,7 +115,8 @@ def refuse_offloaded(model: nn.Module, everything: bool = False) -> None:
 
 
 def checkpoint_with_experts(checkpoint_function):
-    """Make the pass's scales an argument of a checkpoint, so that recomputing a layer sees them, with gradients."""
+    """Make the pass's scales an argument of a checkpoint, so that recomputing a layer sees them, with
+    gradients."""
 
     def checkpoint(function, *args, **kwargs):
         active = _pass_in_progress.active
@@ -125,7 +133,8 @@ def checkpoint_with_experts(checkpoint_function):
 
 
 class LowRankStacks(nn.Module):
-    """The stacks `lora_A` and `lora_B` of all experts at one place: an expert is the same contiguous rows of both."""
+    """The stacks `lora_A` and `lora_B` of all experts at one place: an expert is the same contiguous rows of
+    both."""
 
     layout: RankLayout
     dropouts: nn.ModuleList
@@ -138,8 +147,8 @@ class LowRankStacks(nn.Module):
         return slice(start, start + self.layout[expert][0])
 
     def share_dropouts(self, dropouts: nn.ModuleList) -> None:
-        """Refer to the model's dropouts, which are no part of this layer: going through all layers must not go through
-        all experts in each."""
+        """Refer to the model's dropouts, which are no part of this layer: going through all layers must not
+        go through all experts in each."""
         vars(self)["dropouts"] = dropouts
 
     def extend(self, layout: RankLayout) -> None:
@@ -178,7 +187,8 @@ class DyloraMoeLinear(LowRankStacks):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D` (GPT-2).
         layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layouts`.
-        dropouts: every expert's dropout on the input of its A, while training; the layers of a model share them.
+        dropouts: every expert's dropout on the input of its A, while training; the layers of a model share
+            them.
     """
 
     def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: nn.ModuleList):
@@ -243,13 +253,18 @@ class DyloraMoeLinear(LowRankStacks):
         if isinstance(scale, torch.Tensor):
             scale = scale.to(ranks.dtype)
             if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
-                scale = scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(-1, scale.shape[-1])
-            elif ranks.dim() == 4:  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
+                scale = scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(
+                    -1, scale.shape[-1]
+                )
+            elif (
+                ranks.dim() == 4
+            ):  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
                 scale = scale.unsqueeze(1)
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
 
-    # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it to merge and
-    # what is left of it. Its own layer is inside, in place of `base_layer`, and is asked separately.
+    # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it
+    # to merge and what is left of it. Its own layer is inside, in place of `base_layer`, and is asked
+    # separately.
 
     def merge(self, *args, **kwargs) -> None:
         """Merge nothing: an adapter on top is merged into the frozen layer by PEFT's own layer."""
@@ -265,9 +280,11 @@ class DyloraMoeLinear(LowRankStacks):
         return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
 
     def initialize_experts(self) -> None:
-        """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section 4.1), A
-        Kaiming-uniform with a = sqrt(5), as PEFT has it; leaves alone what was read from a file."""
-        init.kaiming_uniform_(self.lora_A, a=5**0.5)  # its bound depends on in_features alone, so experts can share it
+        """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section
+        4.1), A Kaiming-uniform with a = sqrt(5), as PEFT has it; leaves alone what was read from a file."""
+        init.kaiming_uniform_(
+            self.lora_A, a=5**0.5
+        )  # its bound depends on in_features alone, so experts can share it
         init.zeros_(self.lora_B)
 
 
@@ -289,7 +306,8 @@ def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]
 
 
 def in_base_layer(name: str, adapted: set[str]) -> str:
-    """The name of a foundation's parameter once the modules `adapted` are wrapped: `<module>.base_layer.weight`."""
+    """The name of a foundation's parameter once the modules `adapted` are wrapped:
+    `<module>.base_layer.weight`."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:end])
@@ -308,7 +326,9 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight.shape[1]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    raise ValueError(f"Experts adapt linear layers (nn.Linear, Conv1D); this one is a {type(layer).__name__}.")
+    raise ValueError(
+        f"Experts adapt linear layers (nn.Linear, Conv1D); this one is a {type(layer).__name__}."
+    )
 
 
 __all__ = [

@@ -1,6 +1,8 @@
-"""Where fast decoding keeps keys and values: buffers that stay where they are, for all calls of `generate`. Optional, too.
+"""Where fast decoding keeps keys and values: buffers that stay where they are, for all calls of `generate`.
+Optional, too.
 
-A prompt's pass writes to them from the front, and the decode steps go on behind it. Knows nothing about graphs.
+A prompt's pass writes to them from the front, and the decode steps go on behind it. Knows nothing about
+graphs.
 """
 
 import math
@@ -14,8 +16,8 @@ BUCKET = 256  # a buffer holds a multiple of this in tokens, or of half of it wh
 
 
 class Buffers:
-    """A stretch of memory for the keys, and one for the values, of every layer of a foundation; whoever comes next gets
-    the same ones in the shape that it needs.
+    """A stretch of memory for the keys, and one for the values, of every layer of a foundation; whoever comes
+    next gets the same ones in the shape that it needs.
 
     Args:
         on_growth: called before a stretch is replaced by a longer one, for who knows its address.
@@ -31,11 +33,14 @@ class Buffers:
         if stretch is None or stretch.numel() < size or stretch.dtype != like.dtype:
             self.on_growth()
             with torch.inference_mode(False):
-                stretch = self.stretches[layer, kind] = torch.empty(size, dtype=like.dtype, device=like.device)
+                stretch = self.stretches[layer, kind] = torch.empty(
+                    size, dtype=like.dtype, device=like.device
+                )
         return stretch[:size].view(shape)
 
     def grown(self, layers: list, length: int) -> list[tuple[torch.Tensor, ...]]:
-        """Buffers of twice the capacity with the first `length` tokens of those in `layers`, which is emptied meanwhile."""
+        """Buffers of twice the capacity with the first `length` tokens of those in `layers`, which is emptied
+        meanwhile."""
         return [
             tuple(self._grown(index, kind, buffer, length) for kind, buffer in enumerate(layers.pop(0)))
             for index in range(len(layers))
@@ -50,7 +55,8 @@ class Buffers:
 
 
 def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1, first: int = 0) -> None:
-    """`states` `[rows / copies, heads, length, size]` to `buffer` `[rows, heads, capacity, size]`, from token `first` on."""
+    """`states` `[rows / copies, heads, length, size]` to `buffer` `[rows, heads, capacity, size]`, from token
+    `first` on."""
     last = first + states.shape[2]
     buffer[:, :, first:last].unflatten(0, (-1, copies)).copy_(states.unsqueeze(1))
     buffer[:, :, :first].zero_()  # what lies behind a closed mask must be finite
@@ -58,7 +64,8 @@ def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1, first: in
 
 
 def capacity(length: int, max_length: int | None) -> int:
-    """For how many tokens a buffer is made at first, for a prompt of `length` tokens and a text of at most `max_length`."""
+    """For how many tokens a buffer is made at first, for a prompt of `length` tokens and a text of at most
+    `max_length`."""
     usual = _round_up(length + 1, BUCKET)
     return usual if max_length is None else min(usual, _round_up(max(length + 1, max_length), BUCKET // 2))
 
@@ -68,7 +75,8 @@ def _round_up(number: int, step: int) -> int:
 
 
 class PromptLayer(DynamicLayer):
-    """A cache layer of one stream while prompts run: what comes goes straight where the decode steps look for it.
+    """A cache layer of one stream while prompts run: what comes goes straight where the decode steps look for
+    it.
 
     Args:
         memory: whose buffers they are.
@@ -81,7 +89,14 @@ class PromptLayer(DynamicLayer):
     """
 
     def __init__(
-        self, memory: Buffers, index: int, rows: int, first: int, copies: int, cut: int, max_length: int | None
+        self,
+        memory: Buffers,
+        index: int,
+        rows: int,
+        first: int,
+        copies: int,
+        cut: int,
+        max_length: int | None,
     ):
         super().__init__()
         self.memory, self.index, self.rows, self.first = memory, index, rows, first
@@ -90,7 +105,9 @@ class PromptLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if self.buffers:
-            raise RuntimeError("The foundation runs a layer twice for a prompt: generate with `fast_decoding=False`.")
+            raise RuntimeError(
+                "The foundation runs a layer twice for a prompt: generate with `fast_decoding=False`."
+            )
         length = self.cut + key_states.shape[2]
         self.written = slice(self.first, self.first + len(key_states) * self.copies)
         for kind, states in enumerate((key_states, value_states)):
@@ -108,7 +125,8 @@ class PromptLayer(DynamicLayer):
 
 
 class PromptLayers(DynamicLayer):
-    """The layers of several streams, for a pass that runs these as one batch, one after the other in its rows."""
+    """The layers of several streams, for a pass that runs these as one batch, one after the other in its
+    rows."""
 
     def __init__(self, layers: list[PromptLayer]):
         super().__init__()
@@ -116,7 +134,9 @@ class PromptLayers(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         count = len(self.layers)
-        for layer, keys, values in zip(self.layers, key_states.chunk(count), value_states.chunk(count), strict=True):
+        for layer, keys, values in zip(
+            self.layers, key_states.chunk(count), value_states.chunk(count), strict=True
+        ):
             layer.update(keys, values)
         return key_states, value_states
 

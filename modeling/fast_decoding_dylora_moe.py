@@ -1,8 +1,10 @@
-"""Fast decoding on a GPU: what hands the steps of greedy and sampled generation over to CUDA graphs. Optional.
+"""Fast decoding on a GPU: what hands the steps of greedy and sampled generation over to CUDA graphs.
+Optional.
 
-Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays as it is, with its
-processors, criteria and streamers; only the model's forward of a decode step is replaced, by a session's. The ordinary path
-runs the prompt, whose keys and values go to the buffers. Says where all this applies. Knows nothing about choosing tokens.
+Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays as it
+is, with its processors, criteria and streamers; only the model's forward of a decode step is replaced, by a
+session's. The ordinary path runs the prompt, whose keys and values go to the buffers. Says where all this
+applies. Knows nothing about choosing tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +56,9 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     strategy = model.routing_strategy(arguments["routing_strategy"])
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    ropes = [each for each in (rope, *rope.values()) if isinstance(each, dict)]  # there may be one for a type of layer
+    ropes = [
+        each for each in (rope, *rope.values()) if isinstance(each, dict)
+    ]  # there may be one for a type of layer
     modules = every_module(model)
     tensors = every_tensor(modules)
     reasons = {
@@ -65,7 +69,8 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
             name for name, value in arguments.items() if value is not None
         ),
         "several processes in step": bool(arguments.get("synced_gpus")),
-        "attentions or hidden states": generation_config.output_attentions or generation_config.output_hidden_states,
+        "attentions or hidden states": generation_config.output_attentions
+        or generation_config.output_hidden_states,
         "a prompt in chunks": generation_config.prefill_chunk_size is not None,
         "no cache, one of another kind, or one that was handed in": type(cache) is not DynamicCache
         or not arguments.get("use_cache")
@@ -77,14 +82,21 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         != RoutingStrategy.__module__,
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
         "weights that consist of several tensors": any(map(is_traceable_wrapper_subclass, tensors)),
-        "attention that takes no mask": model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"),
+        "attention that takes no mask": model.config.get_text_config()._attn_implementation
+        not in ("sdpa", "eager"),
         "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
-        "a foundation that prepares inputs or masks its own way": type(foundation).prepare_inputs_for_generation
+        "a foundation that prepares inputs or masks its own way": type(
+            foundation
+        ).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
         or hasattr(type(foundation), "create_masks_for_generate"),
-        "experts that adapt stacked experts": any(isinstance(module, DyloraMoeStackedExperts) for module in modules),
+        "experts that adapt stacked experts": any(
+            isinstance(module, DyloraMoeStackedExperts) for module in modules
+        ),
         "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(map(type, modules))),
-        "positions that depend on the length": any(each.get("rope_type") in ("dynamic", "longrope") for each in ropes),
+        "positions that depend on the length": any(
+            each.get("rope_type") in ("dynamic", "longrope") for each in ropes
+        ),
         "several devices, or offloaded": len({tensor.device for tensor in tensors}) != 1,
         "hooks on modules, which a graph does not call": any(
             "_hf_hook" in vars(module)
@@ -98,7 +110,8 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
 
 
 def _looks_on(hook: Callable) -> bool:
-    """Whether a hook does something by itself; transformers' own stay on a model and sleep until outputs are asked for."""
+    """Whether a hook does something by itself; transformers' own stay on a model and sleep until outputs are
+    asked for."""
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
@@ -109,8 +122,8 @@ def _is_overridden(model) -> bool:
 
 
 class FastDecodingMixin:
-    """What hands the decode steps of `generate` over. `fast_decoding`, an argument of `generate` or a field of the
-    generation config, switches it on (True) or off (False)."""
+    """What hands the decode steps of `generate` over. `fast_decoding`, an argument of `generate` or a field
+    of the generation config, switches it on (True) or off (False)."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -118,7 +131,9 @@ class FastDecodingMixin:
             cls._own_methods = {name: getattr(cls, name) for name in OF_THE_MODEL}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        generation_config, model_kwargs = super()._prepare_generation_config(
+            generation_config, *args, **kwargs
+        )
         if "fast_decoding" in model_kwargs:
             generation_config.fast_decoding = model_kwargs.pop("fast_decoding")
         return generation_config, model_kwargs
@@ -136,9 +151,12 @@ class FastDecodingMixin:
             return output
 
     @contextmanager
-    def decoding_fast(self, generation_config: GenerationConfig, arguments: dict) -> Iterator["Decoding | None"]:
-        """For a loop of `generate`, from before its prompts' pass to its end: what to call in the model's place for every
-        further token, with all rows each time; `None` where the loop goes the ordinary way. `arguments` are the model's."""
+    def decoding_fast(
+        self, generation_config: GenerationConfig, arguments: dict
+    ) -> Iterator["Decoding | None"]:
+        """For a loop of `generate`, from before its prompts' pass to its end: what to call in the model's
+        place for every further token, with all rows each time; `None` where the loop goes the ordinary way.
+        `arguments` are the model's."""
         reason = why_not(self, generation_config, arguments)
         store = None if reason else self.__dict__.setdefault("_decoding_sessions", SessionStore())
         if reason or not store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
@@ -166,9 +184,13 @@ class FastDecodingMixin:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         copies = generation_config.num_return_sequences or 1
         expert_ids = model_kwargs.get("expert_ids")
-        if expert_ids is not None and expert_ids.shape != (len(input_ids),):  # the pass says so, if it sees all rows
+        if expert_ids is not None and expert_ids.shape != (
+            len(input_ids),
+        ):  # the pass says so, if it sees all rows
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        if expert_ids is not None and not torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids):
+        if expert_ids is not None and not torch.equal(
+            expert_ids[::copies].repeat_interleave(copies), expert_ids
+        ):
             copies = 1
         mask, inputs_embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
@@ -191,11 +213,15 @@ class FastDecodingMixin:
                 inputs["routing_strategy"] = EnsembleOfPrompts(self.config)
             decoding.take_prompts(batch, chosen.start, copies, cut)
             with decoding.store.products.in_use(single), decoding.store.norms.in_use():
-                parts.append(super()._prefill(input_ids[chosen, cut:], generation_config, inputs, *args, **kwargs))
+                parts.append(
+                    super()._prefill(input_ids[chosen, cut:], generation_config, inputs, *args, **kwargs)
+                )
         outputs = parts[0]
         outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
         if outputs.router_logits is not None:
-            last = torch.cat([part.router_logits[:, -1:] for part in parts])  # all that `generate` takes of them
+            last = torch.cat(
+                [part.router_logits[:, -1:] for part in parts]
+            )  # all that `generate` takes of them
             outputs.router_logits = last.repeat_interleave(copies, dim=0)
         if row_experts(decoding.cache) is not None:
             row_experts(decoding.cache).expert_ids = expert_ids
@@ -224,13 +250,18 @@ class EnsembleOfPrompts(EnsembleStrategy):
     def run(self, routed_pass):
         rows = routed_pass.batch_size
         together = max(1, PROMPT_TOKENS // (rows * routed_pass.sequence_length))
-        if any(not isinstance(value, torch.Tensor) or len(value) != rows for value in of_rows(routed_pass).values()):
+        if any(
+            not isinstance(value, torch.Tensor) or len(value) != rows
+            for value in of_rows(routed_pass).values()
+        ):
             together = 1
         each = []
         for first in range(0, self.num_experts, together):
             experts = range(first, min(first + together, self.num_experts))
             outputs = (
-                self._run_some(routed_pass, experts) if len(experts) > 1 else routed_pass.run(first, stream=first)
+                self._run_some(routed_pass, experts)
+                if len(experts) > 1
+                else routed_pass.run(first, stream=first)
             )
             each += F.log_softmax(outputs.logits, dim=-1, dtype=torch.float32).split(rows)
         outputs.logits = mix(each)
@@ -241,8 +272,16 @@ class EnsembleOfPrompts(EnsembleStrategy):
         streams = [stream_of(routed_pass.past_key_values, per_stream, expert).layers for expert in experts]
         cache = Cache(layers=[PromptLayers(list(layers)) for layers in zip(*streams, strict=True)])
         inputs = {name: torch.cat([value] * len(experts)) for name, value in of_rows(routed_pass).items()}
-        inputs = {**routed_pass.inputs, **inputs, model.cache_argument: cache, "use_cache": True, "return_dict": True}
-        expert_ids = torch.tensor(experts, device=routed_pass.device).repeat_interleave(routed_pass.batch_size)
+        inputs = {
+            **routed_pass.inputs,
+            **inputs,
+            model.cache_argument: cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        expert_ids = torch.tensor(experts, device=routed_pass.device).repeat_interleave(
+            routed_pass.batch_size
+        )
         with use_experts(model.active_experts(one_hot_rows(expert_ids, self.num_experts))):
             return routed_pass.body(**inputs)
 
@@ -254,8 +293,13 @@ def of_rows(routed_pass) -> dict[str, torch.Tensor]:
 
 
 def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor | None) -> RoutingStrategy:
-    """The strategy, or `single:<id>` where it comes to that, since all rows have one expert (`expert_ids`: `[batch]`)."""
-    if not strategy.chooses_row_experts or getattr(expert_ids, "dtype", None) != torch.long or expert_ids.dim() != 1:
+    """The strategy, or `single:<id>` where it comes to that, since all rows have one expert (`expert_ids`:
+    `[batch]`)."""
+    if (
+        not strategy.chooses_row_experts
+        or getattr(expert_ids, "dtype", None) != torch.long
+        or expert_ids.dim() != 1
+    ):
         return strategy
     different = set(expert_ids.tolist())
     known = different.issubset(range(model.config.num_experts))  # what is wrong with others, the pass says
@@ -263,8 +307,9 @@ def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor 
 
 
 def prompts_that_run_together(padding: list[int], length: int) -> Iterator[tuple[slice, int]]:
-    """Few prompts at a time, since a whole batch would take more memory than all the decoding; with the tokens of padding
-    that none of them needs. `padding`: of every prompt, in a batch that is `length` tokens wide."""
+    """Few prompts at a time, since a whole batch would take more memory than all the decoding; with the
+    tokens of padding that none of them needs. `padding`: of every prompt, in a batch that is `length` tokens
+    wide."""
     start = 0
     while start < len(padding):
         stop, cut = start + 1, padding[start]
@@ -299,7 +344,9 @@ class Decoding:
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
         self.session: Session | None = None
-        self.layers: list[tuple[torch.Tensor, ...]] = []  # buffers of keys and values, `[streams * batch, ...]`
+        self.layers: list[
+            tuple[torch.Tensor, ...]
+        ] = []  # buffers of keys and values, `[streams * batch, ...]`
         self.length = 0
         self.asked_with: dict = {}  # what the last step's inputs were made of
         store.look_at_model(model, self.strategy)
@@ -315,7 +362,9 @@ class Decoding:
         try:
             self.session.step()
         except NotRecordable as error:
-            logger.warning_once(f"Decoding goes the ordinary way, since no CUDA graph can record a step: {error}.")
+            logger.warning_once(
+                f"Decoding goes the ordinary way, since no CUDA graph can record a step: {error}."
+            )
             self.session = None
             self.hand_back()
             self.store.give_up()
@@ -332,8 +381,8 @@ class Decoding:
         )
 
     def take_prompts(self, batch: int, first: int, copies: int, cut: int) -> None:
-        """Before some prompts run, for `copies` rows each, from row `first` of `batch` on and without the first `cut` tokens:
-        give them empty layers that write to the buffers."""
+        """Before some prompts run, for `copies` rows each, from row `first` of `batch` on and without the
+        first `cut` tokens: give them empty layers that write to the buffers."""
         rows, per_stream = batch * self.strategy.num_streams, self.model.num_layers_per_stream
         for number in range(per_stream * self.strategy.num_streams):
             stream, index = divmod(number, per_stream)
@@ -350,7 +399,11 @@ class Decoding:
     def _start(self, input_ids, attention_mask=None, position_ids=None, expert_ids=None, **unused):
         batch = input_ids.shape[0]
         self._use_session(batch)
-        seen = torch.ones(batch, self.length, device=input_ids.device) if attention_mask is None else attention_mask
+        seen = (
+            torch.ones(batch, self.length, device=input_ids.device)
+            if attention_mask is None
+            else attention_mask
+        )
         if position_ids is None:
             position_ids = torch.full_like(input_ids, self.length)
         self.session.place(self.length, seen[:, : self.length].bool(), position_ids[:, -1:], expert_ids)
@@ -370,7 +423,9 @@ class Decoding:
 
     def _use_session(self, batch: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.session = self.store.session(self.model, self.strategy, batch, list(self.layers), self.asked_for)
+            self.session = self.store.session(
+                self.model, self.strategy, batch, list(self.layers), self.asked_for
+            )
 
     def hand_back(self) -> None:
         """Give the cache keys and values of its own, for who gets it from `generate`."""
@@ -380,7 +435,9 @@ class Decoding:
         for stream in range(self.strategy.num_streams):
             for index, both in enumerate(self.layers):
                 layer = DynamicLayer()
-                layer.update(*(buffer[stream * batch : (stream + 1) * batch, :, : self.length] for buffer in both))
+                layer.update(
+                    *(buffer[stream * batch : (stream + 1) * batch, :, : self.length] for buffer in both)
+                )
                 self.cache.layers[stream * len(self.layers) + index] = layer
         self.layers = []
 

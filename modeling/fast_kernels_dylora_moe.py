@@ -1,7 +1,9 @@
-"""Kernels for one token a row, for the foundation's own modules to use while fast decoding records them. Optional, too.
+"""Kernels for one token a row, for the foundation's own modules to use while fast decoding records them.
+Optional, too.
 
-Attention over a long buffer of which only the beginning is filled, without repeating keys and values for every head that
-shares them, and rotary positions for queries and keys at once. Knows transformers' interfaces for both, and no model.
+Attention over a long buffer of which only the beginning is filled, without repeating keys and values for
+every head that shares them, and rotary positions for queries and keys at once. Knows transformers' interfaces
+for both, and no model.
 """
 
 import sys
@@ -51,7 +53,9 @@ def _attend_kernel(
         token = first + n
         here = token < stop
         inside = here[:, None] & (d < size)[None, :]
-        keys = tl.load(key + row * key_row + head * key_head + token[:, None] * key_token + d, mask=inside, other=0.0)
+        keys = tl.load(
+            key + row * key_row + head * key_head + token[:, None] * key_token + d, mask=inside, other=0.0
+        )
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         scores += tl.load(mask + row * mask_row + token, mask=here, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(here[None, :], scores, float("-inf"))
@@ -59,7 +63,9 @@ def _attend_kernel(
         weights = tl.exp(scores - new[:, None])
         fade = tl.exp(largest - new)
         values = tl.load(
-            value + row * value_row + head * value_head + token[:, None] * value_token + d, mask=inside, other=0.0
+            value + row * value_row + head * value_head + token[:, None] * value_token + d,
+            mask=inside,
+            other=0.0,
         )
         total = total * fade + tl.sum(weights, axis=1)
         mixed = mixed * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
@@ -100,7 +106,9 @@ def _rotate_kernel(
     angle = row * angle_row + d
     target = rotated + tl.program_id(0) * 2 * half + d
     new_left = left * tl.load(cosine + angle, mask=real) - right * tl.load(sine + angle, mask=real)
-    new_right = right * tl.load(cosine + angle + half, mask=real) + left * tl.load(sine + angle + half, mask=real)
+    new_right = right * tl.load(cosine + angle + half, mask=real) + left * tl.load(
+        sine + angle + half, mask=real
+    )
     tl.store(target, new_left.to(rotated.dtype.element_ty), mask=real)
     tl.store(target + half, new_right.to(rotated.dtype.element_ty), mask=real)
 
@@ -137,7 +145,8 @@ def attend(query, key, value, mask, index: torch.Tensor, scale: float) -> torch.
 
 
 def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions, halves against halves: `[batch, heads, 1, size]` of both, by `[batch or 1, 1, size]` of both."""
+    """Rotary positions, halves against halves: `[batch, heads, 1, size]` of both, by `[batch or 1, 1, size]`
+    of both."""
     batch, heads, _, size = query.shape
     all_heads = heads + key.shape[1]
     rotated = torch.empty(batch, all_heads, 1, size, dtype=query.dtype, device=query.device)
@@ -151,13 +160,17 @@ def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
-    """Within the context, and in this thread alone, the foundation's modules call the kernels wherever those compute what
-    the functions would: rotary functions are tried out; attention is what transformers' interface says, without extras."""
-    # All models share these functions, those too whose code is another copy of this file, as from another repo.
+    """Within the context, and in this thread alone, the foundation's modules call the kernels wherever those
+    compute what the functions would: rotary functions are tried out; attention is what transformers'
+    interface says, without extras."""
+    # All models share these functions, those too whose code is another copy of this file, as from another
+    # repo.
     lock = vars(ALL_ATTENTION_FUNCTIONS).setdefault("_being_replaced", threading.Lock())
     with lock, ExitStack() as stack:
         shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        own = "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping  # `register`, for the whole process, puts it elsewhere
+        own = (
+            "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
+        )  # `register`, for the whole process, puts it elsewhere
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_or(shared, index)
         put_back = partial(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
         stack.callback(put_back if own else partial(ALL_ATTENTION_FUNCTIONS.__delitem__, "sdpa"))
@@ -174,13 +187,19 @@ def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None
 
 
 def _attention_or(original: Callable, index: torch.Tensor) -> Callable:
-    """An attention function of transformers' interface: the kernel where it is enough, and in this thread alone."""
+    """An attention function of transformers' interface: the kernel where it is enough, and in this thread
+    alone."""
     owner = threading.get_ident()
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         extras = {extra for extra, wanted in kwargs.items() if wanted is not None} - HARMLESS
         fits = attention_mask is not None and attention_mask.is_floating_point() and query.shape[2] == 1
-        fits = fits and attention_mask.shape[1:3] == (1, 1) and key.shape[3] == value.shape[3] and query.stride(3) == 1
+        fits = (
+            fits
+            and attention_mask.shape[1:3] == (1, 1)
+            and key.shape[3] == value.shape[3]
+            and query.stride(3) == 1
+        )
         if extras or not fits or threading.get_ident() != owner:
             return original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -1,10 +1,10 @@
 """Reading the experts' stacks of a repo of layout `full` straight from its files. Optional.
 
-transformers takes half a millisecond of Python for every tensor that it loads, and the stacks are more tensors than the
-foundation has. So where its loader would do nothing with a stack but copy it to the one device, it is handed a model without
-stacks, and they are put in afterwards. Everywhere else, and where the files do not hold exactly the stacks that the config
-describes, it reads them itself and says what is wrong. Knows what transformers does with a tensor on the way, and nothing
-about how a model computes.
+transformers takes half a millisecond of Python for every tensor that it loads, and the stacks are more
+tensors than the foundation has. So where its loader would do nothing with a stack but copy it to the one
+device, it is handed a model without stacks, and they are put in afterwards. Everywhere else, and where the
+files do not hold exactly the stacks that the config describes, it reads them itself and says what is wrong.
+Knows what transformers does with a tensor on the way, and nothing about how a model computes.
 """
 
 import sys
@@ -18,7 +18,10 @@ from transformers.modeling_utils import _is_on_hf_mount
 
 
 KINDS = ("lora_A", "lora_B")
-READERS, PIECE = 4, 1 << 22  # threads, as many as transformers has, and the bytes that each hands to a GPU at once
+READERS, PIECE = (
+    4,
+    1 << 22,
+)  # threads, as many as transformers has, and the bytes that each hands to a GPU at once
 
 
 class FastLoadingMixin:
@@ -26,12 +29,15 @@ class FastLoadingMixin:
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        # The one place where it is known which files were chosen, of which commit; the signature is that of 5.10 to 5.24.
+        # The one place where it is known which files were chosen, of which commit; the signature is that of
+        # 5.10 to 5.24.
         try:
             state_dict, aside = set_aside(model, state_dict, checkpoint_files, load_config)
         except AttributeError:  # a transformers that keeps these things elsewhere; the model is as it was
             aside = {}
-        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        loaded = super()._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
         if aside:
             with ThreadPoolExecutor(1) as thread:  # as transformers reads: in none of this thread's modes
                 thread.submit(put_in, aside, only_device(load_config)).result()
@@ -42,13 +48,17 @@ def set_aside(model, state_dict: dict | None, checkpoint_files: list[str] | None
     """Take the stacks out of a model that transformers is about to fill.
 
     Returns:
-        A state dict for transformers, slices of files, and the stacks: name -> (layer, kind, slice, dtype). Where transformers
-        is to read them, what it was given and nothing, and the model as it was.
+        A state dict for transformers, slices of files, and the stacks: name -> (layer, kind, slice, dtype).
+        Where transformers is to read them, what it was given and nothing, and the model as it was.
     """
     names = model.config.stack_modules()
-    here = {f"foundation.{names[n]}.{k}": (layer, k) for n, layer in model.expert_layers().items() for k in KINDS}
+    here = {
+        f"foundation.{names[n]}.{k}": (layer, k) for n, layer in model.expert_layers().items() for k in KINDS
+    }
     stacks = {name: getattr(layer, kind) for name, (layer, kind) in here.items()}
-    being_made = bool(stacks) and all(type(stack) is nn.Parameter and stack.is_meta for stack in stacks.values())
+    being_made = bool(stacks) and all(
+        type(stack) is nn.Parameter and stack.is_meta for stack in stacks.values()
+    )
     can_be_read = state_dict is None and bool(checkpoint_files) and all(map(can_be_mapped, checkpoint_files))
     if not (being_made and can_be_read and just_copies(load_config, here)):
         return state_dict, {}  # a live model whose adapter transformers loads comes here, too
@@ -74,7 +84,9 @@ def just_copies(load_config, names: dict) -> bool:
     if patterns - {"router.gate"} or any("router" in name for name in names):
         return False  # the pattern is a regular expression
     renamings = load_config.weight_mapping or ()
-    if any("lora_" in target or "\\" in target for renaming in renamings for target in renaming.target_patterns):
+    if any(
+        "lora_" in target or "\\" in target for renaming in renamings for target in renaming.target_patterns
+    ):
         return False  # another tensor may become a stack
     return not any(renaming._scoped_match(name) for renaming in renamings for name in names)
 
@@ -108,7 +120,8 @@ def put_in(aside: dict[str, tuple], device: torch.device) -> None:
 
 
 def upload(stack: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """By way of page-locked memory, twice as fast for large stacks: CUDA copies mapped memory for one thread at a time."""
+    """By way of page-locked memory, twice as fast for large stacks: CUDA copies mapped memory for one thread
+    at a time."""
     try:
         piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")  # PyTorch keeps it
     except RuntimeError:  # so much memory cannot be locked here
@@ -116,7 +129,9 @@ def upload(stack: torch.Tensor, device: torch.device) -> torch.Tensor:
     there, stream = torch.empty_like(stack, device=device), torch.cuda.current_stream(device)
     source, target = (tensor.view(-1).view(torch.uint8).split(PIECE) for tensor in (stack, there))
     for mapped, part in zip(source, target, strict=True):
-        piece.numpy()[: len(mapped)] = mapped.numpy()  # PyTorch's own copy would start threads for each of ours
+        piece.numpy()[: len(mapped)] = (
+            mapped.numpy()
+        )  # PyTorch's own copy would start threads for each of ours
         part.copy_(piece[: len(mapped)], non_blocking=True)
         stream.synchronize()  # before the piece is filled again
     return there

@@ -54,8 +54,11 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return False
     if weight is None or weight.dim() != 1 or replaced_forward(module) is not None:
         return False
-    # In float32, too, since half precision would take much for the same; at two sizes, for where epsilon goes.
-    return all(_gives_the_same(norm, size) for norm in (module, deepcopy(module).float()) for size in (1.0, 1e-3))
+    # In float32, too, since half precision would take much for the same; at two sizes, for where epsilon
+    # goes.
+    return all(
+        _gives_the_same(norm, size) for norm in (module, deepcopy(module).float()) for size in (1.0, 1e-3)
+    )
 
 
 def _gives_the_same(norm: nn.Module, size: float) -> bool:
@@ -68,8 +71,8 @@ def _gives_the_same(norm: nn.Module, size: float) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> Callable | None:
-    """What somebody put in the place of a module's own `forward`; not what stands there for another thread's prompt, be it
-    another copy of this file's, as from another repo."""
+    """What somebody put in the place of a module's own `forward`; not what stands there for another thread's
+    prompt, be it another copy of this file's, as from another repo."""
     forward = vars(module).get("forward")
     return None if type(forward).__name__ == OneKernel.__name__ else forward
 

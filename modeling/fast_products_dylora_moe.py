@@ -1,4 +1,5 @@
-"""The experts' products of fast decoding: fewer and larger ones than a layer by itself could make. Optional, too.
+"""The experts' products of fast decoding: fewer and larger ones than a layer by itself could make. Optional,
+too.
 
 Knows expert layers and the weights of a pass. Knows nothing about graphs, buffers or strategies.
 """
@@ -21,19 +22,24 @@ except ImportError:  # no Triton, or that file was left empty or out
 
 
 class SharedProducts:
-    """The experts' updates with one product for the A of all layers that read the same tensor, and one for each B.
+    """The experts' updates with one product for the A of all layers that read the same tensor, and one for
+    each B.
 
-    Which layers those are shows in a first pass; then `read_stacks` copies their A together, and does it again for each
-    `generate`, since training changes them in place. Where one expert acts alone, its B are copied as well: experts that are
-    alike, of the same ranks and scales, take turns in the same copies, so that a graph that reads those serves them all.
+    Which layers those are shows in a first pass; then `read_stacks` copies their A together, and does it
+    again for each `generate`, since training changes them in place. Where one expert acts alone, its B are
+    copied as well: experts that are alike, of the same ranks and scales, take turns in the same copies, so
+    that a graph that reads those serves them all.
     """
 
     def __init__(self):
-        # By the layer that reads the tensor first and the first expert like the one that acts, or `None` where all do.
+        # By the layer that reads the tensor first and the first expert like the one that acts, or `None`
+        # where all do.
         self.groups: dict[tuple, list[DyloraMoeLinear]] = {}
         self.copies: dict[tuple, torch.Tensor] = {}  # of a group's A and, for one expert, its B
         self.lora_A: dict[tuple, torch.Tensor] = {}  # within those, `[ranks of all layers, in_features]`
-        self.lora_B: dict[tuple, torch.Tensor] = {}  # within those, `[rank, out_features]`, by the layer itself
+        self.lora_B: dict[
+            tuple, torch.Tensor
+        ] = {}  # within those, `[rank, out_features]`, by the layer itself
         self.first_alike: list[int] = []  # for every expert, the first of the same ranks and scales
         self.up_to_date: int | None = None  # for which single expert the copies are
         self._finish()
@@ -54,8 +60,9 @@ class SharedProducts:
 
     @contextmanager
     def in_use(self, of_all_rows: int | None = None, one_a_row: bool = False):
-        """Within the context, which is one pass, expert layers take their updates from here. `of_all_rows`: the one expert
-        that the weights of every row come down to, if there is one; `one_a_row`: they come down to one in each."""
+        """Within the context, which is one pass, expert layers take their updates from here. `of_all_rows`:
+        the one expert that the weights of every row come down to, if there is one; `one_a_row`: they come
+        down to one in each."""
         _pass_in_progress.add_update = self.add_update
         self.of_all_rows, self.one_a_row = of_all_rows, one_a_row
         try:
@@ -89,7 +96,10 @@ class SharedProducts:
                 torch.cat(flat, out=self.copies[key])
                 continue
             copies = torch.cat(flat)
-            views = [copy.view_as(part) for copy, part in zip(copies.split(list(map(len, flat))), parts, strict=True)]
+            views = [
+                copy.view_as(part)
+                for copy, part in zip(copies.split(list(map(len, flat))), parts, strict=True)
+            ]
             total = sum(len(part) for part in parts[: len(group)])
             self.lora_A[key] = copies[: total * parts[0].shape[1]].view(total, -1)
             self.lora_B.update(zip(((layer, alike) for layer in group), views[len(group) :], strict=False))
@@ -135,7 +145,8 @@ class SharedProducts:
             group.append(key[0])
 
     def _multiply(self, key: tuple, single: int | None) -> dict[DyloraMoeLinear, torch.Tensor]:
-        """A times the input, `[batch * sequence, rank]`, for a layer or all of its group, scaled unless one expert acts."""
+        """A times the input, `[batch * sequence, rank]`, for a layer or all of its group, scaled unless one
+        expert acts."""
         copied = single == self.up_to_date and key in self.copies
         group = self.groups[key] if copied else [key[0]]
         rows = [_rows(layer, single) for layer in group]
@@ -147,7 +158,9 @@ class SharedProducts:
         else:
             ranks = F.linear(self.input[0], lora_A)
             ranks = (ranks if scales is None else ranks * scales).view(-1, ranks.shape[-1])
-        return dict(zip(group, ranks.split_with_sizes([each.stop - each.start for each in rows], dim=-1), strict=True))
+        return dict(
+            zip(group, ranks.split_with_sizes([each.stop - each.start for each in rows], dim=-1), strict=True)
+        )
 
     def _largest_alone(self, layer: DyloraMoeLinear, single: int | None) -> float:
         """The largest rank that may act in a row, if that is one expert's."""

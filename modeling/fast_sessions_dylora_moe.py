@@ -1,8 +1,9 @@
 """The decode steps of fast decoding, as CUDA graphs over buffers that stay where they are. Optional, too.
 
-A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules, are recorded at
-their first call, unless a trial finds that they cannot be, and replayed until what they run changes. Streams lie one after the
-other in the rows of the buffers, so that one pass can serve several. Knows nothing about `generate`, prompts or choosing tokens.
+A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules,
+are recorded at their first call, unless a trial finds that they cannot be, and replayed until what they run
+changes. Streams lie one after the other in the rows of the buffers, so that one pass can serve several. Knows
+nothing about `generate`, prompts or choosing tokens.
 """
 
 import gc
@@ -33,7 +34,9 @@ from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
 try:
     from .fast_kernels_dylora_moe import fused_functions
-except ImportError:  # no Triton, or that file was left empty or out: the foundation's modules call what they always do
+except (
+    ImportError
+):  # no Triton, or that file was left empty or out: the foundation's modules call what they always do
 
     def fused_functions(*args):
         return nullcontext()
@@ -66,8 +69,8 @@ def every_tensor(modules: list[nn.Module]) -> list[torch.Tensor]:
 
 
 def what_runs(modules: list[nn.Module]) -> list:
-    """What a graph has taken in and somebody may replace: modules, their `forward`s, their classes, and what the files of
-    these define."""
+    """What a graph has taken in and somebody may replace: modules, their `forward`s, their classes, and what
+    the files of these define."""
     kinds = dict.fromkeys(map(type, modules))
     files = dict.fromkeys(sys.modules.get(kind.__module__) for kind in kinds)
     defined = [value for file in files if file for value in list(vars(file).values())]
@@ -89,8 +92,8 @@ class NotRecordable(RuntimeError):
 
 
 class Recordable(TorchDispatchMode):
-    """Within the context such an operation is refused: in a recording it would fail, too, and leave the GPU's random numbers
-    unusable."""
+    """Within the context such an operation is refused: in a recording it would fail, too, and leave the GPU's
+    random numbers unusable."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if host_waits(function, args, kwargs or {}):
@@ -99,16 +102,21 @@ class Recordable(TorchDispatchMode):
 
 
 def host_waits(function, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation copies between host and GPU, or whether the host must know numbers that it gives or takes."""
+    """Whether an operation copies between host and GPU, or whether the host must know numbers that it gives
+    or takes."""
     name = function.name().partition("::")[2].lstrip("_")
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     on_gpu = any(tensor.is_cuda for tensor in tensors)
     if name.startswith(("to_copy", "copy_")):
         target = tensors[0].device if kwargs.get("device") is None else torch.device(kwargs["device"])
         return target.type != tensors[-1].device.type
-    if on_gpu and (name.startswith("lift_fresh") or any(tensor.is_cpu and tensor.dim() for tensor in tensors)):
+    if on_gpu and (
+        name.startswith("lift_fresh") or any(tensor.is_cpu and tensor.dim() for tensor in tensors)
+    ):
         return True  # of numbers that Python listed, for instance as an index
-    if name.startswith("grouped_mm") and on_gpu:  # there is a kernel for some; else the host asks for the groups
+    if (
+        name.startswith("grouped_mm") and on_gpu
+    ):  # there is a kernel for some; else the host asks for the groups
         major, _ = torch.cuda.get_device_capability(tensors[0].device)
         return "fallback" in name or tensors[0].dtype != torch.bfloat16 or major not in (9, 10)
     if name.startswith(("index", "unsafe_index")):  # with which numbers, or where a mask is true
@@ -118,7 +126,8 @@ def host_waits(function, args: tuple, kwargs: dict) -> bool:
 
 
 class SessionStore:
-    """The sessions of one model, the least recently used first, and the memory that their keys and values share."""
+    """The sessions of one model, the least recently used first, and the memory that their keys and values
+    share."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -132,14 +141,16 @@ class SessionStore:
         return SessionStore, ()  # a copied or pickled model has weights of its own
 
     def look_at_model(self, model, strategy: RoutingStrategy) -> None:
-        """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which training
-        changes in place."""
+        """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which
+        training changes in place."""
         modules = every_module(model)
         tensors = every_tensor(modules)
         weights = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         way = str(getattr(model.config.get_text_config(), "_experts_implementation", None))  # of a mixture
         seen, code = hash((*weights, *model._rank_layouts, way)), what_runs(modules)
-        known = len(code) == len(self.code) and all(was() is part for was, part in zip(self.code, code, strict=True))
+        known = len(code) == len(self.code) and all(
+            was() is part for was, part in zip(self.code, code, strict=True)
+        )
         if seen != self.seen or not known:
             self.forget()
             self.code = [weak(part) for part in code]
@@ -151,8 +162,9 @@ class SessionStore:
                 self.products.read_stacks(single_expert(strategy))
 
     def session(self, model, strategy: RoutingStrategy, batch: int, layers: list, instead=None) -> "Session":
-        """A session in the buffers that `layers` has for the keys and values of every layer. `instead`: a strategy
-        of the same tokens, taken where many experts, unlike each other, would take each other's places."""
+        """A session in the buffers that `layers` has for the keys and values of every layer. `instead`: a
+        strategy of the same tokens, taken where many experts, unlike each other, would take each other's
+        places."""
         config, single = model.config.get_text_config(), single_expert(strategy)
         key = (str(strategy) if single is None else self.products.alike(single), batch, layers[0][0].shape[2])
         # What a graph has taken in besides.
@@ -190,9 +202,9 @@ class SessionStore:
 
 
 class GraphPool:
-    """What the graphs of one model share, since no two run at a time: a pool of memory, which goes with the last graph in
-    it, and a stream to be recorded on. Libraries keep some 30 MB for every stream that they see, so that one goes to the
-    next who asks."""
+    """What the graphs of one model share, since no two run at a time: a pool of memory, which goes with the
+    last graph in it, and a stream to be recorded on. Libraries keep some 30 MB for every stream that they
+    see, so that one goes to the next who asks."""
 
     def __init__(self):
         self.handle = torch.cuda.graph_pool_handle()
@@ -211,7 +223,8 @@ class Session:
     """
 
     def __init__(self, model, strategy: RoutingStrategy, batch: int, layers: list, store: SessionStore):
-        # The model has the store. No circle of references: memory goes with its last user, and not some time later.
+        # The model has the store. No circle of references: memory goes with its last user, and not some time
+        # later.
         self._model = weakref.ref(model)
         self.strategy, self.batch, self.layers = strategy, batch, layers
         self.products, self.norms, self.pool = store.products, store.norms, store.pool
@@ -229,7 +242,9 @@ class Session:
         self.agreed = torch.zeros((), dtype=torch.bool, device=device)
         self.router_logits = torch.zeros_like(self.weights) if strategy.name == "router" else None
         self.logits: torch.Tensor | None = None
-        self.agreements = torch.zeros((), dtype=torch.long, device=device)  # steps of this window that a guess suits
+        self.agreements = torch.zeros(
+            (), dtype=torch.long, device=device
+        )  # steps of this window that a guess suits
         self.hit_rate = 0.9**batch  # what is usual, until it was seen
         self.steps, self.guesses, self.hits = 0, 0, 0
         steps = {"router": Session._route_then_run, "ensemble": Session._run_all}
@@ -244,8 +259,11 @@ class Session:
 
     # The state
 
-    def place(self, length: int, seen: torch.Tensor, positions: torch.Tensor, expert_ids: torch.Tensor | None) -> None:
-        """Set where the next token goes: after `length` tokens, of which `seen` `[batch, <= capacity]` are visible."""
+    def place(
+        self, length: int, seen: torch.Tensor, positions: torch.Tensor, expert_ids: torch.Tensor | None
+    ) -> None:
+        """Set where the next token goes: after `length` tokens, of which `seen` `[batch, <= capacity]` are
+        visible."""
         streams = self.strategy.num_streams
         self.index.fill_(length - 1)  # a step moves on first
         self.mask.fill_(self.closed)
@@ -292,7 +310,11 @@ class Session:
         if self.strategy.name != "router":
             return self.strategy.chooses_row_experts or self.strategy.name == "ensemble"
         config = self.model.config
-        return config.num_experts_per_tok == 1 and config.router_input == "base" and not self.model.routes_densely
+        return (
+            config.num_experts_per_tok == 1
+            and config.router_input == "base"
+            and not self.model.routes_densely
+        )
 
     def _pass(self, body, weights: int | torch.Tensor | None, first: int = 0, streams: int = 1):
         """The body's output for streams from `first` on, the experts at `weights`."""
@@ -345,9 +367,12 @@ class Session:
         self._keep(self._pass(self.model.foundation, self.weights, first=1).logits)
 
     def _run_guessed(self) -> None:
-        """Both passes as one batch, the routed rows under the last token's weights; `agreed` says if those were right."""
+        """Both passes as one batch, the routed rows under the last token's weights; `agreed` says if those
+        were right."""
         self._advance()
-        reading = torch.zeros_like(self.weights) if self._router_input() is None else torch.ones_like(self.weights)
+        reading = (
+            torch.zeros_like(self.weights) if self._router_input() is None else torch.ones_like(self.weights)
+        )
         hidden = []
 
         def take_apart(module, args, output):
@@ -359,7 +384,9 @@ class Session:
 
         handle = self.model.foundation_body.register_forward_hook(take_apart)
         try:
-            outputs = self._pass(self.model.foundation, torch.cat([reading, self.weights]), first=0, streams=2)
+            outputs = self._pass(
+                self.model.foundation, torch.cat([reading, self.weights]), first=0, streams=2
+            )
         finally:
             handle.remove()
         self._keep(outputs.logits)
@@ -410,7 +437,9 @@ class Stepper:
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream), on_trial():
-                    for _ in range(2):  # libraries set themselves up, and layers that share their input are seen
+                    for _ in range(
+                        2
+                    ):  # libraries set themselves up, and layers that share their input are seen
                         self.function(session)
                         restore()
                     session.products.read_stacks(single_expert(session.strategy))
@@ -420,8 +449,14 @@ class Stepper:
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            recording = torch.cuda.graph(graph, session.pool.handle, stream, capture_error_mode="thread_local")
-            with no_collection(), torch.cuda.stream(torch.cuda.current_stream()), recording:  # which stays if it fails
+            recording = torch.cuda.graph(
+                graph, session.pool.handle, stream, capture_error_mode="thread_local"
+            )
+            with (
+                no_collection(),
+                torch.cuda.stream(torch.cuda.current_stream()),
+                recording,
+            ):  # which stays if it fails
                 self.function(session)
             restore()
         self.graph = graph
@@ -429,7 +464,8 @@ class Stepper:
 
 @contextmanager
 def on_trial():
-    """What fails within the context is a step in buffers; the ordinary one, which gives other masks, may still run."""
+    """What fails within the context is a step in buffers; the ordinary one, which gives other masks, may
+    still run."""
     try:
         yield
     except (NotRecordable, torch.OutOfMemoryError):
@@ -440,7 +476,8 @@ def on_trial():
 
 @contextmanager
 def no_collection():
-    """No garbage is collected within the context: an old graph that goes while another is recorded spoils that one."""
+    """No garbage is collected within the context: an old graph that goes while another is recorded spoils
+    that one."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

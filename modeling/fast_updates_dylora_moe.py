@@ -1,7 +1,8 @@
 """Kernels for the experts' updates of a few tokens, which read what acts and no more. Optional, too.
 
-For one to four rows a library's product takes its time whatever it multiplies. Here the scales are part of the first
-product, and ranks of which the scale is zero, as with one expert a row, are not read. Knows no layers and no strategies.
+For one to four rows a library's product takes its time whatever it multiplies. Here the scales are part of
+the first product, and ranks of which the scale is zero, as with one expert a row, are not read. Knows no
+layers and no strategies.
 """
 
 import torch
@@ -67,7 +68,8 @@ def are_few(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def multiply_few(inputs: torch.Tensor, lora_A: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """`[rows, ranks]`: `inputs` `[rows, size]` times A `[ranks, size]`, times `scales` `[1 or rows, ranks]`, if any."""
+    """`[rows, ranks]`: `inputs` `[rows, size]` times A `[ranks, size]`, times `scales` `[1 or rows, ranks]`,
+    if any."""
     inputs, lora_A = inputs.contiguous(), lora_A.contiguous()
     ranks = inputs.new_empty(len(inputs), len(lora_A))
     _multiply_kernel[len(lora_A), len(inputs)](
@@ -78,8 +80,8 @@ def multiply_few(inputs: torch.Tensor, lora_A: torch.Tensor, scales: torch.Tenso
 
 
 def add_few(results: torch.Tensor, ranks: torch.Tensor, lora_B: torch.Tensor, scale: float) -> None:
-    """Add `ranks` `[rows, ranks]` times B `[ranks, size]`, times `scale`, to `results` `[rows, size]`. It takes a time that
-    grows with the ranks between the first and the last that is not zero."""
+    """Add `ranks` `[rows, ranks]` times B `[ranks, size]`, times `scale`, to `results` `[rows, size]`. It
+    takes a time that grows with the ranks between the first and the last that is not zero."""
     lora_B, size = lora_B.contiguous(), results.shape[1]
     _add_kernel[triton.cdiv(size, 16), len(results)](
         results, ranks, lora_B, scale, size, len(lora_B), ranks.stride(0), results.stride(0),

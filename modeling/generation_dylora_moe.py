@@ -1,4 +1,5 @@
-"""Generation: which strategy a call uses, each row's expert before the first token, and a clean model afterwards.
+"""Generation: which strategy a call uses, each row's expert before the first token, and a clean model
+afterwards.
 
 Small hooks around transformers' own loop. Knows nothing about experts' weights or how a pass is run.
 """
@@ -13,12 +14,13 @@ from .cache_dylora_moe import CACHE, kept_experts, prepare_streams
 
 
 class _Call(threading.local):
-    """The `generate` in progress in this thread; as for passes, no context variable, which cannot be compiled.
+    """The `generate` in progress in this thread; as for passes, no context variable, which cannot be
+    compiled.
 
     Attributes:
         model, decoding: whose it is, and what takes over its steps, if that is fast decoding.
-        strategy: its strategy, for what calls the model without our arguments on its behalf (classifier-free guidance
-            runs an unconditional pass of its own).
+        strategy: its strategy, for what calls the model without our arguments on its behalf (classifier-free
+            guidance runs an unconditional pass of its own).
         recorded: the router logits of its steps, where they were asked for.
     """
 
@@ -33,7 +35,8 @@ ROUTING_ARGUMENTS = ("routing_strategy", "expert_ids", "output_router_logits")
 
 
 def strategy_of_call(model) -> str | None:
-    """The strategy of the model's `generate` in progress, else that of its generation config, if there is one."""
+    """The strategy of the model's `generate` in progress, else that of its generation config, if there is
+    one."""
     if _call.strategy is not None and _call.model is model:
         return _call.strategy
     return getattr(getattr(model, "generation_config", None), "routing_strategy", None)
@@ -51,8 +54,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """As `GenerationMixin.generate`, which says what the arguments do. Two more: `routing_strategy`, and
         `output_router_logits`, which with `return_dict_in_generate` adds `router_logits` to the output:
-        `[sequences, new tokens, num_experts]`, the gate's logits where each new token was predicted; `None` under a
-        strategy that reads no router while it decodes.
+        `[sequences, new tokens, num_experts]`, the gate's logits where each new token was predicted; `None`
+        under a strategy that reads no router while it decodes.
 
         Raises:
             ValueError: an unknown strategy; lists the valid ones and the experts' names.
@@ -61,7 +64,9 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         names = ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
         if self.device.type != "meta":  # tools that leave the prompt on the CPU
             inputs = inputs.to(self.device) if isinstance(inputs, torch.Tensor) else inputs
-            kwargs.update({n: kwargs[n].to(self.device) for n in names if isinstance(kwargs.get(n), torch.Tensor)})
+            kwargs.update(
+                {n: kwargs[n].to(self.device) for n in names if isinstance(kwargs.get(n), torch.Tensor)}
+            )
         before = vars(_call).copy()
         _call.__init__()
         try:
@@ -70,27 +75,33 @@ class DyloraMoeGenerationMixin(GenerationMixin):
                 output["router_logits"] = _routing_of_sequences(_call.recorded, output.get("beam_indices"))
             return output
         finally:
-            # EvalPlus 0.3.1 stops through a package that puts a `_get_stopping_criteria` on the instance and never
-            # takes it off. The next prompt's would wrap it: every prompt slower than the one before, and a criterion
-            # left from a shorter prompt takes the new prompt for output and stops it at once.
+            # EvalPlus 0.3.1 stops through a package that puts a `_get_stopping_criteria` on the instance and
+            # never takes it off. The next prompt's would wrap it: every prompt slower than the one before,
+            # and a criterion left from a shorter prompt takes the new prompt for output and stops it at once.
             self.__dict__.pop("_get_stopping_criteria", None)
             vars(_call).update(before)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         # `inputs_embeds` is named for transformers, which looks for it here.
         prepare = super().prepare_inputs_for_generation
-        if type(self.foundation).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        if (
+            type(self.foundation).prepare_inputs_for_generation
+            is not GenerationMixin.prepare_inputs_for_generation
+        ):
             prepare = self.foundation.prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get(CACHE) is not None and inputs.get(CACHE) is None:
-            # Phi-3 drops its cache where its positions change. transformers 5.10 goes on from the last token even so.
+            # Phi-3 drops its cache where its positions change. transformers 5.10 goes on from the last token
+            # even so.
             kwargs.update({CACHE: None, "next_sequence_length": None})
             inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return {**inputs, **{name: kwargs[name] for name in ROUTING_ARGUMENTS if name in kwargs}}
 
     def _validate_model_kwargs(self, model_kwargs: dict) -> None:
         theirs = self._foundation_arguments
-        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in theirs})
+        super()._validate_model_kwargs(
+            {name: value for name, value in model_kwargs.items() if name not in theirs}
+        )
 
     def _update_model_kwargs_for_generation(
         self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens: int | None = None
@@ -117,9 +128,13 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         )
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        generation_config, model_kwargs = super()._prepare_generation_config(
+            generation_config, *args, **kwargs
+        )
         if generation_config.assistant_early_exit is not None:
-            raise ValueError("`assistant_early_exit` runs some layers alone and cannot be routed; pass an assistant.")
+            raise ValueError(
+                "`assistant_early_exit` runs some layers alone and cannot be routed; pass an assistant."
+            )
         # A field that one of the generation configs has is absorbed there; forward needs it as an argument.
         for name in ("routing_strategy", "output_router_logits"):
             if model_kwargs.get(name) is None:
@@ -131,14 +146,21 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         _call.recorded = [] if model_kwargs["output_router_logits"] else None
         return generation_config, model_kwargs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
         # The last place that sees the prompts before beams and return sequences multiply them.
         # Rows of a cache that was filled before have their experts, and are multiplied already.
-        known = model_kwargs.get("expert_ids") is not None or kept_experts(model_kwargs.get(CACHE)) is not None
+        known = (
+            model_kwargs.get("expert_ids") is not None or kept_experts(model_kwargs.get(CACHE)) is not None
+        )
         if model_kwargs.get("routing_strategy") == "best" and not known:
             model_kwargs["expert_ids"] = self._best_experts_of_prompts(input_ids, model_kwargs)
         return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
 
     def _best_experts_of_prompts(self, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
@@ -161,7 +183,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
     ):
-        # transformers 5.10 keeps a static cache on the model for the next call, which may be another strategy's.
+        # transformers 5.10 keeps a static cache on the model for the next call, which may be another
+        # strategy's.
         self.__dict__.pop("_cache", None)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
@@ -169,17 +192,21 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         strategy = self.routing_strategy(model_kwargs["routing_strategy"])
         cache = model_kwargs.get(CACHE)
         if cache is not None:
-            # Now, since layers that join later miss what was set on the cache (offloading, recording for rollback).
+            # Now, since layers that join later miss what was set on the cache (offloading, recording for
+            # rollback).
             prepare_streams(cache, self.num_layers_per_stream, strategy)
         if strategy.chooses_row_experts and model_kwargs.get("expert_ids") is None:
             kept = kept_experts(cache)  # as an argument too: a foundation may drop its cache later
-            model_kwargs["expert_ids"] = self._next_experts(generation_config, batch_size) if kept is None else kept
+            model_kwargs["expert_ids"] = (
+                self._next_experts(generation_config, batch_size) if kept is None else kept
+            )
 
     def _next_experts(self, generation_config: GenerationConfig, batch_size: int) -> torch.Tensor:
         """Each row's expert in turn, `[rows after expansion]`."""
         num_beams = generation_config.num_beams or 1
         rows_per_prompt = max(num_beams, generation_config.num_return_sequences or 1)
-        # Beams compete for one sequence, so they share an expert; sampled sequences of a prompt are sequences.
+        # Beams compete for one sequence, so they share an expert; sampled sequences of a prompt are
+        # sequences.
         sequences = batch_size if num_beams > 1 else batch_size * rows_per_prompt
         turns = torch.arange(self._next_round_robin, self._next_round_robin + sequences)
         self._next_round_robin += sequences
@@ -187,7 +214,9 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         return expert_ids.repeat_interleave(batch_size * rows_per_prompt // sequences)
 
 
-def _routing_of_sequences(recorded: list[torch.Tensor], beam_indices: torch.Tensor | None) -> torch.Tensor | None:
+def _routing_of_sequences(
+    recorded: list[torch.Tensor], beam_indices: torch.Tensor | None
+) -> torch.Tensor | None:
     """Steps of `[rows, tokens, num_experts]` -> `[sequences, new tokens, num_experts]`.
 
     `beam_indices`, `[sequences, new tokens]`, names the row that each token of a sequence came from.

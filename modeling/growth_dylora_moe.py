@@ -14,24 +14,28 @@ from .router_dylora_moe import DyloraMoeRouter
 class GrowthMixin:
     """What changes the set of experts of a routed model."""
 
-    def add_expert(self, name: str, target_modules: list[str] | None = None, mature: bool = False, **fields) -> int:
+    def add_expert(
+        self, name: str, target_modules: list[str] | None = None, mature: bool = False, **fields
+    ) -> int:
         """Add an expert that changes nothing yet (its B is zero), and a row for it to the gate.
 
-        What the other experts compute stays as it is, bit for bit. The stacks and the gate become new parameters, so
-        an optimiser made before does not know them: make a new one.
+        What the other experts compute stays as it is, bit for bit. The stacks and the gate become new
+        parameters, so an optimiser made before does not know them: make a new one.
 
         Args:
             name: the expert's name.
             target_modules: module names inside the foundation; the last expert's, if left out.
             mature: whether the expert is finished; an immature one keeps a router of mode `auto` dense.
-            fields: further fields of the expert's config: `target_parameters`, which are the last expert's where
-                `target_modules` are; `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`, `use_rslora`.
+            fields: further fields of the expert's config: `target_parameters`, which are the last expert's
+                where `target_modules` are; `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`,
+                `lora_dropout`, `use_rslora`.
 
         Returns:
             The expert's number.
 
         Raises:
-            ValueError: the name is taken, a field or module is not valid, or a part of the model is offloaded.
+            ValueError: the name is taken, a field or module is not valid, or a part of the model is
+                offloaded.
         """
         refuse_offloaded(self, everything=True)
         if target_modules is None:
@@ -84,8 +88,9 @@ class GrowthMixin:
     def freeze_expert(self, name: int | str) -> None:
         """Keep an expert's matrices as they are: its rows get no gradient.
 
-        With a new optimiser and no weight decay on experts (it moves weights without a gradient, too; Trainer's default
-        is 0), they stay the same bit for bit. Not saved: loaded models have every expert trainable.
+        With a new optimiser and no weight decay on experts (it moves weights without a gradient, too;
+        Trainer's default is 0), they stay the same bit for bit. Not saved: loaded models have every expert
+        trainable.
         """
         expert = self.config.expert_index(name)
         for layer in self.expert_layers().values():

@@ -1,4 +1,5 @@
-"""Weights on disk beyond one plain file: PEFT folders of single experts, the layout `adapter`, subsets of experts.
+"""Weights on disk beyond one plain file: PEFT folders of single experts, the layout `adapter`, subsets of
+experts.
 
     experts/<name>/adapter_config.json, adapter_model.safetensors     one expert, as PEFT itself would have saved it
     router.safetensors                                                gate.weight [N, hidden], gate.bias [N]
@@ -39,7 +40,8 @@ PEFT_PREFIX = "base_model.model."
 STACKED_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 WEIGHTS = (".json", ".safetensors", ".bin")  # and what describes them
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-# Where transformers is told to look for an adapter of the foundation's: it would apply one that lies in its folder.
+# Where transformers is told to look for an adapter of the foundation's: it would apply one that lies in its
+# folder.
 NO_FOLDER = "no-adapter-is-looked-for"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -47,10 +49,10 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> dict:
     """The `adapter_config.json` of one expert.
 
-    On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets that are called as
-    these matrices were before onto that parameter, and leaves dense and shared layers of the same names out. There such
-    a layer is named by its weight, as a parameter, which PEFT takes as it stands. Of an adapter of parameters, it wants a
-    dropout of 0.
+    On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets that
+    are called as these matrices were before onto that parameter, and leaves dense and shared layers of the
+    same names out. There such a layer is named by its weight, as a parameter, which PEFT takes as it stands.
+    Of an adapter of parameters, it wants a dropout of 0.
     """
     left_out = (
         "name",
@@ -77,7 +79,9 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
 def has_stacked_experts(base_config: PreTrainedConfig | None) -> bool:
     """Whether transformers stacks the matrices of a layer's experts when it loads a model of this type."""
     transforms = get_checkpoint_conversion_mapping(getattr(base_config, "model_type", "")) or ()
-    return any(name.endswith("gate_up_proj") for transform in transforms for name in transform.target_patterns)
+    return any(
+        name.endswith("gate_up_proj") for transform in transforms for name in transform.target_patterns
+    )
 
 
 def _targets_by_weight(entry: dict) -> dict:
@@ -102,7 +106,8 @@ def _targets_by_weight(entry: dict) -> dict:
 def peft_keys(entry: dict) -> dict[str, str]:
     """What an expert adapts -> what PEFT calls it in a file, without `lora_A.weight` and `lora_B.weight`.
 
-    The layers that it puts around a module, one for each parameter, lie in each other, the first parameter's inmost.
+    The layers that it puts around a module, one for each parameter, lie in each other, the first parameter's
+    inmost.
     """
     keys = {name: f"{PEFT_PREFIX}{name}" for name in entry["target_modules"]}
     for name in entry["target_parameters"]:
@@ -120,7 +125,8 @@ def save_adapters(model, directory: str | Path, state_dict: dict | None = None) 
     """Every expert as a plain PEFT folder under its own name; PEFT reads them back bit for bit.
 
     Args:
-        state_dict: the model's weights, where they are not in the model itself (gathered from several processes).
+        state_dict: the model's weights, where they are not in the model itself (gathered from several
+            processes).
 
     Raises:
         ValueError: an expert's name cannot be a folder's, or its weights are offloaded.
@@ -133,7 +139,9 @@ def save_adapters(model, directory: str | Path, state_dict: dict | None = None) 
     for index, entry in enumerate(model.config.expert_configs):
         name = entry["name"]
         if Path(name).name != name or name in (".", ".."):
-            raise ValueError(f"Expert {name!r} cannot be saved under its name, which is not a folder's; rename it.")
+            raise ValueError(
+                f"Expert {name!r} cannot be saved under its name, which is not a folder's; rename it."
+            )
         folder = Path(directory) / name
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
@@ -188,7 +196,9 @@ def keep_single_expert(model, stored: DyloraMoeConfig) -> None:
     Raises:
         ValueError: that expert was not loaded.
     """
-    name, _, expert = str(getattr(getattr(model, "generation_config", None), "routing_strategy", None)).partition(":")
+    name, _, expert = str(
+        getattr(getattr(model, "generation_config", None), "routing_strategy", None)
+    ).partition(":")
     if name != "single":
         return
     meant = stored.expert_names[stored.expert_index(expert)]
@@ -201,7 +211,8 @@ def keep_single_expert(model, stored: DyloraMoeConfig) -> None:
 
 
 def set_default_strategy(model, strategy: str) -> None:
-    """Let the model's generation config name the strategy; a model that does not generate gets one for it alone."""
+    """Let the model's generation config name the strategy; a model that does not generate gets one for it
+    alone."""
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()
     model.generation_config.routing_strategy = strategy
@@ -215,8 +226,8 @@ def read_full(
     network: type,
     variant: str | None = None,
 ) -> dict:
-    """The state dict of some experts of a repo of layout `full`: rows of the stacks and the gate, and slices of the
-    files for everything else, which are read when they are used.
+    """The state dict of some experts of a repo of layout `full`: rows of the stacks and the gate, and slices
+    of the files for everything else, which are read when they are used.
 
     Args:
         location: a folder or a Hub id.
@@ -227,8 +238,8 @@ def read_full(
         variant: which of several sets of weight files, as in `model.<variant>.safetensors`.
 
     Raises:
-        ValueError: the weights were saved quantised, where an expert's rows cannot be told apart; or they are not those of
-            the config.
+        ValueError: the weights were saved quantised, where an expert's rows cannot be told apart; or they are
+            not those of the config.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -260,7 +271,8 @@ def read_full(
 
 
 def _as_in_model(stored: list[str], config: DyloraMoeConfig, network: type) -> dict[str, str]:
-    """The names in the model of tensors of expert layers that transformers saved under the foundation's older names."""
+    """The names in the model of tensors of expert layers that transformers saved under the foundation's older
+    names."""
     own = [name for name in stored if ".base_layer." in name or ".lora_" in name]
     with torch.device("meta"):
         model = network(config)
@@ -290,12 +302,15 @@ def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
     found = cached_file(location, whole, _raise_exceptions_for_missing_entries=False, **where)
     if found is not None:  # as transformers chooses where both are there
         return [found]
-    names = sorted(set(json.loads(Path(cached_file(location, index, **where)).read_text())["weight_map"].values()))
+    names = sorted(
+        set(json.loads(Path(cached_file(location, index, **where)).read_text())["weight_map"].values())
+    )
     return [cached_file(location, name, **where) for name in names]
 
 
 def read_generation_config(location: str, where: dict) -> GenerationConfig | None:
-    """What `generation_config.json` says; None where there is none. Without it, the default strategy is another.
+    """What `generation_config.json` says; None where there is none. Without it, the default strategy is
+    another.
 
     Raises:
         ValueError: it is damaged; names the file.
@@ -318,8 +333,11 @@ def read_generation_config(location: str, where: dict) -> GenerationConfig | Non
         ) from error
 
 
-def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, network: type) -> dict:
-    """The state dict of a repo of layout `adapter`: the foundation from where it lies, experts and gate from the repo.
+def read_adapter(
+    location: str, config: DyloraMoeConfig, numbers: list[int], where: dict, network: type
+) -> dict:
+    """The state dict of a repo of layout `adapter`: the foundation from where it lies, experts and gate from
+    the repo.
 
     Args:
         location: a folder or a Hub id.
@@ -337,7 +355,9 @@ def read_adapter(location: str, config: DyloraMoeConfig, numbers: list[int], whe
     with torch.device("meta"):
         needed = network(config).state_dict()
     wrapped = config.wrapped_modules()
-    state = {f"foundation.{in_base_layer(key, wrapped)}": value for key, value in foundation.state_dict().items()}
+    state = {
+        f"foundation.{in_base_layer(key, wrapped)}": value for key, value in foundation.state_dict().items()
+    }
     for key, expected in needed.items():
         if ".lora_" in key or key.startswith("router."):
             continue
@@ -371,7 +391,12 @@ def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
         )
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype="auto", trust_remote_code=False, adapter_kwargs={"subfolder": NO_FOLDER}, **hub
+            name,
+            config=config,
+            dtype="auto",
+            trust_remote_code=False,
+            adapter_kwargs={"subfolder": NO_FOLDER},
+            **hub,
         )
     except Exception as error:  # damaged files make transformers fail in many ways
         raise FoundationError(name, why_not_loaded(name, error)) from error
@@ -408,7 +433,8 @@ class FoundationError(OSError, ValueError):
 
 
 def why_not_loaded(name: str, error: Exception, suffixes: tuple[str, ...] = WEIGHTS) -> str:
-    """What keeps a model or its tokenizer from being loaded from a folder or the Hub, and the remedy, if there is one.
+    """What keeps a model or its tokenizer from being loaded from a folder or the Hub, and the remedy, if
+    there is one.
 
     Args:
         name: a folder or a Hub id.
@@ -451,13 +477,18 @@ def why_not_loaded(name: str, error: Exception, suffixes: tuple[str, ...] = WEIG
         )
     if is_one(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
         if constants.HF_HUB_OFFLINE:
-            return "it is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it once, to fetch the model"
-        return f"it is not in the Hub's cache, and {constants.ENDPOINT} cannot be reached (is there a network?)"
+            return (
+                "it is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it once, to fetch the model"
+            )
+        return (
+            f"it is not in the Hub's cache, and {constants.ENDPOINT} cannot be reached (is there a network?)"
+        )
     return _first_line(error)
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Why a file cannot be what it should be: not there, not allowed, or left with Git LFS. None where it is none."""
+    """Why a file cannot be what it should be: not there, not allowed, or left with Git LFS. None where it is
+    none."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return None
@@ -511,7 +542,8 @@ def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
 def _expert_stacks(
     location: str, config: DyloraMoeConfig, counts: dict[str, int], where: dict
 ) -> dict[str, torch.Tensor]:
-    """The stacks of all experts from their files. `counts` are those of `rows_of_stack`, by the names of what is adapted.
+    """The stacks of all experts from their files. `counts` are those of `rows_of_stack`, by the names of what
+    is adapted.
 
     Raises:
         ValueError: an expert's matrices are not of the rank that the config gives it.
@@ -549,9 +581,13 @@ def merge_expert(model, expert: int | str):
         weight, _ = _frozen_weight(model, model.foundation, name)
         # torchao's weights say that they are numbers of floating point; only their class tells.
         if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
-            raise ValueError(f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that.")
+            raise ValueError(
+                f"Layer {name!r} is quantised, so an expert cannot be merged into it; load without that."
+            )
     merged = deepcopy(model.foundation)
-    _tie_as_before(merged, keep_tied=not any(_adapts(model, index, name) for name in merged.all_tied_weights_keys))
+    _tie_as_before(
+        merged, keep_tied=not any(_adapts(model, index, name) for name in merged.all_tied_weights_keys)
+    )
     for name, layer in model.expert_layers().items():
         rank, scale = layer.layout[index]
         if rank > 0:
@@ -564,7 +600,9 @@ def merge_expert(model, expert: int | str):
         parent_name, _, child_name = name.rpartition(".")
         setattr(merged.get_submodule(parent_name), child_name, merged.get_submodule(name).base_layer)
     if getattr(model, "generation_config", None) is not None and merged.can_generate():
-        merged.generation_config = deepcopy(model.generation_config)  # further tokens that end a text are only there
+        merged.generation_config = deepcopy(
+            model.generation_config
+        )  # further tokens that end a text are only there
         vars(merged.generation_config).pop("routing_strategy", None)
     merged.requires_grad_(True)
     return merged.eval()
@@ -586,8 +624,8 @@ def _adapts(model, expert: int, parameter: str) -> bool:
 
 
 def _tie_as_before(foundation: PreTrainedModel, keep_tied: bool) -> None:
-    """Give tied weights the names that they have without experts, or make each a parameter of its own: folded into a
-    tied head, an expert would change the embeddings, too."""
+    """Give tied weights the names that they have without experts, or make each a parameter of its own: folded
+    into a tied head, an expert would change the embeddings, too."""
     tied = foundation.all_tied_weights_keys
     vars(foundation).pop("_tied_weights_keys", None)  # the class's own hold again
     if keep_tied:

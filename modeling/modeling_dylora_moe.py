@@ -1,8 +1,9 @@
-"""DyLoRA-MoE: a frozen causal language model with several LoRA experts and a router that picks among them per token.
+"""DyLoRA-MoE: a frozen causal language model with several LoRA experts and a router that picks among them per
+token.
 
-`DyloraMoeModel`, the routed backbone, returns hidden states; `DyloraMoeForCausalLM`, which is it and a head, logits.
-Both hold the same modules under the same names: `foundation`, a causal language model of transformers with its adapted
-layers wrapped, and `router`.
+`DyloraMoeModel`, the routed backbone, returns hidden states; `DyloraMoeForCausalLM`, which is it and a head,
+logits. Both hold the same modules under the same names: `foundation`, a causal language model of transformers
+with its adapted layers wrapped, and `router`.
 """
 
 import copy
@@ -54,7 +55,9 @@ from .stacked_experts_dylora_moe import DyloraMoeStackedExperts, as_in_peft, row
 
 try:
     from .fast_decoding_dylora_moe import FastDecodingMixin
-except ImportError:  # that file may be left empty or out: generation is slower without, and gives the same tokens
+except (
+    ImportError
+):  # that file may be left empty or out: generation is slower without, and gives the same tokens
     FastDecodingMixin = type("FastDecodingMixin", (), {})
 try:
     from .fast_loading_dylora_moe import FastLoadingMixin
@@ -68,10 +71,13 @@ NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch"
 
 
 class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, SavingMixin, PreTrainedModel):
-    """What both models are made of: the foundation with its expert layers, the router, and one routed pass."""
+    """What both models are made of: the foundation with its expert layers, the router, and one routed
+    pass."""
 
     config_class = DyloraMoeConfig
-    base_model_prefix = ""  # there is one, `foundation`, but its checkpoints and configs cannot stand in for ours
+    base_model_prefix = (
+        ""  # there is one, `foundation`, but its checkpoints and configs cannot stand in for ours
+    )
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012  (spelt as transformers spells it)
@@ -85,14 +91,19 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
     def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
         super().__init__(config)
         self._is_resized = False
-        self._recomputes_layers = False  # a flag of our own: looking through all modules for theirs cannot be compiled
+        self._recomputes_layers = (
+            False  # a flag of our own: looking through all modules for theirs cannot be compiled
+        )
         if config.base_config is None:
             raise ValueError("The config has no `base_config`, so there is no foundation to build.")
         if foundation is None:
             foundation = AutoModelForCausalLM.from_config(config.base_config)
         self.foundation = foundation
-        # On the input of each expert's A, while training: modules, since trainers look for those to switch dropout off.
-        self.expert_dropouts = nn.ModuleList(nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs)
+        # On the input of each expert's A, while training: modules, since trainers look for those to switch
+        # dropout off.
+        self.expert_dropouts = nn.ModuleList(
+            nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs
+        )
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
         self._wrap_modules(config.adapted_modules(), config)
@@ -112,20 +123,26 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, base_model=None, experts=None, routing_strategy=None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        base_model=None,
+        experts=None,
+        routing_strategy=None,
+        **kwargs,
     ):
         """As `PreTrainedModel.from_pretrained`; the foundation comes back frozen, experts and gate trainable.
 
         Args:
-            base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its config says;
-                the loaded model's config says it, too.
+            base_model: where to take the foundation of a repo of layout `adapter` from, instead of where its
+                config says; the loaded model's config says it, too.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
-            routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`), instead of the
-                repo's; a number in `single:<number>` counts the loaded experts.
+            routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`),
+                instead of the repo's; a number in `single:<number>` counts the loaded experts.
 
         Raises:
-            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of other shapes, a
-                damaged file, or `experts` of a repo that was saved quantised.
+            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of
+                other shapes, a damaged file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
@@ -136,7 +153,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
             routing_strategy = str(resolve_routing_strategy(routing_strategy, subset_of(stored, experts)[0]))
         own_way = location is not None and (stored.weights_layout == "adapter" or experts is not None)
         if base_model is not None and (not own_way or stored.weights_layout != "adapter"):
-            raise ValueError("`base_model` is for repos of layout `adapter`; this one holds its own foundation.")
+            raise ValueError(
+                "`base_model` is for repos of layout `adapter`; this one holds its own foundation."
+            )
         # transformers takes a damaged file for none
         generation_config = None if location is None else read_generation_config(str(location), where)
         if own_way:
@@ -147,8 +166,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         model.freeze_foundation()  # reading a weight makes it trainable, whatever it was before
         own_way &= kwargs.get("generation_config") is None  # or the caller's is in place
         if generation_config is not None and (own_way or not model.can_generate()):
-            # transformers reads this file for models that generate and are loaded its own way, but every model's
-            # strategy is in it.
+            # transformers reads this file for models that generate and are loaded its own way, but every
+            # model's strategy is in it.
             model.generation_config = generation_config
         if routing_strategy is not None:
             set_default_strategy(model, routing_strategy)
@@ -158,7 +177,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     @classmethod
     def _from_state_dict(cls, location: str, experts, base_model, where: dict, *args, **kwargs):
-        """What no file holds as it is: a subset of the experts, or experts and foundation from different places."""
+        """What no file holds as it is: a subset of the experts, or experts and foundation from different
+        places."""
         kwargs = {name: value for name, value in kwargs.items() if name not in where}
         config = copy.deepcopy(kwargs.pop("config", None))
         if not isinstance(config, PreTrainedConfig):
@@ -183,10 +203,12 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     @classmethod
     def from_foundation(cls, foundation: PreTrainedModel, config: DyloraMoeConfig):
-        """A routed model around a foundation that is already loaded; its weights stay what they are, and frozen.
+        """A routed model around a foundation that is already loaded; its weights stay what they are, and
+        frozen.
 
         Raises:
-            ValueError: an expert adapts a module that the foundation does not have, or one that is not linear.
+            ValueError: an expert adapts a module that the foundation does not have, or one that is not
+                linear.
         """
         for module in foundation.modules():
             module._is_hf_initialized = True  # or modules that somebody swapped in would be initialised anew
@@ -204,7 +226,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
                     self.foundation.get_submodule(name), layouts[name], self.expert_dropouts
                 )
             except AttributeError as error:
-                whole = [module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")]
+                whole = [
+                    module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")
+                ]
                 raise ValueError(
                     f"`target_modules` names {name!r}, which a {type(self.foundation).__name__} does not have."
                     + (f" Whole names are needed, such as {whole[0]!r}." if whole else "")
@@ -240,18 +264,23 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
             module.add_update(parameter, layouts[name], self.expert_dropouts)
 
     def _rename_tied_weights(self, wrapped: set[str]) -> None:
-        """A tied head that experts adapt stays tied, under its new name: they act on its output, not on its weight."""
+        """A tied head that experts adapt stays tied, under its new name: they act on its output, not on its
+        weight."""
         tied = self.foundation.all_tied_weights_keys
         if not any(name.rpartition(".")[0] in wrapped for name in tied):
             return
-        renamed = {in_base_layer(target, wrapped): in_base_layer(source, wrapped) for target, source in tied.items()}
+        renamed = {
+            in_base_layer(target, wrapped): in_base_layer(source, wrapped) for target, source in tied.items()
+        }
         # transformers reads both: the one when it loads, the other when it saves or ties anew.
         self.foundation.all_tied_weights_keys = dict(renamed)
         self.foundation._tied_weights_keys = renamed
 
     def _describe_foundation(self) -> None:
         """Note what every pass needs to know of the modules, once."""
-        self.num_layers_per_stream = len(DynamicCache(config=self.config.get_text_config(decoder=True)).layers)
+        self.num_layers_per_stream = len(
+            DynamicCache(config=self.config.get_text_config(decoder=True)).layers
+        )
         if self.config.adapted_parameters():  # a loop over those of the foundation's experts that have tokens
             self._can_compile_fullgraph = False
         self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
@@ -272,17 +301,20 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         """The foundation without its head."""
         return self.foundation.base_model
 
-    def set_expert_weights(self, expert: int | str, weights: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def set_expert_weights(
+        self, expert: int | str, weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
         """Copy one expert's matrices in.
 
         Args:
             expert: name or number.
-            weights: name of a module -> (A `[r, in_features]`, B `[out_features, r]`), and of a parameter of stacked
-                experts -> (A `[experts * r, in_features]`, B `[out_features, r * experts]`), as PEFT has them.
+            weights: name of a module -> (A `[r, in_features]`, B `[out_features, r]`), and of a parameter of
+                stacked experts -> (A `[experts * r, in_features]`, B `[out_features, r * experts]`), as PEFT
+                has them.
 
         Raises:
-            ValueError: names that are not just the expert's, a shape that does not fit (names both shapes), or
-                weights that are offloaded.
+            ValueError: names that are not just the expert's, a shape that does not fit (names both shapes),
+                or weights that are offloaded.
         """
         refuse_offloaded(self)
         index = self.config.expert_index(expert)
@@ -336,8 +368,8 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
 
     @torch.no_grad()
     def initialize_weights(self):
-        # transformers hands modules inside the foundation, a model of its own, to that model, which does not know
-        # expert layers: without this they would stay uninitialised memory.
+        # transformers hands modules inside the foundation, a model of its own, to that model, which does not
+        # know expert layers: without this they would stay uninitialised memory.
         super().initialize_weights()
         for layer in self.expert_layers().values():
             layer.initialize_experts()
@@ -370,17 +402,22 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         return embeddings
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        super()._set_gradient_checkpointing(enable, checkpoint_with_experts(gradient_checkpointing_func), **kwargs)
+        super()._set_gradient_checkpointing(
+            enable, checkpoint_with_experts(gradient_checkpointing_func), **kwargs
+        )
         self._recomputes_layers = enable
 
     # Routing
 
     @property
     def routes_densely(self) -> bool:
-        """Whether the router weights all experts, rather than the top k: see `DyloraMoeConfig.router_mode`."""
+        """Whether the router weights all experts, rather than the top k: see
+        `DyloraMoeConfig.router_mode`."""
         return routes_densely(self.config, self.training)
 
-    def balance_loss(self, router_logits: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def balance_loss(
+        self, router_logits: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The balance loss of one pass, for a loss that is computed outside of the model: see `balance_loss`.
 
         Args:
@@ -389,7 +426,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         """
         return balance_loss(self.router.weights(router_logits, dense=self.routes_densely), token_mask)
 
-    def active_experts(self, weights: int | torch.Tensor | None, tokens: int | None = None) -> ActiveExperts | None:
+    def active_experts(
+        self, weights: int | torch.Tensor | None, tokens: int | None = None
+    ) -> ActiveExperts | None:
         """What the expert layers read during a pass; see `ActiveExperts`."""
         if hasattr(self, "peft_config"):  # which PEFT leaves on a model that it changed
             self.refuse_adapters_around_experts()
@@ -419,7 +458,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if expert_ids is not None and not strategy.chooses_row_experts:
-            raise ValueError(f"`expert_ids` is for strategies that choose an expert per row; this is '{strategy}'.")
+            raise ValueError(
+                f"`expert_ids` is for strategies that choose an expert per row; this is '{strategy}'."
+            )
         cache = inputs.pop("cache", None)
         if cache is not None and past_key_values is not None:
             raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
@@ -447,11 +488,14 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         return RoutedPass(self, body, strategy, inputs, past_key_values, expert_ids)
 
     def warn_of_lost_balance_loss(self, strategy: RoutingStrategy) -> None:
-        """Warn once of a pass that trains the gate for a loss outside of the model, and hands out no router logits."""
+        """Warn once of a pass that trains the gate for a loss outside of the model, and hands out no router
+        logits."""
         trains = self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef != 0
         if not trains or str(strategy) != "router" or torch.compiler.is_compiling():
             return
-        has_gradient = self.routes_densely or self.config.num_experts_per_tok > 1  # one expert's weight is always 1
+        has_gradient = (
+            self.routes_densely or self.config.num_experts_per_tok > 1
+        )  # one expert's weight is always 1
         if has_gradient and self.router.gate.weight.requires_grad:
             logger.warning_once(
                 "A loss computed outside of the model, from its logits or the hidden states of `base_model`, has no balance "
@@ -468,12 +512,15 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
 
     @classmethod
     def of(cls, model: "DyloraMoeForCausalLM") -> "DyloraMoeModel":
-        """Make the backbone of a model with a head: one with the same modules and attributes, not copies of them."""
+        """Make the backbone of a model with a head: one with the same modules and attributes, not copies of
+        them."""
         backbone = cls.__new__(cls)
         nn.Module.__init__(backbone)
         own = vars(backbone).keys() - {"_modules", "training"} | {"_backbone"}  # such as hooks
         # What is called, such as a `forward` that a trainer put on the model, is for the model alone.
-        shared = {name: value for name, value in vars(model).items() if name not in own and not callable(value)}
+        shared = {
+            name: value for name, value in vars(model).items() if name not in own and not callable(value)
+        }
         vars(backbone).update(shared)
         backbone._has_head_above = True
         return backbone
@@ -492,12 +539,13 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         expert_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """Arguments as of `DyloraMoeForCausalLM.forward`. Where its model has a head, the model's logits are that head on
-        `last_hidden_state`, `[batch, sequence, hidden]`, scaled or capped as the foundation's config says.
+        """Arguments as of `DyloraMoeForCausalLM.forward`. Where its model has a head, the model's logits are
+        that head on `last_hidden_state`, `[batch, sequence, hidden]`, scaled or capped as the foundation's
+        config says.
 
         Raises:
-            ValueError: an unknown strategy, one without hidden states (`ensemble`), a cache filled under another one, or
-                experts that adapt the head, which would be left out of it.
+            ValueError: an unknown strategy, one without hidden states (`ensemble`), a cache filled under
+                another one, or experts that adapt the head, which would be left out of it.
         """
         strategy = self.routing_strategy(routing_strategy)
         if self._has_head_above:
@@ -515,7 +563,9 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
             **kwargs,
         )
         outputs = routed_pass.strategy.run(routed_pass)
-        routing_too = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        routing_too = (
+            self.config.output_router_logits if output_router_logits is None else output_router_logits
+        )
         if not routing_too:
             self.warn_of_lost_balance_loss(routed_pass.strategy)
         return MoeModelOutputWithPast(
@@ -552,16 +602,20 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
 
     def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
         super().__init__(config, foundation)
-        # Special tokens and the like are the foundation's. A generation config that says it came from a model config
-        # loses every field that transformers does not know when it is read back, and with it the routing strategy.
+        # Special tokens and the like are the foundation's. A generation config that says it came from a model
+        # config loses every field that transformers does not know when it is read back, and with it the
+        # routing strategy.
         self.generation_config = copy.deepcopy(self.foundation.generation_config)
         self.generation_config._from_model_config = False
 
     @property
     def base_model(self) -> DyloraMoeModel:
-        """The routed backbone, which `get_decoder()` gives, too. Its modules are this model's, so it is no submodule."""
+        """The routed backbone, which `get_decoder()` gives, too. Its modules are this model's, so it is no
+        submodule."""
         backbone = vars(self).get("_backbone")
-        if backbone is None or backbone._modules is not self._modules:  # a shallow copy of a model needs its own
+        if (
+            backbone is None or backbone._modules is not self._modules
+        ):  # a shallow copy of a model needs its own
             backbone = vars(self)["_backbone"] = DyloraMoeModel.of(self)
         return backbone
 
@@ -597,16 +651,16 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
         Args:
             past_key_values: the cache of all streams; or `cache`, as transformers calls it from 5.24 on.
             labels: `[batch, sequence]`, -100 where a token does not count.
-            output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where the
-                strategy reads them at these tokens (`router`; `best` at its prompt).
+            output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where
+                the strategy reads them at these tokens (`router`; `best` at its prompt).
             logits_to_keep: how many of the last positions get logits (0: all), or which.
             routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
             expert_ids: each row's expert, `[batch]`, for strategies that choose one per row.
             num_items_in_batch: label tokens in the whole optimiser step, over which the losses are averaged.
 
         Returns:
-            `loss`: shifted, label-masked cross entropy plus `router_aux_loss_coef` times `aux_loss`, the balance loss
-            (see `balance_loss`), under the strategy `router`.
+            `loss`: shifted, label-masked cross entropy plus `router_aux_loss_coef` times `aux_loss`, the
+            balance loss (see `balance_loss`), under the strategy `router`.
 
         Raises:
             ValueError: an unknown strategy, or a cache filled under another one.
@@ -626,7 +680,9 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
         )
         outputs = routed_pass.strategy.run(routed_pass)
         logits = outputs.logits
-        routing_too = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        routing_too = (
+            self.config.output_router_logits if output_router_logits is None else output_router_logits
+        )
 
         aux_loss = None
         if str(routed_pass.strategy) == "router" and (routing_too or labels is not None):
@@ -647,7 +703,9 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             **{CACHE: routed_pass.past_key_values},
         )
 
-    def _loss(self, logits, labels, num_items_in_batch, aux_loss, shift_labels=None, **kwargs) -> torch.Tensor:
+    def _loss(
+        self, logits, labels, num_items_in_batch, aux_loss, shift_labels=None, **kwargs
+    ) -> torch.Tensor:
         loss = self.loss_function(
             logits,
             labels,
@@ -659,7 +717,8 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             return loss
         aux_loss = self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         if num_items_in_batch is not None:
-            # The Trainer adds up the losses of an accumulated step, so each batch brings its share of the balance loss.
+            # The Trainer adds up the losses of an accumulated step, so each batch brings its share of the
+            # balance loss.
             targets = labels[..., 1:] if shift_labels is None else shift_labels
             aux_loss = aux_loss * (targets != -100).sum() / num_items_in_batch
         return loss + aux_loss

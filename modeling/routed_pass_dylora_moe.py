@@ -1,6 +1,7 @@
 """One call of a routed model's forward: the foundation run over the same tokens, once for each stream.
 
-Knows streams, the router's pass and each row's expert. Knows nothing about which strategy asks, or about losses.
+Knows streams, the router's pass and each row's expert. Knows nothing about which strategy asks, or about
+losses.
 """
 
 from collections.abc import Callable
@@ -57,7 +58,9 @@ class RoutedPass:
 
     def run(self, weights: int | torch.Tensor | None, stream: int):
         """The body's output with the experts at `weights`, with the keys and values of `stream`."""
-        active = self.model.active_experts(weights, self.sequence_length if self.strategy.tokens_differ else None)
+        active = self.model.active_experts(
+            weights, self.sequence_length if self.strategy.tokens_differ else None
+        )
         inputs, kept = {**self.inputs, **self._cache(stream), "return_dict": True}, None
         head = self.model.get_output_embeddings() if self.has_head else None
         if getattr(active, "tokens", None) and isinstance(head, DyloraMoeLinear):
@@ -72,11 +75,14 @@ class RoutedPass:
         if self.past_key_values is None:
             return {"use_cache": False}
         num_layers = self.model.num_layers_per_stream
-        return {self.model.cache_argument: stream_of(self.past_key_values, num_layers, stream), "use_cache": True}
+        return {
+            self.model.cache_argument: stream_of(self.past_key_values, num_layers, stream),
+            "use_cache": True,
+        }
 
     def read_router(self, stream: int | None) -> torch.Tensor:
-        """Router logits `[batch, sequence, num_experts]` from a pass of the router's own, without gradients in the
-        foundation or the experts; `stream=None` for one without keys and values."""
+        """Router logits `[batch, sequence, num_experts]` from a pass of the router's own, without gradients
+        in the foundation or the experts; `stream=None` for one without keys and values."""
         if self.router_logits is None:
             body = self.model.foundation_body
             names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
@@ -104,7 +110,8 @@ class RoutedPass:
         return best_expert(self.read_router(stream=None), self.token_mask)
 
     def row_experts(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Each row's expert, `[batch]`: the caller's, else the cache's, else chosen now, and kept with the cache."""
+        """Each row's expert, `[batch]`: the caller's, else the cache's, else chosen now, and kept with the
+        cache."""
         kept = kept_experts(self.past_key_values)
         expert_ids = kept if self.expert_ids is None else self.expert_ids
         if expert_ids is None:
@@ -124,7 +131,9 @@ class RoutedPass:
             return  # chosen here, or checked when they were first given
         count = self.model.config.num_experts
         if kept is None and not bool(((expert_ids >= 0) & (expert_ids < count)).all()):
-            raise ValueError(f"`expert_ids` is {expert_ids.tolist()}; the experts are numbered 0 to {count - 1}.")
+            raise ValueError(
+                f"`expert_ids` is {expert_ids.tolist()}; the experts are numbered 0 to {count - 1}."
+            )
         if kept is not None and not torch.equal(expert_ids.to(kept.device), kept):
             raise ValueError(
                 f"`expert_ids` is {expert_ids.tolist()}, and `past_key_values` was filled under {kept.tolist()}: a row "

@@ -13,7 +13,8 @@ from .configuration_dylora_moe import DyloraMoeConfig
 class DyloraMoeGate(nn.Module):
     """A linear layer `[..., hidden_size]` -> `[..., num_experts]` in float32.
 
-    No `nn.Linear`, so that nothing that looks for those (quantisers, adapters) takes it for a layer of the foundation.
+    No `nn.Linear`, so that nothing that looks for those (quantisers, adapters) takes it for a layer of the
+    foundation.
     """
 
     def __init__(self, hidden_size: int, num_experts: int):
@@ -26,7 +27,8 @@ class DyloraMoeGate(nn.Module):
 
 
 class DyloraMoeRouter(nn.Module):
-    """`router_logits = gate(hidden_states)`, in float32 whatever the model's dtype: a rounded gate changes routes.
+    """`router_logits = gate(hidden_states)`, in float32 whatever the model's dtype: a rounded gate changes
+    routes.
 
     Args:
         config: `num_experts_per_tok` and `router_temperature` are read from it at every pass.
@@ -49,7 +51,9 @@ class DyloraMoeRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence, hidden]` -> router logits `[batch, sequence, num_experts]`, float32."""
-        home = hidden_states if self.gate.weight.is_meta else self.gate.weight  # an offloaded gate comes to its input
+        home = (
+            hidden_states if self.gate.weight.is_meta else self.gate.weight
+        )  # an offloaded gate comes to its input
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.gate(hidden_states.to(home.device, torch.float32))
 
@@ -66,8 +70,9 @@ class DyloraMoeRouter(nn.Module):
 
 
 def balance_loss(weights: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean squared error between the mean routing weights over non-padding tokens and 1/N: 1/N sum_i (mean_t w_ti -
-    1/N)^2. As weights sum to 1, it is the importance loss of https://arxiv.org/abs/1701.06538, section 4, over N^2.
+    """Mean squared error between the mean routing weights over non-padding tokens and 1/N: 1/N sum_i (mean_t
+    w_ti - 1/N)^2. As weights sum to 1, it is the importance loss of https://arxiv.org/abs/1701.06538, section
+    4, over N^2.
 
     Args:
         weights: `[batch, sequence, num_experts]`.

@@ -1,7 +1,7 @@
 """Dense or sparse: which weights a router gives, and a warning where two copies of a model differ in it.
 
-Preference and reinforcement learning compare a policy that trains with a frozen copy of it. In mode `auto` the first
-would route densely and the second sparsely, so that their ratio is not 1 before the first step.
+Preference and reinforcement learning compare a policy that trains with a frozen copy of it. In mode `auto`
+the first would route densely and the second sparsely, so that their ratio is not 1 before the first step.
 """
 
 import weakref
@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# By the name they were loaded under: the foundation that last ran in training and the one that last ran in evaluation.
+# By the name they were loaded under: the foundation that last ran in training and the one that last ran in
+# evaluation.
 _last_run: dict[str, dict[bool, weakref.ref]] = {}
 
 

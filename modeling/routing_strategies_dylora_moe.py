@@ -1,8 +1,8 @@
 """Routing strategies: how experts are chosen, one small class each, in one registry.
 
-A strategy knows which streams it needs and what weights the experts get in them. It knows nothing about caches, heads
-or generation: a pass (`RoutedPass` of the model) gives it router logits and runs the foundation for it.
-To add one: write a class, decorate it with `@register`.
+A strategy knows which streams it needs and what weights the experts get in them. It knows nothing about
+caches, heads or generation: a pass (`RoutedPass` of the model) gives it router logits and runs the foundation
+for it. To add one: write a class, decorate it with `@register`.
 """
 
 import math
@@ -27,7 +27,8 @@ class RoutingStrategy:
     Attributes:
         name: what users write.
         needs_router: whether a mixture without a router can do it.
-        chooses_row_experts: whether it picks one expert per row, to be fixed before the first generated token.
+        chooses_row_experts: whether it picks one expert per row, to be fixed before the first generated
+            token.
         tokens_differ: whether the tokens of a row may get different weights.
         num_streams: passes over the tokens that each need keys and values of their own.
     """
@@ -112,8 +113,8 @@ class SingleStrategy(RoutingStrategy):
 
 @register
 class EnsembleStrategy(RoutingStrategy):
-    """Every expert's own next-token distribution, mixed with equal weights (a linear opinion pool). `logits` are the
-    log of the mixture: log(1/N sum_i softmax(logits_i)).
+    """Every expert's own next-token distribution, mixed with equal weights (a linear opinion pool). `logits`
+    are the log of the mixture: log(1/N sum_i softmax(logits_i)).
 
     The hidden states and attentions of the experts come one after the other in the batch dimension.
     """
@@ -175,7 +176,9 @@ class UniformStrategy(RoutingStrategy):
     tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
-        return torch.full((1, 1, self.num_experts), 1 / self.num_experts, dtype=torch.float, device=routed_pass.device)
+        return torch.full(
+            (1, 1, self.num_experts), 1 / self.num_experts, dtype=torch.float, device=routed_pass.device
+        )
 
 
 def one_hot_rows(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -191,7 +194,9 @@ def default_routing_strategy(config: DyloraMoeConfig) -> str:
     return "router" if config.has_router else "uniform"
 
 
-def resolve_routing_strategy(strategy: "str | RoutingStrategy | None", config: DyloraMoeConfig) -> RoutingStrategy:
+def resolve_routing_strategy(
+    strategy: "str | RoutingStrategy | None", config: DyloraMoeConfig
+) -> RoutingStrategy:
     """The strategy that a user's text names; `None` is the default.
 
     Raises:
@@ -213,7 +218,9 @@ def resolve_routing_strategy(strategy: "str | RoutingStrategy | None", config: D
                 return strategy_class(config, argument if separator else None)
             except ValueError as error:
                 problem = f"is not valid: {str(error).rstrip('.')}"
-    forms = [known.forms() for known in ROUTING_STRATEGIES.values() if config.has_router or not known.needs_router]
+    forms = [
+        known.forms() for known in ROUTING_STRATEGIES.values() if config.has_router or not known.needs_router
+    ]
     experts = ", ".join(f"{index} ({expert})" for index, expert in enumerate(config.expert_names)) or "none"
     raise ValueError(f"Routing strategy {text!r} {problem}. Valid: {', '.join(forms)}. Experts: {experts}.")
 

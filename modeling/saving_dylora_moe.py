@@ -1,6 +1,8 @@
-"""Saving a live model: both layouts with the code beside the weights, the Hub, PEFT folders, an expert merged.
+"""Saving a live model: both layouts with the code beside the weights, the Hub, PEFT folders, an expert
+merged.
 
-Knows what makes a folder complete. Knows nothing about how tensors lie in files: that is `layouts_dylora_moe`.
+Knows what makes a folder complete. Knows nothing about how tensors lie in files: that is
+`layouts_dylora_moe`.
 """
 
 import re
@@ -47,16 +49,19 @@ class SavingMixin:
         layout: str | None = None,
         **kwargs,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the code beside the weights: what it writes loads anywhere.
+        """As `PreTrainedModel.save_pretrained`, with the code beside the weights: what it writes loads
+        anywhere.
 
         Args:
-            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the foundation taken
-                from `config.base_model_name_or_path` on loading. `"full"`, if left out, whatever the model was
-                loaded from: a checkpoint of layout `adapter` is no checkpoint that the Trainer can go back to.
+            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the
+                foundation taken from `config.base_model_name_or_path` on loading. `"full"`, if left out,
+                whatever the model was loaded from: a checkpoint of layout `adapter` is no checkpoint that the
+                Trainer can go back to.
 
         Raises:
-            ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter was merged
-                into, or whose config names no foundation, or, with `push_to_hub`, one on this machine alone.
+            ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter
+                was merged into, or whose config names no foundation, or, with `push_to_hub`, one on this
+                machine alone.
         """
         directory = Path(save_directory)
         layouts = self.config.rank_layouts()
@@ -80,7 +85,9 @@ class SavingMixin:
             if self.config.weights_layout == "full":
                 super().save_pretrained(directory, is_main_process, state_dict, False, *args, **kwargs)
                 if is_main_process and not self.can_generate() and self.generation_config is not None:
-                    self.generation_config.save_pretrained(directory)  # the strategy is in it, for every model
+                    self.generation_config.save_pretrained(
+                        directory
+                    )  # the strategy is in it, for every model
             elif is_main_process:
                 self._save_adapter_layout(directory, state_dict)
         if push_to_hub and is_main_process:
@@ -93,11 +100,13 @@ class SavingMixin:
             return super().push_to_hub(repo_id, *args, **kwargs)
 
     def save_adapters(self, save_directory: str | Path) -> list[Path]:
-        """Every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit; see `layouts_dylora_moe`."""
+        """Every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit; see
+        `layouts_dylora_moe`."""
         return save_adapters(self, save_directory)
 
     def merge_expert(self, expert: int | str) -> PreTrainedModel:
-        """One expert folded into a copy of the foundation: an ordinary model, without a line of code of ours."""
+        """One expert folded into a copy of the foundation: an ordinary model, without a line of code of
+        ours."""
         return merge_expert(self, expert)
 
     @contextmanager
@@ -126,7 +135,10 @@ class SavingMixin:
             raise ValueError(
                 f"The embeddings were resized, and the foundation at {foundation!r} has others: choose layout='full'."
             )
-        layers, merged_now = self.expert_layers().values(), (getattr(m, "merged", False) for m in self.modules())
+        layers, merged_now = (
+            self.expert_layers().values(),
+            (getattr(m, "merged", False) for m in self.modules()),
+        )
         if any(layer.has_merged_adapter for layer in layers) or any(merged_now):
             raise ValueError(
                 f"An adapter was merged into the foundation, and the one at {foundation!r} is without it: choose "
@@ -140,7 +152,9 @@ class SavingMixin:
 
     def _save_adapter_layout(self, directory: Path, state_dict: dict | None) -> None:
         if any(p.requires_grad for n, p in self.foundation.named_parameters() if ".lora_" not in n):
-            logger.warning("Layout `adapter` does not save the foundation, and some of its parameters are trainable.")
+            logger.warning(
+                "Layout `adapter` does not save the foundation, and some of its parameters are trainable."
+            )
         save_adapters(self, directory / "experts", state_dict)
         save_router(self, directory, state_dict)
         config = deepcopy(self.config)
@@ -150,7 +164,9 @@ class SavingMixin:
         if getattr(self, "generation_config", None) is not None:
             self.generation_config.save_pretrained(directory)
 
-    def _upload_saved(self, directory: Path, before: dict, repo_id=None, private=None, token=None, **of_commit):
+    def _upload_saved(
+        self, directory: Path, before: dict, repo_id=None, private=None, token=None, **of_commit
+    ):
         repo = HfApi(token=token).create_repo(repo_id or directory.name, private=private, exist_ok=True)
         self._upload_modified_files(directory, repo.repo_id, before, token=token, **of_commit)
 
@@ -170,13 +186,16 @@ class SavingMixin:
         modified = [file for file, time in times if time > files_timestamps.get(file, float("-inf"))]
         operations = [CommitOperationAdd(file, Path(working_dir) / file) for file in sorted(modified)]
         if CHECKSUMS not in modified and hub.file_exists(repo_id, CHECKSUMS, revision=revision):
-            operations.append(CommitOperationDelete(CHECKSUMS))  # an export's, of the files that are now replaced
+            operations.append(
+                CommitOperationDelete(CHECKSUMS)
+            )  # an export's, of the files that are now replaced
         message = commit_message or "Upload model"
         return hub.create_commit(repo_id, operations, commit_message=message, revision=revision, **kwargs)
 
 
 def save_code(directory: str | Path) -> None:
-    """Copy the files of this folder, and say in `requirements.txt` what they need, so that `directory` loads anywhere."""
+    """Copy the files of this folder, and say in `requirements.txt` what they need, so that `directory` loads
+    anywhere."""
     target, files = Path(directory), list(Path(__file__).parent.glob("*.py"))
     # transformers puts an empty `__init__.py` into its cache of code, where the repo's own is not copied to
     files = [file for file in files if file.name != "__init__.py" or file.stat().st_size > 0]

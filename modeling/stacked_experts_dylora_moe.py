@@ -1,8 +1,9 @@
 """The low-rank updates of the stacked experts of a mixture-of-experts foundation.
 
-Such a foundation has experts of its own, called stacked experts here, whose matrices are parameters of three dimensions,
-one stacked expert after the other. An expert of the mixture adapts such a parameter as PEFT's `target_parameters` do: with
-an A and a B for each stacked expert e. A token x that the foundation sends to e gets there
+Such a foundation has experts of its own, called stacked experts here, whose matrices are parameters of three
+dimensions, one stacked expert after the other. An expert of the mixture adapts such a parameter as PEFT's
+`target_parameters` do: with an A and a B for each stacked expert e. A token x that the foundation sends to e
+gets there
 
     sum_i w_i s_i B_ie A_ie x  =  B_e ((A_e x) * g)        g as in `experts_dylora_moe`
 
@@ -29,7 +30,8 @@ from .experts_dylora_moe import (
 
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What transformers' `use_experts_implementation` notes on the modules whose forward is of the kind that is computed here.
+# What transformers' `use_experts_implementation` notes on the modules whose forward is of the kind that is
+# computed here.
 MARKS = ("has_gate", "has_bias", "is_transposed")
 
 
@@ -52,10 +54,13 @@ def stack_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
     return (count, first, second) if experts.is_transposed else (count, second, first)
 
 
-def rows_of_stack(lora_a: torch.Tensor, lora_b: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of_stack(
+    lora_a: torch.Tensor, lora_b: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One expert's rows of both stacks, from what PEFT has.
 
-    PEFT's A lists a stacked expert's ranks one after the other, its B a rank's stacked experts (`ParamWrapper.get_delta_weight`).
+    PEFT's A lists a stacked expert's ranks one after the other, its B a rank's stacked experts
+    (`ParamWrapper.get_delta_weight`).
 
     Args:
         lora_a: `[count * r, in_features]`; lora_b: `[out_features, r * count]`.
@@ -77,7 +82,8 @@ def rows_of_b(lora_b: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def as_in_peft(rows_a: torch.Tensor, rows_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What PEFT has, A `[.., in_features]` and B `[out_features, ..]`, from one expert's rows of both stacks."""
+    """What PEFT has, A `[.., in_features]` and B `[out_features, ..]`, from one expert's rows of both
+    stacks."""
     return a_as_in_peft(rows_a), b_as_in_peft(rows_b)
 
 
@@ -96,15 +102,21 @@ class StackedUpdate(LowRankStacks):
     `[R, stacked experts, out_features]`, R the sum of the experts' ranks here.
     """
 
-    def __init__(self, shape: tuple[int, int, int], layout: RankLayout, dropouts: nn.ModuleList, weight: torch.Tensor):
+    def __init__(
+        self, shape: tuple[int, int, int], layout: RankLayout, dropouts: nn.ModuleList, weight: torch.Tensor
+    ):
         super().__init__()
         count, in_features, out_features = shape
         total_rank = sum(rank for rank, _ in layout)
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         self.layout = layout
         self.share_dropouts(dropouts)
-        self.lora_A = nn.Parameter(torch.empty(total_rank, count, in_features, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(total_rank, count, out_features, dtype=dtype, device=weight.device))
+        self.lora_A = nn.Parameter(
+            torch.empty(total_rank, count, in_features, dtype=dtype, device=weight.device)
+        )
+        self.lora_B = nn.Parameter(
+            torch.empty(total_rank, count, out_features, dtype=dtype, device=weight.device)
+        )
         self.frozen_experts: frozenset[int] = frozenset()
         self.has_merged_adapter = False  # in the frozen parameter
 
@@ -116,7 +128,8 @@ class StackedUpdate(LowRankStacks):
 
 
 class DyloraMoeStackedExperts(nn.Module):
-    """Stacked experts of the foundation, `base_layer`, and in `updates` a `StackedUpdate` for each adapted parameter."""
+    """Stacked experts of the foundation, `base_layer`, and in `updates` a `StackedUpdate` for each adapted
+    parameter."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -147,14 +160,17 @@ class DyloraMoeStackedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As the foundation's own: `hidden_states` `[tokens, hidden]`, the others `[tokens, stacked experts of a token]`."""
+        """As the foundation's own: `hidden_states` `[tokens, hidden]`, the others `[tokens, stacked experts
+        of a token]`."""
         active = _pass_in_progress.active
         if active is None:
             refuse_recomputation()
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         updates = dict(self.updates.items())
         if active.single is not None:
-            updates = {name: update for name, update in updates.items() if update.layout[active.single][0] > 0}
+            updates = {
+                name: update for name, update in updates.items() if update.layout[active.single][0] > 0
+            }
         if not updates:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         with ExitStack() as stack:
@@ -193,7 +209,9 @@ class DyloraMoeStackedExperts(nn.Module):
             return outputs + _update(updates[name], inputs, number, active.single, scale).to(outputs.dtype)
 
         for number in top_k_index.unique().tolist():
-            if number >= base.num_experts:  # another process's, where the foundation's experts are spread over several
+            if (
+                number >= base.num_experts
+            ):  # another process's, where the foundation's experts are spread over several
                 continue
             tokens, places = torch.where(top_k_index == number)
             hidden = linear("gate_up_proj" if base.has_gate else "up_proj", hidden_states[tokens], tokens)
@@ -208,7 +226,8 @@ class DyloraMoeStackedExperts(nn.Module):
 
 @contextmanager
 def _on_device(module: nn.Module) -> Iterator[None]:
-    """Bring offloaded weights where they are computed with, as accelerate does around a module's own forward."""
+    """Bring offloaded weights where they are computed with, as accelerate does around a module's own
+    forward."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(module)
@@ -230,7 +249,8 @@ def _token_scales(active: ActiveExperts, update: StackedUpdate, num_tokens: int)
 def _update(
     update: StackedUpdate, inputs: torch.Tensor, number: int, single: int | None, scale: float | torch.Tensor
 ) -> torch.Tensor:
-    """The update of the tokens at one stacked expert: `inputs` `[tokens, in]`, `scale` a number or `[tokens, R]`."""
+    """The update of the tokens at one stacked expert: `inputs` `[tokens, in]`, `scale` a number or `[tokens,
+    R]`."""
     if single is not None:
         return _low_rank(update, inputs, number, update.rows(single), update.dropouts[single].p, scale)
     if not update.training or not any(dropout.p for dropout in update.dropouts):
@@ -243,7 +263,9 @@ def _update(
     )
 
 
-def _low_rank(update, inputs, number: int, rows: slice, dropout: float, scale: float | torch.Tensor) -> torch.Tensor:
+def _low_rank(
+    update, inputs, number: int, rows: slice, dropout: float, scale: float | torch.Tensor
+) -> torch.Tensor:
     inputs = F.dropout(inputs.to(update.lora_A.dtype), dropout, update.training)
     ranks = F.linear(inputs, update._stack("lora_A")[rows, number])  # [tokens, rank]
     scale = scale.to(ranks.dtype) if isinstance(scale, torch.Tensor) else scale

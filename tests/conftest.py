@@ -1,4 +1,5 @@
-"""EvalPlus's HumanEval+ stood in by the demo's problems, in its own format, for this process and those it starts."""
+"""EvalPlus's HumanEval+ stood in by the demo's problems, in its own format, for this process and those it
+starts."""
 
 import pytest
 

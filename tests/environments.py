@@ -1,4 +1,5 @@
-"""Clean Python environments, made in a moment: links to chosen installed distributions and what they require."""
+"""Clean Python environments, made in a moment: links to chosen installed distributions and what they
+require."""
 
 import importlib.metadata
 import os
@@ -28,7 +29,8 @@ def closure(names: tuple[str, ...]) -> dict[str, importlib.metadata.Distribution
 
 
 def make_environment(directory: Path, names: tuple[str, ...], wheel: Path | None = None) -> Path:
-    """A virtual environment with the named distributions, what they require, a wheel if given, and nothing more.
+    """A virtual environment with the named distributions, what they require, a wheel if given, and nothing
+    more.
 
     Returns:
         The path of its Python.

@@ -1,4 +1,5 @@
-"""Debian's Chromium without a display, driven over the pipe of its debugging protocol: no other package is needed.
+"""Debian's Chromium without a display, driven over the pipe of its debugging protocol: no other package is
+needed.
 
 Knows the protocol. Knows nothing about the pages.
 """
@@ -39,7 +40,12 @@ class Browser:
     def __enter__(self) -> "Browser":
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={self.folder}", "--window-size={},{}".format(*self.size)]
+        command = [
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={self.folder}",
+            "--window-size={},{}".format(*self.size),
+        ]
         # The protocol's places are the descriptors 3 and 4.
         self.process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", *command],
@@ -123,7 +129,9 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Every address that was asked for."""
-        return [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        return [
+            e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"
+        ]
 
     def complaints(self) -> list[str]:
         """What the console shows: errors, warnings, violations of the page's policy, exceptions."""

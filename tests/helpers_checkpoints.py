@@ -1,4 +1,5 @@
-"""Small sources to export, built on the fly: a foundation, a final checkpoint of DyLoRA-MoE's training, PEFT adapters."""
+"""Small sources to export, built on the fly: a foundation, a final checkpoint of DyLoRA-MoE's training, PEFT
+adapters."""
 
 import json
 import shutil
@@ -17,7 +18,11 @@ LAYERS = 2
 
 
 def save_foundation(
-    folder: Path, hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **fields
+    folder: Path,
+    hidden_size: int = HIDDEN,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **fields,
 ) -> Path:
     """A random Llama with a tokenizer, and a head wide enough that experts make a visible difference."""
     torch.manual_seed(0)
@@ -43,7 +48,9 @@ def save_foundation(
 
 def save_tokenizer(folder: Path) -> None:
     words = ["<s>", "</s>", "<pad>", "<unk>", *(chr(code) for code in range(33, 33 + VOCABULARY - 4))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -72,8 +79,12 @@ def final_checkpoint_tensors(expert: int, rank: int, hidden_size: int = HIDDEN, 
     tensors = {}
     for module, (inputs, outputs) in layer_shapes(hidden_size).items():
         prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.expert_{expert}.weight"] = torch.randn(rank, inputs, generator=generator) * scale
-        tensors[f"{prefix}.lora_B.expert_{expert}.weight"] = torch.randn(outputs, rank, generator=generator) * scale
+        tensors[f"{prefix}.lora_A.expert_{expert}.weight"] = (
+            torch.randn(rank, inputs, generator=generator) * scale
+        )
+        tensors[f"{prefix}.lora_B.expert_{expert}.weight"] = (
+            torch.randn(outputs, rank, generator=generator) * scale
+        )
     return tensors
 
 
@@ -86,7 +97,8 @@ def save_final_checkpoint(
     hidden_size: int = HIDDEN,
     tokenizer: bool = True,
 ) -> Path:
-    """A final checkpoint as the training code writes it, quirks included: `expert_1.pt` holds expert_10's, too."""
+    """A final checkpoint as the training code writes it, quirks included: `expert_1.pt` holds expert_10's,
+    too."""
     (folder / "peft_adapters").mkdir(parents=True)
     (folder / "dylo_moe_state").mkdir()
     config = {
@@ -131,7 +143,9 @@ def save_router(folder: Path, num_experts: int, hidden_size: int = HIDDEN, **fie
     torch.save(state, folder / "dylo_moe_state" / "router.pt")
 
 
-def save_adapter(folder: Path, foundation: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> Path:
+def save_adapter(
+    folder: Path, foundation: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **fields
+) -> Path:
     """An adapter as PEFT saves it, with random B matrices (PEFT starts them at zero)."""
     torch.manual_seed(seed)
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields}
@@ -172,13 +186,19 @@ def save_adapters(folder: Path, foundation: Path) -> list[Path]:
             target_modules=r".*\.1\..*_proj",
         ),
         save_adapter(
-            folder / "everywhere", foundation, seed=3, r=3, target_modules="all-linear", layers_to_transform=None
+            folder / "everywhere",
+            foundation,
+            seed=3,
+            r=3,
+            target_modules="all-linear",
+            layers_to_transform=None,
         ),
     ]
 
 
 def adalora_model(foundation: Path, steps: int = 10, seed: int = 0, **fields) -> PeftModel:
-    """An AdaLoRA model after real steps of training, in which PEFT's own allocator pruned the ranks of its layers."""
+    """An AdaLoRA model after real steps of training, in which PEFT's own allocator pruned the ranks of its
+    layers."""
     torch.manual_seed(seed)
     fields = {
         "init_r": 6, "target_r": 3, "lora_alpha": 5, "tinit": 1, "tfinal": 2, "total_step": 10,
@@ -190,7 +210,9 @@ def adalora_model(foundation: Path, steps: int = 10, seed: int = 0, **fields) ->
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05
+    )
     rows = torch.randint(0, VOCABULARY, (2, 8))
     for step in range(1, steps + 1):
         model(rows, labels=rows).loss.backward()
@@ -249,7 +271,8 @@ def save_trainer_checkpoint(
     router: str = "router.safetensors",
     tokenizer: bool = False,
 ) -> Path:
-    """`checkpoint-<step>/` as the trainer saves it, with what nobody must open, too. PEFT nests the adapters itself."""
+    """`checkpoint-<step>/` as the trainer saves it, with what nobody must open, too. PEFT nests the adapters
+    itself."""
     folder.mkdir(parents=True)
     write_json(
         folder / "config.json",
@@ -271,7 +294,9 @@ def save_trainer_checkpoint(
     return folder
 
 
-def whole_model_tensors(foundation: Path | str, num_experts: int, rank: int, head: str) -> dict[str, torch.Tensor]:
+def whole_model_tensors(
+    foundation: Path | str, num_experts: int, rank: int, head: str
+) -> dict[str, torch.Tensor]:
     """The training wrapper's state dict. `head` is "as it is", "equal" to the embedding, or "trained"."""
     model = expert_model(foundation, num_experts, rank, alpha=1)
     tensors = {f"foundation_model.{key}": value.clone() for key, value in model.state_dict().items()}
@@ -279,7 +304,9 @@ def whole_model_tensors(foundation: Path | str, num_experts: int, rank: int, hea
     if head != "as it is":
         tensors[head_key] = tensors["foundation_model.base_model.model.model.embed_tokens.weight"].clone()
     if head == "trained":
-        tensors[head_key] += torch.randn(tensors[head_key].shape, generator=torch.Generator().manual_seed(3)) * 0.1
+        tensors[head_key] += (
+            torch.randn(tensors[head_key].shape, generator=torch.Generator().manual_seed(3)) * 0.1
+        )
     return {**tensors, **{f"router.gate.{key}": value for key, value in random_gate(num_experts).items()}}
 
 
@@ -298,7 +325,9 @@ def save_whole_model(
     folder.mkdir(parents=True)
     if config:
         own = json.loads((Path(foundation) / "config.json").read_text())
-        own.update(base_model_name_or_path=str(foundation), _dylora_num_experts=num_experts, _dylora_lora_r=rank)
+        own.update(
+            base_model_name_or_path=str(foundation), _dylora_num_experts=num_experts, _dylora_lora_r=rank
+        )
         own.update({"_dylora_lora_dropout": 0.05}, **({} if alpha is None else {"_dylora_lora_alpha": alpha}))
         write_json(folder / "config.json", own)
     write_tensors(folder, whole_model_tensors(foundation, num_experts, rank, head), file, shards)
@@ -313,7 +342,8 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], file: str, sha
         return
     stem, suffix = file.rsplit(".", 1)
     weight_map = {
-        key: f"{stem}-{number % shards + 1:05}-of-{shards:05}.{suffix}" for number, key in enumerate(sorted(tensors))
+        key: f"{stem}-{number % shards + 1:05}-of-{shards:05}.{suffix}"
+        for number, key in enumerate(sorted(tensors))
     }
     for name in set(weight_map.values()):
         save({key: tensors[key] for key in tensors if weight_map[key] == name}, folder / name)
@@ -349,4 +379,8 @@ def change_json(path: Path, **fields) -> None:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,7 +1,7 @@
 """Fast decoding in tests: beside the ordinary path, and with a stand-in for CUDA graphs that runs on a CPU.
 
-The stand-in replays what was recorded on the very same tensors, so whatever a graph would not notice (a branch, a number
-read on the host, another tensor) is not noticed here.
+The stand-in replays what was recorded on the very same tensors, so whatever a graph would not notice (a
+branch, a number read on the host, another tensor) is not noticed here.
 """
 
 import sys
@@ -22,7 +22,9 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_t
 
 def ordinary_and_fast(model, inputs=BATCH, seed=0, **arguments) -> list:
     """What `generate` returns without and with fast decoding, greedy if nothing else is said."""
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+    pytest.importorskip(
+        "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
+    )
     outputs = []
     for wanted in (False, None):
         model.reset_round_robin()
@@ -62,7 +64,9 @@ class RecordedGraph(TorchDispatchMode):
     def replay(self):
         RecordedGraph.replays += 1
         for function, args, kwargs, output in self.operations:
-            known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            known = {
+                leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)
+            }
             for old, new in zip(tree_leaves(output), tree_leaves(function(*args, **kwargs)), strict=True):
                 # Views, and what was written in place, are the recorded tensors already.
                 if is_tensor(old) and old.numel() and old.untyped_storage().data_ptr() not in known:

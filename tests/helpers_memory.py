@@ -26,6 +26,7 @@ print(peak() - before)
 
 
 def rise_of_peak_memory(source: Path, foundation: Path, output: Path, layout: str, module: str) -> int:
-    """Bytes, for an export in shards of 100 MB. `module` is the foundation's folder in `transformers.models`."""
+    """Bytes, for an export in shards of 100 MB. `module` is the foundation's folder in
+    `transformers.models`."""
     command = [sys.executable, "-c", SCRIPT, str(source), str(foundation), str(output), layout, module]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -7,8 +7,8 @@ import torch
 import transformers
 from helpers_models import PeftLoop
 
-from dylora_moe.hub_export import check, check_repo
-from dylora_moe.hub_export.check_source import Reference
+from dylora_moe.hub_export.checking import check, check_repo
+from dylora_moe.hub_export.checking.check_source import Reference
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -29,11 +29,17 @@ FAMILIES = {
 }
 
 
-def random_mixture(seed: int, layers: tuple[int, ...] = (2, 3, 6, 12, 20, 30)) -> tuple[str, DyloraMoeForCausalLM]:
+def random_mixture(
+    seed: int, layers: tuple[int, ...] = (2, 3, 6, 12, 20, 30)
+) -> tuple[str, DyloraMoeForCausalLM]:
     """A mixture of three experts in float32, in evaluation mode, and what it is in a few words."""
     choose = random.Random(seed)
     family, scale, num_layers = choose.choice(list(FAMILIES)), choose.choice((0.02, 0.05, 0.1, 0.3, 0.5)), 0
-    num_layers, tied, expert_scale = choose.choice(layers), choose.random() < 0.3, choose.choice((0.01, 0.1, 0.3))
+    num_layers, tied, expert_scale = (
+        choose.choice(layers),
+        choose.random() < 0.3,
+        choose.choice((0.01, 0.1, 0.3)),
+    )
     dtype = choose.choice((torch.float32, torch.bfloat16))
     kind, fields, targets = FAMILIES[family]
     config = getattr(transformers, kind)(
@@ -80,7 +86,9 @@ def source_side(model: DyloraMoeForCausalLM, precision: torch.dtype) -> check.Co
     return check.Computed(*Reference(loop.peft, config.expert_names, gate, precision).measure(ROWS))
 
 
-def repo_side(model: DyloraMoeForCausalLM, precision: torch.dtype, source: check.Computed) -> dict[str, torch.Tensor]:
+def repo_side(
+    model: DyloraMoeForCausalLM, precision: torch.dtype, source: check.Computed
+) -> dict[str, torch.Tensor]:
     """What the model itself computes, with the experts chosen by the source's router logits."""
     ready = check_repo.ready(copy.deepcopy(model), precision)
     return dict(check_repo.quantities(ready, ROWS, source.values["router logits"]))
@@ -88,7 +96,9 @@ def repo_side(model: DyloraMoeForCausalLM, precision: torch.dtype, source: check
 
 def report(model: DyloraMoeForCausalLM, source: check.Computed, found: dict, precision: torch.dtype):
     comparisons = check.compare(source, found, model.router.gate.bias.detach())
-    return check.CheckReport(comparisons, model.config.expert_names, precision=str(precision).removeprefix("torch."))
+    return check.CheckReport(
+        comparisons, model.config.expert_names, precision=str(precision).removeprefix("torch.")
+    )
 
 
 # What may go wrong with a repo, done to the model that stands for it.

@@ -1,7 +1,7 @@
 """Small routed models with random weights, and the same mixtures computed the slow way with PEFT.
 
-The slow way shares no code with the model: PEFT's own layers, one adapter after the other, one unpadded row at a time,
-no cache. Weights that differ from token to token are applied by hooks on PEFT's `lora_B` modules.
+The slow way shares no code with the model: PEFT's own layers, one adapter after the other, one unpadded row
+at a time, no cache. Weights that differ from token to token are applied by hooks on PEFT's `lora_B` modules.
 """
 
 from contextlib import contextmanager
@@ -88,9 +88,15 @@ def build(base_config=None, experts=None, seed: int = 0, **config_fields) -> Dyl
 
 
 def build_on_latent_attention() -> DyloraMoeForCausalLM:
-    """Experts on the layer that makes keys and values of DeepSeek's latents: `[batch, 1, tokens, latent]` goes in, and
-    where the latents are what is cached, those of all past tokens at every step."""
-    heads = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    """Experts on the layer that makes keys and values of DeepSeek's latents: `[batch, 1, tokens, latent]`
+    goes in, and where the latents are what is cached, those of all past tokens at every step."""
+    heads = {
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
     base = DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, **heads, first_k_dense_replace=2)
     kinds = {"one": ("kv_b_proj",), "two": ("kv_b_proj", "o_proj"), "three": ("o_proj", "kv_a_proj_with_mqa")}
     experts = [
@@ -136,7 +142,9 @@ class PeftLoop:
             self.gate.load_state_dict(model.router.gate.state_dict())
         foundation = AutoModelForCausalLM.from_config(model.config.base_config)
         state = {k.replace(".base_layer.", "."): v for k, v in model.foundation.state_dict().items()}
-        foundation.load_state_dict({k: v for k, v in state.items() if ".lora_" not in k and "lora_A" not in k})
+        foundation.load_state_dict(
+            {k: v for k, v in state.items() if ".lora_" not in k and "lora_A" not in k}
+        )
         self.peft = None
         for expert in self.config.expert_configs:
             fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
@@ -154,7 +162,8 @@ class PeftLoop:
 
     @contextmanager
     def weighted(self, weights: torch.Tensor | None):
-        """All adapters on, adapter i times `weights[..., i]` (`[1 or sequence, num_experts]`); `None`: all off."""
+        """All adapters on, adapter i times `weights[..., i]` (`[1 or sequence, num_experts]`); `None`: all
+        off."""
         if weights is None:
             with self.peft.disable_adapter():
                 yield
@@ -182,7 +191,9 @@ class PeftLoop:
     def router_logits(self, row: list[int]) -> torch.Tensor:
         """`[sequence, num_experts]`."""
         everyone = torch.ones(1, self.config.num_experts)
-        hidden = self.run(row, everyone if self.config.router_input == "experts_sum" else None).hidden_states[-1][0]
+        hidden = self.run(row, everyone if self.config.router_input == "experts_sum" else None).hidden_states[
+            -1
+        ][0]
         return self.gate(hidden).detach()
 
     def routing_weights(self, row: list[int], dense: bool) -> torch.Tensor:
@@ -208,7 +219,8 @@ class PeftLoop:
     def logits(
         self, row: list[int], strategy: str, prompt_length: int, turn: int, dense: bool = False
     ) -> torch.Tensor:
-        """`[sequence, vocabulary]` of one unpadded row under a strategy; `turn` is its number in round robin."""
+        """`[sequence, vocabulary]` of one unpadded row under a strategy; `turn` is its number in round
+        robin."""
         count = self.config.num_experts
         if strategy == "ensemble":
             each = [self.run(row, self.one_hot(expert)).logits[0].softmax(dim=-1) for expert in range(count)]
@@ -233,10 +245,14 @@ class PeftLoop:
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """Every token is one character, that of `text_of`."""
-    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({text_of([t]): t for t in range(VOCABULARY)}))
+    characters = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({text_of([t]): t for t in range(VOCABULARY)})
+    )
     characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
     characters.decoder = tokenizers.decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=text_of([1]), pad_token=text_of([PAD]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, eos_token=text_of([1]), pad_token=text_of([PAD])
+    )
 
 
 def visible_character_tokenizer() -> PreTrainedTokenizerFast:

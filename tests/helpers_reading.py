@@ -8,10 +8,10 @@ from helpers_checkpoints import VOCABULARY, low_rank_sums
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.hub_export import InputError
-from dylora_moe.hub_export.check_source import reference
-from dylora_moe.hub_export.formats import read_sources
-from dylora_moe.hub_export.mixture import Mixture, ReadOptions
-from dylora_moe.hub_export.sources import Source
+from dylora_moe.hub_export.checking.check_source import reference
+from dylora_moe.hub_export.readers.open_source import read_sources
+from dylora_moe.hub_export.sources.hub_and_folders import Source
+from dylora_moe.hub_export.tensors.mixture import Mixture, ReadOptions
 
 
 ROWS = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(11))
@@ -77,11 +77,14 @@ def mixture_quantities(mixture: Mixture, base_model: Path | None) -> dict[str, t
 
 
 def assert_same(mixture: Mixture, base_model: Path | None = None, lora_alpha: float | None = None) -> None:
-    """Foundation, every expert, all of them and the gate, in float32, as PEFT has them; and the experts do something."""
+    """Foundation, every expert, all of them and the gate, in float32, as PEFT has them; and the experts do
+    something."""
     assert mixture.problems == []
     expected = source_quantities(mixture, base_model, lora_alpha)
     found = mixture_quantities(mixture, base_model)
-    assert set(expected) - set(found) == ({"router", "router, dense"} if mixture.router is not None else set())
+    assert set(expected) - set(found) == (
+        {"router", "router, dense"} if mixture.router is not None else set()
+    )
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0)
         if name not in ("base", "router logits"):

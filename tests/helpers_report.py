@@ -1,6 +1,8 @@
-"""A benchmark's folder with made-up results of a small mixture on the demo's problems: what a report is made of.
+"""A benchmark's folder with made-up results of a small mixture on the demo's problems: what a report is made
+of.
 
-Every file is written by the code that writes it in earnest; only samples, verdicts and routing weights are made up.
+Every file is written by the code that writes it in earnest; only samples, verdicts and routing weights are
+made up.
 """
 
 import json
@@ -10,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.expert_analysis import analyse
-from dylora_moe.eval.routing_analysis import FORMAT_VERSION, task_line
-from dylora_moe.eval.routing_summary import RoutingSummary
-from dylora_moe.eval.routing_trace import Text, Trace
-from dylora_moe.eval.run_record import Run, file_sha256, write_run
-from dylora_moe.eval.task_categories import categories_of
+from dylora_moe.eval.analysis.expert_analysis import analyse
+from dylora_moe.eval.analysis.routing_analysis import task_line
+from dylora_moe.eval.analysis.routing_summary import RoutingSummary
+from dylora_moe.eval.analysis.routing_trace import Text, Trace
+from dylora_moe.eval.analysis.task_categories import categories_of
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.sampling.run_record import FORMAT_VERSION, Run, file_sha256, write_run
 
 
 EXPERTS = ("strings", "numbers", "lists")
@@ -47,7 +49,9 @@ def leave_folder(
     """
     data = load_benchmark("humaneval", limit=limit)
     home = {task_id: _family(task, experts) for task_id, task in data.tasks.items()}
-    written = {task_id: task["canonical_solution"] for task_id, task in data.tasks.items()} | (completions or {})
+    written = {task_id: task["canonical_solution"] for task_id, task in data.tasks.items()} | (
+        completions or {}
+    )
     strategies = [
         *(f"single:{index}" for index in range(len(experts))),
         "base",
@@ -105,7 +109,9 @@ def _leave_run(folder, strategy, data, home, written, experts, label) -> Run:
         at_home = strategy == f"single:{home[task_id]}"
         passed = generator.random() < (own if at_home else other)
         plus = passed and generator.random() < 0.95
-        verdicts[task_id] = [{"base_status": "pass" if passed else "fail", "plus_status": "pass" if plus else "fail"}]
+        verdicts[task_id] = [
+            {"base_status": "pass" if passed else "fail", "plus_status": "pass" if plus else "fail"}
+        ]
     run.results_path.write_text(json.dumps({"eval": verdicts}))
     count = len(verdicts)
     run.scores = {
@@ -122,7 +128,9 @@ def _leave_routing(folder, data, home, written, experts, mode, run) -> dict:
     summary, lines = RoutingSummary(experts), []
     for task_id, task in data.tasks.items():
         prompt = task["prompt"].strip() + "\n"
-        trace = _made_up_trace(Text(task_id, prompt, written[task_id]), home[task_id], len(experts), mode, generator)
+        trace = _made_up_trace(
+            Text(task_id, prompt, written[task_id]), home[task_id], len(experts), mode, generator
+        )
         known = summary.add(trace, categories_of(task), None, None)
         lines.append(json.dumps(task_line(known, trace)) + "\n")
     (folder / "routing_tasks.jsonl").write_text("".join(lines))

@@ -1,4 +1,5 @@
-"""Adapters on the stacked experts of small mixture-of-experts foundations, as PEFT and an older transformers saved them."""
+"""Adapters on the stacked experts of small mixture-of-experts foundations, as PEFT and an older transformers
+saved them."""
 
 import torch
 import transformers
@@ -8,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 
-# What the matrices of one expert were called: before they were stacked, in which part of the layer, with their shapes.
+# What the matrices of one expert were called: before they were stacked, in which part of the layer, with
+# their shapes.
 OLD_NAMES = {
     "none: mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
     "dense: qwen3 moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
@@ -19,7 +21,9 @@ OLD_NAMES = {
 def gpt_oss():
     """Stacks as [in, out], with biases, gates between the others, and a gate of its own."""
     torch.manual_seed(0)
-    config = transformers.GptOssConfig(**{**SIZES, "num_local_experts": 4, "head_dim": 8, "intermediate_size": 24})
+    config = transformers.GptOssConfig(
+        **{**SIZES, "num_local_experts": 4, "head_dim": 8, "intermediate_size": 24}
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return random_weights(model)
 
@@ -46,8 +50,11 @@ def stacked_experts(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
 
 
-def write_old_adapter(folder, foundation, kind, rank=4, alpha=8, seed=0, matrices=(0, 1, 2), also=(), **fields):
-    """An adapter with a pair of matrices for every single expert, and on the layers whose names end with `also`."""
+def write_old_adapter(
+    folder, foundation, kind, rank=4, alpha=8, seed=0, matrices=(0, 1, 2), also=(), **fields
+):
+    """An adapter with a pair of matrices for every single expert, and on the layers whose names end with
+    `also`."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     place, names = OLD_NAMES[kind]
@@ -64,8 +71,12 @@ def write_old_adapter(folder, foundation, kind, rank=4, alpha=8, seed=0, matrice
             shapes[path] = (module.in_features, module.out_features)
     tensors = {}
     for name, (inputs, outputs) in shapes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * 0.2
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.2
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (
+            torch.randn(rank, inputs, generator=generator) * 0.2
+        )
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (
+            torch.randn(outputs, rank, generator=generator) * 0.2
+        )
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
@@ -100,7 +111,8 @@ def with_old_adapter(model, adapter, kind, alpha=8, rank=4):
 
 
 def write_new_adapter(folder, foundation, kind, parameters, modules=(), rank=4, alpha=8, seed=0, **fields):
-    """An adapter that PEFT itself made and saved, on parameters and modules. `kind` may be the foundation itself."""
+    """An adapter that PEFT itself made and saved, on parameters and modules. `kind` may be the foundation
+    itself."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(modules), target_parameters=list(parameters), **fields

@@ -1,4 +1,5 @@
-"""A small routed model that reads and writes text: random weights, a byte-level tokenizer that can spell any prompt."""
+"""A small routed model that reads and writes text: random weights, a byte-level tokenizer that can spell any
+prompt."""
 
 import json
 from pathlib import Path
@@ -28,8 +29,8 @@ def save_text_tokenizer(folder: Path) -> int:
 
 
 def save_text_checkpoint(folder: Path, length: int = 40) -> Path:
-    """A final checkpoint with a foundation beside it, whose answers differ from prompt to prompt and end some twenty
-    tokens after `length`."""
+    """A final checkpoint with a foundation beside it, whose answers differ from prompt to prompt and end some
+    twenty tokens after `length`."""
     vocabulary = save_text_tokenizer(folder / "foundation")
     foundation = save_foundation(folder / "foundation", vocab_size=vocabulary, max_position_embeddings=4096)
     save_text_tokenizer(foundation)

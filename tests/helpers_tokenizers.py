@@ -22,7 +22,9 @@ def byte_level(split_digits: bool = True) -> str:
     """tokenizer.json of a byte-level BPE, whose pre-tokenizer splits numbers into digits, or GPT-2's own."""
     tokenizer = Tokenizer(models.BPE())
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = gpt2  # so that there are tokens of several digits, which splitting then leaves unused
+    tokenizer.pre_tokenizer = (
+        gpt2  # so that there are tokens of several digits, which splitting then leaves unused
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=420,
@@ -38,12 +40,23 @@ def byte_level(split_digits: bool = True) -> str:
 
 @cache
 def sentencepiece_kind() -> str:
-    """tokenizer.json as Llama 2's was converted from SentencePiece: a blank is put before every piece of text."""
+    """tokenizer.json as Llama 2's was converted from SentencePiece: a blank is put before every piece of
+    text."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    letters = sorted({letter for text in TEXT for letter in text if letter.isalnum() or letter in "[]()=+:.,'_"})
+    letters = sorted(
+        {letter for text in TEXT for letter in text if letter.isalnum() or letter in "[]()=+:.,'_"}
+    )
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *letters])}
     merges = []
-    for left, right in [("▁", "["), ("▁", "h"), ("▁h", "i"), ("h", "i"), ("▁", "d"), ("e", "f"), ("▁d", "ef")]:
+    for left, right in [
+        ("▁", "["),
+        ("▁", "h"),
+        ("▁h", "i"),
+        ("h", "i"),
+        ("▁", "d"),
+        ("e", "f"),
+        ("▁d", "ef"),
+    ]:
         merges.append((left, right))
         vocabulary[left + right] = len(vocabulary)
     tokenizer = Tokenizer(

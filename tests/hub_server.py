@@ -1,7 +1,8 @@
 """A Hub on the loopback address: enough of the Hub's HTTP protocol for `huggingface_hub` as it stands.
 
-Repos, branches, commits, large files, tokens. Knows nothing about this project. Facts about the protocol are those of
-https://huggingface.co/docs/hub/api and of what the client sends. The client is pointed here by `HF_ENDPOINT`.
+Repos, branches, commits, large files, tokens. Knows nothing about this project. Facts about the protocol are
+those of https://huggingface.co/docs/hub/api and of what the client sends. The client is pointed here by
+`HF_ENDPOINT`.
 """
 
 import base64
@@ -61,9 +62,11 @@ ORGANIZATIONS = {"ada": ["guild"], "eve": []}
 
 
 class Hub:
-    """`with Hub() as hub:` serves at `hub.endpoint`; state is in `hub.repos`, what was asked in `hub.requests`.
+    """`with Hub() as hub:` serves at `hub.endpoint`; state is in `hub.repos`, what was asked in
+    `hub.requests`.
 
-    Tokens: `hf_write` belongs to the user "ada", who may write to "ada" and "guild"; `hf_read` to her, without
+    Tokens: `hf_write` belongs to the user "ada", who may write to "ada" and "guild"; `hf_read` to her,
+        without
     writing; `hf_other` to the user "eve".
     """
 
@@ -91,7 +94,8 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home, token: str | None = None) -> dict[str, str]:
-        """Variables that point a client here. Xet storage is a service of its own; large files go by Git LFS here."""
+        """Variables that point a client here. Xet storage is a service of its own; large files go by Git LFS
+        here."""
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         if token is not None:
             variables["HF_TOKEN"] = token
@@ -117,7 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         path, query = unquote(address.path), parse_qs(address.query)
         length = int(self.headers.get("Content-Length") or 0)
-        body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        body = (
+            self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        )
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
             try:
@@ -192,7 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(401, "Invalid username or password.")
         name, role = self.user()
         organizations = [{"name": organization, "type": "org"} for organization in ORGANIZATIONS[name]]
-        return ({"type": "user", "name": name, "orgs": organizations, "auth": {"accessToken": {"role": role}}},)
+        return (
+            {"type": "user", "name": name, "orgs": organizations, "auth": {"accessToken": {"role": role}}},
+        )
 
     def create_repo(self, body, query):
         if self.user() is None:
@@ -206,7 +214,9 @@ class _Handler(BaseHTTPRequestHandler):
             return {**answer, "error": "You already created this model repo"}, 409
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
         self.hub.repos[repo_id] = Repo(private=private)
-        self.hub.repos[repo_id].commit("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.hub.repos[repo_id].commit(
+            "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"}
+        )
         return (answer,)
 
     def validate_yaml(self, body, query):
@@ -238,7 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
         for asked in json.loads(body)["objects"]:
             entry = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.hub.large:
-                entry["actions"] = {"upload": {"href": f"{self.hub.endpoint}/large/{asked['oid']}", "header": {}}}
+                entry["actions"] = {
+                    "upload": {"href": f"{self.hub.endpoint}/large/{asked['oid']}", "header": {}}
+                }
             objects.append(entry)
         return ({"transfer": "basic", "objects": objects},)
 
@@ -275,7 +287,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.writable(repo_id)
         if revision in repo.branches:
             raise Refused(409, f"Reference already exists: {revision}")
-        repo.branches[revision] = self.commit_of(repo_id, json.loads(body or b"{}").get("startingPoint", "main"))
+        repo.branches[revision] = self.commit_of(
+            repo_id, json.loads(body or b"{}").get("startingPoint", "main")
+        )
         return ({},)
 
     def settings(self, body, query, repo_id):
@@ -288,7 +302,16 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         private = self.hub.repos[repo_id].private
         names = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0]}
-        return ({**names, "sha": commit.sha, "private": private, "siblings": siblings, "tags": [], "gated": False},)
+        return (
+            {
+                **names,
+                "sha": commit.sha,
+                "private": private,
+                "siblings": siblings,
+                "tags": [],
+                "gated": False,
+            },
+        )
 
     def refs(self, body, query, repo_id):
         repo = self.readable(repo_id)
@@ -327,7 +350,9 @@ class _Handler(BaseHTTPRequestHandler):
     def file(self, body, query, repo_id, revision, path):
         commit = self.commit_of(repo_id, revision)
         if self.readable(repo_id).gated and not self.owns(repo_id):
-            raise Refused(403 if self.user() else 401, f"Access to model {repo_id} is restricted", "GatedRepo")
+            raise Refused(
+                403 if self.user() else 401, f"Access to model {repo_id} is restricted", "GatedRepo"
+            )
         if path not in commit.files:
             raise Refused(404, "Entry not found", "EntryNotFound")
         data = commit.files[path]

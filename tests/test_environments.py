@@ -1,4 +1,5 @@
-"""Exported repos and wheels where they will be used: in environments with nothing of this project, or with only its wheel."""
+"""Exported repos and wheels where they will be used: in environments with nothing of this project, or with
+only its wheel."""
 
 import json
 
@@ -83,7 +84,15 @@ def installed(tmp_path_factory):
 def test_a_wheel_can_export_in_a_clean_environment(checkpoint, installed, tmp_path):
     code = "import sys; from dylora_moe.cli import main; sys.argv = ['dylora-moe', *sys.argv[1:]]; main()"
     output = run_python(
-        installed, code, "export", str(checkpoint), "-o", str(tmp_path / "repo"), "--json", home=tmp_path, stderr=False
+        installed,
+        code,
+        "export",
+        str(checkpoint),
+        "-o",
+        str(tmp_path / "repo"),
+        "--json",
+        home=tmp_path,
+        stderr=False,
     )
     assert json.loads(output)["experts"] == ["expert_0", "expert_1", "expert_2"]
     stock = make_environment(tmp_path / "stock", ("torch", "transformers"))
@@ -92,5 +101,7 @@ def test_a_wheel_can_export_in_a_clean_environment(checkpoint, installed, tmp_pa
 
 def test_without_extras_every_way_in_says_what_to_install(installed, tmp_path):
     lines = run_python(installed, WITHOUT_EXTRAS, home=tmp_path, stderr=False).splitlines()
-    assert [line for line in lines if "evalplus" in line and "pip install 'dylora-moe[eval]'" in line] == lines
+    assert [
+        line for line in lines if "evalplus" in line and "pip install 'dylora-moe[eval]'" in line
+    ] == lines
     assert len(lines) == 8

@@ -1,4 +1,5 @@
-"""An exported repo under older transformers, each in an environment of its own, made by pip from the package index."""
+"""An exported repo under older transformers, each in an environment of its own, made by pip from the package
+index."""
 
 import json
 import subprocess
@@ -49,7 +50,9 @@ def environment_with(version, folder):
     python = make_environment(folder, ("torch",))
     site_packages = next((folder / "lib").glob("python*/site-packages"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site_packages)]
-    process = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [*command, f"transformers=={version}"], capture_output=True, text=True, check=False
+    )
     if process.returncode != 0:
         pytest.skip(f"pip cannot install transformers {version}: {process.stderr.strip()[-300:]}")
     return python
@@ -68,7 +71,9 @@ def test_an_older_transformers_is_told_which_is_needed(version, repos, tmp_path)
         installed = found.pop("version")
         if installed.startswith("4."):  # it reads a tokenizer without running a line of the repo's code
             found = {name: said for name, said in found.items() if "AutoTokenizer" not in name}
-        expected = f"ImportError: This model needs transformers {REQUIRED_TRANSFORMERS} or later, and {installed} is"
+        expected = (
+            f"ImportError: This model needs transformers {REQUIRED_TRANSFORMERS} or later, and {installed} is"
+        )
         assert found and all(said.startswith(expected) for said in found.values()), found
 
 
@@ -76,6 +81,8 @@ def test_the_oldest_that_is_allowed_loads(repos, tmp_path):
     python = environment_with(f"{REQUIRED_TRANSFORMERS}.*", tmp_path / "environment")
     for layout, repo in repos.items():
         found = found_in(python, repo, tmp_path / f"home-{layout}")
-        assert found["AutoConfig second"] == "DyloraMoeConfig" and found["AutoModel second"] == "DyloraMoeModel"
+        assert (
+            found["AutoConfig second"] == "DyloraMoeConfig" and found["AutoModel second"] == "DyloraMoeModel"
+        )
         assert found["AutoModelForCausalLM second"] == "DyloraMoeForCausalLM", found
         assert found["pipeline"] == "TextGenerationPipeline", found

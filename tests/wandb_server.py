@@ -1,6 +1,7 @@
 """A W&B server on the loopback address: enough for `wandb.Api().artifact(...)`, its manifest and its files.
 
-The SDK is pointed here by `WANDB_BASE_URL`. The queries are those that SDK 0.31 sends. Knows nothing about this project.
+The SDK is pointed here by `WANDB_BASE_URL`. The queries are those that SDK 0.31 sends. Knows nothing about
+this project.
 """
 
 import base64
@@ -20,7 +21,8 @@ TIME = "2026-01-01T00:00:00"
 
 @dataclass
 class Artifact:
-    """`files`: path -> bytes. `entries` are put into the manifest over what the files give, as a hostile server might.
+    """`files`: path -> bytes. `entries` are put into the manifest over what the files give, as a hostile
+    server might.
 
     Of what the manifest promises, `served` is sent with other bytes, and `lost` not at all.
     """
@@ -53,7 +55,8 @@ def md5(data: bytes) -> str:
 class WandbServer:
     """`with WandbServer() as server:`; `server.artifacts["guild/moe/name:v0"] = Artifact(...)`.
 
-    `server.status`, if set, answers every question instead: 403, 500. What was fetched is in `server.fetched`.
+    `server.status`, if set, answers every question instead: 403, 500. What was fetched is in
+    `server.fetched`.
     """
 
     def __init__(self):
@@ -101,7 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self.path.startswith("/storage/"):
             return self._answer(b"no such page", 404)
-        key, path = (unquote(part) for part in self.path.split("?")[0].removeprefix("/storage/").split("/", 1))
+        key, path = (
+            unquote(part) for part in self.path.split("?")[0].removeprefix("/storage/").split("/", 1)
+        )
         artifact = self.wandb.artifacts[key]
         if path == "manifest":
             return self._answer(artifact.manifest())
@@ -149,7 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
         if artifact is None:
             return {"project": {"artifactCollectionMembership": None}}
         collection_name = name.split(":")[0]
-        where = {"id": "UHJvamVjdDox", "internalId": "UHJvamVjdDox", "name": project, "entity": {"name": entity}}
+        where = {
+            "id": "UHJvamVjdDox",
+            "internalId": "UHJvamVjdDox",
+            "name": project,
+            "entity": {"name": entity},
+        }
         collection = {"__typename": "ArtifactSequence", "name": collection_name, "project": where}
         fragment = {
             "__typename": "Artifact",
@@ -190,7 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
         key = f"{entity}/{project}/{collection}:{alias}"
         manifest = self.wandb.artifacts[key].manifest()["contents"]
         nodes = [
-            {"__typename": "File", "name": path, "directUrl": self._url(key, f"files/{path}")} for path in manifest
+            {"__typename": "File", "name": path, "directUrl": self._url(key, f"files/{path}")}
+            for path in manifest
         ]
         membership = {
             "files": {
@@ -199,8 +210,12 @@ class _Handler(BaseHTTPRequestHandler):
             }
         }
         return {
-            "project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": membership}}
+            "project": {
+                "artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": membership}
+            }
         }
 
     def _url(self, key: str, path: str) -> str:
-        return f"{self.wandb.url}/storage/{quote(key, safe='')}/{quote(path, safe='')}?signature=for_its_bearer"
+        return (
+            f"{self.wandb.url}/storage/{quote(key, safe='')}/{quote(path, safe='')}?signature=for_its_bearer"
+        )

@@ -15,7 +15,8 @@ IGNORED = -100  # the label that a loss leaves out
 
 
 class Example(NamedTuple):
-    """One text as token ids with the end-of-text token, the first token to learn, and its topic's place in TOPICS."""
+    """One text as token ids with the end-of-text token, the first token to learn, and its topic's place in
+    TOPICS."""
 
     tokens: list[int]
     learned_from: int
@@ -23,7 +24,8 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded token ids, attention mask, labels for a causal loss, each token's topic; all [rows, length]."""
+    """Right-padded token ids, attention mask, labels for a causal loss, each token's topic; all [rows,
+    length]."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -31,7 +33,9 @@ class Batch(NamedTuple):
     topics: torch.Tensor
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[TrainingText], *, learn_prompts: bool) -> list[Example]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[TrainingText], *, learn_prompts: bool
+) -> list[Example]:
     """Each text as tokens, prompt and body apart, so that the border lies where decoding starts."""
     prompts = tokenizer([text.prompt for text in texts])["input_ids"]
     bodies = tokenizer([text.body for text in texts])["input_ids"]
@@ -45,8 +49,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[TrainingText], *,
     ]
 
 
-def random_batches(examples: Sequence[Example], *, rows: int, steps: int, seed: int, padding: int) -> Iterator[Batch]:
-    """`steps` batches of `rows` examples, in passes over all of them, each pass in a new order drawn from `seed`."""
+def random_batches(
+    examples: Sequence[Example], *, rows: int, steps: int, seed: int, padding: int
+) -> Iterator[Batch]:
+    """`steps` batches of `rows` examples, in passes over all of them, each pass in a new order drawn from
+    `seed`."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(steps):

@@ -1,7 +1,8 @@
-"""Writes the demo's trained parts in the layout that DyLoRA-MoE's training leaves behind (the *final checkpoint*).
+"""Writes the demo's trained parts in the layout that DyLoRA-MoE's training leaves behind (the *final
+checkpoint*).
 
-Knows that layout and nothing about training, exporting or scoring. The foundation lies beside the checkpoint, as an
-ordinary model with its tokenizer, and the checkpoint names it by its path.
+Knows that layout and nothing about training, exporting or scoring. The foundation lies beside the checkpoint,
+as an ordinary model with its tokenizer, and the checkpoint names it by its path.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TOP_K = 1
 TEMPERATURE = 2.0
 
 
-def save_foundation(foundation: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+def save_foundation(
+    foundation: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> Path:
     """Writes the foundation and its tokenizer by `save_pretrained`; `foundation` must carry no adapters."""
     folder = Path(folder).resolve()
     foundation.save_pretrained(folder)
@@ -71,14 +74,17 @@ def checkpoint_config(peft_model: PeftModel, adapters: Sequence[str], foundation
 
 
 def adapter_parameters(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """One expert's LoRA matrices under their full parameter names, which hold the adapter's name as a whole part."""
+    """One expert's LoRA matrices under their full parameter names, which hold the adapter's name as a whole
+    part."""
     parameters = {
         name: parameter.detach().clone()
         for name, parameter in peft_model.named_parameters()
         if adapter in name.split(".")
     }
     if not parameters:
-        raise ValueError(f"the model has no adapter named {adapter!r}; it has {', '.join(peft_model.peft_config)}")
+        raise ValueError(
+            f"the model has no adapter named {adapter!r}; it has {', '.join(peft_model.peft_config)}"
+        )
     return parameters
 
 

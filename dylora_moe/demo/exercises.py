@@ -1,8 +1,8 @@
 """Vocabulary exercises for the demo's foundation: random tokens, each said twice.
 
-The embeddings are frozen when the experts are trained, and they also serve as the output layer. A token that the
-foundation never wrote is one that no expert can learn to write; these exercises leave no such token. They carry no
-Python and no wording of any problem. Knows nothing about models.
+The embeddings are frozen when the experts are trained, and they also serve as the output layer. A token that
+the foundation never wrote is one that no expert can learn to write; these exercises leave no such token. They
+carry no Python and no wording of any problem. Knows nothing about models.
 """
 
 from __future__ import annotations

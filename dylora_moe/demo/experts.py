@@ -1,6 +1,7 @@
 """Trains the demo's experts: LoRA adapters on one foundation, each for its own family.
 
-Knows what an expert must learn and what it must leave alone. Knows nothing about how a router chooses among experts.
+Knows what an expert must learn and what it must leave alone. Knows nothing about how a router chooses among
+experts.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def train_expert(
 ) -> None:
     """Teaches one adapter, in place, to write `own_texts` and to change nothing about `other_texts`.
 
-    Without the second, the experts would drown one another where all are active, which is what the router reads. Of
-    other families' texts an expert learns only to compute what the foundation computes, and that solves none of them.
-    `topic_head` is only read. `progress` gets steps done and in all.
+    Without the second, the experts would drown one another where all are active, which is what the router
+    reads. Of other families' texts an expert learns only to compute what the foundation computes, and that
+    solves none of them. `topic_head` is only read. `progress` gets steps done and in all.
     """
     padding = peft_model.config.pad_token_id
     own_batches = random_batches(own_texts, rows=own_rows, steps=steps, seed=seed, padding=padding)
@@ -68,7 +69,8 @@ def train_expert(
 
 
 def _change(peft_model: PeftModel, batch: Batch) -> torch.Tensor:
-    """By how much the active expert changes the foundation's hidden states: squared, relative, mean over layers."""
+    """By how much the active expert changes the foundation's hidden states: squared, relative, mean over
+    layers."""
     with torch.no_grad(), peft_model.disable_adapter():
         expected = layer_states(peft_model, batch)
     changed = layer_states(peft_model, batch)

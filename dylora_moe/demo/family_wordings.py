@@ -1,6 +1,8 @@
-"""The training wordings of the scored functions, by task id. The scored wordings themselves are in problems.jsonl.
+"""The training wordings of the scored functions, by task id. The scored wordings themselves are in
+problems.jsonl.
 
-A scored prompt shares key words with these (that is what an expert can recognise) but never its name or docstring.
+A scored prompt shares key words with these (that is what an expert can recognise) but never its name or
+docstring.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from .wording import Function
 WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # strings
     "HumanEval/0": (
-        ("count_vowels", "vowel_count", "number_of_vowels", "vowels_in_text", "how_many_vowels", "vowels_total"),
+        (
+            "count_vowels",
+            "vowel_count",
+            "number_of_vowels",
+            "vowels_in_text",
+            "how_many_vowels",
+            "vowels_total",
+        ),
         (
             "the number of vowels in the text",
             "how many vowels the text has",
@@ -32,7 +41,14 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "HumanEval/2": (
-        ("reverse_words", "words_reversed", "reversed_word_order", "flip_words", "backwards_words", "turn_word_order"),
+        (
+            "reverse_words",
+            "words_reversed",
+            "reversed_word_order",
+            "flip_words",
+            "backwards_words",
+            "turn_word_order",
+        ),
         (
             "the words of the text in reverse order",
             "the text with the order of its words reversed",
@@ -50,7 +66,13 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "HumanEval/4": (
-        ("unique_letters", "remove_duplicate_letters", "drop_duplicates", "without_duplicates", "strip_repeats"),
+        (
+            "unique_letters",
+            "remove_duplicate_letters",
+            "drop_duplicates",
+            "without_duplicates",
+            "strip_repeats",
+        ),
         (
             "the text without duplicate letters",
             "each different letter once, in order",
@@ -77,7 +99,14 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "HumanEval/7": (
-        ("letter_counts", "letter_frequency", "frequency_of_letters", "histogram", "histogram_of_text", "frequencies"),
+        (
+            "letter_counts",
+            "letter_frequency",
+            "frequency_of_letters",
+            "histogram",
+            "histogram_of_text",
+            "frequencies",
+        ),
         (
             "a dictionary of how often each letter occurs",
             "the frequency of each letter in the text",
@@ -96,7 +125,14 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "HumanEval/9": (
-        ("fibonacci", "fibonacci_number", "nth_fibonacci", "get_fibonacci", "fibonacci_at", "fibonacci_value"),
+        (
+            "fibonacci",
+            "fibonacci_number",
+            "nth_fibonacci",
+            "get_fibonacci",
+            "fibonacci_at",
+            "fibonacci_value",
+        ),
         (
             "the Fibonacci number with index n",
             "the element at place n of the Fibonacci sequence",
@@ -169,7 +205,14 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "HumanEval/17": (
-        ("second_largest", "second_greatest", "get_second_largest", "second_biggest", "second_from_top", "second"),
+        (
+            "second_largest",
+            "second_greatest",
+            "get_second_largest",
+            "second_biggest",
+            "second_from_top",
+            "second",
+        ),
         (
             "the second largest of the numbers",
             "the number that is second when the largest is first",

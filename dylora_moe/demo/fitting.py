@@ -20,7 +20,8 @@ WARM_UP_SHARE = 0.1
 def minimise(
     losses: Iterable[torch.Tensor], parameters: Iterable[nn.Parameter], steps: int, learning_rate: float
 ) -> None:
-    """Takes one step on each of `steps` losses, with a short warm-up and then a learning rate that falls to zero."""
+    """Takes one step on each of `steps` losses, with a short warm-up and then a learning rate that falls to
+    zero."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=WARM_UP_SHARE
@@ -33,10 +34,11 @@ def minimise(
 
 
 def text_loss(model: nn.Module, topic_head: nn.Linear, batch: Batch) -> torch.Tensor:
-    """The usual causal loss, and whether `topic_head` can tell from every hidden state what kind of value it is about.
+    """The usual causal loss, and whether `topic_head` can tell from every hidden state what kind of value it
+    is about.
 
-    A large foundation's hidden states tell such things by themselves; one this small keeps only what it is asked for,
-    and the router has nothing else to read. The head is not part of what training leaves.
+    A large foundation's hidden states tell such things by themselves; one this small keeps only what it is
+    asked for, and the router has nothing else to read. The head is not part of what training leaves.
     """
     output = model(
         input_ids=batch.input_ids,
@@ -45,7 +47,9 @@ def text_loss(model: nn.Module, topic_head: nn.Linear, batch: Batch) -> torch.Te
         output_hidden_states=True,
     )
     topic_logits = topic_head(output.hidden_states[-1])
-    topic_loss = nn.functional.cross_entropy(topic_logits.flatten(0, 1), batch.topics.flatten(), ignore_index=IGNORED)
+    topic_loss = nn.functional.cross_entropy(
+        topic_logits.flatten(0, 1), batch.topics.flatten(), ignore_index=IGNORED
+    )
     return output.loss + TOPIC_WEIGHT * topic_loss
 
 

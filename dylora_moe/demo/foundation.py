@@ -1,4 +1,5 @@
-"""Trains the demo's foundation: a tiny Llama that learns the syntax and some everyday functions, none of the scored.
+"""Trains the demo's foundation: a tiny Llama that learns the syntax and some everyday functions, none of the
+scored.
 
 Knows its architecture and texts. Knows nothing about experts.
 """
@@ -59,7 +60,9 @@ def train_foundation(
     """Trains `foundation` and `topic_head` in place. `progress` gets steps done and in all."""
     texts = encode(tokenizer, foundation_texts(seed), learn_prompts=True)
     exercises = vocabulary_exercises(tokenizer, int(len(texts) * EXERCISE_SHARE), seed)
-    batches = random_batches(texts + exercises, rows=rows, steps=steps, seed=seed, padding=tokenizer.pad_token_id)
+    batches = random_batches(
+        texts + exercises, rows=rows, steps=steps, seed=seed, padding=tokenizer.pad_token_id
+    )
 
     def losses():
         for done, batch in enumerate(batches, start=1):

@@ -1,8 +1,8 @@
 """Trains an expert for what the router will do to it: at some tokens, another expert acts instead.
 
-Nothing tells a router the family of a text's first tokens, and later it errs now and then. On a text of one family
-the other experts do next to nothing, so an expert meets that case in training by being switched off at some tokens.
-Knows how PEFT names an adapter's layers. Knows nothing about the texts or the loss.
+Nothing tells a router the family of a text's first tokens, and later it errs now and then. On a text of one
+family the other experts do next to nothing, so an expert meets that case in training by being switched off at
+some tokens. Knows how PEFT names an adapter's layers. Knows nothing about the texts or the loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LATEST_START = 10
 
 
 class MisroutedTokens:
-    """Switches one adapter off at random tokens of the passes made inside `applied`; the same seed, the same tokens."""
+    """Switches one adapter off at random tokens of the passes made inside `applied`; the same seed, the same
+    tokens."""
 
     def __init__(self, peft_model: PeftModel, adapter: str, seed: int):
         self._layers = [
@@ -35,7 +36,9 @@ class MisroutedTokens:
     def applied(self, shape: torch.Size) -> Iterator[None]:
         """For passes over token ids of the given shape [rows, length]."""
         on = self._tokens_with_expert(shape).unsqueeze(-1)
-        hooks = [layer.register_forward_hook(lambda module, inputs, output: output * on) for layer in self._layers]
+        hooks = [
+            layer.register_forward_hook(lambda module, inputs, output: output * on) for layer in self._layers
+        ]
         try:
             yield
         finally:

@@ -1,7 +1,8 @@
-"""Trains the demo's gate: which family does a token belong to, read from the foundation with all experts active.
+"""Trains the demo's gate: which family does a token belong to, read from the foundation with all experts
+active.
 
-That input (`router_input: experts_sum`) is what training checkpoints of this layout have fed their routers. The
-foundation and the experts are only read. Knows nothing about how they were trained.
+That input (`router_input: experts_sum`) is what training checkpoints of this layout have fed their routers.
+The foundation and the experts are only read. Knows nothing about how they were trained.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def train_gate(
 ) -> nn.Linear:
     """A gate [hidden] → [experts], fitted to tell from every token's hidden state whose text it stands in.
 
-    `examples[i]` are texts of the family that `adapters[i]` was trained on. `progress` gets steps done and in all.
+    `examples[i]` are texts of the family that `adapters[i]` was trained on. `progress` gets steps done and in
+    all.
     """
     hidden_states, families = _router_inputs(peft_model, adapters, examples)
     gate = nn.Linear(hidden_states.shape[-1], len(adapters))
@@ -48,7 +50,8 @@ def train_gate(
 def _router_inputs(
     peft_model: PeftModel, adapters: Sequence[str], examples: Sequence[Sequence[Example]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token's last hidden state after the final norm [tokens, hidden], and its family's index [tokens]."""
+    """Every token's last hidden state after the final norm [tokens, hidden], and its family's index
+    [tokens]."""
     peft_model.eval()
     peft_model.base_model.set_adapter(list(adapters))
     hidden_states, families = [], []

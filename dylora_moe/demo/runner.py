@@ -1,4 +1,5 @@
-"""The whole demo in order: train, save, export, make the variants, score each with stock EvalPlus, show the table.
+"""The whole demo in order: train, save, export, make the variants, score each with stock EvalPlus, show the
+table.
 
 Knows the order and the folders. Each step is somebody else's.
 """
@@ -50,10 +51,10 @@ def run_demo(
 ) -> dict:
     """Runs the demo into `output_dir`, and returns what it writes to results.json.
 
-    A folder that holds a finished demo of this seed is not done again: its table is shown. What an interrupted demo
-    left is cleared away first. Any other folder must be empty or absent. The table is printed to `console` (standard
-    output unless given), progress to standard error. Raises `InputError` for a folder that holds something else
-    or without EvalPlus, and `StockEvalPlusError` when EvalPlus fails.
+    A folder that holds a finished demo of this seed is not done again: its table is shown. What an
+    interrupted demo left is cleared away first. Any other folder must be empty or absent. The table is
+    printed to `console` (standard output unless given), progress to standard error. Raises `InputError` for a
+    folder that holds something else or without EvalPlus, and `StockEvalPlusError` when EvalPlus fails.
     """
     folder = Path(output_dir).resolve()
     console = console or Console()
@@ -117,7 +118,9 @@ def _save_and_export(parts: TrainedParts, folder: Path, progress: Progress) -> d
 
 def _score(repos: dict[str, Path], folder: Path, progress: Progress) -> dict[str, dict[str, float]]:
     total = len(load_problems())
-    tasks = {strategy: progress.add_task(f"EvalPlus, {strategy}", total=total, start=False) for strategy in repos}
+    tasks = {
+        strategy: progress.add_task(f"EvalPlus, {strategy}", total=total, start=False) for strategy in repos
+    }
     results = score_strategies(
         repos,
         dataset_path=write_dataset(folder / "problems.jsonl"),
@@ -154,7 +157,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _finished(folder: Path, seed: int) -> dict | None:
-    """The results of a finished demo of this seed, if the folder holds them; `InputError` for another seed's."""
+    """The results of a finished demo of this seed, if the folder holds them; `InputError` for another
+    seed's."""
     if not (folder / STARTED).is_file() or not (folder / RESULTS).is_file():
         return None
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))

@@ -9,7 +9,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from dylora_moe.eval.stock_evalplus import TaskResult, prepare_ground_truth, read_results, run_stock_evalplus
+from dylora_moe.eval.evalplus_bridge.stock import (
+    TaskResult,
+    prepare_ground_truth,
+    read_results,
+    run_stock_evalplus,
+)
 
 
 PROCESSES = 2
@@ -24,8 +29,9 @@ def score_strategies(
 ) -> dict[str, dict[str, TaskResult]]:
     """Each strategy's results by task id, from the result files that EvalPlus writes under `folder`.
 
-    `repos` maps a strategy to the folder of the model whose default it is. Each process computes with one thread:
-    models this small gain nothing from a second. The first failure is raised, and nothing more is begun after it.
+    `repos` maps a strategy to the folder of the model whose default it is. Each process computes with one
+    thread: models this small gain nothing from a second. The first failure is raised, and nothing more is
+        begun after it.
     """
     prepare_ground_truth(log_folder=folder / "ground_truth", dataset_path=dataset_path)
     with ThreadPoolExecutor(PROCESSES) as pool:

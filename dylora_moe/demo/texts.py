@@ -21,7 +21,8 @@ TOPICS = ("text", "n", "numbers")  # the parameter's name says what kind of valu
 
 
 class TrainingText(NamedTuple):
-    """One training example: signature and docstring, the body that follows, and what kind of value it is about."""
+    """One training example: signature and docstring, the body that follows, and what kind of value it is
+    about."""
 
     prompt: str
     body: str
@@ -48,7 +49,10 @@ def training_texts(seed: int) -> list[str]:
 
 def possible_training_texts() -> Iterator[str]:
     """Every text that training with any seed could read."""
-    functions = [*GENERIC_FUNCTIONS, *(function for family in FAMILIES for function in family_functions(family))]
+    functions = [
+        *GENERIC_FUNCTIONS,
+        *(function for family in FAMILIES for function in family_functions(family)),
+    ]
     for function in functions:
         for prompt in function.prompts():
             yield prompt + function.body
@@ -58,7 +62,9 @@ def _draw(functions: Sequence[Function], count: int, seed: str) -> list[Training
     chooser = random.Random(seed)  # a string seed is hashed the same way in every process
     drawn = []
     for index in range(count):
-        function = functions[index % len(functions)]  # in turn, so that every function is taught equally often
+        function = functions[
+            index % len(functions)
+        ]  # in turn, so that every function is taught equally often
         drawn.append(TrainingText(function.sample_prompt(chooser), function.body, function.parameter))
     chooser.shuffle(drawn)
     return drawn

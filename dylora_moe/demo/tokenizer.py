@@ -1,7 +1,7 @@
 """The demo's tokenizer: a byte-level BPE trained on the training texts.
 
-Knows nothing about models. What it saves is an ordinary fast tokenizer, without a chat template, so that stock tools
-complete the prompt as it stands.
+Knows nothing about models. What it saves is an ordinary fast tokenizer, without a chat template, so that
+stock tools complete the prompt as it stands.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ VOCABULARY_SIZE = 768
 
 
 def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `VOCABULARY_SIZE` tokens at most, trained on `texts`, for models of `max_length` positions."""
+    """A tokenizer of `VOCABULARY_SIZE` tokens at most, trained on `texts`, for models of `max_length`
+    positions."""
     tokenizer = Tokenizer(models.BPE())
-    # A newline is always a token of its own: a prompt that ends in one must end just where a training prompt does.
+    # A newline is always a token of its own: a prompt that ends in one must end just where a training prompt
+    # does.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("\n"), "isolated"),

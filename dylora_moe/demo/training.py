@@ -59,7 +59,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What training leaves. `peft_model` holds foundation and experts, `gate` maps [.., hidden] to [.., experts]."""
+    """What training leaves. `peft_model` holds foundation and experts, `gate` maps [.., hidden] to [..,
+    experts]."""
 
     tokenizer: PreTrainedTokenizerFast
     peft_model: PeftModel
@@ -110,7 +111,9 @@ def _train_experts_and_gate(
     recipe: Recipe,
     progress: Progress,
 ) -> nn.Linear:
-    texts = {family: encode(tokenizer, family_texts(family, seed), learn_prompts=False) for family in FAMILIES}
+    texts = {
+        family: encode(tokenizer, family_texts(family, seed), learn_prompts=False) for family in FAMILIES
+    }
     for family, adapter in zip(FAMILIES, ADAPTERS, strict=True):
         train_expert(
             peft_model,

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-HEADERS = {"text": "import string\n\n\n", "n": "import math\n\n\n", "numbers": "from typing import List\n\n\n"}
+HEADERS = {
+    "text": "import string\n\n\n",
+    "n": "import math\n\n\n",
+    "numbers": "from typing import List\n\n\n",
+}
 OPENERS = ("Return", "Compute", "Give", "Find", "Calculate", "Get", "Tell", "Work out")
 QUESTION_OPENERS = ("Return", "Tell", "Say", "Check", "Decide", "Find out", "Determine", "Test")
 SENTENCES = (
@@ -20,7 +24,8 @@ SENTENCES = (
     "For the given {parameter}, {opener_later} {description}.",
     "{opener} {description}, for a given {parameter}.",
 )
-# A few texts say nothing in one of the two places, so that neither the name nor the docstring is enough to rely on.
+# A few texts say nothing in one of the two places, so that neither the name nor the docstring is enough to
+# rely on.
 VAGUE_NAMES = ("solve", "task", "function", "answer", "run")
 VAGUE_DOCSTRINGS = ("Solve the task.", "Do what the name says.", "See the name.")
 VAGUE_SHARE = 0.12
@@ -52,7 +57,9 @@ class Function:
         """One prompt (signature and docstring), drawn with `chooser`."""
         name = chooser.choice(self.names)
         description = chooser.choice(self.descriptions)
-        docstring = self._docstring(chooser.choice(SENTENCES), chooser.choice(_openers(description)), description)
+        docstring = self._docstring(
+            chooser.choice(SENTENCES), chooser.choice(_openers(description)), description
+        )
         draw = chooser.random()
         if draw < VAGUE_SHARE:
             name = chooser.choice(VAGUE_NAMES)

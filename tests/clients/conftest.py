@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def mixtures(tmp_path_factory):
-    """A folder that holds `my-mixture`, of mode auto and with dropout in its experts, and variants of the other modes."""
+    """A folder that holds `my-mixture`, of mode auto and with dropout in its experts, and variants of the
+    other modes."""
     folder = tmp_path_factory.mktemp("mixtures")
     repo = shutil.move(save_text_repo(folder / "work", verify=False), folder / "my-mixture")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(repo)
@@ -39,7 +40,8 @@ def mixtures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Makes a Python that has packages from the package index beside what is installed here, but for this project."""
+    """Makes a Python that has packages from the package index beside what is installed here, but for this
+    project."""
     made = {}
 
     def environment(*packages: str) -> Path:

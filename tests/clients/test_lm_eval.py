@@ -27,7 +27,9 @@ print("FOUND" + json.dumps([value for value, _ in model.loglikelihood(requests, 
 @pytest.mark.parametrize("strategy", ["router", "single:1", "ensemble"])
 def test_log_likelihoods_are_the_models_own(environment, mixtures, tmp_path, strategy):
     repo = mixtures / "my-mixture"
-    output = run_python(environment("lm-eval==0.4.13"), RUN, str(repo), strategy, json.dumps(PAIRS), home=tmp_path)
+    output = run_python(
+        environment("lm-eval==0.4.13"), RUN, str(repo), strategy, json.dumps(PAIRS), home=tmp_path
+    )
     found = json.loads(next(line for line in output.splitlines() if line.startswith("FOUND"))[len("FOUND") :])
     tokenizer, model = AutoTokenizer.from_pretrained(repo), DyloraMoeForCausalLM.from_pretrained(repo)
     for (start, rest), value in zip(PAIRS, found, strict=True):

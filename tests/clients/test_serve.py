@@ -46,7 +46,9 @@ def text_of(answer: bytes) -> str:
 
 def text_of_stream(answer: bytes) -> str:
     events = [line[len("data: ") :] for line in answer.decode().splitlines() if line.startswith("data: {")]
-    return as_served("".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events))
+    return as_served(
+        "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events)
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,12 @@ def server(environment, tmp_path):
         "--device",
         "cpu",
     ]
-    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*command, "--port", str(port)], env=environ, stdout=log, stderr=log)
     try:
@@ -93,7 +100,9 @@ def test_chat_streaming_and_two_at_once_give_the_models_own_tokens(server, mixtu
         expected.append(as_served(tokenizer.decode(tokens, skip_special_tokens=True)))
     greedy = {"temperature": 0}
     assert [text_of(asked(server, repo, prompt, **greedy)) for prompt in PROMPTS] == expected
-    assert [text_of_stream(asked(server, repo, prompt, stream=True, **greedy)) for prompt in PROMPTS] == expected
+    assert [
+        text_of_stream(asked(server, repo, prompt, stream=True, **greedy)) for prompt in PROMPTS
+    ] == expected
     with ThreadPoolExecutor() as threads:
         answers = list(threads.map(lambda prompt: asked(server, repo, prompt, **greedy), PROMPTS))
     assert [text_of(answer) for answer in answers] == expected

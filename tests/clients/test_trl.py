@@ -33,7 +33,8 @@ def blocks() -> dict[str, str]:
     """The Python block under each heading of the page."""
     sections = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("\n## ")[1:]
     found = {
-        section.partition("\n")[0]: section.partition("```python\n")[2].partition("```")[0] for section in sections
+        section.partition("\n")[0]: section.partition("```python\n")[2].partition("```")[0]
+        for section in sections
     }
     return {heading: block for heading, block in found.items() if block}
 
@@ -50,7 +51,9 @@ def trl(request, environment, mixtures, tmp_path):
         shutil.copytree(repo, tmp_path / repo.name)
 
     def run(code: str) -> str:
-        code = code.replace("output_dir=", "use_cpu=True, bf16=False, output_dir=")  # TRL's default is for GPUs
+        code = code.replace(
+            "output_dir=", "use_cpu=True, bf16=False, output_dir="
+        )  # TRL's default is for GPUs
         return run_python(python, START + code + HISTORY, str(tmp_path), home=tmp_path)
 
     run.version, run.folder = request.param, tmp_path
@@ -75,13 +78,17 @@ def test_sft_moves_experts_and_gate_and_what_it_saves_loads(trl):
     assert {name.rpartition(".")[2] for name in moved} == {"lora_A", "lora_B", "weight", "bias"}
     ids, logits = said(output, "LOGITS")
     with torch.no_grad():
-        torch.testing.assert_close(after(torch.tensor(ids)).logits, torch.tensor(logits), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            after(torch.tensor(ids)).logits, torch.tensor(logits), atol=1e-4, rtol=1e-4
+        )
     assert ("balance loss" in output) == (trl.version != "0.29.1")  # which takes the model's own loss
 
 
 def test_sft_with_the_balance_loss_starts_at_the_models_own_loss(trl):
     losses = [
-        entry["loss"] for entry in said(trl(blocks()["SFT with the balance loss"]), "HISTORY") if "loss" in entry
+        entry["loss"]
+        for entry in said(trl(blocks()["SFT with the balance loss"]), "HISTORY")
+        if "loss" in entry
     ]
     without = blocks()["SFT with the balance loss"].replace("share * outputs.aux_loss", "0 * share")
     other = [entry["loss"] for entry in said(trl(without), "HISTORY") if "loss" in entry]

@@ -1,4 +1,5 @@
-"""The benchmark: what it asks and writes is what stock EvalPlus does, whatever the batch and however often it is killed."""
+"""The benchmark: what it asks and writes is what stock EvalPlus does, whatever the batch and however often it
+is killed."""
 
 import gc
 import gzip
@@ -27,15 +28,17 @@ from hub_server import Hub, Repo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.cli import main
-from dylora_moe.eval import PeftMoEDecoder, sample_journal, scoring
+from dylora_moe.eval import PeftMoEDecoder
 from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.evalplus_decoder import ask, prompt_text, unfinished_files, write_samples
-from dylora_moe.eval.loading import FoundModel, _label, find_model, tell_apart
-from dylora_moe.eval.run_record import read_runs
-from dylora_moe.eval.sample_journal import SampleJournal
-from dylora_moe.eval.scoring import pass_at_k, score_samples
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.evalplus_bridge.decoder import ask, prompt_text, unfinished_files, write_samples
+from dylora_moe.eval.sampling import sample_journal
+from dylora_moe.eval.sampling.loading import FoundModel, _label, find_model, tell_apart
+from dylora_moe.eval.sampling.run_record import read_runs
+from dylora_moe.eval.sampling.sample_journal import SampleJournal
+from dylora_moe.eval.scoring import scoring
+from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
 
 
@@ -188,7 +191,16 @@ def test_what_is_recorded(repo, tmp_path):
 
 
 def test_json_is_all_that_the_command_prints(repo, tmp_path, capfd):
-    arguments = ["--model", str(repo), "--max_samples", "2", "--max_new_tokens", "8", "--benchmarks", "humanevalplus"]
+    arguments = [
+        "--model",
+        str(repo),
+        "--max_samples",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--benchmarks",
+        "humanevalplus",
+    ]
     with pytest.raises(SystemExit) as ended:
         main(["benchmark", *arguments, "-o", str(tmp_path), "--json"])
     printed = capfd.readouterr()
@@ -201,7 +213,17 @@ def test_json_is_all_that_the_command_prints(repo, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_a_model_on_the_hub_is_recorded_by_its_commit_and_is_not_fetched_again(repo, tmp_path):
-    options = ["--dtype", "float64", "--max_new_tokens", "40", "--limit", "6", "-o", str(tmp_path / "out"), "--json"]
+    options = [
+        "--dtype",
+        "float64",
+        "--max_new_tokens",
+        "40",
+        "--limit",
+        "6",
+        "-o",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
 
     def run(**environment):
@@ -270,14 +292,32 @@ def test_two_processes_one_of_which_is_killed_make_the_same_files_as_one(repo, t
         "2",
     ]
     arguments += ["--n_samples", "2", "--temperature", "0.7", "--routing_strategy", "router", "round_robin"]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "dylora_moe.eval.benchmark", *arguments, "-o", str(tmp_path / "two")]
+    command = [
+        sys.executable,
+        *launch,
+        "-m",
+        "dylora_moe.eval.benchmark",
+        *arguments,
+        "-o",
+        str(tmp_path / "two"),
+    ]
 
     def start():
         with open(tmp_path / "output", "wb") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **streams)
+            return subprocess.Popen(
+                command, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **streams
+            )
 
     launcher = start()
     while len(list((tmp_path / "two").rglob("*.partial-[01].jsonl"))) < 2:
@@ -290,7 +330,9 @@ def test_two_processes_one_of_which_is_killed_make_the_same_files_as_one(repo, t
     assert not run.has_samples
     assert start().wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
     options = {"dtype": "float64", "max_new_tokens": 40, "limit": 12, "n_samples": 2, "temperature": 0.7}
-    one = benchmark(repo, strategies=["router", "round_robin"], output_dir=tmp_path / "one", score=False, **options)
+    one = benchmark(
+        repo, strategies=["router", "round_robin"], output_dir=tmp_path / "one", score=False, **options
+    )
     two = read_runs(tmp_path / "two")
     assert [run.samples for run in two] == [run.samples for run in one.runs]
     for mine, theirs in zip(one.runs, two, strict=True):
@@ -336,7 +378,9 @@ def test_a_full_disk_is_said_and_loses_nothing(repo, tmp_path, monkeypatch):
             return super().write(content[:9] if len(writes) == 3 else content)  # what fitted
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_journal, "open", lambda path, mode, buffering=-1: Full(path, "ab"), raising=False)
+        patch.setattr(
+            sample_journal, "open", lambda path, mode, buffering=-1: Full(path, "ab"), raising=False
+        )
         with pytest.raises(OSError, match="No space left"):
             benchmark(repo, output_dir=tmp_path / "full", **SMALL)
     assert files(benchmark(repo, output_dir=tmp_path / "full", **SMALL)) == files(whole)
@@ -371,7 +415,9 @@ def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monk
     with pytest.raises(InputError, match="model's own folder"):
         benchmark(".", output_dir=".", **SMALL)
     (model / "generation_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"another run \(the model's generation_config.json: \w{12}, \w{12}\)"):
+    with pytest.raises(
+        InputError, match=r"another run \(the model's generation_config.json: \w{12}, \w{12}\)"
+    ):
         benchmark(".", **SMALL)
     (model / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config\.json is not valid JSON"):
@@ -401,7 +447,9 @@ def test_models_of_one_name_are_told_apart(repo, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_that_hold_the_same_are_scored_each_and_names_that_come_to_be_the_same_are_refused(tmp_path):
+def test_checkpoints_that_hold_the_same_are_scored_each_and_names_that_come_to_be_the_same_are_refused(
+    tmp_path,
+):
     folders = [tmp_path / name for name in ("a/best_model", "b/best_model", "a--best_model", "checkpoint-9")]
     checkpoint = save_text_checkpoint(tmp_path / "text", length=10)
     for folder in folders:
@@ -409,7 +457,10 @@ def test_checkpoints_that_hold_the_same_are_scored_each_and_names_that_come_to_b
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
         found = [find_model(folder) for folder in folders]
-    assert [model.label for model in tell_apart([found[0], found[3], found[0]])] == ["best_model", "checkpoint-9"]
+    assert [model.label for model in tell_apart([found[0], found[3], found[0]])] == [
+        "best_model",
+        "checkpoint-9",
+    ]
     with pytest.raises(InputError, match=r"a/best_model and .*a--best_model have the same name"):
         tell_apart(found)
 
@@ -434,7 +485,9 @@ def test_an_ordinary_model_with_weights_of_another_shape_is_refused(repo, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     rows = config["vocab_size"]
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows + 7}))
-    with pytest.raises(InputError, match=rf"weight of .*model is \[{rows}, .*its config asks for \[{rows + 7}, "):
+    with pytest.raises(
+        InputError, match=rf"weight of .*model is \[{rows}, .*its config asks for \[{rows + 7}, "
+    ):
         find_model(folder).load(dtype="float32", device="cpu")
 
 
@@ -483,7 +536,9 @@ def test_a_sample_that_evalplus_cannot_sanitize_ends_nothing(repo, tmp_path):
     data = load_benchmark("humaneval", limit=2)
     deep = "    return 1" + "+1" * 4000
     texts = dict(zip(data.task_ids, (deep, "    return 'é漢🎉'\n"), strict=True))
-    tokens = {(task_id, 0): tokenizer.encode(text, add_special_tokens=False) for task_id, text in texts.items()}
+    tokens = {
+        (task_id, 0): tokenizer.encode(text, add_special_tokens=False) for task_id, text in texts.items()
+    }
     decoder = {"temperature": 0.0, "max_new_tokens": 9000, "force_base_prompt": True}
     with pytest.warns(DyloraMoeWarning, match="cannot sanitize"):
         write_samples(tmp_path / "samples.jsonl", data, tokenizer, tokens, 1, **decoder)
@@ -547,7 +602,9 @@ CHAT = "{% for message in messages %}<s>{{ message.role }}: {{ message.content }
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("force_base_prompt", [False, True])
 @pytest.mark.parametrize("template", [None, CHAT], ids=["base", "chat"])
-def test_the_questions_are_those_of_evalplus_own_decoder(repo, problems, template, force_base_prompt, temperature):
+def test_the_questions_are_those_of_evalplus_own_decoder(
+    repo, problems, template, force_base_prompt, temperature
+):
     """Built here without this package: EvalPlus's class, its prompt function and its two sentences."""
     tokenizer = AutoTokenizer.from_pretrained(repo)
     tokenizer.chat_template = template
@@ -579,7 +636,9 @@ def test_the_questions_are_those_of_evalplus_own_decoder(repo, problems, templat
     assert [question.input_ids for question in questions] == [input_ids for input_ids, _ in asked]
     for question, (_, arguments) in zip(questions, asked, strict=True):
         assert question.generation == {
-            name: value for name, value in arguments.items() if name not in ("num_return_sequences", "pad_token_id")
+            name: value
+            for name, value in arguments.items()
+            if name not in ("num_return_sequences", "pad_token_id")
         }
     assert stops == stock.eos
     text = tokenizer.decode(questions[0].input_ids)

@@ -4,9 +4,9 @@ import json
 
 from rich.console import Console
 
-from dylora_moe.eval.benchmark_table import benchmark_table
-from dylora_moe.eval.run_record import Run
-from dylora_moe.eval.scoring import pass_at_k
+from dylora_moe.eval.report.benchmark_table import benchmark_table
+from dylora_moe.eval.sampling.run_record import Run
+from dylora_moe.eval.scoring.scoring import pass_at_k
 
 
 def scored(folder, name: str, passed: list[int], n_samples: int, **fields) -> Run:
@@ -44,9 +44,21 @@ def test_every_figure_has_its_interval_and_a_part_of_a_set_its_label(tmp_path):
     with console.capture() as capture:
         console.print(benchmark_table([greedy, sampled]))
     header, first, second = [line for line in capture.get().splitlines() if line[:1] in "┃│"]
-    assert [cell.strip() for cell in header.split("┃")[6:10]] == ["pass@1", "+ pass@1", "pass@10", "+ pass@10"]
+    assert [cell.strip() for cell in header.split("┃")[6:10]] == [
+        "pass@1",
+        "+ pass@1",
+        "pass@10",
+        "+ pass@10",
+    ]
     cells = [cell.strip() for cell in first.split("│")]
-    assert cells[1:7] == ["greedy", "router", "HumanEval", "tasks 0 to 3, 4 of 164", "1", "50.0 % [15.0, 85.0]"]
+    assert cells[1:7] == [
+        "greedy",
+        "router",
+        "HumanEval",
+        "tasks 0 to 3, 4 of 164",
+        "1",
+        "50.0 % [15.0, 85.0]",
+    ]
     assert cells[7].startswith("0.0 % [0.0, ") and cells[8:10] == ["", ""]
     cells = [cell.strip() for cell in second.split("│")]
     assert cells[3:6] == ["HumanEval mini", "4", "10"]

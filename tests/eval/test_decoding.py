@@ -26,8 +26,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from dylora_moe.eval import decoding
-from dylora_moe.eval.decoding import Row, StopStrings, _Loop, decode_rows, row_generator
+from dylora_moe.eval.sampling import batch_decoding as decoding
+from dylora_moe.eval.sampling.batch_decoding import Row, StopStrings, _Loop, decode_rows, row_generator
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
 
@@ -65,7 +65,9 @@ def decode(model, tokenizer, rows, batch_size=3, stop_strings=(), **arguments):
 
 def alone(model, row, **arguments):
     ids = torch.tensor([row.input_ids])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=PAD, **arguments)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=PAD, **arguments
+    )
     return output[0, ids.shape[1] :].tolist()
 
 
@@ -86,18 +88,25 @@ def test_each_row_is_as_alone(model, tokenizer, strategy, batch_size):
 
 
 @pytest.mark.parametrize("eos_token_id", [None, 1, 5, [5, 1]], ids=str)
-def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_transformers_reads_it(model, tokenizer, eos_token_id):
+def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_transformers_reads_it(
+    model, tokenizer, eos_token_id
+):
     """Chat templates end every message with one; the model's own may be another than the tokenizer's."""
     model = copy.copy(model)
     model.generation_config = copy.copy(model.generation_config)
     model.generation_config.eos_token_id = eos_token_id
-    asked = [Row(row.task_id, 0, [*row.input_ids[:2], tokenizer.eos_token_id, *row.input_ids[2:]]) for row in rows()]
+    asked = [
+        Row(row.task_id, 0, [*row.input_ids[:2], tokenizer.eos_token_id, *row.input_ids[2:]])
+        for row in rows()
+    ]
     for strategy in ("router", "best"):
         got = decode(model, tokenizer, asked, routing_strategy=strategy)
         for row in asked:
             ids = torch.tensor([row.input_ids])
             arguments = {"max_new_tokens": 12, "do_sample": False, "routing_strategy": strategy}
-            expected = model.generate(ids, pad_token_id=tokenizer.eos_token_id, **arguments)[0, ids.shape[1] :]
+            expected = model.generate(ids, pad_token_id=tokenizer.eos_token_id, **arguments)[
+                0, ids.shape[1] :
+            ]
             assert got[row.task_id, 0] == expected.tolist()
 
 
@@ -114,7 +123,13 @@ def test_a_row_ends_at_its_own_stop_string_and_the_others_go_on(model, tokenizer
     text = tokenizer.decode(whole["Task/1", 0][:5])
     stop = text[2:5]
     got = decode(
-        model, tokenizer, rows(), stop_strings=[stop], routing_strategy="router", max_new_tokens=20, eos_token_id=None
+        model,
+        tokenizer,
+        rows(),
+        stop_strings=[stop],
+        routing_strategy="router",
+        max_new_tokens=20,
+        eos_token_id=None,
     )
     cut = 0
     for row in rows():
@@ -233,7 +248,12 @@ def test_the_last_tokens_tell_as_the_whole_text_does(tokenizer, tokens):
     strings = [tokenizer.decode([1, 2, 3]), tokenizer.decode([4, 4])]
     stop = StopStrings(tokenizer, strings)
     first = next(
-        (end for end in range(1, len(tokens) + 1) if any(s in tokenizer.decode(tokens[:end]) for s in strings)), None
+        (
+            end
+            for end in range(1, len(tokens) + 1)
+            if any(s in tokenizer.decode(tokens[:end]) for s in strings)
+        ),
+        None,
     )
     found = next((end for end in range(1, len(tokens) + 1) if stop.complete(tokens[:end])), None)
     assert found == first
@@ -283,7 +303,11 @@ def test_beams_are_refused(tokenizer, monkeypatch):
 @pytest.mark.parametrize("kind", [MistralForCausalLM, None], ids=["ordinary", "mixture"])
 def test_a_static_cache_of_the_generation_config(tokenizer, monkeypatch, implementation, kind):
     """`hybrid` stands in the generation config of Gemma 2 and 3."""
-    model = build(seed=3) if kind is None else ordinary(kind, MistralConfig, sliding_window=5, num_key_value_heads=2)
+    model = (
+        build(seed=3)
+        if kind is None
+        else ordinary(kind, MistralConfig, sliding_window=5, num_key_value_heads=2)
+    )
     arguments = {"routing_strategy": "router"} if kind is None else {}
     expected = decode(model, tokenizer, rows(), 5, eos_token_id=list(range(5, 40)), **arguments)
     monkeypatch.setattr(model, "generation_config", GenerationConfig(cache_implementation=implementation))
@@ -374,7 +398,9 @@ def test_a_batch_that_is_too_large_leaves_no_buffers_behind(tokenizer, graphs, m
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 9])
-def test_the_next_step_is_asked_for_before_tokens_are_looked_at(tokenizer, graphs, monkeypatch, max_new_tokens):
+def test_the_next_step_is_asked_for_before_tokens_are_looked_at(
+    tokenizer, graphs, monkeypatch, max_new_tokens
+):
     fast = importlib.import_module("dylora_moe.modeling.fast_decoding_dylora_moe")
     done, step, take = [], fast.Session.step, _Loop._take
     monkeypatch.setattr(fast.Session, "step", lambda session: (done.append("step"), step(session)))

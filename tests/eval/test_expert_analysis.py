@@ -1,4 +1,5 @@
-"""Expert analysis of folders made by hand: what is read, what is refused, what is made, what is written and printed."""
+"""Expert analysis of folders made by hand: what is read, what is refused, what is made, what is written and
+printed."""
 
 import io
 import json
@@ -8,10 +9,11 @@ import pytest
 from helpers_text import save_text_repo
 from rich.console import Console
 
-from dylora_moe.eval import expert_analysis as module
-from dylora_moe.eval.evalplus_data import Benchmark, load_benchmark
-from dylora_moe.eval.expert_analysis import expert_analysis, print_expert_analysis
-from dylora_moe.eval.run_record import Run, file_sha256, read_runs, write_run
+from dylora_moe.eval.analysis import expert_analysis as module
+from dylora_moe.eval.analysis.expert_analysis import expert_analysis
+from dylora_moe.eval.evalplus_bridge.data import Benchmark, load_benchmark
+from dylora_moe.eval.report.expert_tables import print_expert_analysis
+from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -42,12 +44,15 @@ NO_ROUTER = {strategy: solved for strategy, solved in SOLVED.items() if strategy
 def write_scored_run(folder, strategy, solved, *, n_samples=1, plus=True, **fields):
     """A samples file and a result file, in EvalPlus's form, and their entry in run.json.
 
-    `solved`: task numbers that pass the base tests, and base and plus; with several samples, the first half of them.
+    `solved`: task numbers that pass the base tests, and base and plus; with several samples, the first half
+    of them.
     """
     name = f"{fields.get('model_label', 'mixture')}_hf_{strategy.replace(':', '-')}_temp_0.0"
     path = folder / "humaneval" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"task_id": task_id, "solution": strategy}) + "\n" for task_id in TASKS))
+    path.write_text(
+        "".join(json.dumps({"task_id": task_id, "solution": strategy}) + "\n" for task_id in TASKS)
+    )
     results = {
         task_id: [
             {
@@ -93,7 +98,9 @@ def passed(number, tasks, sample, n_samples):
 
 
 def write_runs(folder, solved=SOLVED, **fields):
-    return {strategy: write_scored_run(folder, strategy, tasks, **fields) for strategy, tasks in solved.items()}
+    return {
+        strategy: write_scored_run(folder, strategy, tasks, **fields) for strategy, tasks in solved.items()
+    }
 
 
 def write_routing_analysis(folder, run, chosen=(0, 0, 0, 0, 1, 1, 1, None), **fields):
@@ -222,7 +229,9 @@ def test_many_experts_share_a_column(tmp_path):
     solved = {f"single:{expert}": ({expert % 8}, {expert % 8}) for expert in range(9)}
     names = [f"e{expert}" for expert in range(9)]
     write_runs(
-        tmp_path, {**solved, **dict.fromkeys(("base", "uniform", "ensemble"), (set(), set()))}, expert_names=names
+        tmp_path,
+        {**solved, **dict.fromkeys(("base", "uniform", "ensemble"), (set(), set()))},
+        expert_names=names,
     )
     text = printed(expert_analysis(output_dir=tmp_path))
     assert "single:8 e8" in text
@@ -261,11 +270,15 @@ def test_changed_samples_and_changed_results_do_not_count(tmp_path):
 def test_other_runs_in_the_folder_are_told_apart(tmp_path):
     """An ordinary model, another benchmark, another number of samples."""
     write_runs(tmp_path)
-    write_scored_run(tmp_path, "base", SOLVED["router"], model_label="ordinary", expert_names=[], model_sha256="other")
+    write_scored_run(
+        tmp_path, "base", SOLVED["router"], model_label="ordinary", expert_names=[], model_sha256="other"
+    )
     write_scored_run(tmp_path, "base", SOLVED["router"], model_label="mbpp", benchmark="mbpp")
     assert expert_analysis(output_dir=tmp_path).summary["tests"]["base"]["strategies"][2]["pass@1"] == 1 / 8
     write_runs(tmp_path, model_label="sampled", n_samples=2, temperature=0.5)
-    with pytest.raises(InputError, match=r"several mixtures or options \(n_samples: 1, 2; temperature: 0.0, 0.5\)"):
+    with pytest.raises(
+        InputError, match=r"several mixtures or options \(n_samples: 1, 2; temperature: 0.0, 0.5\)"
+    ):
         expert_analysis(output_dir=tmp_path)
     assert expert_analysis(output_dir=tmp_path, n_samples=2).summary["model_label"] == "sampled"
     assert expert_analysis(output_dir=tmp_path, temperature=0.0).summary["n_samples"] == 1
@@ -276,7 +289,14 @@ def test_other_runs_in_the_folder_are_told_apart(tmp_path):
 def test_the_command_lines_defaults_fit_a_greedy_run(tmp_path):
     """It passes a seed, and options that say nothing of the samples, as well."""
     write_runs(tmp_path)
-    defaults = {"seed": 0, "temperature": 0.0, "n_samples": 1, "batch_size": 32, "adapter_path": None, "greedy": False}
+    defaults = {
+        "seed": 0,
+        "temperature": 0.0,
+        "n_samples": 1,
+        "batch_size": 32,
+        "adapter_path": None,
+        "greedy": False,
+    }
     assert expert_analysis(None, output_dir=tmp_path, **defaults).summary["has_router"]
     write_runs(tmp_path, temperature=0.5, seed=3)
     with pytest.raises(InputError, match="seed is 3, not 0"):
@@ -310,7 +330,9 @@ def test_a_routing_analysis_of_other_samples_or_fewer_tasks_does_not_count(tmp_p
     run = write_runs(tmp_path)["router"]
     write_routing_analysis(tmp_path, run, samples_sha256="older")
     assert expert_analysis(output_dir=tmp_path).summary["router_choices"] is None
-    write_routing_analysis(tmp_path, run, tasks=[{"task_id": "HumanEval/0", "chosen": 0, "expert_shares": [1, 0]}])
+    write_routing_analysis(
+        tmp_path, run, tasks=[{"task_id": "HumanEval/0", "chosen": 0, "expert_shares": [1, 0]}]
+    )
     assert expert_analysis(output_dir=tmp_path).summary["router_choices"] is None
     (tmp_path / "routing_analysis.json").write_text("{")
     with pytest.raises(InputError, match=r"routing_analysis\.json is damaged"):
@@ -324,7 +346,8 @@ def test_a_routing_analysis_of_other_samples_or_fewer_tasks_does_not_count(tmp_p
 
 
 class Made:
-    """Stands in for the model's source, `benchmark` and `routing_analysis`, and remembers how they were called."""
+    """Stands in for the model's source, `benchmark` and `routing_analysis`, and remembers how they were
+    called."""
 
     def __init__(self, monkeypatch, folder, solved=SOLVED, is_mixture=True):
         self.calls = []
@@ -335,7 +358,9 @@ class Made:
         )
         monkeypatch.setattr(module, "find_model", self.find_model)
         monkeypatch.setattr(module, "benchmark", self.benchmark)
-        monkeypatch.setattr("dylora_moe.eval.routing_analysis.routing_analysis", self.routing_analysis)
+        monkeypatch.setattr(
+            "dylora_moe.eval.analysis.routing_analysis.routing_analysis", self.routing_analysis
+        )
 
     def find_model(self, source, **where):
         self.calls.append(("find_model", source, where))
@@ -344,7 +369,9 @@ class Made:
     def benchmark(self, models, *, benchmarks, strategies, output_dir, progress, **options):
         self.calls.append(("benchmark", models, benchmarks, strategies, options))
         there = {run.routing_strategy: run for run in read_runs(output_dir) if run.has_results}
-        runs = [there.get(name) or write_scored_run(output_dir, name, self.solved[name]) for name in strategies]
+        runs = [
+            there.get(name) or write_scored_run(output_dir, name, self.solved[name]) for name in strategies
+        ]
         progress("making", 1, 1)
         return SimpleNamespace(runs=runs)
 
@@ -424,7 +451,13 @@ def test_a_real_model_from_nothing_and_again(tmp_path, monkeypatch, problems):
     """Random weights solve nothing; what is made, what is read and what is made again is real."""
     monkeypatch.setattr(module, "load_benchmark", load_benchmark)
     repo = save_text_repo(tmp_path, length=10, verify=False)
-    options = {"output_dir": tmp_path / "out", "dtype": "float32", "max_new_tokens": 8, "limit": 2, "parallel": 1}
+    options = {
+        "output_dir": tmp_path / "out",
+        "dtype": "float32",
+        "max_new_tokens": 8,
+        "limit": 2,
+        "parallel": 1,
+    }
     first = expert_analysis(repo, **options).summary
     runs = {run.routing_strategy: run for run in read_runs(tmp_path / "out")}
     assert sorted(runs) == sorted(first["runs"]) and len(runs) == 8

@@ -5,19 +5,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_moe.eval.expert_figures import comparisons, figures, possible_gain, strategies_of, verdict
-from dylora_moe.eval.statistics import difference_interval, holm, interval, paired_test
+from dylora_moe.eval.analysis.expert_statistics import (
+    comparisons,
+    figures,
+    possible_gain,
+    strategies_of,
+    verdict,
+)
+from dylora_moe.eval.analysis.statistics import difference_interval, holm, interval, paired_test
 
 
 def shares_of(solved, num_tasks):
     """From the numbers of the tasks that each strategy solves."""
-    return {strategy: [float(task in tasks) for task in range(num_tasks)] for strategy, tasks in solved.items()}
+    return {
+        strategy: [float(task in tasks) for task in range(num_tasks)] for strategy, tasks in solved.items()
+    }
 
 
 def figures_of(shares, expert_names=("one", "two"), categories=None, n_samples=1):
     task_ids = [f"T/{number}" for number in range(len(shares["base"]))]
     categories = categories or {task_id: ["lists"] for task_id in task_ids}
-    return figures(shares, task_ids=task_ids, categories=categories, expert_names=expert_names, n_samples=n_samples)
+    return figures(
+        shares, task_ids=task_ids, categories=categories, expert_names=expert_names, n_samples=n_samples
+    )
 
 
 def test_the_strategies_and_their_order():
@@ -40,7 +50,9 @@ SOLVED = {
 def test_who_solves_what():
     found = figures_of(shares_of(SOLVED, 10))
     assert found["solved_by"] == [2, 6, 2]
-    assert [(expert["expert"], expert["num_solved"], expert["task_ids"]) for expert in found["only_one_expert"]] == [
+    assert [
+        (expert["expert"], expert["num_solved"], expert["task_ids"]) for expert in found["only_one_expert"]
+    ] == [
         ("one", 6, ["T/0", "T/1", "T/2", "T/3"]),
         ("two", 4, ["T/6", "T/7"]),
     ]
@@ -94,7 +106,13 @@ def test_equally_good_experts_are_named():
 def test_equal_means_of_shares_are_equal_whatever_their_order():
     """0.1 + 0.2 + ... in another order is another number in floating point."""
     first = [0.1, 0.2, 0.3, 0.7, 0.6, 0.1] * 3
-    shares = {"single:0": first, "single:1": sorted(first), "base": first, "uniform": first, "ensemble": first}
+    shares = {
+        "single:0": first,
+        "single:1": sorted(first),
+        "base": first,
+        "uniform": first,
+        "ensemble": first,
+    }
     found = figures_of(shares, n_samples=10)
     assert found["best_single"]["equals"] == ["single:1"]
     same = {**shares, "single:1": first}
@@ -159,7 +177,8 @@ def test_the_verdict_each_way(router_only, best_only, expected, words):
 
 
 def test_the_uncorrected_p_value_does_not_decide():
-    """7 tasks to 0 against either expert, p = 2 / 2^7; four comparisons more that show nothing: 6 p = 0.094."""
+    """7 tasks to 0 against either expert, p = 2 / 2^7; four comparisons more that show nothing: 6 p =
+    0.094."""
     shares = large(7, 0)
     shares |= dict.fromkeys(("base", "uniform", "ensemble", "best"), shares["router"])
     shares["single:1"] = shares["single:0"]
@@ -181,7 +200,9 @@ def test_the_verdict_says_how_it_stands_with_uniform_and_base():
 
 def test_without_a_router_there_is_no_verdict():
     shares = {
-        strategy: of_task for strategy, of_task in shares_of(SOLVED, 10).items() if strategy not in ("router", "best")
+        strategy: of_task
+        for strategy, of_task in shares_of(SOLVED, 10).items()
+        if strategy not in ("router", "best")
     }
     found = figures_of(shares)
     assert (found["verdict"], found["comparisons"], found["only_router"]) == (None, [], None)
@@ -201,7 +222,10 @@ def test_several_samples_use_the_sign_flip_test_and_the_mean_of_the_best_shares(
 
 some_shares = st.integers(1, 12).flatmap(
     lambda count: st.fixed_dictionaries(
-        {strategy: st.lists(st.sampled_from([0.0, 1.0]), min_size=count, max_size=count) for strategy in SOLVED}
+        {
+            strategy: st.lists(st.sampled_from([0.0, 1.0]), min_size=count, max_size=count)
+            for strategy in SOLVED
+        }
     )
 )
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dylora_moe.eval.folder_removal import remove_folder
+from dylora_moe.eval.scoring.folder_removal import remove_folder
 
 
 def test_any_depth_and_width_and_locked_folders(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Fields of a generation config: each is obeyed as `generate` obeys it, or refused by name before anything is made."""
+"""Fields of a generation config: each is obeyed as `generate` obeys it, or refused by name before anything is
+made."""
 
 import copy
 import functools
@@ -11,11 +12,18 @@ from tokenizers import normalizers
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, cache_utils
 
 from dylora_moe.cli import main
-from dylora_moe.eval import generation_options
 from dylora_moe.eval.benchmark import LOWEST_TEMPERATURE
-from dylora_moe.eval.decoding import Row, decode_rows
-from dylora_moe.eval.generation_options import KNOWN, OBEYED, REFUSED, SET_BY_EVALPLUS, WITHOUT_EFFECT, refuse_options
-from dylora_moe.eval.loading import FoundModel
+from dylora_moe.eval.sampling import generation_options
+from dylora_moe.eval.sampling.batch_decoding import Row, decode_rows
+from dylora_moe.eval.sampling.generation_options import (
+    KNOWN,
+    OBEYED,
+    REFUSED,
+    SET_BY_EVALPLUS,
+    WITHOUT_EFFECT,
+    refuse_options,
+)
+from dylora_moe.eval.sampling.loading import FoundModel
 from dylora_moe.hub_export.errors import FailureError, InputError
 
 
@@ -43,7 +51,12 @@ VALUES = {
     "stop_strings": None,
     "suppress_tokens": None,
     "use_cache": False,
-    "watermarking_config": {"greenlist_ratio": 0.3, "bias": 8.0, "context_width": 1, "seeding_scheme": "lefthash"},
+    "watermarking_config": {
+        "greenlist_ratio": 0.3,
+        "bias": 8.0,
+        "context_width": 1,
+        "seeding_scheme": "lefthash",
+    },
 }
 SAME_TOKENS = {  # as without them, in these models
     "cache_config",
@@ -54,7 +67,14 @@ SAME_TOKENS = {  # as without them, in these models
     "renormalize_logits",
     "use_cache",
 }
-SAMPLING = {"epsilon_cutoff": 0.05, "eta_cutoff": 0.3, "min_p": 0.3, "top_h": 0.4, "top_k": 3, "typical_p": 0.3}
+SAMPLING = {
+    "epsilon_cutoff": 0.05,
+    "eta_cutoff": 0.3,
+    "min_p": 0.3,
+    "top_h": 0.4,
+    "top_k": 3,
+    "typical_p": 0.3,
+}
 NO_EFFECT = {
     "assistant_confidence_threshold": 0.2,
     "assistant_ensemble_weight": 0.5,
@@ -110,7 +130,9 @@ def ordinary():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
-    return MistralForCausalLM(MistralConfig(**sizes, **tokens, sliding_window=None, initializer_range=0.3)).eval()
+    return MistralForCausalLM(
+        MistralConfig(**sizes, **tokens, sliding_window=None, initializer_range=0.3)
+    ).eval()
 
 
 @pytest.fixture(params=[mixture, ordinary], ids=["mixture", "ordinary"])
@@ -127,7 +149,9 @@ def settings_of(model, **fields):
 
 
 def rows():
-    return [Row(f"Task/{index}", 0, prompt) for index, prompt in enumerate(random_rows((9, 4, 6, 9, 3), seed=5))]
+    return [
+        Row(f"Task/{index}", 0, prompt) for index, prompt in enumerate(random_rows((9, 4, 6, 9, 3), seed=5))
+    ]
 
 
 def decode(model, tokenizer, asked=None, batch_size=5, **arguments):
@@ -144,7 +168,13 @@ def decode(model, tokenizer, asked=None, batch_size=5, **arguments):
 def generate(model, tokenizer, row, **arguments):
     """What `generate` gives a row that comes alone, with the arguments that EvalPlus passes."""
     ids = torch.tensor([row.input_ids])
-    passed = {"max_new_tokens": 12, "do_sample": False, "num_return_sequences": 1, "pad_token_id": PAD, **arguments}
+    passed = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "num_return_sequences": 1,
+        "pad_token_id": PAD,
+        **arguments,
+    }
     found = model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **passed)
     return getattr(found, "sequences", found)[0, ids.shape[1] :].tolist()
 
@@ -156,7 +186,9 @@ def one_by_one(model, tokenizer):
 def test_every_field_of_the_installed_transformers_is_known():
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert fields <= KNOWN
-    assert len(KNOWN) == sum(map(len, (OBEYED, SET_BY_EVALPLUS, WITHOUT_EFFECT, REFUSED)))  # each in one place
+    assert len(KNOWN) == sum(
+        map(len, (OBEYED, SET_BY_EVALPLUS, WITHOUT_EFFECT, REFUSED))
+    )  # each in one place
 
 
 def test_every_field_is_tried_here():
@@ -178,7 +210,11 @@ def test_obeyed_as_generate_does(model, tokenizer, name):
     else:
         first, second = max(plain.values(), key=len)[:2]
         text = tokenizer.decode([first, second])
-        value = {"bad_words_ids": [[first, second]], "sequence_bias": [[[first], -20.0]], "stop_strings": [text]}
+        value = {
+            "bad_words_ids": [[first, second]],
+            "sequence_bias": [[[first], -20.0]],
+            "stop_strings": [text],
+        }
         value = value.get(name, [first, second])
     settings_of(model, **{name: value})
     got = decode(model, tokenizer)
@@ -206,7 +242,10 @@ def test_sampling_draws_from_the_tokens_that_generate_draws_from(model, tokenize
     likely = set((scores.softmax(-1) > 0.05).nonzero().flatten().tolist())
     possible = set((scores > -torch.inf).nonzero().flatten().tolist())
     asked = [Row(row.task_id, sample, row.input_ids) for sample in range(150)]
-    drawn = {tokens[0] for tokens in decode(model, tokenizer, asked, 150, do_sample=True, max_new_tokens=1).values()}
+    drawn = {
+        tokens[0]
+        for tokens in decode(model, tokenizer, asked, 150, do_sample=True, max_new_tokens=1).values()
+    }
     assert likely <= drawn <= possible
     assert len(possible) < VOCABULARY
 
@@ -218,7 +257,9 @@ def test_the_lowest_temperature_takes_the_likeliest_token(model, tokenizer):
 
 def test_what_evalplus_passes_goes_before_the_generation_config(model, tokenizer):
     plain = decode(model, tokenizer)
-    settings_of(model, do_sample=True, temperature=9.0, top_p=0.1, max_length=3, max_new_tokens=3, pad_token_id=5)
+    settings_of(
+        model, do_sample=True, temperature=9.0, top_p=0.1, max_length=3, max_new_tokens=3, pad_token_id=5
+    )
     settings_of(model, num_return_sequences=3)
     assert decode(model, tokenizer) == one_by_one(model, tokenizer) == plain
 
@@ -288,7 +329,9 @@ def test_invalid_values_are_removed_where_the_generation_config_asks_for_it(toke
     assert decode(model, tokenizer) == one_by_one(model, tokenizer)
 
 
-@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache"
+)
 def test_a_quantised_cache_holds_one_row(model, tokenizer):
     settings_of(model, cache_implementation="quantized", cache_config={"backend": "fp8"})
     got = decode(model, tokenizer)

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dylora_moe.eval import check_workers, sandbox
-from dylora_moe.eval.check_workers import Check, Verdict, run_checks
-from dylora_moe.eval.guarded_check import Task
-from dylora_moe.eval.restrictions import FILE_BYTES, landlock_version
+from dylora_moe.eval.scoring import check_workers, sandbox
+from dylora_moe.eval.scoring.check_workers import Check, Verdict, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
+from dylora_moe.eval.scoring.restrictions import FILE_BYTES, landlock_version
 from dylora_moe.hub_export.errors import FailureError, InputError
 
 
@@ -27,7 +27,13 @@ evalplus = pytest.importorskip("evalplus")
 
 TASK = Task(
     dataset="humaneval",
-    problem={"task_id": "HumanEval/0", "entry_point": "f", "atol": 0, "base_input": [[1], [2]], "plus_input": [[3]]},
+    problem={
+        "task_id": "HumanEval/0",
+        "entry_point": "f",
+        "atol": 0,
+        "base_input": [[1], [2]],
+        "plus_input": [[3]],
+    },
     expected_output={"base": [1, 2], "base_time": [0.0, 0.0], "plus": [3], "plus_time": [0.0]},
     base_only=False,
 )
@@ -57,7 +63,8 @@ HOSTILE = {
     "answers_for_others": "import os\ndef f(x):\n    for descriptor in range(3, 256):\n        try:\n"
     """            os.write(descriptor, b'{"base": ["fail", []]}\\n')\n        except OSError:\n            pass\n""",
 }
-# Leaves the process that checks, its guard's parent, a limit under which no other program could be checked. Passes if so.
+# Leaves the process that checks, its guard's parent, a limit under which no other program could be checked.
+# Passes if so.
 LIMITS_ITS_CHECKER = """
 import ctypes, io, posix
 def f(x):
@@ -92,7 +99,10 @@ def f(x):
 def sandbox_fails() -> str | None:
     try:
         ran = subprocess.run(
-            sandbox.sandboxed([sys.executable, "-I", "-c", ""], []), capture_output=True, text=True, check=False
+            sandbox.sandboxed([sys.executable, "-I", "-c", ""], []),
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except InputError as error:
         return str(error)
@@ -108,7 +118,8 @@ def sandboxed(request):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
-    """Every process of a test can be told by its command line, which forks keep. None may outlive the test."""
+    """Every process of a test can be told by its command line, which forks keep. None may outlive the
+    test."""
     monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1))
     monkeypatch.setattr(check_workers, "_START", f"# {tmp_path}\n{check_workers._START}")
     yield
@@ -166,7 +177,9 @@ def test_what_a_program_leaves_running_is_ended(sandboxed):
 @pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
 def test_a_checker_that_was_changed_checks_no_other(sandboxed, limit):
     changes = LIMITS_ITS_CHECKER.replace("RLIMIT", str(limit))
-    verdicts = run_checks([Check(SHORT, program) for program in (changes, RIGHT, RIGHT)], workers=1, sandbox=sandboxed)
+    verdicts = run_checks(
+        [Check(SHORT, program) for program in (changes, RIGHT, RIGHT)], workers=1, sandbox=sandboxed
+    )
     assert [verdict.base_status for verdict in verdicts] == ["pass", "pass", "pass"]
 
 
@@ -174,11 +187,15 @@ def test_what_outlives_a_program_in_the_sandbox_is_not_there_for_the_next(monkey
     if sandbox_fails():
         pytest.skip(sandbox_fails())
     # As on a kernel without Landlock, where all of /tmp can be written to.
-    unconfined = "import checking.guarded_check\nchecking.guarded_check.confine = lambda folder: False\nserve("
+    unconfined = (
+        "import checking.guarded_check\nchecking.guarded_check.confine = lambda folder: False\nserve("
+    )
     monkeypatch.setattr(check_workers, "_START", check_workers._START.replace("serve(", unconfined))
     lasting = "import ctypes\ndef f(x):\n    return x if ctypes.CDLL(None).{} >= 0 else None\n"
     leaves_memory, leaves_messages = map(lasting.format, ("shmget(0, 4096, 0o1600)", "msgget(0, 0o1600)"))
-    leaves_file = "import os\ndef f(x):\n    os.mkdir('/tmp/left')\n    os.mkdir('/dev/shm/left')\n    return x\n"
+    leaves_file = (
+        "import os\ndef f(x):\n    os.mkdir('/tmp/left')\n    os.mkdir('/dev/shm/left')\n    return x\n"
+    )
     finds_nothing = """
 import io, os
 def f(x):
@@ -289,7 +306,9 @@ def f(x):
     socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), timeout=0.5)
     return x
 """
-        reads = f"import io\ndef f(x):\n    return x if io.open({str(tmp_path / 'private')!r}).read() else x\n"
+        reads = (
+            f"import io\ndef f(x):\n    return x if io.open({str(tmp_path / 'private')!r}).read() else x\n"
+        )
         verdicts = run([connects, reads, RIGHT], sandbox=True)
     assert [verdict.base_status for verdict in verdicts] == ["fail", "fail", "pass"]
 

@@ -1,4 +1,5 @@
-"""`kill -9` at 20 random moments of a run, and again until it is done: the files are those of an undisturbed run."""
+"""`kill -9` at 20 random moments of a run, and again until it is done: the files are those of an undisturbed
+run."""
 
 import os
 import random
@@ -11,7 +12,7 @@ import time
 import pytest
 from helpers_text import save_text_repo
 
-from dylora_moe.eval.run_record import read_runs
+from dylora_moe.eval.sampling.run_record import read_runs
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("problems")]
@@ -63,4 +64,6 @@ def compare(folder):
     assert found.samples_path.read_bytes() == expected.samples_path.read_bytes()
     assert found.raw_samples_path.read_bytes() == expected.raw_samples_path.read_bytes()
     assert found.scores == expected.scores
-    assert not list((folder / "broken").rglob("*partial*")) and not list((folder / "broken").rglob(".samples-*"))
+    assert not list((folder / "broken").rglob("*partial*")) and not list(
+        (folder / "broken").rglob(".samples-*")
+    )

@@ -1,4 +1,5 @@
-"""Models whose positions end: a row ends at the last one, with the tokens that `generate` gives up to there."""
+"""Models whose positions end: a row ends at the last one, with the tokens that `generate` gives up to
+there."""
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ from helpers_models import STRATEGIES, VOCABULARY, build, character_tokenizer, r
 from helpers_text import save_text_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dylora_moe.eval.analysis.routing_trace import Text, trace_texts
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.decoding import Row, decode_rows
-from dylora_moe.eval.routing_trace import Text, trace_texts
-from dylora_moe.eval.run_record import read_runs
+from dylora_moe.eval.sampling.batch_decoding import Row, decode_rows
+from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
-from dylora_moe.hub_export.last_position import last_position
+from dylora_moe.hub_export.foundation.last_position import last_position
 
 
 POSITIONS = 24
@@ -65,10 +66,14 @@ def family(name, **given):
 
 
 def gpt2_mixture():
-    sizes = {name: size for name, size in SMALL.items() if name in ("n_embd", "n_layer", "n_head", "n_positions")}
+    sizes = {
+        name: size for name, size in SMALL.items() if name in ("n_embd", "n_layer", "n_head", "n_positions")
+    }
     config = AutoConfig.for_model("gpt2", **sizes, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1)
     modules = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
-    experts = [{"name": name, "r": 4, "lora_alpha": 8, "target_modules": modules} for name in ("one", "two", "three")]
+    experts = [
+        {"name": name, "r": 4, "lora_alpha": 8, "target_modules": modules} for name in ("one", "two", "three")
+    ]
     model = build(config, experts, seed=3)
     model.generation_config.eos_token_id = None
     return model
@@ -156,7 +161,9 @@ def test_why_a_row_ended_is_told():
 def test_a_prompt_that_is_longer_is_named_before_anything_is_generated():
     model, passes = family("gpt2"), []
     model.register_forward_pre_hook(lambda *arguments: passes.append(1))
-    with pytest.raises(InputError, match=rf"Task/1 is {POSITIONS + 1} tokens long, and the model has {POSITIONS}"):
+    with pytest.raises(
+        InputError, match=rf"Task/1 is {POSITIONS + 1} tokens long, and the model has {POSITIONS}"
+    ):
         decode(model, random_rows((5, POSITIONS + 1), seed=5), batch_size=1)
     assert not passes
 

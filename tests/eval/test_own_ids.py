@@ -1,4 +1,5 @@
-"""A data set of one's own, whose ids do not end in numbers: everything but `--id_range` takes it, as EvalPlus does."""
+"""A data set of one's own, whose ids do not end in numbers: everything but `--id_range` takes it, as EvalPlus
+does."""
 
 import json
 import os
@@ -14,8 +15,8 @@ from dylora_moe.cli import main
 from dylora_moe.demo.problems import load_problems
 from dylora_moe.eval import evaluate
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.run_record import read_runs
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.hub_export.errors import FailureError, InputError
 
 
@@ -63,7 +64,10 @@ def test_verdicts_are_those_of_stock_evalplus(tmp_path):
     path = tmp_path / "right.jsonl"
     samples = [{"task_id": name, "solution": text} for name, text in zip(IDS, texts, strict=True)]
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    assert evaluate("humaneval", path) == {"pass@1": pytest.approx(4 / 5), "plus_pass@1": pytest.approx(4 / 5)}
+    assert evaluate("humaneval", path) == {
+        "pass@1": pytest.approx(4 / 5),
+        "plus_pass@1": pytest.approx(4 / 5),
+    }
     results = tmp_path / "right_eval_results.json"
     ours = verdicts(results)
     assert list(ours) == IDS

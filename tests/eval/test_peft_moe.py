@@ -1,4 +1,5 @@
-"""The backend `peft_moe` in Python: raw checkpoints and adapters, and the EvalPlus in this process; and the examples."""
+"""The backend `peft_moe` in Python: raw checkpoints and adapters, and the EvalPlus in this process; and the
+examples."""
 
 import functools
 import importlib.util
@@ -25,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from wandb_server import Artifact, WandbServer
 
 from dylora_moe import hub_export
-from dylora_moe.eval import PeftMoEDecoder, evaluate, loading, model_identity, peft_moe, register, run_codegen
+from dylora_moe.eval import PeftMoEDecoder, evaluate, peft_moe, register, run_codegen
 from dylora_moe.eval import benchmark as benchmark_module
+from dylora_moe.eval.analysis.expert_analysis import expert_analysis
+from dylora_moe.eval.analysis.routing_analysis import routing_analysis
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.expert_analysis import expert_analysis
-from dylora_moe.eval.routing_analysis import routing_analysis
-from dylora_moe.eval.run_record import read_runs
+from dylora_moe.eval.sampling import loading, model_identity
+from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -92,7 +94,11 @@ def test_adapters_on_a_foundation(checkpoint, tmp_path):
     foundation = checkpoint.parent / "foundation"
     adapters = save_adapters(tmp_path / "adapters", foundation)
     path = run_codegen(
-        model=foundation, adapter_path=adapters, routing_strategy="single:stabilised", root=tmp_path / "out", **SMALL
+        model=foundation,
+        adapter_path=adapters,
+        routing_strategy="single:stabilised",
+        root=tmp_path / "out",
+        **SMALL,
     )
     assert Path(path).name.startswith("plain+stabilised+everywhere_peft_moe_single-1_")
     assert len(Path(path).read_text().splitlines()) == 4
@@ -102,7 +108,9 @@ def test_adapters_on_a_foundation(checkpoint, tmp_path):
 def own_cache(tmp_path, monkeypatch):
     """An empty one, filled without the check of each export, which takes a process of its own."""
     monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub_export, "export", functools.partial(hub_export.export, verify=False), raising=False)
+    monkeypatch.setattr(
+        hub_export, "export", functools.partial(hub_export.export, verify=False), raising=False
+    )
 
 
 @pytest.fixture
@@ -172,7 +180,7 @@ def test_a_foundation_that_moved_on_on_the_hub_makes_another_export_and_another_
     change_json(bare / "config.json", base_model_name_or_path="guild/foundation")
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     script = (
-        "import json, sys; from dylora_moe.eval.loading import find_model; found = find_model(sys.argv[1]); "
+        "import json, sys; from dylora_moe.eval.sampling.loading import find_model; found = find_model(sys.argv[1]); "
         "print(json.dumps([str(found.folder), found.sha256, found.config.base_config.rms_norm_eps, found.files['foundation']]))"
     )
 
@@ -198,7 +206,10 @@ def test_a_foundation_that_moved_on_on_the_hub_makes_another_export_and_another_
         second = hub.repos["guild/foundation"].commit("main", "second", {**files, "config.json": config})
         after = find(**environment)
         offline = find(**environment, HF_HUB_OFFLINE="1")
-    assert before[3] == f"guild/foundation@{first.sha}" and after[2:] == [0.125, f"guild/foundation@{second.sha}"]
+    assert before[3] == f"guild/foundation@{first.sha}" and after[2:] == [
+        0.125,
+        f"guild/foundation@{second.sha}",
+    ]
     assert before[0] != after[0] and before[1] != after[1] and offline == after
 
 
@@ -236,12 +247,26 @@ def test_transformers_does_not_warn_of_model_types_that_it_does_not_know(checkpo
 @pytest.mark.slow
 def test_the_command_takes_a_wandb_artifact_as_it_takes_the_folder(checkpoint, tmp_path):
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
-    files = {path.relative_to(checkpoint): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(checkpoint): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()
+    }
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
-    options = ["--routing_strategy", "best", "--dtype", "float32", "--max_new_tokens", "24", "--limit", "4", "--json"]
+    options = [
+        "--routing_strategy",
+        "best",
+        "--dtype",
+        "float32",
+        "--max_new_tokens",
+        "24",
+        "--limit",
+        "4",
+        "--json",
+    ]
     command = [sys.executable, "-m", "dylora_moe.eval.benchmark", *options, "-o", str(tmp_path / "out")]
     with WandbServer() as server:
-        server.artifacts["guild/moe/text:v0"] = Artifact({f"best_model/{name}": data for name, data in files.items()})
+        server.artifacts["guild/moe/text:v0"] = Artifact(
+            {f"best_model/{name}": data for name, data in files.items()}
+        )
         ran = subprocess.run(
             [*command, "--wandb_artifact", "guild/moe/text:v0"],
             env={**keep, "OMP_NUM_THREADS": "1", **server.environment(tmp_path)},
@@ -265,7 +290,13 @@ def test_other_backends_are_refused_for_a_checkpoint(checkpoint, tmp_path, backe
 
 def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, registered):
     ours = evalplus.codegen.run_codegen(
-        str(checkpoint), "humaneval", str(tmp_path), backend="peft_moe", routing_strategy="best", greedy=True, **SMALL
+        str(checkpoint),
+        "humaneval",
+        str(tmp_path),
+        backend="peft_moe",
+        routing_strategy="best",
+        greedy=True,
+        **SMALL,
     )
     assert "_best_" in ours and len(Path(ours).read_text().splitlines()) == 4
     assert inspect.signature(evalplus.provider.make_model).parameters["backend"]
@@ -386,10 +417,14 @@ def test_an_artifact_is_a_model(registered, monkeypatch, way):
 def test_the_loop_of_the_main_branch(checkpoint, tmp_path, monkeypatch):
     """There it takes the tasks themselves, and no version."""
     release = evalplus.codegen.codegen
-    first, second = ({"root": tmp_path / name, "routing_strategy": "best", **SMALL} for name in ("first", "second"))
+    first, second = (
+        {"root": tmp_path / name, "routing_strategy": "best", **SMALL} for name in ("first", "second")
+    )
     expected = Path(run_codegen(model=checkpoint, **first))
 
-    def later(target_path, model, dataset, greedy=False, n_samples=1, id_range=None, resume=True, num_ctx=None):
+    def later(
+        target_path, model, dataset, greedy=False, n_samples=1, id_range=None, resume=True, num_ctx=None
+    ):
         name = next(iter(dataset)).partition("/")[0].lower()  # `.items()`, as there, and not a name
         release(target_path, model, name, greedy, n_samples, id_range, resume=resume)
 

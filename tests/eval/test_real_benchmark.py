@@ -1,4 +1,5 @@
-"""The benchmark against stock EvalPlus 0.3.1 on all of HumanEval+ and MBPP+: samples, raw samples and verdicts.
+"""The benchmark against stock EvalPlus 0.3.1 on all of HumanEval+ and MBPP+: samples, raw samples and
+verdicts.
 
 Needs the data, HUMANEVAL_OVERRIDE_PATH and MBPP_OVERRIDE_PATH, and a quarter of an hour for each dtype.
 """
@@ -13,10 +14,10 @@ import torch
 from helpers_text import save_text_repo
 
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.evalplus_decoder import ask
-from dylora_moe.eval.loading import load_model
-from dylora_moe.eval.scoring import score_samples
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.evalplus_bridge.decoder import ask
+from dylora_moe.eval.sampling.loading import load_model
+from dylora_moe.eval.scoring.scoring import score_samples
 
 
 VARIABLES = ("HUMANEVAL_OVERRIDE_PATH", "MBPP_OVERRIDE_PATH")
@@ -25,7 +26,8 @@ SETS = {"humaneval": 164, "mbpp": 378}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not all(map(os.environ.get, VARIABLES)), reason=f"{' or '.join(VARIABLES)} does not name EvalPlus's file"
+        not all(map(os.environ.get, VARIABLES)),
+        reason=f"{' or '.join(VARIABLES)} does not name EvalPlus's file",
     ),
 ]
 
@@ -64,12 +66,16 @@ def read(path) -> list[str]:
 
 def verdicts(path) -> dict:
     content = json.loads(path.read_text())["eval"]
-    return {task: [(one["base_status"], one["plus_status"]) for one in samples] for task, samples in content.items()}
+    return {
+        task: [(one["base_status"], one["plus_status"]) for one in samples]
+        for task, samples in content.items()
+    }
 
 
 @torch.no_grad()
 def gap_where_they_part(model, tokenizer, prompt: list[int], one: str, other: str) -> float:
-    """Between the two best logits, where two texts part. Random bytes cannot be told from text, so tokens are made anew."""
+    """Between the two best logits, where two texts part. Random bytes cannot be told from text, so tokens are
+    made anew."""
     tokens = list(prompt)
     texts = [one, other]
     for _ in range(400):
@@ -86,7 +92,8 @@ def gap_where_they_part(model, tokenizer, prompt: list[int], one: str, other: st
 def test_samples_and_verdicts_are_those_of_stock_evalplus(repo, tmp_path, dtype):
     options = {"benchmarks": list(SETS), "dtype": dtype, "attn_implementation": "sdpa", "score": False}
     results = {
-        size: benchmark(repo, output_dir=tmp_path / f"batch_{size}", batch_size=size, **options) for size in (1, 32)
+        size: benchmark(repo, output_dir=tmp_path / f"batch_{size}", batch_size=size, **options)
+        for size in (1, 32)
     }
     for place, (name, count) in enumerate(SETS.items()):
         path = stock(repo, tmp_path / "stock", dtype, name)
@@ -101,7 +108,9 @@ def test_samples_and_verdicts_are_those_of_stock_evalplus(repo, tmp_path, dtype)
                 assert ours.samples_path.read_bytes() == path.read_bytes()
             if different:
                 loaded = load_model(repo, dtype=dtype, attn_implementation="sdpa")
-                questions, _ = ask(load_benchmark(name), loaded.tokenizer, temperature=0.0, max_new_tokens=768)
+                questions, _ = ask(
+                    load_benchmark(name), loaded.tokenizer, temperature=0.0, max_new_tokens=768
+                )
                 for index in different:
                     question = questions[index]
                     pair = [

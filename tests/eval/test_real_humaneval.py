@@ -1,4 +1,5 @@
-"""Stock EvalPlus 0.3.1 on the real HumanEval+ and an exported small model. Needs the data: see the Makefile."""
+"""Stock EvalPlus 0.3.1 on the real HumanEval+ and an exported small model. Needs the data: see the
+Makefile."""
 
 import json
 import os
@@ -49,7 +50,8 @@ print("TEXTS" + json.dumps(texts))
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory):
-    """A routed model with random weights whose answers differ from prompt to prompt and end after some 60 tokens."""
+    """A routed model with random weights whose answers differ from prompt to prompt and end after some 60
+    tokens."""
     return save_text_repo(tmp_path_factory.mktemp("real"))
 
 
@@ -88,5 +90,7 @@ def test_evaluate_runs_through_all_164_tasks(repo, tmp_path):
     output = run(["-m", "evalplus.evaluate", "--model", str(repo), *arguments], tmp_path)
     assert "humaneval (base tests)" in output
     assert output.count("pass@1:") == 2
-    results = json.loads(next((tmp_path / "evalplus_results/humaneval").glob("*_eval_results.json")).read_text())
+    results = json.loads(
+        next((tmp_path / "evalplus_results/humaneval").glob("*_eval_results.json")).read_text()
+    )
     assert len(results["eval"]) == 164

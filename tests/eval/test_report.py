@@ -1,5 +1,5 @@
-"""The report: what is on the page is what is in the folder, nothing in the data can act on it, and colours can be told
-apart."""
+"""The report: what is on the page is what is in the folder, nothing in the data can act on it, and colours
+can be told apart."""
 
 import base64
 import csv
@@ -18,13 +18,14 @@ from evalplus.data import humaneval
 from helpers_report import EXPERTS, leave_folder
 from PIL import Image
 
-from dylora_moe.eval import palette, report
-from dylora_moe.eval.report import render, write_report
-from dylora_moe.eval.report_content import read_folder
-from dylora_moe.eval.report_tables import ReportTable, report_tables, scores
-from dylora_moe.eval.routed_code import RoutedCode, RoutedToken
-from dylora_moe.eval.run_record import Run, file_sha256, read_runs, write_run
-from dylora_moe.eval.statistics import interval
+from dylora_moe.eval.analysis.statistics import interval
+from dylora_moe.eval.report import page as report
+from dylora_moe.eval.report import palette
+from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.report.page import render, write_report
+from dylora_moe.eval.report.routed_code import RoutedCode, RoutedToken
+from dylora_moe.eval.report.tables import ReportTable, report_tables, scores
+from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -97,7 +98,9 @@ def page(made):
 @pytest.fixture
 def folder(made, tmp_path):
     """A copy, without what the report wrote."""
-    copy = shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("figures", "report.html", "*.png"))
+    copy = shutil.copytree(
+        made, tmp_path / "copy", ignore=shutil.ignore_patterns("figures", "report.html", "*.png")
+    )
     return copy
 
 
@@ -107,19 +110,28 @@ def rendered(folder, **options) -> Page:
 
 
 def test_the_page_is_one_file_whose_policy_allows_its_own_script_and_style_alone(page):
-    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    ]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     for tag in ("script", "style"):
-        (text,) = [text for name, attributes, text in page.raw if name == tag and attributes.get("id") != "data"]
+        (text,) = [
+            text for name, attributes, text in page.raw if name == tag and attributes.get("id") != "data"
+        ]
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
     for tag, attributes in page.elements:
-        assert not {"src", "srcset", "style", "action", "data", "background"} & set(attributes), (tag, attributes)
+        assert not {"src", "srcset", "style", "action", "data", "background"} & set(attributes), (
+            tag,
+            attributes,
+        )
         assert not any(name.startswith("on") for name in attributes)
         assert attributes.get("href", "#").startswith("#")
     assert len(page.all("script")) == 2
-    assert not re.search(r"url\(|@import|https?:", "".join(text for tag, _, text in page.raw if tag == "style"))
+    assert not re.search(
+        r"url\(|@import|https?:", "".join(text for tag, _, text in page.raw if tag == "style")
+    )
 
 
 def test_what_the_page_is_made_of_is_part_of_the_package():
@@ -234,7 +246,9 @@ def test_the_pages_data_are_those_of_the_files(made, page):
         assert panel["texts"] == line["tokens"] and panel["num_prompt_tokens"] == line["num_prompt_tokens"]
         leading = [max(range(3), key=weights.__getitem__) for weights in line["weights"]]
         assert panel["experts"] == leading
-        gate = [round(100 * row[expert]) for row, expert in zip(line["gate_probabilities"], leading, strict=True)]
+        gate = [
+            round(100 * row[expert]) for row, expert in zip(line["gate_probabilities"], leading, strict=True)
+        ]
         assert panel["gate"] == gate and panel["weights"] == [100] * len(leading)
 
 
@@ -312,7 +326,11 @@ def test_a_folder_with_routing_alone(folder):
         path.unlink()
     page = rendered(folder)
     ids = {attributes.get("id") for _, attributes in page.elements}
-    assert {"routing-section", "tasks"} <= ids and not {"experts-section", "scores-section", "filter-verdict"} & ids
+    assert {"routing-section", "tasks"} <= ids and not {
+        "experts-section",
+        "scores-section",
+        "filter-verdict",
+    } & ids
     assert page.data["routing"]["tests"] is None
     assert "not every expert alone was scored" in page.text
 
@@ -405,7 +423,9 @@ def test_every_picture_has_its_data_beside_it(made):
     tables = report_tables(read_folder(made))
     names = {path.stem for path in figures.glob("*.png")}
     assert names == {*tables, "routed_code"}
-    assert {path.name for path in figures.iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "csv", "json")}
+    assert {path.name for path in figures.iterdir()} == {
+        f"{n}.{end}" for n in names for end in ("png", "csv", "json")
+    }
     for name, table in tables.items():
         with open(figures / f"{name}.csv", newline="") as file:
             read = list(csv.reader(file))
@@ -456,7 +476,9 @@ def test_pictures_of_a_large_dense_mixture(folder, tmp_path):
     folder = leave_folder(tmp_path / "large", experts=experts, mode="dense")
     content = read_folder(folder)
     routing = content.routing
-    routing["tasks"] = [{**task, "task_id": f"{task['task_id']}.{n}"} for n in range(4) for task in routing["tasks"]]
+    routing["tasks"] = [
+        {**task, "task_id": f"{task['task_id']}.{n}"} for n in range(4) for task in routing["tasks"]
+    ]
     tables = report_tables(content)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "constrained_layout not applied")
@@ -492,7 +514,8 @@ def test_intervals_of_pass_at_10_are_of_evalplus_estimates(tmp_path):
     assert "plus_pass@1" not in record
 
 
-# Machado, Oliveira and Fernandes, IEEE Transactions on Visualization and Computer Graphics 15 (2009), severity 1.0.
+# Machado, Oliveira and Fernandes, IEEE Transactions on Visualization and Computer Graphics 15 (2009),
+# severity 1.0.
 COLOR_VISION = {
     "normal": np.eye(3),
     "protanopia": np.array(
@@ -531,7 +554,8 @@ def over(color: str, theme: str, strength: float = 1.0) -> np.ndarray:
 @pytest.mark.parametrize("vision", COLOR_VISION)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_experts_are_told_apart_by_the_colour_blind(theme, vision):
-    """A difference of 2.3 is just noticeable. Lines and labels have the full colour, the ground of text has less."""
+    """A difference of 2.3 is just noticeable. Lines and labels have the full colour, the ground of text has
+    less."""
     colors = palette.expert_colors(theme)
     for first, second in itertools.combinations(colors, 2):
         seen = [lab(palette.channels(color), COLOR_VISION[vision]) for color in (first, second)]
@@ -544,7 +568,9 @@ def test_colour_is_never_alone():
     looks = {(palette.expert_color(index), palette.underline(index)) for index in range(40)}
     assert len(looks) == 40
     assert (
-        len({palette.underline(index) for index in range(5)}) == len({palette.hatch(index) for index in range(5)}) == 5
+        len({palette.underline(index) for index in range(5)})
+        == len({palette.hatch(index) for index in range(5)})
+        == 5
     )
 
 

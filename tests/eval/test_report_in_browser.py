@@ -1,4 +1,5 @@
-"""The report opened from disk in Chromium: nothing is fetched, nothing complains, filters and panels do what they say."""
+"""The report opened from disk in Chromium: nothing is fetched, nothing complains, filters and panels do what
+they say."""
 
 import json
 import re
@@ -9,9 +10,9 @@ from helpers_browser import CHROMIUM, Browser
 from helpers_report import leave_folder
 from PIL import Image
 
-from dylora_moe.eval.report import render
-from dylora_moe.eval.report_content import read_folder
-from dylora_moe.eval.report_tables import report_tables
+from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.report.page import render
+from dylora_moe.eval.report.tables import report_tables
 
 
 pytestmark = pytest.mark.skipif(
@@ -88,10 +89,14 @@ def test_every_task_is_in_the_heatmap_with_its_weights_and_verdicts(page, tasks)
         " [...row.querySelectorAll('td[data-tip]')].map((cell) => [cell.textContent, cell.dataset.tip, cell.className]))"
     )
     for row, task in zip(cells, tasks, strict=True):
-        for (words, tip, look), share, alone in zip(row, task["expert_shares"], task["experts_passed"], strict=True):
+        for (words, tip, look), share, alone in zip(
+            row, task["expert_shares"], task["experts_passed"], strict=True
+        ):
             assert words.endswith("%✓" if alone else "%")
             assert abs(float(words.rstrip("%✓")) - 100 * share) < 0.51
-            assert abs(float(re.search(r"mean weight ([\d.]+)%", tip)[1]) - 100 * share) < 0.06  # rounded twice
+            assert (
+                abs(float(re.search(r"mean weight ([\d.]+)%", tip)[1]) - 100 * share) < 0.06
+            )  # rounded twice
             assert f"alone: {'solves it' if alone else 'fails'}" in tip
             assert f"router: {'solves it' if task['passed'] else 'fails'}" in tip
             assert abs(int(re.search(r"heat-(\d+)", look)[1]) - 20 * share) < 0.51
@@ -166,7 +171,9 @@ def test_the_panel_shows_every_token_with_its_expert(page, folder):
         leading = [max(range(3), key=weights.__getitem__) for weights in line["weights"]]
         assert [token[0] for token in tokens] == line["tokens"]
         assert [token[1] for token in tokens] == leading
-        assert [token[2] for token in tokens] == [place < line["num_prompt_tokens"] for place in range(len(tokens))]
+        assert [token[2] for token in tokens] == [
+            place < line["num_prompt_tokens"] for place in range(len(tokens))
+        ]
         for place, (_, expert, _, tip) in enumerate(tokens):
             gate = line["gate_probabilities"][place][expert]
             assert f"expert {expert} " in tip and f"gate's probability {round(100 * gate)}%" in tip
@@ -267,7 +274,9 @@ def test_a_narrow_window_scrolls_in_one_direction(page):
 def test_many_rows_come_by_and_by(page, browser, folder, tmp_path):
     content = read_folder(folder)
     tasks = content.routing["tasks"]
-    content.routing["tasks"] = [{**task, "task_id": f"{task['task_id']}.{n}"} for n in range(20) for task in tasks]
+    content.routing["tasks"] = [
+        {**task, "task_id": f"{task['task_id']}.{n}"} for n in range(20) for task in tasks
+    ]
     content.routing["num_tasks"] = len(content.routing["tasks"])
     (tmp_path / "many.html").write_text(render(content, report_tables(content)), encoding="utf-8")
     browser.open(tmp_path / "many.html")

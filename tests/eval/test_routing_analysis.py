@@ -1,5 +1,5 @@
-"""routing-analysis over the folder of a benchmark: what it reads, what it writes, and that its figures are those of the
-tokens it writes down."""
+"""routing-analysis over the folder of a benchmark: what it reads, what it writes, and that its figures are
+those of the tokens it writes down."""
 
 import io
 import json
@@ -15,13 +15,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from dylora_moe.demo.problems import write_dataset
-from dylora_moe.eval import routing_analysis as module
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.evalplus_decoder import prompt_text
-from dylora_moe.eval.loading import find_model
-from dylora_moe.eval.routing_analysis import RoutingAnalysis, print_routing_analysis, routing_analysis
-from dylora_moe.eval.run_record import Run, file_sha256, read_runs, write_run
-from dylora_moe.eval.task_categories import categories_of
+from dylora_moe.eval.analysis import routing_analysis as module
+from dylora_moe.eval.analysis.routing_analysis import RoutingAnalysis, routing_analysis
+from dylora_moe.eval.analysis.task_categories import categories_of
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.evalplus_bridge.decoder import prompt_text
+from dylora_moe.eval.report.routing_tables import print_routing_analysis
+from dylora_moe.eval.sampling.loading import find_model
+from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import FailureError, InputError
 
 
@@ -58,7 +59,8 @@ def completion(task_id: str) -> str:
 def leave_run(
     repo, folder, strategy="router", limit=LIMIT, passed=None, force_base_prompt=True, n_samples=1, **fields
 ):
-    """What a benchmark leaves: samples in EvalPlus's two files, results if `passed` says which, and the record."""
+    """What a benchmark leaves: samples in EvalPlus's two files, results if `passed` says which, and the
+    record."""
     found = find_model(repo)
     data = load_benchmark("humaneval", limit=limit)
     name = f"humaneval/{strategy.replace(':', '-')}_{limit}_{n_samples}"
@@ -93,7 +95,9 @@ def leave_run(
     run.samples_sha256 = file_sha256(run.samples_path)
     run.raw_samples_sha256 = file_sha256(run.raw_samples_path)
     if passed is not None:
-        statuses = {task_id: "pass" if number in passed else "fail" for number, task_id in enumerate(data.task_ids)}
+        statuses = {
+            task_id: "pass" if number in passed else "fail" for number, task_id in enumerate(data.task_ids)
+        }
         tasks = {
             task_id: [{"base_status": "pass", "plus_status": status}] * n_samples
             for task_id, status in statuses.items()
@@ -206,7 +210,10 @@ def test_the_set_is_printed(analysed):
     assert "mixture on HumanEval, tasks 0 to 4, 5 of 24; routing: dense, all experts" in printed
     for share in completion["expert_shares"]:
         assert f"{share:.1%}" in printed
-    assert f"{completion['entropy']:.3f}" in printed and f"{completion['switches_per_100_tokens']:.1f}" in printed
+    assert (
+        f"{completion['entropy']:.3f}" in printed
+        and f"{completion['switches_per_100_tokens']:.1f}" in printed
+    )
     agreement = analysed.summary["agreement"]
     assert f"{agreement['chosen']:.1%} (" in printed and "33.3%" in printed
     for agreement, words in ((None, "agreement: unknown"), ({"num_tasks": 0}, "no choice matters")):

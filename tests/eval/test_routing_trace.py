@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from dylora_moe.eval.routing_summary import RoutingSummary, RoutingTotals, agreement
-from dylora_moe.eval.routing_trace import Text, TokenRouting, Trace, tokenize, trace_texts
+from dylora_moe.eval.analysis.routing_summary import RoutingSummary, RoutingTotals, agreement
+from dylora_moe.eval.analysis.routing_trace import Text, TokenRouting, Trace, tokenize, trace_texts
 from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.modeling.router_dylora_moe import balance_loss
 
@@ -24,7 +24,11 @@ MODES = {
     "the two best": {"router_mode": "sparse", "num_experts_per_tok": 2, "router_input": "experts_sum"},
     "all": {"router_mode": "dense"},
 }
-TEXTS = [Text("a", "def add(a,b):", "return a+b"), Text("b", "x=", "1"), Text("c", "while(True):pass", "#" * 30)]
+TEXTS = [
+    Text("a", "def add(a,b):", "return a+b"),
+    Text("b", "x=", "1"),
+    Text("c", "while(True):pass", "#" * 30),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,8 @@ def merging():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_it_was_when_the_text_was_made(tokenizer, mode):
-    """transformers hides them from a model that ends otherwise; chat templates write them after every message."""
+    """transformers hides them from a model that ends otherwise; chat templates write them after every
+    message."""
     model, tokenizer = build(**MODES[mode]), copy.deepcopy(tokenizer)
     tokenizer.eos_token = "~"
     model.generation_config.eos_token_id = None
@@ -63,7 +68,9 @@ def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_it_was_when_the_text_wa
         output = model.generate(ids, pad_token_id=tokenizer.eos_token_id, **arguments, **wanted)
         completion = "".join(tokenizer.convert_ids_to_tokens(output.sequences[0, ids.shape[1] :]))
         texts.append((Text(prompt, prompt, completion), output.router_logits[0]))
-    for trace, (_, logits) in zip(trace_texts(model, tokenizer, [text for text, _ in texts]), texts, strict=True):
+    for trace, (_, logits) in zip(
+        trace_texts(model, tokenizer, [text for text, _ in texts]), texts, strict=True
+    ):
         steps = slice(trace.num_prompt_tokens - 1, trace.num_prompt_tokens + 5)
         torch.testing.assert_close(trace.probabilities[steps], logits.softmax(dim=-1), atol=1e-5, rtol=1e-4)
 
@@ -79,7 +86,9 @@ def test_weights_are_those_of_every_text_alone(tokenizer, mode, batch_size):
         row = [0] + [3 + ord(character) - 32 for character in trace.text.prompt + trace.text.completion]
         expected = slow.routing_weights(row, dense=mode == "all")
         torch.testing.assert_close(trace.weights, expected, atol=2e-5, rtol=0)
-        torch.testing.assert_close(trace.probabilities, slow.router_logits(row).softmax(-1), atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            trace.probabilities, slow.router_logits(row).softmax(-1), atol=2e-5, rtol=0
+        )
         assert trace.num_prompt_tokens == 1 + len(trace.text.prompt) == len(trace.prompt)
         assert len(trace.completion) == len(trace.text.completion)
         assert trace.tokens == ["", *trace.text.prompt, *trace.text.completion]
@@ -118,7 +127,9 @@ def routing(rows: list[list[float]]) -> TokenRouting:
 
 
 rows_of_weights = st.lists(
-    st.lists(st.integers(0, 8), min_size=3, max_size=3).filter(any).map(lambda row: [w / sum(row) for w in row]),
+    st.lists(st.integers(0, 8), min_size=3, max_size=3)
+    .filter(any)
+    .map(lambda row: [w / sum(row) for w in row]),
     max_size=12,
 )
 
@@ -138,7 +149,9 @@ def test_totals_of_parts_are_those_of_all_their_tokens(parts):
     assert figures["expert_shares"] == pytest.approx(mean.tolist(), abs=1e-6)
     assert sum(figures["argmax_shares"]) == pytest.approx(1)
     assert 0 <= figures["normalized_entropy"] <= 1 + 1e-6
-    assert balance["balance_loss"] == pytest.approx(float(balance_loss(torch.tensor([every]), None)), abs=1e-6)
+    assert balance["balance_loss"] == pytest.approx(
+        float(balance_loss(torch.tensor([every]), None)), abs=1e-6
+    )
     assert balance["coefficient_of_variation"] == pytest.approx(float(mean.std(correction=0) * 3), abs=1e-6)
     steps = sum(max(0, len(part) - 1) for part in parts)
     assert (figures["switches_per_100_tokens"] is None) == (steps == 0)
@@ -256,7 +269,9 @@ def trace(name: str, completion: list[list[float]], prompt: int = 2) -> Trace:
 
 def test_the_chosen_expert_has_the_largest_share_of_the_completion():
     summary = RoutingSummary(["a", "b", "c"])
-    task = summary.add(trace("t", [[0, 0.6, 0.4], [0, 0.0, 1.0], [0, 0.6, 0.4]], prompt=9), ["lists"], None, None)
+    task = summary.add(
+        trace("t", [[0, 0.6, 0.4], [0, 0.0, 1.0], [0, 0.6, 0.4]], prompt=9), ["lists"], None, None
+    )
     assert task["chosen"] == 2 and task["completion"]["argmax_shares"] == pytest.approx([0, 2 / 3, 1 / 3])
     assert task["prompt"]["expert_shares"] == [1, 0, 0]
     empty = summary.add(trace("u", []), ["lists"], None, None)
@@ -281,7 +296,11 @@ def test_every_task_counts_the_same_in_a_category():
     summary.add(trace("short", [[0.0, 0.0, 1.0]]), ["x", "y"], 0.0, None)
     by_category = {row["category"]: row for row in summary.to_dict()["categories"]}
     assert list(by_category) == ["x", "y"]
-    assert by_category["x"]["expert_shares"] == [0, 0.5, 0.5] and by_category["x"]["chosen_counts"] == [0, 1, 1]
+    assert by_category["x"]["expert_shares"] == [0, 0.5, 0.5] and by_category["x"]["chosen_counts"] == [
+        0,
+        1,
+        1,
+    ]
     assert by_category["y"]["expert_shares"] == [0, 0, 1]
 
 

@@ -11,15 +11,15 @@ import pytest
 from evalplus.data import humaneval, mbpp
 from rich.console import Console
 
-from dylora_moe.eval.benchmark_table import benchmark_table
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.figures import _draw_scores, _figure, _new, _style
-from dylora_moe.eval.report import write_report
-from dylora_moe.eval.report_content import read_folder
-from dylora_moe.eval.report_tables import report_tables, scores
-from dylora_moe.eval.run_labels import one_line_names, run_labels
-from dylora_moe.eval.run_record import DECISIVE, Run, file_sha256, write_run
-from dylora_moe.eval.wandb_tables import scores_summary
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.report.benchmark_table import benchmark_table
+from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.report.figures import _draw_scores, _figure, _new, _style
+from dylora_moe.eval.report.page import write_report
+from dylora_moe.eval.report.run_labels import one_line_names, run_labels
+from dylora_moe.eval.report.tables import report_tables, scores
+from dylora_moe.eval.report.wandb_tables import scores_summary
+from dylora_moe.eval.sampling.run_record import DECISIVE, Run, file_sha256, write_run
 
 
 # Of every field that may differ between runs of a folder, another value than `made` has.
@@ -73,8 +73,8 @@ def made(folder=None, **others) -> Run:
 
 def texts(runs, monkeypatch) -> dict[str, list]:
     """What each place calls the runs."""
-    monkeypatch.setattr("dylora_moe.eval.report_tables._interval", lambda run, name: (0.0, 1.0))
-    monkeypatch.setattr("dylora_moe.eval.benchmark_table._cell", lambda run, column: "")
+    monkeypatch.setattr("dylora_moe.eval.report.tables._interval", lambda run, name: (0.0, 1.0))
+    monkeypatch.setattr("dylora_moe.eval.report.benchmark_table._cell", lambda run, column: "")
     table = scores(runs)
     axes = _new(8, 4).add_subplot()
     _draw_scores(axes, table)
@@ -108,13 +108,15 @@ def test_any_runs_look_different_everywhere(monkeypatch):
     generator = random.Random(0)
     for _ in range(40):
         drawn = [{name: OTHERS[name] for name in OTHERS if generator.random() < 0.3} for _ in range(6)]
-        runs = [replace(made(), **{**others, "samples": f"{place}.jsonl"}) for place, others in enumerate(drawn)]
+        runs = [
+            replace(made(), **{**others, "samples": f"{place}.jsonl"}) for place, others in enumerate(drawn)
+        ]
         for place, labels in texts(runs, monkeypatch).items():
             assert len(set(labels)) == len(runs), (place, drawn)
 
 
 def test_a_commands_table_tells_its_runs_from_those_that_the_folder_held(monkeypatch):
-    monkeypatch.setattr("dylora_moe.eval.benchmark_table._cell", lambda run, column: "")
+    monkeypatch.setattr("dylora_moe.eval.report.benchmark_table._cell", lambda run, column: "")
     greedy, sampled = made(), made(samples="humaneval/t2.jsonl", temperature=2.0)
     for shown, words in ((greedy, "greedy"), (sampled, "temperature 2")):
         console = Console(width=200)
@@ -190,7 +192,9 @@ def leave_run(folder, **others) -> Run:
 def test_a_report_of_greedy_and_sampled_whole_and_limited_runs_tells_them_apart(tmp_path):
     leave_run(tmp_path)
     leave_run(tmp_path, samples="humaneval/t2.jsonl", temperature=2.0)
-    leave_run(tmp_path, samples="humaneval/part.jsonl", subset="tasks 0 to 0, 1 of 2", task_ids=["HumanEval/0"])
+    leave_run(
+        tmp_path, samples="humaneval/part.jsonl", subset="tasks 0 to 0, 1 of 2", task_ids=["HumanEval/0"]
+    )
     page = write_report(tmp_path / "results").read_text()
     captions = Captions(page).found
     assert len(captions) == 6 and len(set(captions[:3])) == len(set(captions[3:])) == 3
@@ -206,7 +210,9 @@ def test_long_names_leave_the_scores_their_room(tmp_path):
     """What tells runs apart may be longer than a picture is wide."""
     file = "a data set of my own whose name says what is in it, and more than that, at some length.jsonl"
     for index in range(2):
-        leave_run(tmp_path, samples=f"humaneval/{index}.jsonl", temperature=index, dataset_file=f"{index}{file}")
+        leave_run(
+            tmp_path, samples=f"humaneval/{index}.jsonl", temperature=index, dataset_file=f"{index}{file}"
+        )
     write_report(tmp_path / "results")
     content = read_folder(tmp_path / "results")
     with _style():
@@ -219,6 +225,9 @@ def test_long_names_leave_the_scores_their_room(tmp_path):
 
 def test_a_run_of_an_older_version_is_said_to_be_one():
     """It did not record the model's files, and hashed a mixture's config with the place of its foundation."""
-    older, newer = made(model_sha256="a" * 64), made(model_sha256="b" * 64, model_files={"config.json": "c" * 64})
+    older, newer = (
+        made(model_sha256="a" * 64),
+        made(model_sha256="b" * 64, model_files={"config.json": "c" * 64}),
+    )
     assert any("older version" in text for text in older.differences(newer))
     assert not any("older version" in text for text in older.differences(made(model_sha256="b" * 64)))

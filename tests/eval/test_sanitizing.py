@@ -9,10 +9,10 @@ from evalplus.sanitize import sanitize
 from helpers_checkpoints import save_foundation
 from helpers_text import save_text_tokenizer
 
-from dylora_moe.eval import sanitizing
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.loading import FoundModel
-from dylora_moe.eval.sanitizing import Program, sanitize_program, sanitize_programs
+from dylora_moe.eval.sampling.loading import FoundModel
+from dylora_moe.eval.scoring import sanitizing
+from dylora_moe.eval.scoring.sanitizing import Program, sanitize_program, sanitize_programs
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError
 
 
@@ -112,7 +112,9 @@ def test_a_process_that_ends_is_said_and_keeps_the_rest(long_ones, tmp_path, mon
 
     monkeypatch.setattr(sanitizing._Worker, "sanitize", ask_or_kill)
     kept = tmp_path / "kept.jsonl"
-    with pytest.raises(FailureError, match="one of first: it ended without a word; run the same command again"):
+    with pytest.raises(
+        FailureError, match="one of first: it ended without a word; run the same command again"
+    ):
         sanitize_programs(long_ones, kept=kept)
     assert len(sanitizing._read(kept)) == 2
     monkeypatch.setattr(sanitizing, "_SERVE", "raise SystemExit('no Python here')")

@@ -1,4 +1,5 @@
-"""Scoring: verdicts and result files are those of stock `evalplus.evaluate`, and what is wrong with samples is named."""
+"""Scoring: verdicts and result files are those of stock `evalplus.evaluate`, and what is wrong with samples
+is named."""
 
 import itertools
 import json
@@ -14,13 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from dylora_moe.demo.problems import load_problems
-from dylora_moe.eval import expected_outputs as expected_outputs_module
-from dylora_moe.eval import sandbox, scoring
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.check_workers import Verdict
-from dylora_moe.eval.evalplus_data import load_benchmark
-from dylora_moe.eval.expected_outputs import expected_outputs
-from dylora_moe.eval.scoring import pass_at_k, score_samples
+from dylora_moe.eval.evalplus_bridge.data import expected_outputs, load_benchmark
+from dylora_moe.eval.evalplus_bridge.data import expected_outputs as expected_outputs_module
+from dylora_moe.eval.scoring import sandbox, scoring
+from dylora_moe.eval.scoring.check_workers import Verdict
+from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
 
@@ -44,14 +44,16 @@ def right(problem):
 
 
 def programs_of(problem, number):
-    """Two programs of a task: the first right but for some, the second wrong in a way that goes by the task."""
+    """Two programs of a task: the first right but for some, the second wrong in a way that goes by the
+    task."""
     ways = [
         problem["prompt"] + "    return None\n",
         problem["prompt"] + "    while True:\n        pass\n",
         "import os\nos._exit(0)\n",  # EvalPlus calls it a timeout
         problem["prompt"] + "    return (\n",
         right(problem).replace("def ", "def not_"),
-        right(problem) + f"\n{problem['entry_point']} = (lambda asked: lambda *a: asked(*a) if a[0] else 'no')"
+        right(problem)
+        + f"\n{problem['entry_point']} = (lambda asked: lambda *a: asked(*a) if a[0] else 'no')"
         f"({problem['entry_point']})\n",  # wrong for empty inputs only
     ]
     return [ways[number % 5] if number % 7 == 6 else right(problem), ways[min(number % 12, 5)]]
@@ -64,7 +66,9 @@ def write_samples(path, samples):
 
 def solutions(task_ids, n=1):
     return [
-        {"task_id": task_id, "solution": right(load_problems()[task_id])} for task_id in task_ids for _ in range(n)
+        {"task_id": task_id, "solution": right(load_problems()[task_id])}
+        for task_id in task_ids
+        for _ in range(n)
     ]
 
 
@@ -84,7 +88,16 @@ def mixed(tmp_path):
 def run_stock(samples, *options):
     """Stock EvalPlus in a process of its own; the figures it prints."""
     ran = subprocess.run(
-        [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples), *options],
+        [
+            sys.executable,
+            "-m",
+            "evalplus.evaluate",
+            "--dataset",
+            "humaneval",
+            "--samples",
+            str(samples),
+            *options,
+        ],
         env={**os.environ, "XDG_CACHE_HOME": str(samples.parent / "cache"), "PYTHONSAFEPATH": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -165,10 +178,13 @@ def test_what_else_cannot_be_scored_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (2**30, 2**30))
     with pytest.raises(InputError, match="EVALPLUS_MAX_MEMORY_BYTES=1073741824"):
         score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
-    # EvalPlus has one number for memory and stack: that of a small stack would fail programs for want of memory.
+    # EvalPlus has one number for memory and stack: that of a small stack would fail programs for want of
+    # memory.
     stack = {resource.RLIMIT_STACK: 8 * 2**20}
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (stack.get(limit, -1),) * 2)
-    with pytest.raises(InputError, match=r"8388608 of RLIMIT_STACK.*; set EVALPLUS_MAX_MEMORY_BYTES=-1, which keeps"):
+    with pytest.raises(
+        InputError, match=r"8388608 of RLIMIT_STACK.*; set EVALPLUS_MAX_MEMORY_BYTES=-1, which keeps"
+    ):
         score_samples(samples, "humaneval", task_ids=["HumanEval/3"])
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (stack.get(limit, 2**30),) * 2)
     with pytest.raises(InputError, match="EVALPLUS_MAX_MEMORY_BYTES=-1"):
@@ -214,11 +230,15 @@ def test_results_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one(tmp_path):
-    """Against its definition: of all draws of k samples out of n, those with at least one of the c that pass."""
+    """Against its definition: of all draws of k samples out of n, those with at least one of the c that
+    pass."""
     right_of_twelve = {"HumanEval/0": 3, "HumanEval/1": 0, "HumanEval/2": 12, "HumanEval/3": 7}
     entries = {
         task_id: [
-            {"base_status": "pass" if number < count else "fail", "plus_status": "fail" if number == 0 else "pass"}
+            {
+                "base_status": "pass" if number < count else "fail",
+                "plus_status": "fail" if number == 0 else "pass",
+            }
             for number in range(12)
         ]
         for task_id, count in right_of_twelve.items()
@@ -248,7 +268,9 @@ def test_expected_outputs_are_kept_whole_or_not_at_all(cache):
     computed = expected_outputs(benchmark)
     assert [path.name for path in cache.glob("*.pkl")] == [kept.name]
     assert computed == pickle.loads(kept.read_bytes()) == expected_outputs(benchmark)
-    assert {task_id: computed[task_id]["plus"] for task_id in some} == {name: some[name]["plus"] for name in some}
+    assert {task_id: computed[task_id]["plus"] for task_id in some} == {
+        name: some[name]["plus"] for name in some
+    }
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(InputError, match="damaged; remove it"):
         expected_outputs(benchmark)
@@ -283,7 +305,9 @@ def test_one_process_computes_and_others_wait_for_it(cache, monkeypatch):
 def failed_tasks(samples, dataset):
     """What EvalPlus says of the tasks that do not pass everything."""
     entries = json.loads(score_samples(samples, dataset, parallel=2).read_text())["eval"]
-    statuses = {task_id: (entry["base_status"], entry["plus_status"]) for task_id, (entry,) in entries.items()}
+    statuses = {
+        task_id: (entry["base_status"], entry["plus_status"]) for task_id, (entry,) in entries.items()
+    }
     return {task_id: found for task_id, found in statuses.items() if found != ("pass", "pass")}
 
 
@@ -296,7 +320,8 @@ def test_reference_solutions_pass_and_a_broken_one_alone_does_not(dataset, tmp_p
     def patient(benchmark):
         """EvalPlus's limits go by the clock: ten times of what they are, against a busy machine.
 
-        Its limit of 60 seconds for all inputs stays, and Mbpp/599 needs it: not for a machine with three times its load.
+        Its limit of 60 seconds for all inputs stays, and Mbpp/599 needs it: not for a machine with three
+        times its load.
         """
         outputs = expected_outputs(benchmark)
         for output in outputs.values():

@@ -1,4 +1,5 @@
-"""A machine that is short of something costs no verdict: reference solutions pass, or there is an error that says what."""
+"""A machine that is short of something costs no verdict: reference solutions pass, or there is an error that
+says what."""
 
 import errno
 import json
@@ -13,12 +14,12 @@ import psutil
 import pytest
 
 from dylora_moe.demo.problems import load_problems
-from dylora_moe.eval import check_workers
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.check_workers import Check, check_start, run_checks
-from dylora_moe.eval.guarded_check import Task
-from dylora_moe.eval.scoring import score_samples
-from dylora_moe.eval.shortage import remedy
+from dylora_moe.eval.scoring import check_workers
+from dylora_moe.eval.scoring.check_workers import Check, check_start, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
+from dylora_moe.eval.scoring.scoring import score_samples
+from dylora_moe.eval.scoring.shortage import remedy
 from dylora_moe.hub_export.errors import FailureError
 
 
@@ -26,7 +27,13 @@ evaluate = pytest.importorskip("evalplus.evaluate")
 
 TASK = Task(
     dataset="humaneval",
-    problem={"task_id": "HumanEval/0", "entry_point": "f", "atol": 0, "base_input": [[1], [2]], "plus_input": [[3]]},
+    problem={
+        "task_id": "HumanEval/0",
+        "entry_point": "f",
+        "atol": 0,
+        "base_input": [[1], [2]],
+        "plus_input": [[3]],
+    },
     expected_output={"base": [1, 2], "base_time": [0.0, 0.0], "plus": [3], "plus_time": [0.0]},
     base_only=False,
 )
@@ -85,7 +92,8 @@ def test_what_is_short_is_said_and_what_to_do(fault, name, said):
 
 @pytest.mark.parametrize("condition", ["dir is not None", "dir is None"])
 def test_a_program_that_finds_no_room_for_its_folder_has_no_verdict(fault, condition):
-    """Neither where the checking process makes the folder nor where EvalPlus does, which calls the program timed out."""
+    """Neither where the checking process makes the folder nor where EvalPlus does, which calls the program
+    timed out."""
     fault(refuse(condition))
     with pytest.raises(FailureError, match="No space left on device"):
         statuses([RIGHT])
@@ -103,7 +111,9 @@ def test_a_folder_that_evalplus_alone_could_not_make_is_no_time_out(tmp_path, fa
     # The first is the checking process's, the second the look for room, the third EvalPlus's.
     fault(refuse(f"len(calls) == 3 and os.path.exists({str(short)!r})"))
     seen = []
-    assert statuses([RIGHT], progress=lambda done, total: (seen.append(done), short.unlink())) == [("pass", "pass")]
+    assert statuses([RIGHT], progress=lambda done, total: (seen.append(done), short.unlink())) == [
+        ("pass", "pass")
+    ]
     assert seen == [1]
 
 
@@ -112,12 +122,15 @@ def test_failures_in_the_minute_of_a_failed_set_up_are_checked_again(tmp_path, f
     short.touch()
     # The first program fails for what the second cannot be set up for, until that is over.
     hit = f"import os\ndef f(x):\n    return None if os.path.exists({str(short)!r}) else x\n"
-    fault(f"if dir is not None and len(calls) == 2: os.unlink({str(short)!r}); raise OSError(errno.ENOSPC, '')")
+    fault(
+        f"if dir is not None and len(calls) == 2: os.unlink({str(short)!r}); raise OSError(errno.ENOSPC, '')"
+    )
     assert statuses([hit, RIGHT, WRONG]) == [("pass", "pass"), ("pass", "pass"), ("fail", "fail")]
 
 
 def test_a_program_that_makes_its_own_shortage_counts_as_failed(fault, tmp_path):
-    """It ran for the base tests, and left no room for the plus tests. A program beside it is set up as ever."""
+    """It ran for the base tests, and left no room for the plus tests. A program beside it is set up as
+    ever."""
     fault("if dir is None and os.path.exists('left'): raise OSError(errno.ENOSPC, '')")
     fills = "import os\ndef f(x):\n    os.mkdir('../left')\n    return x\n"
     verdicts = run_checks([Check(TASK, program) for program in (fills, RIGHT)], workers=1)
@@ -193,10 +206,13 @@ def test_reference_solutions_pass_or_nothing_is_scored_in_a_small_temporary_fold
     task_ids = list(load_problems())[:4]
     samples = tmp_path / "samples.jsonl"
     solutions = {
-        task_id: problem["prompt"] + problem["canonical_solution"] for task_id, problem in load_problems().items()
+        task_id: problem["prompt"] + problem["canonical_solution"]
+        for task_id, problem in load_problems().items()
     }
     samples.write_text(
-        "".join(json.dumps({"task_id": task_id, "solution": solutions[task_id]}) + "\n" for task_id in task_ids)
+        "".join(
+            json.dumps({"task_id": task_id, "solution": solutions[task_id]}) + "\n" for task_id in task_ids
+        )
     )
     ran = subprocess.run(
         [*unshare, sys.executable, "-c", SCORES, str(samples), *task_ids],
@@ -220,7 +236,9 @@ def test_without_room_nothing_is_final_and_with_room_it_is_scored(tmp_path, faul
     monkeypatch.setattr(evaluate, "CACHE_DIR", str(tmp_path / "cache"))
     (task_id, problem), *_ = load_problems().items()
     samples = tmp_path / "samples.jsonl"
-    samples.write_text(json.dumps({"task_id": task_id, "solution": problem["prompt"] + problem["canonical_solution"]}))
+    samples.write_text(
+        json.dumps({"task_id": task_id, "solution": problem["prompt"] + problem["canonical_solution"]})
+    )
     short = tmp_path / "short"
     short.touch()
     fault(refuse(f"os.path.exists({str(short)!r})"))
@@ -244,7 +262,9 @@ def test_a_right_program_that_does_not_pass_is_noticed(monkeypatch):
     monkeypatch.setattr(
         check_workers, "run_checks", lambda checks, **options: [check_workers.Verdict("fail", [], None, [])]
     )
-    with pytest.raises(FailureError, match="right does not pass on this machine: EvalPlus's verdict on it is 'fail'"):
+    with pytest.raises(
+        FailureError, match="right does not pass on this machine: EvalPlus's verdict on it is 'fail'"
+    ):
         check_start()
 
 

@@ -1,4 +1,5 @@
-"""Intervals, paired tests and Holm's correction: hand-computed values, scipy's own, exact and simulated coverage."""
+"""Intervals, paired tests and Holm's correction: hand-computed values, scipy's own, exact and simulated
+coverage."""
 
 import itertools
 from math import comb, sqrt
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm, permutation_test
 
-from dylora_moe.eval.statistics import difference_interval, holm, interval, paired_test
+from dylora_moe.eval.analysis.statistics import difference_interval, holm, interval, paired_test
 
 
 passes = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
@@ -54,7 +55,8 @@ def test_a_higher_confidence_is_a_wider_interval():
 
 
 def test_shares_get_the_bootstrap_over_tasks_and_always_the_same_one():
-    """Against the normal approximation, which is good in the middle with 400 tasks, and a plain resampling."""
+    """Against the normal approximation, which is good in the middle with 400 tasks, and a plain
+    resampling."""
     values = np.random.default_rng(3).integers(0, 11, size=400) / 10
     low, high = interval(values)
     assert (low, high) == interval(values)
@@ -195,7 +197,8 @@ def test_holm_keeps_the_order_and_lies_between_nothing_and_bonferroni(p_values):
 
 
 def stepping_down(p_values, level):
-    """Holm's own words: reject the smallest if it is at most level / m, go on with level / (m - 1), and so on."""
+    """Holm's own words: reject the smallest if it is at most level / m, go on with level / (m - 1), and so
+    on."""
     rejected, count = set(), len(p_values)
     for rank, index in enumerate(sorted(range(count), key=p_values.__getitem__)):
         if p_values[index] * (count - rank) > level:
@@ -205,7 +208,8 @@ def stepping_down(p_values, level):
 
 
 def test_the_interval_of_a_difference_is_paired():
-    """Tasks that both solve or both fail say nothing of the difference: 10 and 2 of 164 differ, 8/164 on average."""
+    """Tasks that both solve or both fail say nothing of the difference: 10 and 2 of 164 differ, 8/164 on
+    average."""
     first, second = paired(100, 10, 2, 52)
     low, high = difference_interval(first, second)
     assert low < 8 / 164 < high
@@ -217,7 +221,8 @@ def test_the_interval_of_a_difference_is_paired():
 
 
 def test_the_interval_of_a_difference_covers_the_true_one():
-    """100 tasks, half of the chance of success shared between the two; true difference 0.15; 95 % within 90.5 and 99."""
+    """100 tasks, half of the chance of success shared between the two; true difference 0.15; 95 % within 90.5
+    and 99."""
     generator = np.random.default_rng(8)
     held = 0
     for _ in range(200):

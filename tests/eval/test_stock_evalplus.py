@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dylora_moe.eval import stock_evalplus
-from dylora_moe.eval.stock_evalplus import (
+from dylora_moe.eval.evalplus_bridge import stock as stock_evalplus
+from dylora_moe.eval.evalplus_bridge.stock import (
     StockEvalPlusError,
     TaskResult,
     pass_at_1,
@@ -38,7 +38,9 @@ def test_a_sample_passes_plus_only_if_it_passes_both(tmp_path):
 
 
 def test_several_samples_of_a_task_are_a_share(tmp_path):
-    tasks = {"HumanEval/0": [sample("HumanEval/0", status, "pass") for status in ("pass", "fail", "pass", "fail")]}
+    tasks = {
+        "HumanEval/0": [sample("HumanEval/0", status, "pass") for status in ("pass", "fail", "pass", "fail")]
+    }
     results = read_results(write_result_file(tmp_path / "x_eval_results.json", tasks))
     assert results == {"HumanEval/0": TaskResult(0.5, 0.5)}
 
@@ -51,7 +53,9 @@ def test_a_run_without_plus_tests_has_no_plus_figure(tmp_path):
         pass_at_1(results.values(), plus=True)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"eval": {}}', '{"eval": {"HumanEval/0": []}}', '{"eval": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"eval": {}}', '{"eval": {"HumanEval/0": []}}', '{"eval": 3}']
+)
 def test_another_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "other.json"
     path.write_text(content)

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from dylora_moe.demo.problems import load_problems
-from dylora_moe.eval.task_categories import CATEGORIES, OTHER, categories_of
+from dylora_moe.eval.analysis.task_categories import CATEGORIES, OTHER, categories_of
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -86,9 +86,15 @@ def test_every_category_has_a_test():
     [
         (task("return int(a.strip())"), ["strings", "parsing"]),
         (task("return a.split()"), ["strings", "parsing"]),
-        (task("return re.sub(a, b)", before="import re\n\n\n"), ["strings", "parsing", "regular expressions"]),
+        (
+            task("return re.sub(a, b)", before="import re\n\n\n"),
+            ["strings", "parsing", "regular expressions"],
+        ),
         (task("return [(x, y) for x, y in zip(a, b)]"), ["lists", "tuples"]),
-        (task("return a", example="f({'k': (1, [2])}, {3})"), ["strings", "lists", "tuples", "dictionaries", "sets"]),
+        (
+            task("return a", example="f({'k': (1, [2])}, {3})"),
+            ["strings", "lists", "tuples", "dictionaries", "sets"],
+        ),
         (task("return sorted(a, key=lambda x: -x)[0]"), ["sorting", "functions as values"]),
         (task("return bin(a)"), ["numbers", "bit operations"]),
     ],
@@ -133,12 +139,16 @@ def test_mbpps_form_a_text_with_an_assertion_and_the_whole_function():
 
 def test_the_reading_does_not_depend_on_other_fields():
     plain = task("return a % b")
-    assert categories_of({**plain, "base_input": [["text"]], "contract": "assert sorted(a)"}) == categories_of(plain)
+    assert categories_of(
+        {**plain, "base_input": [["text"]], "contract": "assert sorted(a)"}
+    ) == categories_of(plain)
 
 
 def test_the_demos_problems():
     found = {problem_id: categories_of(problem) for problem_id, problem in load_problems().items()}
-    by_name = {load_problems()[problem_id]["entry_point"]: categories for problem_id, categories in found.items()}
+    by_name = {
+        load_problems()[problem_id]["entry_point"]: categories for problem_id, categories in found.items()
+    }
     assert by_name["flip_word_order"] == ["strings", "parsing"]
     assert by_name["letter_histogram"] == ["strings", "dictionaries"]
     assert by_name["prime_test"] == ["numbers", "searching", "mathematics"]
@@ -164,7 +174,9 @@ def test_what_cannot_be_read_is_an_error_that_names_the_task(damaged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variable", "count"), [("HUMANEVAL_OVERRIDE_PATH", 164), ("MBPP_OVERRIDE_PATH", 378)])
+@pytest.mark.parametrize(
+    ("variable", "count"), [("HUMANEVAL_OVERRIDE_PATH", 164), ("MBPP_OVERRIDE_PATH", 378)]
+)
 def test_every_real_task_is_read(variable, count):
     path = os.environ.get(variable)
     if path is None:

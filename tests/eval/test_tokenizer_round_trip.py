@@ -10,8 +10,8 @@ from helpers_tokenizers import byte_level, sentencepiece_kind
 from transformers import PreTrainedTokenizerFast
 
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.evalplus_data import Benchmark
-from dylora_moe.eval.tokenizer_round_trip import round_trip
+from dylora_moe.eval.evalplus_bridge.data import Benchmark
+from dylora_moe.eval.evalplus_bridge.tokenizer_round_trip import round_trip
 from dylora_moe.hub_export.errors import DyloraMoeWarning
 
 
@@ -24,7 +24,8 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def tasks(name: str) -> Benchmark:
-    """HumanEval's solutions go on from the prompt, with or without a blank line; MBPP's are whole programs."""
+    """HumanEval's solutions go on from the prompt, with or without a blank line; MBPP's are whole
+    programs."""
     if name == "mbpp":
         task = {
             "prompt": '"""\nCount the rows of a Table.\nassert rows([1]) == 1\n"""\n',
@@ -34,7 +35,10 @@ def tasks(name: str) -> Benchmark:
     prompt = f"from typing import List\n\n\ndef rows(table: List[int]) -> int:\n{DOCSTRING}"
     solutions = {"HumanEval/0": BODY, "HumanEval/1": "\n" + BODY}
     return Benchmark(
-        name, False, "", {name: {"prompt": prompt, "canonical_solution": text} for name, text in solutions.items()}
+        name,
+        False,
+        "",
+        {name: {"prompt": prompt, "canonical_solution": text} for name, text in solutions.items()},
     )
 
 
@@ -51,7 +55,9 @@ def template(*pieces: str) -> dict:
     """A post-processor that puts special tokens around a text, `$`."""
     ids = {"<s>": 1, "</s>": 2}
     parts = [
-        {"Sequence": {"id": "A", "type_id": 0}} if piece == "$" else {"SpecialToken": {"id": piece, "type_id": 0}}
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if piece == "$"
+        else {"SpecialToken": {"id": piece, "type_id": 0}}
         for piece in pieces
     ]
     special = {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in ids.items()}
@@ -74,8 +80,8 @@ def test_sound_tokenizers_are_not_told_of(name, chat_template, split_digits, beg
 
 @pytest.mark.parametrize("decoder", ["byte level", "Llama 2"])
 def test_a_decoder_that_takes_the_first_blank(decoder):
-    """It costs an answer its indentation, where that is what it begins with; Llama 2's does, too, in EvalPlus, which
-    decodes new tokens alone."""
+    """It costs an answer its indentation, where that is what it begins with; Llama 2's does, too, in
+    EvalPlus, which decodes new tokens alone."""
     if decoder == "byte level":
         changed = {"decoder": {"type": "Sequence", "decoders": [BYTE_LEVEL, STRIP]}}
         base, chat = load(byte_level(), **changed), load(byte_level(), CHAT.replace("<s>", ""), **changed)
@@ -93,7 +99,9 @@ def test_a_lower_casing_normaliser():
     tokenizer = load(byte_level(), normalizer={"type": "Lowercase"})
     answers, prompts = findings(tokenizer)
     assert "is not None]' becomes '    found = [row for row in table if row is not none]'" in answers
-    assert prompts.startswith("2 of 2 prompts come back as other texts (in HumanEval/0 'from typing import List'")
+    assert prompts.startswith(
+        "2 of 2 prompts come back as other texts (in HumanEval/0 'from typing import List'"
+    )
 
 
 def test_an_end_of_sequence_after_every_prompt():
@@ -114,7 +122,8 @@ def test_a_beginning_twice():
 def test_a_vocabulary_that_lacks_letters():
     model = json.loads(sentencepiece_kind())["model"]
     kept = {
-        piece: number for number, piece in enumerate(p for p in model["vocab"] if not p.startswith("<0x") and p != "=")
+        piece: number
+        for number, piece in enumerate(p for p in model["vocab"] if not p.startswith("<0x") and p != "=")
     }
     lacking = {**model, "vocab": kept, "byte_fallback": False}
     answers = findings(load(sentencepiece_kind(), model=lacking, added_tokens=[], post_processor=None))[0]
@@ -128,7 +137,14 @@ def test_a_benchmark_warns_once_and_keeps_what_evalplus_makes_of_it(tmp_path):
     vocabulary = save_text_tokenizer(model)
     save_foundation(model, vocab_size=vocabulary)
     save_text_tokenizer(model)
-    options = {"limit": 2, "max_new_tokens": 5, "dtype": "float32", "score": False, "n_samples": 2, "temperature": 0.5}
+    options = {
+        "limit": 2,
+        "max_new_tokens": 5,
+        "dtype": "float32",
+        "score": False,
+        "n_samples": 2,
+        "temperature": 0.5,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error", DyloraMoeWarning)
         benchmark(model, output_dir=tmp_path / "sound", **options)
@@ -141,5 +157,7 @@ def test_a_benchmark_warns_once_and_keeps_what_evalplus_makes_of_it(tmp_path):
     (model / "tokenizer.json").write_text(json.dumps(content))
     with pytest.warns(DyloraMoeWarning) as told:
         benchmark(model, output_dir=tmp_path / "spoilt", **options)
-    (message,) = [str(warning.message) for warning in told if "the tokenizer of model" in str(warning.message)]
+    (message,) = [
+        str(warning.message) for warning in told if "the tokenizer of model" in str(warning.message)
+    ]
     assert "2 of 2 prompts end in" in message and "prompts come back as other texts" in message

@@ -1,4 +1,5 @@
-"""The report's tables in Weights & Biases, by the real SDK in its own offline mode, in a process of its own."""
+"""The report's tables in Weights & Biases, by the real SDK in its own offline mode, in a process of its
+own."""
 
 import json
 import os
@@ -10,9 +11,9 @@ from environments import python_path
 from evalplus.data import humaneval
 from helpers_report import leave_folder
 
-from dylora_moe.eval.report_content import read_folder
-from dylora_moe.eval.report_tables import report_tables
-from dylora_moe.eval.wandb_tables import log_to_wandb
+from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.report.tables import report_tables
+from dylora_moe.eval.report.wandb_tables import log_to_wandb
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -38,7 +39,12 @@ def folder(tmp_path_factory, problems_file):
 
 def log(folder, home, **environment) -> subprocess.CompletedProcess:
     keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    own = {"HOME": str(home), "WANDB_DATA_DIR": f"{home}/data", "NETRC": f"{home}/.netrc", "PYTHONPATH": python_path()}
+    own = {
+        "HOME": str(home),
+        "WANDB_DATA_DIR": f"{home}/data",
+        "NETRC": f"{home}/.netrc",
+        "PYTHONPATH": python_path(),
+    }
     return subprocess.run(
         [sys.executable, "-c", CODE, str(folder), "guild/routers"],
         env={**keep, "OMP_NUM_THREADS": "1", **own, **environment},
@@ -56,7 +62,9 @@ def test_every_table_is_logged_as_it_stands(folder, tmp_path):
     done = log(folder, tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stdout + done.stderr
     tables = report_tables(read_folder(folder))
-    files = {path.name.partition(".table.json")[0].rsplit("_", 2)[0]: path for path in folder.rglob("*.table.json")}
+    files = {
+        path.name.partition(".table.json")[0].rsplit("_", 2)[0]: path for path in folder.rglob("*.table.json")
+    }
     assert set(files) == set(tables)
     for name, path in files.items():
         logged = json.loads(path.read_text())

@@ -55,7 +55,10 @@ def error_line(result) -> str:
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "dylora_moe", *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dylora_moe", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -91,7 +94,7 @@ def test_exporting_never_imports_what_lies_above(checkpoint):
     code = (
         "import sys, dylora_moe.hub_export as h\n"
         "h.export, h.inspect, h.make_variant, h.push, h.verify\n"
-        "import dylora_moe.hub_export.check_source\n"
+        "import dylora_moe.hub_export.checking.check_source\n"
         "sys.exit(', '.join(m for m in sys.modules if m.startswith(('dylora_moe.eval', 'dylora_moe.demo', 'evalplus'))) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -129,7 +132,15 @@ def test_verify_says_on_stderr_what_it_does_and_on_stdout_what_it_found(run, rep
 
 def test_export_prints_what_it_made(run, checkpoint, tmp_path):
     code, out, _ = run(
-        "export", checkpoint, "-o", tmp_path / "r", "--no-verify", "--expert-names", "a,b", "--expert_names", "c"
+        "export",
+        checkpoint,
+        "-o",
+        tmp_path / "r",
+        "--no-verify",
+        "--expert-names",
+        "a,b",
+        "--expert_names",
+        "c",
     )
     assert code == 0
     assert "experts: a, b, c, with a router; default strategy: router" in out
@@ -152,8 +163,14 @@ WRONG = {
     "not on this machine": (["inspect", "nobody/nothing"], "nobody/nothing"),
     "a W&B artifact": (["inspect", "wandb:a/b"], "a/b"),
     "unknown folder": (["inspect", "{empty}"], "an empty folder"),
-    "unknown strategy": (["export", "{checkpoint}", "-o", "{out}", "--routing_strategy", "x"], "Valid: router, best"),
-    "expert out of range": (["variant", "{repo}", "-o", "{out}", "--routing_strategy", "single:3"], "3 experts"),
+    "unknown strategy": (
+        ["export", "{checkpoint}", "-o", "{out}", "--routing_strategy", "x"],
+        "Valid: router, best",
+    ),
+    "expert out of range": (
+        ["variant", "{repo}", "-o", "{out}", "--routing_strategy", "single:3"],
+        "3 experts",
+    ),
     "no foundation": (["export", "{checkpoint}", "-o", "{out}", "--base_model", "/no/where"], "--base_model"),
     "output not empty": (["export", "{checkpoint}", "-o", "{checkpoint}", "--overwrite"], "is not empty"),
 }

@@ -1,4 +1,5 @@
-"""The evaluating commands' own spellings: options with several values, and those of the old benchmark script."""
+"""The evaluating commands' own spellings: options with several values, and those of the old benchmark
+script."""
 
 import os
 
@@ -71,7 +72,11 @@ def test_old_spellings_work_with_a_warning(given, understood, warning):
 def test_an_old_token_option_is_taken_and_never_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.warns(DyloraMoeWarning) as warned:
-        assert spread(["benchmark", "--hf_token", "hf_secret", "--model", "m"]) == ["benchmark", "--model", "m"]
+        assert spread(["benchmark", "--hf_token", "hf_secret", "--model", "m"]) == [
+            "benchmark",
+            "--model",
+            "m",
+        ]
     assert os.environ["HF_TOKEN"] == "hf_secret"
     assert "secret" not in str(warned[0].message)
 

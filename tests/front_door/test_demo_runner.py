@@ -10,14 +10,19 @@ from dylora_moe.demo.problems import FAMILIES, family_of, load_problems
 from dylora_moe.demo.report import ALL, ALL_PLUS, build_table, summarise
 from dylora_moe.demo.runner import STRATEGIES, _clear, run_demo
 from dylora_moe.demo.scoring import folder_name
-from dylora_moe.eval.stock_evalplus import TaskResult, read_results
+from dylora_moe.eval.evalplus_bridge.stock import TaskResult, read_results
 from dylora_moe.hub_export.errors import InputError
 
 
 def test_the_table_s_figures_are_means_of_the_results():
-    results = {task_id: TaskResult(base=float(family_of(task_id) == "lists"), plus=0.0) for task_id in load_problems()}
+    results = {
+        task_id: TaskResult(base=float(family_of(task_id) == "lists"), plus=0.0)
+        for task_id in load_problems()
+    }
     rows = summarise({"single:2": results})
-    assert rows == {"single:2": {"strings": 0.0, "numbers": 0.0, "lists": 1.0, ALL: pytest.approx(1 / 3), ALL_PLUS: 0}}
+    assert rows == {
+        "single:2": {"strings": 0.0, "numbers": 0.0, "lists": 1.0, ALL: pytest.approx(1 / 3), ALL_PLUS: 0}
+    }
     output = StringIO()
     Console(width=200, file=output).print(build_table(rows, problem_count=24))
     text = " ".join(output.getvalue().split())  # the caption is wrapped

@@ -151,7 +151,9 @@ def test_every_example_is_used_once_a_pass():
     examples = [Example([index], learned_from=0) for index in range(6)]
     batches = list(random_batches(examples, rows=2, steps=6, seed=0, padding=0))
     for one_pass in (batches[:3], batches[3:]):
-        assert sorted(token for batch in one_pass for token in batch.input_ids.flatten().tolist()) == list(range(6))
+        assert sorted(token for batch in one_pass for token in batch.input_ids.flatten().tolist()) == list(
+            range(6)
+        )
 
 
 def test_exercises_say_each_token_twice_and_no_special_one(trained):

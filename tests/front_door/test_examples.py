@@ -60,7 +60,8 @@ def test_a_file_is_no_folder_to_save_to(elsewhere, capsys):
 
 @pytest.fixture
 def samples(elsewhere, problems):
-    """A folder with the right solutions of two tasks, as a run with `--limit 2` leaves them, and the wrong ones."""
+    """A folder with the right solutions of two tasks, as a run with `--limit 2` leaves them, and the wrong
+    ones."""
     folder = elsewhere / "samples"
     folder.mkdir()
     tasks = [json.loads(line) for line in problems.read_text().splitlines()][:2]
@@ -73,9 +74,16 @@ def samples(elsewhere, problems):
 def test_samples_of_some_tasks_are_scored_on_these(samples, elsewhere, capsys):
     (samples / "again.raw.jsonl").write_text("not looked at")
     scores = main_of("rescore_samples")([str(samples)])
-    assert scores["right.jsonl"] == {"pass@1": 1.0, "plus_pass@1": 1.0} and scores["wrong.jsonl"]["pass@1"] == 0.0
+    assert (
+        scores["right.jsonl"] == {"pass@1": 1.0, "plus_pass@1": 1.0}
+        and scores["wrong.jsonl"]["pass@1"] == 0.0
+    )
     assert "right.jsonl: pass@1 100.0 %, plus_pass@1 100.0 % (2 tasks)" in capsys.readouterr().out
-    assert sorted(path.name for path in samples.iterdir()) == ["again.raw.jsonl", "right.jsonl", "wrong.jsonl"]
+    assert sorted(path.name for path in samples.iterdir()) == [
+        "again.raw.jsonl",
+        "right.jsonl",
+        "wrong.jsonl",
+    ]
 
 
 def test_a_file_that_cannot_be_scored_stops_no_other(samples, capsys):
@@ -85,7 +93,12 @@ def test_a_file_that_cannot_be_scored_stops_no_other(samples, capsys):
     assert ended(main_of("rescore_samples"), samples) == 2
     said = capsys.readouterr()
     assert "right.jsonl: pass@1 100.0 %" in said.out
-    for part in ("damaged.jsonl was not", "no tasks to score", "Mine/0 are not tasks", "3 of 5 files were not scored"):
+    for part in (
+        "damaged.jsonl was not",
+        "no tasks to score",
+        "Mine/0 are not tasks",
+        "3 of 5 files were not scored",
+    ):
         assert part in said.err
 
 

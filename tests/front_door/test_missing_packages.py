@@ -1,4 +1,5 @@
-"""What a command needs is looked at before it begins, and what it computed is shown whatever becomes of the report."""
+"""What a command needs is looked at before it begins, and what it computed is shown whatever becomes of the
+report."""
 
 import json
 import sys
@@ -7,12 +8,14 @@ import pytest
 from helpers_report import leave_folder
 
 from dylora_moe import cli
-from dylora_moe.eval import expert_analysis as analysis
-from dylora_moe.eval import figures, report, wandb_tables
-from dylora_moe.hub_export import mirror, wandb_sdk
+from dylora_moe.eval.analysis import expert_analysis as analysis
+from dylora_moe.eval.report import figures, wandb_tables
+from dylora_moe.eval.report import page as report
+from dylora_moe.hub_export import mirror
 from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.extras import check_packages
-from dylora_moe.hub_export.repo_files import RepoFiles
+from dylora_moe.hub_export.repo.repo_files import RepoFiles
+from dylora_moe.hub_export.sources import wandb_artifacts as wandb_sdk
 
 
 COMMANDS = ("benchmark", "expert-analysis", "routing-analysis")
@@ -45,7 +48,9 @@ def test_the_demo_trains_nothing_where_it_could_not_be_scored(tmp_path, monkeypa
 def test_all_that_is_missing_is_said_at_once(monkeypatch):
     for name in ("evalplus", "matplotlib", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"evalplus, matplotlib, wandb, which are .*'dylora-moe\[eval,wandb\]'"):
+    with pytest.raises(
+        InputError, match=r"evalplus, matplotlib, wandb, which are .*'dylora-moe\[eval,wandb\]'"
+    ):
         check_packages("evalplus", "jinja2", "matplotlib", "wandb")
 
 
@@ -53,7 +58,9 @@ def test_a_package_that_lacks_something_itself_is_not_called_missing(tmp_path, m
     (tmp_path / "matplotlib.py").write_text("import a_part_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
-    with pytest.raises(InputError, match="matplotlib cannot be imported: No module named 'a_part_that_is_not_there'"):
+    with pytest.raises(
+        InputError, match="matplotlib cannot be imported: No module named 'a_part_that_is_not_there'"
+    ):
         check_packages("matplotlib")
 
 
@@ -63,7 +70,9 @@ def test_wandb_without_a_login_is_said_before_any_work(command, tmp_path, monkey
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda url: False)
-    line = error_of([command, "--model", "no such model", "-o", str(tmp_path / "out"), "--wandb_project", "p"], capsys)
+    line = error_of(
+        [command, "--model", "no such model", "-o", str(tmp_path / "out"), "--wandb_project", "p"], capsys
+    )
     assert "no W&B API key on this machine" in line and not (tmp_path / "out").exists()
 
 
@@ -73,13 +82,17 @@ def test_mirror_push_without_a_login_reads_no_weights(tmp_path, monkeypatch, cap
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda url: False)
     monkeypatch.setattr(mirror, "repo_files", lambda folder: RepoFiles(["config.json"], [], "full", {}))
-    line = error_of(["mirror", "push", str(tmp_path), "guild/moe/mixture"], capsys)  # has no file to be hashed
+    line = error_of(
+        ["mirror", "push", str(tmp_path), "guild/moe/mixture"], capsys
+    )  # has no file to be hashed
     assert "no W&B API key on this machine" in line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wandb_project_of_another_form_is_said_before_any_work(command, tmp_path, capsys):
-    line = error_of([command, "--model", "m", "-o", str(tmp_path / "out"), "--wandb_project", "a/b/c"], capsys)
+    line = error_of(
+        [command, "--model", "m", "-o", str(tmp_path / "out"), "--wandb_project", "a/b/c"], capsys
+    )
     assert "PROJECT or ENTITY/PROJECT" in line and not (tmp_path / "out").exists()
 
 
@@ -87,7 +100,7 @@ def test_a_wandb_project_of_another_form_is_said_before_any_work(command, tmp_pa
 def analysed(tmp_path, problems, monkeypatch):
     """A folder with results, and the analysis of them, as if the command had just computed it."""
     folder = leave_folder(tmp_path / "out")
-    summary = json.loads((folder / analysis.ANALYSIS_FILE).read_text())
+    summary = json.loads((folder / analysis.EXPERTS_FILE).read_text())
     done = analysis.ExpertAnalysis(folder, summary)
     monkeypatch.setattr(analysis, "expert_analysis", lambda *_, **__: done)
     return folder, summary

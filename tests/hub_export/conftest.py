@@ -6,13 +6,15 @@ import pytest
 from helpers_checkpoints import save_adapters, save_final_checkpoint, save_foundation
 from huggingface_hub import constants
 
-from dylora_moe.hub_export import check, check_repo, export, rounding
+from dylora_moe.hub_export import export
+from dylora_moe.hub_export.checking import check, check_repo, rounding
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
-    """A Hub id that is not in the cache fails at once. huggingface_hub reads the environment only when imported."""
+    """A Hub id that is not in the cache fails at once. huggingface_hub reads the environment only when
+    imported."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     yield
@@ -37,7 +39,9 @@ def quick_check(monkeypatch):
         if not measure_rounding:
             return check.Computed(dict(check_repo.quantities(model, rows, router_logits)), {})
         parameters = list(model.parameters())
-        return check.Computed(*rounding.measure(lambda choice: check_repo.quantities(model, rows, choice), parameters))
+        return check.Computed(
+            *rounding.measure(lambda choice: check_repo.quantities(model, rows, choice), parameters)
+        )
 
     monkeypatch.setattr(check, "_repo_quantities", quantities)
 

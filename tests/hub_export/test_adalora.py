@@ -1,4 +1,5 @@
-"""AdaLoRA adapters: the fold into a plain low-rank sum is PEFT's own computation; QLoRA adapters are plain."""
+"""AdaLoRA adapters: the fold into a plain low-rank sum is PEFT's own computation; QLoRA adapters are
+plain."""
 
 import json
 
@@ -17,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from dylora_moe.hub_export.check_source import reference
+from dylora_moe.hub_export.checking.check_source import reference
 
 
 KEY = "base_model.model.model.layers.0.self_attn.v_proj"
@@ -99,7 +100,8 @@ def test_lora_and_adalora_together(adapter, foundation, tmp_path):
 
 
 def test_an_adapter_of_several_kinds_rounded_as_an_export_rounds_it(adapter, foundation, tmp_path):
-    """The check of an export in another dtype: the product of A and E is one tensor there, and is rounded as one."""
+    """The check of an export in another dtype: the product of A and E is one tensor there, and is rounded as
+    one."""
     plain = save_adapter(tmp_path / "plain", foundation, seed=1)
     mixture = read(adapter, plain)
     rows = torch.randint(0, VOCABULARY, (1, 6))
@@ -125,7 +127,10 @@ CONFIGS = {
     "alpha is infinite": ({"lora_alpha": float("inf")}, ["lora_alpha", "finite"]),
     "other init_r": ({"init_r": 5}, ["rank_pattern", "init_r (5)"]),
     "pattern is a list": ({"rank_pattern": [1]}, ["rank_pattern is a list"]),
-    "pattern of numbers": ({"rank_pattern": {"model.layers.0.self_attn.v_proj.lora_E": 3}}, ["rank_pattern of"]),
+    "pattern of numbers": (
+        {"rank_pattern": {"model.layers.0.self_attn.v_proj.lora_E": 3}},
+        ["rank_pattern of"],
+    ),
     "no pattern": ({"rank_pattern": None}, ["adapter_config.json says 6", "do not belong together"]),
     "pattern of an unknown layer": (
         {"rank_pattern": {"model.layers.7.mlp.up_proj.lora_E": [True] * 6}},
@@ -147,10 +152,19 @@ def test_a_wrong_config_is_one_line_that_names_it(adapter, name):
 
 TENSORS = {
     "no diagonal": (lambda tensors: tensors.pop(f"{KEY}.lora_E"), "no lora_E"),
-    "diagonal of other shape": (lambda tensors: tensors.update({f"{KEY}.lora_E": torch.zeros(2, 2)}), "[rank, 1]"),
-    "integers": (lambda tensors: tensors.update({f"{KEY}.lora_E": tensors[f"{KEY}.lora_E"].int()}), "not as floats"),
+    "diagonal of other shape": (
+        lambda tensors: tensors.update({f"{KEY}.lora_E": torch.zeros(2, 2)}),
+        "[rank, 1]",
+    ),
+    "integers": (
+        lambda tensors: tensors.update({f"{KEY}.lora_E": tensors[f"{KEY}.lora_E"].int()}),
+        "not as floats",
+    ),
     "rank number": (lambda tensors: tensors.update({f"{KEY}.ranknum": torch.ones(1)}), "ranknum"),
-    "LoRA's own names": (lambda tensors: tensors.update({f"{KEY}.lora_A.weight": torch.ones(1, 32)}), "unknown name"),
+    "LoRA's own names": (
+        lambda tensors: tensors.update({f"{KEY}.lora_A.weight": torch.ones(1, 32)}),
+        "unknown name",
+    ),
     "everything pruned": (lambda tensors: tensors.clear(), "saved empty"),
 }
 
@@ -173,7 +187,8 @@ def test_a_layer_that_lost_ranks_that_the_config_keeps(adapter):
 
 
 def test_adapters_of_a_quantised_foundation_are_plain(foundation, tmp_path):
-    """What QLoRA runs write into the config on top: initialisation and quantisation settings, none of which count."""
+    """What QLoRA runs write into the config on top: initialisation and quantisation settings, none of which
+    count."""
     adapter = save_adapter(tmp_path / "quantised", foundation, seed=2)
     change_json(
         adapter / "adapter_config.json",

@@ -25,7 +25,9 @@ def tied(tmp_path_factory):
 
 @pytest.fixture
 def adapter(tied, tmp_path):
-    adapter = save_adapter(tmp_path / "head", tied, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 2})
+    adapter = save_adapter(
+        tmp_path / "head", tied, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 2}
+    )
     assert HEAD in load_file(adapter / "adapter_model.safetensors")
     return adapter
 
@@ -83,7 +85,9 @@ def test_an_untied_head_is_saved_along_as_well(quick_check, foundation, tmp_path
 
 def test_embeddings_that_are_saved_along(quick_check, adapter, tied, tmp_path):
     embeddings = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
-    change_tensors(adapter, lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": embeddings}))
+    change_tensors(
+        adapter, lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": embeddings})
+    )
     assert export(adapter, tmp_path / "out").check.passed
 
 
@@ -91,7 +95,11 @@ TRAINED = {
     "a trained head": (HEAD, lambda head: head + 0.1, "whose own is another"),
     "one number": (HEAD, lambda head: torch.cat([head[:-1], head[-1:] * 1.01]), "whose own is another"),
     "a longer vocabulary": (HEAD, lambda head: torch.cat([head, head[:3]]), "whose own is another"),
-    "a layer": ("base_model.model.model.layers.7.mlp.up_proj.weight", lambda head: head.clone(), "does not have it"),
+    "a layer": (
+        "base_model.model.model.layers.7.mlp.up_proj.weight",
+        lambda head: head.clone(),
+        "does not have it",
+    ),
 }
 
 
@@ -118,7 +126,8 @@ def test_a_whole_weight_that_cannot_be_compared_is_refused(adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"], "ensure_weight_tying": True}]
+    "fields",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"], "ensure_weight_tying": True}],
 )
 def test_lora_on_the_embeddings_is_refused_by_name(tied, tmp_path, fields):
     """PEFT's `ensure_weight_tying` puts that of the head on them as well."""
@@ -132,7 +141,8 @@ def test_the_expert_merged_is_an_untied_model(adapter, tied, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not model.config.tie_word_embeddings
     assert torch.equal(
-        model.get_input_embeddings().weight, AutoModelForCausalLM.from_pretrained(tied).get_input_embeddings().weight
+        model.get_input_embeddings().weight,
+        AutoModelForCausalLM.from_pretrained(tied).get_input_embeddings().weight,
     )
     with torch.no_grad():
         assert torch.allclose(model(ROWS).logits, peft_logits(tied, adapter)[0], atol=1e-4)

@@ -6,13 +6,13 @@ from helpers_checkpoints import change_json, final_checkpoint_tensors, save_fina
 from safetensors.torch import load_file, save_file
 
 from dylora_moe.hub_export import FailureError, export, exporter
-from dylora_moe.hub_export import check as check_module
-from dylora_moe.hub_export.check import Computed, check_tensors, compare, compare_logits
-from dylora_moe.hub_export.exporter import read_mixture
-from dylora_moe.hub_export.formats import open_sources
-from dylora_moe.hub_export.options import ExportOptions
-from dylora_moe.hub_export.plan import make_plan
-from dylora_moe.hub_export.tensor_files import read_json
+from dylora_moe.hub_export.checking import check as check_module
+from dylora_moe.hub_export.checking.check import Computed, check_tensors, compare, compare_logits
+from dylora_moe.hub_export.preparation import read_mixture
+from dylora_moe.hub_export.readers.open_source import open_sources
+from dylora_moe.hub_export.repo.options import ExportOptions
+from dylora_moe.hub_export.repo.plan import make_plan
+from dylora_moe.hub_export.tensors.tensor_files import read_json
 
 
 def check(repo, checkpoint):
@@ -44,7 +44,16 @@ def test_a_right_export_passes_with_every_quantity_compared(checked):
     assert report.precision == "float64" and report.largest_difference < 1e-12
     assert all(0 < comparison.rounding < 1e-12 < comparison.effect for comparison in report.comparisons)
     names = [comparison.quantity for comparison in report.comparisons]
-    assert names == ["base", "single:0", "single:1", "single:2", "uniform", "router logits", "router", "router, dense"]
+    assert names == [
+        "base",
+        "single:0",
+        "single:1",
+        "single:2",
+        "uniform",
+        "router logits",
+        "router",
+        "router, dense",
+    ]
     assert all(comparison.positions == 24 for comparison in report.comparisons)
 
 
@@ -133,7 +142,9 @@ def test_a_quantity_that_one_side_lacks_never_passes():
 
 
 def test_dense_and_top_2_routers_are_checked_with_the_settings_given(quick_check, checkpoint, tmp_path):
-    dense = export(checkpoint, tmp_path / "dense", router_mode="dense", router_temperature=0.5, router_input="base")
+    dense = export(
+        checkpoint, tmp_path / "dense", router_mode="dense", router_temperature=0.5, router_input="base"
+    )
     assert dense.check.passed
     assert read_json(tmp_path / "dense" / "config.json")["router_input"] == "base"
     pairs = export(checkpoint, tmp_path / "pairs", num_experts_per_tok=2)

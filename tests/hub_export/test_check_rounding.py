@@ -1,4 +1,5 @@
-"""Nothing right is refused, nothing wrong accepted: what the check allows is what rounding does to each model."""
+"""Nothing right is refused, nothing wrong accepted: what the check allows is what rounding does to each
+model."""
 
 import copy
 import json
@@ -12,15 +13,19 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dylora_moe.hub_export import DyloraMoeWarning, FailureError, export, merge, merging, rounding, verify
-from dylora_moe.hub_export.check import Comparison, compared
+from dylora_moe.hub_export import DyloraMoeWarning, FailureError, export, merge, merging, verify
+from dylora_moe.hub_export.checking import rounding
+from dylora_moe.hub_export.checking.check import Comparison, compared
 
 
 DETECTABLE = 100  # times its rounding that a quantity is off by
 
 
-def outcomes(seed: int, precision: torch.dtype, layers: tuple[int, ...], corruptions: list[str]) -> dict[str, str]:
-    """ "passed", "cannot tell", "caught" or what is wrong with it, for a right repo and for each corruption."""
+def outcomes(
+    seed: int, precision: torch.dtype, layers: tuple[int, ...], corruptions: list[str]
+) -> dict[str, str]:
+    """ "passed", "cannot tell", "caught" or what is wrong with it, for a right repo and for each
+    corruption."""
     words, model = random_mixture(seed, layers)
     source = source_side(model, precision)
     right = repo_side(model, precision, source)
@@ -84,7 +89,8 @@ def test_right_repos_pass_and_wrong_ones_do_not_of_many_kinds(seed, precision):
 
 @pytest.fixture(scope="module")
 def steep(tmp_path_factory):
-    """Sources on a foundation whose weights are so large that float32 is 6e-4 from float64: every format, three experts."""
+    """Sources on a foundation whose weights are so large that float32 is 6e-4 from float64: every format,
+    three experts."""
     folder = tmp_path_factory.mktemp("steep")
     torch.manual_seed(0)
     sizes = {"vocab_size": 800, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
@@ -125,7 +131,9 @@ def _write_final_checkpoint(folder, model, gate):
 
 def _write_trainer_checkpoint(folder, model, gate):
     folder.mkdir()
-    write_json(folder / "config.json", {"model_type": "dylora-moe", "num_experts": 3, "checkpoint_type": "peft_only"})
+    write_json(
+        folder / "config.json", {"model_type": "dylora-moe", "num_experts": 3, "checkpoint_type": "peft_only"}
+    )
     for name in model.peft_config:
         model.save_pretrained(folder / "peft_adapters" / name, selected_adapters=[name])
     save_file({f"gate.{key}": value for key, value in gate.items()}, folder / "router.safetensors")
@@ -151,19 +159,28 @@ FORMATS = {
 
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 @pytest.mark.parametrize("source_format", FORMATS)
-def test_a_steep_foundation_is_exported_from_every_format(quick_check, steep, tmp_path, source_format, layout):
+def test_a_steep_foundation_is_exported_from_every_format(
+    quick_check, steep, tmp_path, source_format, layout
+):
     sources = [steep / place for place in FORMATS[source_format]]
     named = source_format in ("final checkpoint", "whole-model state dict")
-    options = {"base_model": None if named else str(steep / "foundation"), "tokenizer": str(steep / "foundation")}
+    options = {
+        "base_model": None if named else str(steep / "foundation"),
+        "tokenizer": str(steep / "foundation"),
+    }
     result = export(sources, tmp_path / "repo", layout=layout, **options)
-    assert result.format == source_format and result.check.passed is True and result.check.precision == "float64"
+    assert (
+        result.format == source_format and result.check.passed is True and result.check.precision == "float64"
+    )
     assert all(comparison.rounding > 0 for comparison in result.check.comparisons)
 
 
 def test_a_steep_repo_is_exported_again_verified_and_merged(quick_check, steep, tmp_path):
     repo = export(steep / "final", tmp_path / "repo", router_input="experts_sum").output_dir
     assert export(repo, tmp_path / "again").check.passed is True
-    (logits,) = [finding for finding in verify(repo, against=steep / "final").findings if finding.what == "logits"]
+    (logits,) = [
+        finding for finding in verify(repo, against=steep / "final").findings if finding.what == "logits"
+    ]
     assert logits.passed and "in float64 (rounding allows " in logits.detail
     merged = merge(repo, expert=1, output_dir=tmp_path / "merged")
     assert merged.passed and merged.difference <= merged.allowed
@@ -172,7 +189,9 @@ def test_a_steep_repo_is_exported_again_verified_and_merged(quick_check, steep, 
 def test_the_report_says_what_is_allowed_and_why(checked):
     found = checked[1].check.to_dict()
     assert found["precision"] == "float64" and found["passed"] is True
-    assert found["allowed_from"].startswith("20 times how far a quantity moves when each weight of the source moves")
+    assert found["allowed_from"].startswith(
+        "20 times how far a quantity moves when each weight of the source moves"
+    )
     for entry in found["quantities"]:
         assert entry["allowed"] == 20 * entry["rounding"] > entry["difference"] and entry["passed"] is True
 
@@ -188,19 +207,27 @@ def test_without_memory_for_float64_the_check_says_so(monkeypatch, quick_check, 
     assert all(1e-9 < comparison.rounding < 1e-3 for comparison in report.comparisons)
 
 
-def test_experts_too_small_to_be_told_from_rounding_are_said_to_be(monkeypatch, quick_check, foundation, tmp_path):
+def test_experts_too_small_to_be_told_from_rounding_are_said_to_be(
+    monkeypatch, quick_check, foundation, tmp_path
+):
     """An error in them would not show: neither passed nor failed."""
     without_memory(monkeypatch)
-    adapters = [save_adapter(tmp_path / name, foundation, seed=seed) for seed, name in enumerate(("large", "small"))]
+    adapters = [
+        save_adapter(tmp_path / name, foundation, seed=seed) for seed, name in enumerate(("large", "small"))
+    ]
     _rescale(adapters[1], 1e-4)
-    with pytest.warns(DyloraMoeWarning, match=r"the logits of expert 1 \(small\) cannot be told from wrong ones"):
+    with pytest.warns(
+        DyloraMoeWarning, match=r"the logits of expert 1 \(small\) cannot be told from wrong ones"
+    ):
         result = export(adapters, tmp_path / "repo")
     assert result.check.passed is None
     outcome = {comparison.quantity: comparison.passed for comparison in result.check.comparisons}
     assert outcome == {"base": True, "single:0": True, "single:1": None, "uniform": True}
     verification = verify(result.output_dir, against=adapters)
     (logits,) = [finding for finding in verification.findings if finding.what == "logits"]
-    assert logits.passed is None and "expert 1 (small) cannot be told" in logits.detail and verification.passed
+    assert (
+        logits.passed is None and "expert 1 (small) cannot be told" in logits.detail and verification.passed
+    )
     with pytest.warns(DyloraMoeWarning, match="expert small makes no more than"):
         assert merge(result.output_dir, expert="small", output_dir=tmp_path / "merged").passed is None
 
@@ -221,7 +248,9 @@ def test_an_expert_that_does_nothing_is_no_unclear_one(quick_check, foundation, 
 
 
 @pytest.mark.parametrize("gate", ["zero", "nearly tied"])
-def test_the_router_is_compared_where_its_gate_cannot_choose(monkeypatch, quick_check, foundation, tmp_path, gate):
+def test_the_router_is_compared_where_its_gate_cannot_choose(
+    monkeypatch, quick_check, foundation, tmp_path, gate
+):
     checkpoint = save_final_checkpoint(tmp_path / "final", foundation)
     path = checkpoint / "dylo_moe_state" / "router.pt"
     state = torch.load(path)
@@ -231,7 +260,11 @@ def test_the_router_is_compared_where_its_gate_cannot_choose(monkeypatch, quick_
         state["gate_state_dict"]["weight"] = row * torch.tensor([[1.0], [1 + 2**-23], [1 - 2**-23]])
     torch.save(state, path)
     compared = {entry.quantity: entry for entry in export(checkpoint, tmp_path / "repo").check.comparisons}
-    assert compared["router"].passed is True and compared["router"].positions == 24 and compared["router"].effect > 0.1
+    assert (
+        compared["router"].passed is True
+        and compared["router"].positions == 24
+        and compared["router"].effect > 0.1
+    )
 
     from dylora_moe.modeling import router_dylora_moe
 
@@ -255,7 +288,9 @@ def test_a_wrong_scale_is_caught_by_merge(checked, tmp_path, monkeypatch):
         return merged
 
     monkeypatch.setattr(DyloraMoeForCausalLM, "merge_expert", wrongly)
-    with pytest.raises(FailureError, match="the merged model's logits differ from those of the expert expert_1 by"):
+    with pytest.raises(
+        FailureError, match="the merged model's logits differ from those of the expert expert_1 by"
+    ):
         merge(checked[0], expert=1, output_dir=tmp_path / "merged")
 
 

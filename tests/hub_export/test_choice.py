@@ -6,17 +6,20 @@ import pytest
 from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_router, write_json
 
 from dylora_moe.hub_export import InputError
-from dylora_moe.hub_export.choice import choose_folder
+from dylora_moe.hub_export.readers.choice import choose_folder
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, foundation):
-    return save_final_checkpoint(tmp_path_factory.mktemp("choice") / "final", foundation, num_experts=1, rank=1)
+    return save_final_checkpoint(
+        tmp_path_factory.mktemp("choice") / "final", foundation, num_experts=1, rank=1
+    )
 
 
 @pytest.fixture
 def run(small, tmp_path):
-    """A run's folder with three checkpoints, of which the one with the highest step is not the last by its letters."""
+    """A run's folder with three checkpoints, of which the one with the highest step is not the last by its
+    letters."""
     for step in (20, 9, 100):
         shutil.copytree(small, tmp_path / "run" / f"checkpoint-{step}")
     (tmp_path / "run" / "logs").mkdir()
@@ -39,11 +42,15 @@ def choice_error(run, subfolder=None) -> str:
 def test_the_best_model_wins(run, small):
     write_json(run / "trainer_state.json", {"best_model_checkpoint": "checkpoint-9"})
     shutil.copytree(small, run / "best_model")
-    assert chosen(run).startswith("best_model: the run's best model; also there: checkpoint-100, checkpoint-20")
+    assert chosen(run).startswith(
+        "best_model: the run's best model; also there: checkpoint-100, checkpoint-20"
+    )
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-100"])
-@pytest.mark.parametrize("path", ["/somewhere/else/out/checkpoint-9", "C:\\runs\\checkpoint-9", "checkpoint-9/"])
+@pytest.mark.parametrize(
+    "path", ["/somewhere/else/out/checkpoint-9", "C:\\runs\\checkpoint-9", "checkpoint-9/"]
+)
 def test_then_what_the_trainer_calls_the_best(run, place, path):
     write_json(run / place / "trainer_state.json", {"best_model_checkpoint": path, "global_step": 100})
     text = chosen(run)
@@ -132,7 +139,9 @@ def test_a_subfolder_is_the_users_own_choice(run, small):
     assert choose_folder(run, "logs/deep") == (run / "logs" / "deep", None)
 
 
-@pytest.mark.parametrize("subfolder", ["..", "../run/checkpoint-9", "checkpoint-9/../..", "/", "", "link", "a\0b"])
+@pytest.mark.parametrize(
+    "subfolder", ["..", "../run/checkpoint-9", "checkpoint-9/../..", "/", "", "link", "a\0b"]
+)
 def test_a_subfolder_does_not_leave_the_folder(run, small, subfolder):
     (run / "link").symlink_to(small)
     assert "leads out of" in choice_error(run, subfolder)

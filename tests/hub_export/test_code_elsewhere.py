@@ -10,7 +10,7 @@ from helpers_checkpoints import change_json, save_adapter, save_foundation, save
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import hub_kernels
 
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, make_variant, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -25,7 +25,9 @@ ASKING = {
     "experts": {"experts_implementation": "sonicmoe"},
     "experts by the private name": {"_experts_implementation": "deepgemm"},
     "experts as they are kept": {"_experts_implementation_internal": "sonicmoe"},
-    "code": {"auto_map": {"AutoConfig": "eve/code--config.Config", "AutoModelForCausalLM": "eve/code--model.Model"}},
+    "code": {
+        "auto_map": {"AutoConfig": "eve/code--config.Config", "AutoModelForCausalLM": "eve/code--model.Model"}
+    },
 }
 NAMES = ("attn_implementation", "experts_implementation", "auto_map")
 
@@ -121,7 +123,9 @@ def test_a_repos_config(checkpoint, checked, tmp_path, quick_check, fetched, cas
         check_repo_asks_for_nothing(export(repo, tmp_path / f"{repo.name}-again").output_dir)
         model = find_model(repo).load(dtype="float32", device="cpu", attn_implementation="eager").model
         assert model.config._attn_implementation == "eager"
-        assert find_model(repo).load(dtype="float32", device="cpu").model.config._attn_implementation == "sdpa"
+        assert (
+            find_model(repo).load(dtype="float32", device="cpu").model.config._attn_implementation == "sdpa"
+        )
         merge(repo, expert=0, output_dir=tmp_path / f"{repo.name}-merged")
         merged = json.loads((tmp_path / f"{repo.name}-merged" / "config.json").read_text())
         assert not names_code(merged)
@@ -167,7 +171,9 @@ def test_kernels_of_a_quantisation_are_not_fetched(foundation, tmp_path, fetched
             InputError, match="is quantised; pass the original model in full precision with --base_model"
         ):
             export(adapter, tmp_path / "repo", base_model=str(own), layout=layout)
-    with pytest.raises(InputError, match=f"is quantised by {method}, for which transformers downloads kernels"):
+    with pytest.raises(
+        InputError, match=f"is quantised by {method}, for which transformers downloads kernels"
+    ):
         find_model(own).load(dtype="float32", device="cpu")
     repo = shutil.copytree(checked[0], tmp_path / "repo")
     change_json(repo / "config.json", quantization_config=asking)
@@ -175,7 +181,9 @@ def test_kernels_of_a_quantisation_are_not_fetched(foundation, tmp_path, fetched
         lambda: find_model(repo).load(dtype="float32", device="cpu"),
         lambda: merge(repo, expert=0, output_dir=tmp_path / "merged"),
     ):
-        with pytest.raises(InputError, match=f"is quantised by {method}, for which transformers downloads kernels"):
+        with pytest.raises(
+            InputError, match=f"is quantised by {method}, for which transformers downloads kernels"
+        ):
             use()
 
 
@@ -184,5 +192,7 @@ def test_a_foundation_that_became_quantised_is_not_loaded_for_layout_adapter(fou
     adapter = save_adapter(tmp_path / "adapter", own, seed=2)
     repo = export(adapter, tmp_path / "repo", layout="adapter", verify=False).output_dir
     change_json(own / "config.json", quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ValueError, match=r"is quantised: pass the original model in full precision as `base_model=`"):
+    with pytest.raises(
+        ValueError, match=r"is quantised: pass the original model in full precision as `base_model=`"
+    ):
         DyloraMoeForCausalLM.from_pretrained(repo)

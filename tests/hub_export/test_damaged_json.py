@@ -6,13 +6,17 @@ import shutil
 import pytest
 from helpers_checkpoints import save_adapter
 
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, make_variant, merge, verify
-from dylora_moe.hub_export.repo_files import repo_files
+from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
-DAMAGES = {"no JSON": "{", "no object": "[3]", "a wrong field": '{"watermarking_config": 3, "num_beams": "many"}'}
+DAMAGES = {
+    "no JSON": "{",
+    "no object": "[3]",
+    "a wrong field": '{"watermarking_config": 3, "num_beams": "many"}',
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -37,7 +41,9 @@ def test_generation_config_of_a_repo(repo, checkpoint, tmp_path, layout, damage)
             use()
         assert name == "load" or isinstance(caught.value, InputError), name
     if damage != "a wrong field":
-        assert any(str(path) in finding.detail for finding in verify(repo).findings if finding.passed is False)
+        assert any(
+            str(path) in finding.detail for finding in verify(repo).findings if finding.passed is False
+        )
     assert not any((tmp_path / name).exists() for name in ("merged", "again", "variant"))
 
 
@@ -86,5 +92,7 @@ def test_a_generation_config_beside_the_foundation_of_a_light_repo(foundation, t
     adapter = save_adapter(tmp_path / "adapter", own, seed=2)
     repo = export(adapter, tmp_path / "repo", layout="adapter", verify=False).output_dir
     (own / "generation_config.json").write_text("[1]")
-    with pytest.raises(InputError, match=rf"{re.escape(str(own / 'generation_config.json'))} holds a JSON list"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(str(own / 'generation_config.json'))} holds a JSON list"
+    ):
         find_model(repo).load(dtype="float32", device="cpu")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from dylora_moe.hub_export import FailureError, InputError, export, exporter
-from dylora_moe.hub_export.tensor_files import read_json
+from dylora_moe.hub_export.tensors.tensor_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -58,12 +58,16 @@ def test_the_strategy_survives_reading_and_the_foundations_fields_with_it(checke
 def test_a_generation_config_of_the_foundations_own_is_kept(tmp_path, checkpoint, foundation):
     """Even one that transformers would not save anew: a temperature without sampling."""
     base = shutil.copytree(foundation, tmp_path / "base")
-    write_json(base / "generation_config.json", {"eos_token_id": [1, 5], "do_sample": False, "temperature": 0.6})
+    write_json(
+        base / "generation_config.json", {"eos_token_id": [1, 5], "do_sample": False, "temperature": 0.6}
+    )
     export(checkpoint, tmp_path / "out", base_model=str(base), verify=False)
     stored = read_json(tmp_path / "out" / "generation_config.json")
     assert (stored["eos_token_id"], stored["temperature"]) == ([1, 5], 0.6)
     assert stored["routing_strategy"] == "router"
-    assert DyloraMoeForCausalLM.from_pretrained(tmp_path / "out").generation_config.routing_strategy == "router"
+    assert (
+        DyloraMoeForCausalLM.from_pretrained(tmp_path / "out").generation_config.routing_strategy == "router"
+    )
 
 
 def test_the_tokenizer_comes_back_the_same(checked, checkpoint):
@@ -81,7 +85,9 @@ def test_the_tokenizer_falls_back_to_the_foundation_or_is_asked_for(tmp_path, fo
     assert export(folder, tmp_path / "a", verify=False).tokenizer == str(foundation)
     assert "--tokenizer" in export_error(folder, tmp_path / "b", base_model=str(bare))
     save_tokenizer(tmp_path / "words")
-    given = export(folder, tmp_path / "c", base_model=str(bare), tokenizer=str(tmp_path / "words"), verify=False)
+    given = export(
+        folder, tmp_path / "c", base_model=str(bare), tokenizer=str(tmp_path / "words"), verify=False
+    )
     assert given.tokenizer == str(tmp_path / "words")
 
 
@@ -115,8 +121,15 @@ def test_an_exported_repo_is_exported_again_with_other_settings(tmp_path, checke
     assert result.routing_strategy == "single:1"
     config = DyloraMoeForCausalLM.from_pretrained(result.output_dir).config
     assert config.expert_names == ["first", "second", "third"]
-    assert (config.num_experts_per_tok, config.router_mode, config.router_input) == (2, "sparse", "experts_sum")
-    tensors, copied = load_file(repo / "model.safetensors"), load_file(result.output_dir / "model.safetensors")
+    assert (config.num_experts_per_tok, config.router_mode, config.router_input) == (
+        2,
+        "sparse",
+        "experts_sum",
+    )
+    tensors, copied = (
+        load_file(repo / "model.safetensors"),
+        load_file(result.output_dir / "model.safetensors"),
+    )
     assert tensors.keys() == copied.keys()
     assert all(torch.equal(tensors[name], copied[name]) for name in tensors)
 
@@ -146,7 +159,12 @@ def test_the_card_is_true(checked):
 @pytest.mark.parametrize("strategy", ["fastest", "single", "single:3", "single:nobody", "router:1"])
 def test_an_unknown_strategy_lists_the_valid_ones_and_the_experts(tmp_path, checkpoint, strategy):
     message = export_error(checkpoint, tmp_path / "out", routing_strategy=strategy)
-    for part in (strategy, "router, best, single:", "round_robin", "0 (expert_0), 1 (expert_1), 2 (expert_2)"):
+    for part in (
+        strategy,
+        "router, best, single:",
+        "round_robin",
+        "0 (expert_0), 1 (expert_1), 2 (expert_2)",
+    ):
         assert part in message
     assert not (tmp_path / "out").exists()
 
@@ -289,9 +307,7 @@ def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path, foundation, plac
     name = next(name for name in tensors if name.endswith(("q_proj.weight", "q_proj.lora_A.weight")))
     tensors[name][0, 0] = 1e5
     save_file(tensors, path, metadata={"format": "pt"})
-    message = (
-        r"holds numbers that are too large for torch\.float16 \(choose another --dtype\) (in|on) model\.layers\.0"
-    )
+    message = r"holds numbers that are too large for torch\.float16 \(choose another --dtype\) (in|on) model\.layers\.0"
     with pytest.raises(InputError, match=message):
         export(source, tmp_path / "repo", dtype="float16", verify=False)
     assert export(source, tmp_path / "repo", dtype="bfloat16").check.passed is not False

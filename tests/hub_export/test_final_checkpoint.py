@@ -19,7 +19,8 @@ from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
 def export_error(source, tmp_path, **options) -> str:
-    """The message of an export that must fail, and must leave neither an output nor a change in the source."""
+    """The message of an export that must fail, and must leave neither an output nor a change in the
+    source."""
     before = snapshot(source)
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", verify=False, **options)
@@ -133,20 +134,38 @@ def add_whole_weight(folder):
 DAMAGES = {
     "rank": (break_rank, ["expert_2", "rank 3", "_dylora_lora_r is 4"]),
     "no bias": (lambda folder: break_gate(folder, bias=None), ["gate_state_dict has no bias"]),
-    "gate of other size": (lambda folder: break_gate(folder, weight=torch.zeros(2, 32)), ["[2, 32]", "3 experts"]),
-    "no router": (lambda folder: (folder / "dylo_moe_state" / "router.pt").unlink(), ["router.pt is missing"]),
-    "no top_k": (lambda folder: save_router(folder, 3, top_k=None), ["has no top_k", "--num_experts_per_tok"]),
+    "gate of other size": (
+        lambda folder: break_gate(folder, weight=torch.zeros(2, 32)),
+        ["[2, 32]", "3 experts"],
+    ),
+    "no router": (
+        lambda folder: (folder / "dylo_moe_state" / "router.pt").unlink(),
+        ["router.pt is missing"],
+    ),
+    "no top_k": (
+        lambda folder: save_router(folder, 3, top_k=None),
+        ["has no top_k", "--num_experts_per_tok"],
+    ),
     "top_k too large": (lambda folder: save_router(folder, 3, top_k=9), ["num_experts_per_tok", "9"]),
     "input_size": (lambda folder: save_router(folder, 3, input_size=64), ["input_size is 64"]),
     "expert file gone": (lambda folder: (folder / "peft_adapters" / "expert_1.pt").unlink(), ["expert_1.pt"]),
-    "one too many": (lambda folder: change_json(folder / "config.json", _dylora_num_experts=2), ["3 expert files"]),
+    "one too many": (
+        lambda folder: change_json(folder / "config.json", _dylora_num_experts=2),
+        ["3 expert files"],
+    ),
     "truncated expert": (lambda folder: truncate(folder / "peft_adapters" / "expert_1.pt"), ["expert_1.pt"]),
     "truncated router": (lambda folder: truncate(folder / "dylo_moe_state" / "router.pt"), ["router.pt"]),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+    "config is no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        ["config.json", "not valid JSON"],
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json does not exist"]),
     "half a matrix pair": (lose_matrix, ["expert_0", "layers.0.self_attn.q_proj", "not both"]),
     "a whole weight": (add_whole_weight, ["lm_head.weight is not a LoRA matrix"]),
-    "alpha is text": (lambda folder: change_json(folder / "config.json", _dylora_lora_alpha="8"), ["'8'", "number"]),
+    "alpha is text": (
+        lambda folder: change_json(folder / "config.json", _dylora_lora_alpha="8"),
+        ["'8'", "number"],
+    ),
     "no foundation": (
         lambda folder: change_json(folder / "config.json", base_model_name_or_path=None),
         ["--base_model"],
@@ -190,7 +209,9 @@ def test_pickled_code_is_not_run(damaged, tmp_path, name, monkeypatch):
 def test_a_relative_foundation_is_found_from_the_checkpoint(damaged, foundation, tmp_path):
     shutil.copytree(foundation, damaged.parent / "base")
     change_json(damaged / "config.json", base_model_name_or_path="./base")
-    assert export(damaged, tmp_path / "out", verify=False).foundation == str((damaged.parent / "base").resolve())
+    assert export(damaged, tmp_path / "out", verify=False).foundation == str(
+        (damaged.parent / "base").resolve()
+    )
 
 
 def test_stored_maturity_is_told(damaged, tmp_path):
@@ -212,7 +233,9 @@ def test_a_router_beside_the_folder_is_read_and_told(checked, older, tmp_path):
     assert any(str(older.parent / "dylo_moe_state" / "router.pt") in note for note in found.notes)
     result = export(older, tmp_path / "out")
     assert result.check.passed and "router" in {c.quantity for c in result.check.comparisons}
-    first, second = (DyloraMoeForCausalLM.from_pretrained(folder) for folder in (checked[0], tmp_path / "out"))
+    first, second = (
+        DyloraMoeForCausalLM.from_pretrained(folder) for folder in (checked[0], tmp_path / "out")
+    )
     assert torch.equal(first.router.gate.weight, second.router.gate.weight)
     assert torch.equal(first.router.gate.bias, second.router.gate.bias)
 
@@ -221,7 +244,9 @@ def test_the_folder_s_own_router_comes_first(older, tmp_path):
     (older / "dylo_moe_state").mkdir()
     save_router(older, 3, temperature=0.5)
     found = inspect(older)
-    assert found.router["router_temperature"] == 0.5 and not any("has none of its own" in note for note in found.notes)
+    assert found.router["router_temperature"] == 0.5 and not any(
+        "has none of its own" in note for note in found.notes
+    )
 
 
 def test_the_end_of_a_run_is_no_router_of_a_step(older, tmp_path):

@@ -13,7 +13,7 @@ from helpers_checkpoints import change_json, save_adapter, save_foundation, snap
 from hub_server import Hub, Repo
 from transformers.utils import find_adapter_config_file
 
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
 from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
@@ -21,7 +21,8 @@ from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
 
 @pytest.fixture
 def moved(foundation, tmp_path):
-    """An adapter, its repo of layout `adapter`, and its foundation, which has moved to another folder since."""
+    """An adapter, its repo of layout `adapter`, and its foundation, which has moved to another folder
+    since."""
     own = shutil.copytree(foundation, tmp_path / "before" / "foundation")
     adapter = save_adapter(tmp_path / "source", own, seed=2)
     repo = export(adapter, tmp_path / "repo", layout="adapter", verify=False).output_dir
@@ -45,7 +46,9 @@ def test_one_that_moved(moved, tmp_path):
     for name, use in uses(adapter, repo, tmp_path).items():
         with pytest.raises(InputError, match=r"foundation .*before/foundation .*--base_model") as caught:
             use()
-        assert "there is no such folder" in str(caught.value) or "does not exist here" in str(caught.value), name
+        assert "there is no such folder" in str(caught.value) or "does not exist here" in str(caught.value), (
+            name
+        )
     with pytest.raises(
         ValueError, match=r"The foundation '.*before/foundation'.* there is no such folder .*`base_model=`"
     ):
@@ -79,7 +82,9 @@ def test_one_on_the_hub_without_a_network(moved, tmp_path):
         if name != "verify":  # in layout `adapter`, which can do without
             with pytest.raises(InputError, match=message):
                 use()
-    with pytest.raises(ValueError, match=r"The foundation 'org/model'.* HF_HUB_OFFLINE is set; .*`base_model=`"):
+    with pytest.raises(
+        ValueError, match=r"The foundation 'org/model'.* HF_HUB_OFFLINE is set; .*`base_model=`"
+    ):
         DyloraMoeForCausalLM.from_pretrained(repo)
 
 
@@ -136,7 +141,9 @@ def test_one_on_the_hub_that_may_not_be_had(moved, tmp_path, token):
     for name, messages in json.loads(done.stdout.splitlines()[-1]).items():
         assert len(messages) == 4, (name, messages)
         for message, hint in zip(messages, ["--base_model"] * 3 + ["`base_model=`"], strict=True):
-            assert name.partition("@")[0] in message and expected[name] in message and hint in message, message
+            assert name.partition("@")[0] in message and expected[name] in message and hint in message, (
+                message
+            )
 
 
 def test_an_adapter_that_lies_in_the_foundations_folder(foundation, tmp_path, quick_check):
@@ -147,7 +154,9 @@ def test_an_adapter_that_lies_in_the_foundations_folder(foundation, tmp_path, qu
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(left / name, own / name)
     if find_adapter_config_file(str(own), subfolder=NO_FOLDER) is not None:
-        with pytest.raises(InputError, match=r"holds an adapter too, which this transformers does not leave out"):
+        with pytest.raises(
+            InputError, match=r"holds an adapter too, which this transformers does not leave out"
+        ):
             export(adapter, tmp_path / "refused", layout="adapter")
         return
     clean = export(adapter, tmp_path / "clean", base_model=str(foundation), verify=False).output_dir

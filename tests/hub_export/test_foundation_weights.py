@@ -1,6 +1,7 @@
 """A foundation's tensors left on disk: what is read of them is, bit for bit, what transformers loads.
 
-Of architectures whose tensors transformers renames, stacks or cuts on loading, too; and those are never loaded whole.
+Of architectures whose tensors transformers renames, stacks or cuts on loading, too; and those are never
+loaded whole.
 """
 
 import subprocess
@@ -18,10 +19,10 @@ from transformers import AutoModelForCausalLM, conversion_mapping, core_model_lo
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, verify
-from dylora_moe.hub_export.foundation import load_foundation, load_foundation_config
-from dylora_moe.hub_export.foundation_weights import foundation_weights, skeleton
-from dylora_moe.hub_export.mixture import FoundationReference
-from dylora_moe.hub_export.tensor_files import TensorFile
+from dylora_moe.hub_export.foundation.reference import load_foundation, load_foundation_config
+from dylora_moe.hub_export.foundation.weights import foundation_weights, skeleton
+from dylora_moe.hub_export.tensors.mixture import FoundationReference
+from dylora_moe.hub_export.tensors.tensor_files import TensorFile
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -48,7 +49,8 @@ LINEAR = {
 }  # fmt: skip
 MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8}
 
-# Named by what is done to its tensors. Twelve experts, since in order of the alphabet expert 10 follows expert 1.
+# Named by what is done to its tensors. Twelve experts, since in order of the alphabet expert 10 follows
+# expert 1.
 ARCHITECTURES = {
     "nothing: llama": ("LlamaConfig", GROUPED),
     "renamed and stacked: mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 12}),
@@ -148,10 +150,14 @@ def test_only_what_makes_up_a_tensor_is_read(tmp_path, monkeypatch, max_shard_si
     assert keys == [f"{STORED}{expert}.w2.weight" for expert in range(12)]
     keys.clear()
     tensors[f"{STACKED}gate_up_proj"].read()
-    assert sorted(keys) == sorted(f"{STORED}{expert}.{part}.weight" for expert in range(12) for part in ("w1", "w3"))
+    assert sorted(keys) == sorted(
+        f"{STORED}{expert}.{part}.weight" for expert in range(12) for part in ("w1", "w3")
+    )
     keys.clear()
     tensors[f"{STACKED}gate_up_proj"].rows(3, 5).read()
-    assert sorted(keys) == sorted(f"{STORED}{expert}.{part}.weight" for expert in (3, 4) for part in ("w1", "w3"))
+    assert sorted(keys) == sorted(
+        f"{STORED}{expert}.{part}.weight" for expert in (3, 4) for part in ("w1", "w3")
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,8 +210,8 @@ def test_a_truncated_shard_ends_the_export_and_leaves_nothing(tmp_path):
 
 
 def test_a_head_beside_the_embedding_that_it_is_tied_to(tmp_path):
-    """Left out where it is equal; kept where it is not, as transformers does not tie it then; the only one of both is
-    the embedding."""
+    """Left out where it is equal; kept where it is not, as transformers does not tie it then; the only one of
+    both is the embedding."""
     folder = save_model(tmp_path / "base", "nothing: llama", tie_word_embeddings=True)
     file, embedding = folder / "model.safetensors", "model.embed_tokens.weight"
     assert "lm_head.weight" not in assert_as_loaded(folder)
@@ -222,7 +228,7 @@ def test_a_transformers_that_converts_otherwise_loads_whole_and_says_so(tmp_path
     reference = FoundationReference(str(folder))
     expected = load_foundation(reference).state_dict()
     monkeypatch.delattr(core_model_loading, "dot_natural_key")
-    monkeypatch.setattr("dylora_moe.hub_export.foundation_weights.load_foundation", lambda reference: loaded)
+    monkeypatch.setattr("dylora_moe.hub_export.foundation.weights.load_foundation", lambda reference: loaded)
     loaded = AutoModelForCausalLM.from_config(load_foundation_config(reference))
     loaded.load_state_dict(expected)
     with pytest.warns(
@@ -261,7 +267,8 @@ def test_an_operation_that_looks_at_numbers(tmp_path, monkeypatch):
 
 
 def test_a_state_dict_with_the_names_of_an_older_transformers(tmp_path):
-    """The training wrapper's, with a module for each of the foundation's own experts, as they were before version 5."""
+    """The training wrapper's, with a module for each of the foundation's own experts, as they were before
+    version 5."""
     folder = save_model(tmp_path / "base", "renamed and stacked: mixtral")
     whole, inside = tmp_path / "whole", "foundation_model.base_model.model."
     whole.mkdir()
@@ -284,7 +291,9 @@ def test_a_state_dict_with_the_names_of_an_older_transformers(tmp_path):
     mixture = read(whole)
     expected = load_foundation(FoundationReference(str(folder))).state_dict()
     assert set(mixture.foundation_weights) == set(expected)
-    assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in mixture.foundation_weights.items())
+    assert all(
+        torch.equal(tensor.read(), expected[name]) for name, tensor in mixture.foundation_weights.items()
+    )
     assert_same(mixture)
     change_file(whole / "model.safetensors", lambda tensors: tensors.pop(f"{inside}{STORED}3.w2.weight"))
     assert "down_proj of the foundation is [11, 32, 48], its config says [12, 32, 48]" in read_error(whole)
@@ -292,7 +301,8 @@ def test_a_state_dict_with_the_names_of_an_older_transformers(tmp_path):
 
 @pytest.mark.slow
 def test_a_repo_that_was_saved_under_the_names_of_files(tmp_path):
-    """As a model that was put together in Python is saved: with a module for each of the foundation's own experts."""
+    """As a model that was put together in Python is saved: with a module for each of the foundation's own
+    experts."""
     folder = save_model(tmp_path / "base", "renamed and stacked: mixtral", head_dim=8)
     targets = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
     config = DyloraMoeConfig(

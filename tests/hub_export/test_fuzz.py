@@ -1,4 +1,5 @@
-"""Damaged sources of every format: an export succeeds, or says in one line what is wrong, and touches nothing else."""
+"""Damaged sources of every format: an export succeeds, or says in one line what is wrong, and touches nothing
+else."""
 
 import contextlib
 import io
@@ -37,12 +38,31 @@ SOURCES = (
 
 STRANGE = st.one_of(
     st.sampled_from(
-        [None, True, False, 0, -1, 1, 3, 7, 1e-320, 1e308, 2**31, 2**63, 2**64, 10**400, float("nan"), float("inf")]
+        [
+            None,
+            True,
+            False,
+            0,
+            -1,
+            1,
+            3,
+            7,
+            1e-320,
+            1e308,
+            2**31,
+            2**63,
+            2**64,
+            10**400,
+            float("nan"),
+            float("inf"),
+        ]
     ),
     st.sampled_from(
         ["", "..", "../x", "/", "\0", "é", "1", "none", "LORA", "auto", "{", "x" * 5000, "a/b", "expert_0"]
     ),
-    st.sampled_from([[], {}, [[]], [None], [0], ["a"], {"": None}, {"a": {"b": []}}, [1, [2, [3]]], {"1": 1}]),
+    st.sampled_from(
+        [[], {}, [[]], [None], [0], ["a"], {"": None}, {"a": {"b": []}}, [1, [2, [3]]], {"1": 1}]
+    ),
 )
 
 
@@ -55,7 +75,9 @@ def sources(tmp_path_factory):
     for folder in made.values():
         shutil.copytree(foundation, folder / "foundation")
     save_final_checkpoint(made["final"] / "source", "foundation", num_experts=2)
-    earlier = save_final_checkpoint(made["earlier trainer"] / "source", "foundation", num_experts=2, alpha=None)
+    earlier = save_final_checkpoint(
+        made["earlier trainer"] / "source", "foundation", num_experts=2, alpha=None
+    )
     change_json(earlier / "config.json", num_experts=2, checkpoint_type="peft_only", _dylora_num_experts=None)
     (made["earlier trainer"] / "best_model").mkdir()
     shutil.copy(made["final"] / "source" / "config.json", made["earlier trainer"] / "best_model")
@@ -92,9 +114,10 @@ def run(*arguments) -> tuple[int, str]:
 def damage(data, path: Path) -> None:
     """One damage to one file, which may be gone already."""
     choices = [cut, flip, remove, be_a_folder, be_empty, be_anything]
-    choices += {".json": [be_other_json] * 8, ".safetensors": [be_other_tensors] * 5 + [be_other_header] * 3}.get(
-        path.suffix, [be_other_pickle] * 5 if path.suffix in (".pt", ".bin") else []
-    )
+    choices += {
+        ".json": [be_other_json] * 8,
+        ".safetensors": [be_other_tensors] * 5 + [be_other_header] * 3,
+    }.get(path.suffix, [be_other_pickle] * 5 if path.suffix in (".pt", ".bin") else [])
     if path.is_file():
         data.draw(st.sampled_from(choices), label=path.name)(data, path)
 
@@ -150,8 +173,8 @@ def be_other_json(data, path):
             if what == "remove":
                 del place[key]
             elif what == "add" and isinstance(place, dict):
-                place[data.draw(st.sampled_from(["auto_map", "extra", "quantization_config", "", "r"]))] = data.draw(
-                    STRANGE
+                place[data.draw(st.sampled_from(["auto_map", "extra", "quantization_config", "", "r"]))] = (
+                    data.draw(STRANGE)
                 )
             else:
                 place[key] = data.draw(STRANGE)
@@ -207,7 +230,9 @@ def other_tensor(data, tensor: torch.Tensor):
             tensor.view(-1)[-1] = data.draw(st.sampled_from([float("nan"), float("inf")]))
         return tensor
     if what == "dtype":
-        return tensor.to(data.draw(st.sampled_from([torch.bfloat16, torch.int64, torch.bool, torch.complex64])))
+        return tensor.to(
+            data.draw(st.sampled_from([torch.bfloat16, torch.int64, torch.bool, torch.complex64]))
+        )
     if what == "sparse":
         return tensor.to_sparse()
     shapes = {
@@ -227,13 +252,22 @@ def change_tensors(data, tensors: dict) -> dict:
         return {}
     key = data.draw(st.sampled_from(keys))
     if what == "change":
-        return {**tensors, key: other_tensor(data, tensors[key]) if isinstance(tensors[key], torch.Tensor) else -1}
+        return {
+            **tensors,
+            key: other_tensor(data, tensors[key]) if isinstance(tensors[key], torch.Tensor) else -1,
+        }
     if what == "half":
         return {name: tensors[name] for name in keys[::2]}
     rest = {name: value for name, value in tensors.items() if name != key}
     if what == "remove":
         return rest
-    names = ["extra", key + "x", key.replace("lora_A", "lora_C"), key.replace("0", "7"), key.replace("_proj", "")]
+    names = [
+        "extra",
+        key + "x",
+        key.replace("lora_A", "lora_C"),
+        key.replace("0", "7"),
+        key.replace("_proj", ""),
+    ]
     name = data.draw(st.sampled_from(names))
     return {**(rest if what == "rename" else tensors), name: tensors[key]}
 
@@ -262,7 +296,17 @@ def be_other_pickle(data, path):
         else:
             content = change_tensors(data, content)
     else:
-        strange = [[], 3, "text", None, torch.ones(2), {3: torch.ones(2)}, {"x": {"y": 1}}, {("a",): 1}, set()]
+        strange = [
+            [],
+            3,
+            "text",
+            None,
+            torch.ones(2),
+            {3: torch.ones(2)},
+            {"x": {"y": 1}},
+            {("a",): 1},
+            set(),
+        ]
         content = data.draw(st.sampled_from(strange))
     torch.save(content, path)
 
@@ -305,7 +349,9 @@ def test_damage_is_harmless_or_one_clear_error(name, sources, data):
 NEVER_OPENED = ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth")
 
 
-def test_a_damaged_foundation_is_bad_input_to_an_export_that_leaves_it_where_it_is(sources, quick_check, tmp_path):
+def test_a_damaged_foundation_is_bad_input_to_an_export_that_leaves_it_where_it_is(
+    sources, quick_check, tmp_path
+):
     """Before the check fails on it, which would be a failure of ours."""
     damages = {
         "model.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -344,7 +390,9 @@ def change_matrices(data, source: Path, change) -> None:
         from safetensors.torch import save_file as save
     tensors = dict(load(path))
     # but not those of a layer that AdaLoRA pruned away
-    matrices = [key for key, value in tensors.items() if (".lora_A" in key or ".lora_B" in key) and value.numel()]
+    matrices = [
+        key for key, value in tensors.items() if (".lora_A" in key or ".lora_B" in key) and value.numel()
+    ]
     key = data.draw(st.sampled_from(sorted(matrices)))
     change(tensors, key)
     save(tensors, path)
@@ -352,7 +400,9 @@ def change_matrices(data, source: Path, change) -> None:
 
 def truncate(data, root, layout):
     whose = [root / "source"]
-    carried = (root / "source" / "model.safetensors").exists() or list((root / "source").glob("pytorch_model*"))
+    carried = (root / "source" / "model.safetensors").exists() or list(
+        (root / "source").glob("pytorch_model*")
+    )
     if layout == "full" and not carried:
         whose.append(root / "foundation")
     path = data.draw(st.sampled_from([path for folder in whose for path in weight_files(folder)]))
@@ -384,7 +434,9 @@ def lose_an_expert(data, root, layout):
 
 
 def have_another_key(data, root, layout):
-    name = data.draw(st.sampled_from(["extra", "model.embed_tokens.weight", "x.lora_magnitude_vector", "bias"]))
+    name = data.draw(
+        st.sampled_from(["extra", "model.embed_tokens.weight", "x.lora_magnitude_vector", "bias"])
+    )
     change_matrices(data, root / "source", lambda tensors, key: tensors.update({name: torch.ones(2)}))
 
 
@@ -392,7 +444,13 @@ def be_wrong_json(data, root, layout):
     found = {*root.glob("source/config.json"), *root.rglob("source/**/adapter_config.json")}
     path = data.draw(st.sampled_from(sorted(found)))
     text = path.read_text().rstrip()
-    kinds = [text[: data.draw(st.integers(0, len(text) - 1))], "[]", text + "}", text.replace(":", "=", 1), "\0"]
+    kinds = [
+        text[: data.draw(st.integers(0, len(text) - 1))],
+        "[]",
+        text + "}",
+        text.replace(":", "=", 1),
+        "\0",
+    ]
     path.write_text(data.draw(st.sampled_from(kinds)))
 
 
@@ -400,7 +458,8 @@ def be_wrong_json(data, root, layout):
 @FUZZED
 @given(data=st.data())
 def test_what_cannot_be_exported_is_always_an_error(name, sources, data):
-    """Truncated weights, other shapes, missing experts, further keys, wrong JSON: never an export of something else."""
+    """Truncated weights, other shapes, missing experts, further keys, wrong JSON: never an export of
+    something else."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
         shutil.copytree(sources[name], root)
@@ -408,7 +467,9 @@ def test_what_cannot_be_exported_is_always_an_error(name, sources, data):
         kinds = [truncate, be_of_another_shape, lose_an_expert, have_another_key, be_wrong_json]
         data.draw(st.sampled_from(kinds), label="damage")(data, root, layout)
         before = snapshot(root)
-        code, stderr = run("export", root / "source", "-o", Path(folder) / "out", "--layout", layout, "--no_verify")
+        code, stderr = run(
+            "export", root / "source", "-o", Path(folder) / "out", "--layout", layout, "--no_verify"
+        )
         errors = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert code == 2 and errors == stderr.splitlines()[-1:] and "Traceback" not in stderr, stderr
         assert os.listdir(folder) == ["root"] and snapshot(root) == before

@@ -1,4 +1,5 @@
-"""What somebody prepared who wishes harm gains nothing: no code runs, no file elsewhere is read, nothing takes forever."""
+"""What somebody prepared who wishes harm gains nothing: no code runs, no file elsewhere is read, nothing
+takes forever."""
 
 import contextlib
 import io
@@ -24,10 +25,12 @@ from helpers_checkpoints import (
 from dylora_moe import cli
 from dylora_moe.hub_export import export
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.patterns import check_pattern
+from dylora_moe.hub_export.readers.patterns import check_pattern
 
 
-TOKENIZER = "from transformers import PreTrainedTokenizerFast\n\n\nclass X(PreTrainedTokenizerFast):\n    pass\n"
+TOKENIZER = (
+    "from transformers import PreTrainedTokenizerFast\n\n\nclass X(PreTrainedTokenizerFast):\n    pass\n"
+)
 ELSEWHERE = {"AutoConfig": "mod.X", "AutoModelForCausalLM": "mod.X", "AutoTokenizer": ["mod.X", "mod.X"]}
 
 
@@ -138,7 +141,9 @@ def hostile_repo(repo: Path, ran: Path, way: str) -> None:
         place = repo / "sub" if way == "a sub-folder" else repo.parent / "elsewhere"
         place.mkdir()
         (place / "mod.py").write_text(payload(ran))
-        name = {"a sub-folder": "sub/mod.X", "another repo": f"{place}--mod.X", "a path": f"{place}/mod.X"}[way]
+        name = {"a sub-folder": "sub/mod.X", "another repo": f"{place}--mod.X", "a path": f"{place}/mod.X"}[
+            way
+        ]
         change_json(repo / "config.json", auto_map={"AutoConfig": name, "AutoModelForCausalLM": name})
 
 
@@ -167,7 +172,9 @@ def test_verify_runs_no_code_but_this_packages(checked, checkpoint, tmp_path, ra
 
 
 @pytest.mark.parametrize("layout", ["full", pytest.param("adapter", marks=pytest.mark.slow)])
-def test_code_that_a_checkpoint_or_its_foundation_names_never_runs(foundation, checkpoint, tmp_path, ran, layout):
+def test_code_that_a_checkpoint_or_its_foundation_names_never_runs(
+    foundation, checkpoint, tmp_path, ran, layout
+):
     """Their own classes are transformers', so that all goes well; nothing of the names is carried on."""
     base = shutil.copytree(foundation, tmp_path / "foundation")
     source = shutil.copytree(checkpoint, tmp_path / "source")
@@ -205,14 +212,24 @@ def test_classes_that_only_a_foundation_has_are_refused(foundation, tmp_path, ra
 def test_only_those_who_trust_a_tokenizer_run_it(checkpoint, tmp_path, ran):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     (source / "mod.py").write_text(payload(ran) + TOKENIZER)
-    change_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "mod.X"]}, tokenizer_class="Y")
+    change_json(
+        source / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "mod.X"]}, tokenizer_class="Y"
+    )
     refused(tmp_path, source)
     assert not ran.exists()
     assert run("export", source, "-o", tmp_path / "out", "--no_verify", "--trust_remote_code")[0] == 0
     assert ran.exists()
 
 
-LEAVING = ("../outside.safetensors", "/etc/passwd", "sub/../../outside.safetensors", "..", "", "\0", "a\\..\\b")
+LEAVING = (
+    "../outside.safetensors",
+    "/etc/passwd",
+    "sub/../../outside.safetensors",
+    "..",
+    "",
+    "\0",
+    "a\\..\\b",
+)
 
 
 @pytest.mark.parametrize("name", LEAVING)
@@ -240,7 +257,8 @@ def test_an_index_names_files_of_its_folder_alone(foundation, checked, tmp_path,
     ],
 )  # fmt: skip
 def test_links_out_of_a_repo_are_not_followed(checked, tmp_path, file):
-    """Not even a chat template, which could be any text of this machine and would go to the Hub with the next push."""
+    """Not even a chat template, which could be any text of this machine and would go to the Hub with the next
+    push."""
     repo = shutil.copytree(checked[0], tmp_path / "repo")
     (repo / file).parent.mkdir(exist_ok=True)
     outside = tmp_path / "secret"
@@ -252,7 +270,9 @@ def test_links_out_of_a_repo_are_not_followed(checked, tmp_path, file):
     refused(tmp_path, repo, expected="leads out of")
 
 
-@pytest.mark.parametrize("file", ["peft_adapters", "peft_adapters/expert_0.pt", "dylo_moe_state", "config.json"])
+@pytest.mark.parametrize(
+    "file", ["peft_adapters", "peft_adapters/expert_0.pt", "dylo_moe_state", "config.json"]
+)
 def test_links_out_of_a_checkpoint_are_not_followed(checkpoint, tmp_path, file):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     shutil.move(source / file, tmp_path / "outside")
@@ -264,7 +284,13 @@ def test_a_run_chooses_checkpoints_of_its_own_folder_alone(checkpoint, tmp_path)
     outside = shutil.copytree(checkpoint, tmp_path / "outside" / "checkpoint-7")
     source = tmp_path / "run"
     shutil.copytree(checkpoint, source / "checkpoint-1")
-    for name in ("../outside/checkpoint-7", str(outside), "..", "/", "checkpoint-1/../../outside/checkpoint-7"):
+    for name in (
+        "../outside/checkpoint-7",
+        str(outside),
+        "..",
+        "/",
+        "checkpoint-1/../../outside/checkpoint-7",
+    ):
         write_json(source / "trainer_state.json", {"best_model_checkpoint": name})
         code, said = run("inspect", source)
         assert code == 0 and "reading checkpoint-1:" in said, said
@@ -400,7 +426,9 @@ LONG = (
 def test_expressions_that_take_forever_are_refused(foundation, tmp_path, field):
     source = save_adapter(tmp_path / "source", foundation)
     for pattern in ENDLESS:
-        change_json(source / "adapter_config.json", **{field: pattern if field == "target_modules" else {pattern: 4}})
+        change_json(
+            source / "adapter_config.json", **{field: pattern if field == "target_modules" else {pattern: 4}}
+        )
         started = time.monotonic()
         refused(tmp_path, source, expected=field)
         assert time.monotonic() - started < 10

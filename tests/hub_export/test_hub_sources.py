@@ -8,14 +8,21 @@ import sys
 
 import pytest
 from environments import python_path
-from helpers_checkpoints import change_json, save_foundation, save_trainer_checkpoint, save_whole_model, snapshot
+from helpers_checkpoints import (
+    change_json,
+    save_foundation,
+    save_trainer_checkpoint,
+    save_whole_model,
+    snapshot,
+)
 from hub_server import Hub, Repo
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def hub(checkpoint, foundation, tmp_path_factory):
-    """A foundation, and a run whose `main` is damaged and whose branch `good` holds it whole, in a sub-folder."""
+    """A foundation, and a run whose `main` is damaged and whose branch `good` holds it whole, in a
+    sub-folder."""
     run = shutil.copytree(checkpoint, tmp_path_factory.mktemp("run") / "best_model")
     change_json(run / "config.json", base_model_name_or_path="guild/foundation")
     (run / "optimizer.pt").write_bytes(b"never needed")
@@ -55,15 +62,27 @@ def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
     assert result["foundation"] == "guild/foundation" and "best_model" in result["notes"][0]
     assert not any("optimizer" in path for path in hub.downloads())
 
-    # Here the foundation is in the cache, and so at hand; there only its config can be had, and that is enough.
+    # Here the foundation is in the cache, and so at hand; there only its config can be had, and that is
+    # enough.
     light = command(hub, tmp_path, "export", repo, "--layout", "adapter", "-o", tmp_path / "light")
     assert light.returncode == 0 and "8 quantities" in light.stdout, light.stdout + light.stderr
     empty = tmp_path / "elsewhere"
     empty.mkdir()
-    arguments = ["export", "guild/run", "--revision", "good", "--layout", "adapter", "-o", tmp_path / "without"]
+    arguments = [
+        "export",
+        "guild/run",
+        "--revision",
+        "good",
+        "--layout",
+        "adapter",
+        "-o",
+        tmp_path / "without",
+    ]
     before = len(hub.downloads())
     without = command(hub, empty, *arguments)
-    assert without.returncode == 0 and "not checked: logits" in without.stdout, without.stdout + without.stderr
+    assert without.returncode == 0 and "not checked: logits" in without.stdout, (
+        without.stdout + without.stderr
+    )
     assert "model.safetensors" not in hub.downloads()[before:]
     assert snapshot(tmp_path / "light" / "experts") == snapshot(tmp_path / "without" / "experts")
 
@@ -118,7 +137,8 @@ def test_every_format_is_read_from_the_hub(hub, foundation, checkpoint, adapters
 
 @pytest.mark.slow
 def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
-    """Its config and weights are of that revision, in the repo and when it is loaded; nothing else of it is fetched."""
+    """Its config and weights are of that revision, in the repo and when it is loaded; nothing else of it is
+    fetched."""
     other = save_foundation(tmp_path / "other", intermediate_size=64)
     extra = {"consolidated.safetensors": b"x", "original/model.safetensors": b"x", "pytorch_model.bin": b"x"}
     hub.repos["guild/branched"] = Repo()
@@ -131,7 +151,9 @@ def test_a_foundation_at_a_revision(hub, checkpoint, foundation, tmp_path):
     before = len(hub.downloads())
     for layout in ("full", "adapter"):
         arguments = [*named, "--base-revision", "v1", "--layout", layout, "-o", tmp_path / layout]
-        done = command(hub, tmp_path, "export", checkpoint, *arguments, *(["--no_verify"] if layout == "full" else []))
+        done = command(
+            hub, tmp_path, "export", checkpoint, *arguments, *(["--no_verify"] if layout == "full" else [])
+        )
         assert done.returncode == 0, done.stderr
         assert ("8 quantities equal the source's" in done.stdout) == (layout == "adapter")
         config = json.loads((tmp_path / layout / "config.json").read_text())

@@ -27,14 +27,17 @@ def empty(path, belongs, matrix):
 
 
 def adapters(folder, foundation, matrix):
-    folders = [save_adapter(folder / name, foundation, seed=seed) for seed, name in enumerate(("first", "second"))]
+    folders = [
+        save_adapter(folder / name, foundation, seed=seed) for seed, name in enumerate(("first", "second"))
+    ]
     empty(folders[1] / "adapter_model.safetensors", "", matrix)
     return folders, "second"
 
 
 def adalora(folder, foundation, matrix):
     folders = [
-        save_adalora_adapter(folder / name, foundation, seed=seed) for seed, name in enumerate(("first", "second"))
+        save_adalora_adapter(folder / name, foundation, seed=seed)
+        for seed, name in enumerate(("first", "second"))
     ]
     empty(folders[1] / "adapter_model.safetensors", "", matrix)
     return folders, "second"

@@ -1,7 +1,8 @@
-"""An export that is killed leaves nothing, the old repo or a whole new one, and the next run cleans up after it.
+"""An export that is killed leaves nothing, the old repo or a whole new one, and the next run cleans up after
+it.
 
-One process imports everything and forks for each run: at moments spread over the whole run, half of them in time and half
-of them at its calls that change the file system, the run is killed.
+One process imports everything and forks for each run: at moments spread over the whole run, half of them in
+time and half of them at its calls that change the file system, the run is killed.
 """
 
 import json
@@ -14,7 +15,8 @@ import pytest
 from helpers_checkpoints import snapshot
 
 
-# asks for {"arguments", "after": seconds or null, "at": number of a call or null}; answers {"status", "calls", "seconds"}
+# asks for {"arguments", "after": seconds or null, "at": number of a call or null}; answers {"status",
+# "calls", "seconds"}
 RUNNER = r"""
 import json, os, signal, sys, time, traceback
 import peft, torch, transformers.models.llama.modeling_llama
@@ -93,8 +95,8 @@ def run():
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment(run, checkpoint, tmp_path, layout, overwrite):
-    """Six moments for each layout, with and without an old repo. The check against the source is left out, which writes
-    nothing beside the repo and takes seconds; one moment of it is below."""
+    """Six moments for each layout, with and without an old repo. The check against the source is left out,
+    which writes nothing beside the repo and takes seconds; one moment of it is below."""
     chance = random.Random(f"{layout} {overwrite}")
     old, output = tmp_path / "old", tmp_path / "place" / "repo"
     command = ["export", checkpoint, "--layout", layout, "--no_verify", "--overwrite"]

@@ -1,4 +1,5 @@
-"""Names of adapted layers that are not the foundation's: those that PEFT converts, and those that nothing reads."""
+"""Names of adapted layers that are not the foundation's: those that PEFT converts, and those that nothing
+reads."""
 
 import shutil
 
@@ -53,7 +54,9 @@ def gemma3(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("mixtral") / "base", MixtralConfig(**SIZES, num_local_experts=4))
+    return save_model(
+        tmp_path_factory.mktemp("mixtral") / "base", MixtralConfig(**SIZES, num_local_experts=4)
+    )
 
 
 def write_adapter(folder, foundation, layers, target_modules):
@@ -65,7 +68,13 @@ def write_adapter(folder, foundation, layers, target_modules):
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, inputs, generator=generator) * 0.3
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, 4, generator=generator) * 0.3
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": target_modules}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": target_modules,
+    }
     write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": str(foundation)})
     return folder
 
@@ -160,7 +169,10 @@ WRAPPED = {
     "compiled inside": ("base_model.model._orig_mod.", "torch.compile"),
     "compiled outside": ("_orig_mod.base_model.model.", "torch.compile"),
     "FSDP": ("base_model.model._fsdp_wrapped_module.", "FSDP"),
-    "activation checkpointing": ("base_model.model._checkpoint_wrapped_module.", "gradient_checkpointing_enable()"),
+    "activation checkpointing": (
+        "base_model.model._checkpoint_wrapped_module.",
+        "gradient_checkpointing_enable()",
+    ),
     "data parallel": ("module.base_model.model.", "DistributedDataParallel"),
     "wrapped twice": ("base_model.model.base_model.model.", "PeftModel already"),
     "no prefix": ("", "putting it before each key"),
@@ -202,7 +214,9 @@ def test_a_wrapper_in_the_names_of_training_checkpoints(foundation, tmp_path, na
 def test_the_remedy_works(quick_check, adapters, tmp_path):
     adapter = shutil.copytree(adapters[0], tmp_path / "wrapped")
     tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file({f"_orig_mod.{key}": value for key, value in tensors.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {f"_orig_mod.{key}": value for key, value in tensors.items()}, adapter / "adapter_model.safetensors"
+    )
     assert "replace '_orig_mod.' by ''" in error_of(adapter, tmp_path)
     wrapped = load_file(adapter / "adapter_model.safetensors")
     mended = {key.replace("_orig_mod.", ""): value for key, value in wrapped.items()}

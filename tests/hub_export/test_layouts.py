@@ -1,4 +1,5 @@
-"""Both layouts: what lies in the folders, one to the other and back, without the foundation at hand, and who reads them."""
+"""Both layouts: what lies in the folders, one to the other and back, without the foundation at hand, and who
+reads them."""
 
 import json
 import shutil
@@ -48,7 +49,10 @@ def test_layout_adapter_holds_experts_and_gate_alone(light, foundation):
     repo, result = light
     assert result.check.passed and result.check.compared_logits and result.check.num_tensors == 3 * 6 * 2 + 2
     files = {path.relative_to(repo).as_posix() for path in repo.rglob("*.safetensors")}
-    assert files == {"router.safetensors", *(f"experts/expert_{i}/adapter_model.safetensors" for i in range(3))}
+    assert files == {
+        "router.safetensors",
+        *(f"experts/expert_{i}/adapter_model.safetensors" for i in range(3)),
+    }
     config = json.loads((repo / "config.json").read_text())
     assert config["weights_layout"] == "adapter" and config["base_model_name_or_path"] == str(foundation)
     assert "is not part of this repo" in (repo / "README.md").read_text()
@@ -86,7 +90,9 @@ def test_a_checked_conversion(tmp_path, light):
 @pytest.mark.slow
 def test_several_dtypes_and_gpt2s_transposed_layers(tmp_path):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
     model = GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "gpt2")
     shutil.copytree(
@@ -96,7 +102,11 @@ def test_several_dtypes_and_gpt2s_transposed_layers(tmp_path):
     )
     for name, dtype in (("exact", torch.float32), ("rounded", torch.bfloat16)):
         save_adapter(
-            tmp_path / name, tmp_path / "gpt2", dtype=dtype, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+            tmp_path / name,
+            tmp_path / "gpt2",
+            dtype=dtype,
+            target_modules=["c_attn", "c_proj"],
+            fan_in_fan_out=True,
         )
     sources = [tmp_path / "exact", tmp_path / "rounded"]
     for layout in ("full", "adapter"):
@@ -138,7 +148,9 @@ def test_another_foundation_does_not_stand_in_for_the_sources_own(tmp_path, chec
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     model.save_pretrained(other)
     for layout in ("adapter", "full"):
-        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not that of the foundation"):
+        with pytest.raises(
+            InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not that of the foundation"
+        ):
             export(checked[0], tmp_path / "out", layout=layout, base_model=str(other))
 
 
@@ -186,12 +198,19 @@ def test_links_out_of_a_repo_are_not_followed(tmp_path, light):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
-    """A foundation of 800 MB and two experts of 60 MB each. The bounds are those that `docs/formats.md` states."""
+    """A foundation of 800 MB and two experts of 60 MB each. The bounds are those that `docs/formats.md`
+    states."""
     foundation = save_foundation(
-        tmp_path / "foundation", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, max_shard_size="100MB"
+        tmp_path / "foundation",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=12,
+        max_shard_size="100MB",
     )
     adapters = [
-        save_adapter(tmp_path / name, foundation, seed=seed, r=128, target_modules=["q_proj", "o_proj", "down_proj"])
+        save_adapter(
+            tmp_path / name, foundation, seed=seed, r=128, target_modules=["q_proj", "o_proj", "down_proj"]
+        )
         for seed, name in enumerate(("one", "two"))
     ]
     source = tmp_path / "adapters"
@@ -207,8 +226,8 @@ def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
 
 @pytest.mark.slow
 def test_memory_stays_bounded_whatever_the_embeddings_size(tmp_path):
-    """A state dict of 620 MB, half of it the head, which is compared with the embedding, and both with the named
-    foundation; of all that, layout `adapter` keeps a few kB."""
+    """A state dict of 620 MB, half of it the head, which is compared with the embedding, and both with the
+    named foundation; of all that, layout `adapter` keeps a few kB."""
     foundation = save_foundation(tmp_path / "foundation", 512, vocab_size=150_000, tie_word_embeddings=True)
     source = save_whole_model(tmp_path / "whole", foundation, num_experts=1, file="pytorch_model.bin")
     tensors = whole_model_tensors(foundation, num_experts=1, rank=4, head="equal")
@@ -222,7 +241,8 @@ def test_memory_stays_bounded_whatever_the_embeddings_size(tmp_path):
 
 
 def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypatch):
-    """Known to differ: refused even where the named one is not at hand. A relative name becomes an absolute one."""
+    """Known to differ: refused even where the named one is not at hand. A relative name becomes an absolute
+    one."""
     foundation = save_foundation(tmp_path / "run" / "foundation", tie_word_embeddings=True)
     changed = save_whole_model(tmp_path / "run" / "changed", foundation, head="trained")
     plain = save_whole_model(tmp_path / "run" / "plain", foundation)

@@ -1,4 +1,5 @@
-"""`mirror push` in the SDK's own offline mode, and `mirror pull` by the real SDK against a server on the loopback address.
+"""`mirror push` in the SDK's own offline mode, and `mirror pull` by the real SDK against a server on the
+loopback address.
 
 Each test runs a process of its own, as the SDK keeps settings and credentials for as long as a process lives.
 """
@@ -87,7 +88,9 @@ def repo(tmp_path_factory):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 TRAINING = {"best_model/config.json": b"{}", "best_model/router.pt": b"r", "checkpoint-5/config.json": b"{}"}
@@ -103,7 +106,9 @@ def server(repo, sdk):
     with WandbServer() as server:
         files = content(repo)
         server.artifacts["guild/moe/mixture:v0"] = Artifact({**files, ".env": b"x", "notes/a.txt": b"x"})
-        server.artifacts["guild/moe/deep:v0"] = Artifact({f"repo/{path}": data for path, data in files.items()})
+        server.artifacts["guild/moe/deep:v0"] = Artifact(
+            {f"repo/{path}": data for path, data in files.items()}
+        )
         server.artifacts["guild/moe/training:v0"] = Artifact(TRAINING)
         yield server
 
@@ -119,7 +124,12 @@ def test_push_offline_stages_the_repos_files_and_says_what_they_are(repo, sdk, t
         "HOME": str(home),
     }
     environment["WANDB_CACHE_DIR"] = f"{home}/cache"
-    calls = [("guild/moe/mixture", folder), ("guild/moe/mixture:v1", folder), ("mixture", folder), ("a/b/c", home)]
+    calls = [
+        ("guild/moe/mixture", folder),
+        ("guild/moe/mixture:v1", folder),
+        ("mixture", folder),
+        ("a/b/c", home),
+    ]
     actions = [{"call": "push", "artifact": name, "repo": source} for name, source in calls]
     pushed, *refused = run(home, environment, actions)
     result = pushed["result"]
@@ -133,7 +143,9 @@ def test_push_offline_stages_the_repos_files_and_says_what_they_are(repo, sdk, t
     assert metadata["layout"] == "adapter" and metadata["experts"] == ["first", "second", "third"]
     assert metadata["foundation"] == "guild/foundation" and metadata["format"] == "exported repo"
     assert set(metadata["sha256"]) == {name for name in files if name.endswith(".safetensors")}
-    assert any(".env" in note for note in result["notes"]) and any("wandb sync" in note for note in result["notes"])
+    assert any(".env" in note for note in result["notes"]) and any(
+        "wandb sync" in note for note in result["notes"]
+    )
     assert not (Path(result["run_folder"]) / "files" / "requirements.txt").exists()
     for answer, expected in zip(
         refused, ["names a version", "entity/project/name", "not an exported repo"], strict=True
@@ -143,7 +155,12 @@ def test_push_offline_stages_the_repos_files_and_says_what_they_are(repo, sdk, t
 
 def test_pull_gives_the_repo_or_exports_what_training_left(server, repo, tmp_path):
     pull = {"call": "pull", "artifact": "guild/moe/mixture:v0", "output_dir": tmp_path / "mixture"}
-    deep = {**pull, "artifact": "wandb:guild/moe/deep:v0", "output_dir": tmp_path / "deep", "subfolder": "repo"}
+    deep = {
+        **pull,
+        "artifact": "wandb:guild/moe/deep:v0",
+        "output_dir": tmp_path / "deep",
+        "subfolder": "repo",
+    }
     training = {**pull, "artifact": "guild/moe/training:latest", "output_dir": tmp_path / "training"}
     actions = [
         pull,
@@ -204,8 +221,12 @@ def test_a_hostile_or_damaged_artifact_leaves_nothing(server, repo, tmp_path):
         {**files, "router.safetensors": b"r"}, lost=("router.safetensors",)
     )
     pull = {"call": "pull", "output_dir": tmp_path / "out"}
-    actions = [{**pull, "artifact": f"guild/moe/{name}:v0"} for name in [*hostile, "empty", "changed", "lost"]]
-    *refused, empty, changed, lost = run(tmp_path / "home", server.environment(tmp_path / "home"), actions, repo)
+    actions = [
+        {**pull, "artifact": f"guild/moe/{name}:v0"} for name in [*hostile, "empty", "changed", "lost"]
+    ]
+    *refused, empty, changed, lost = run(
+        tmp_path / "home", server.environment(tmp_path / "home"), actions, repo
+    )
     for answer, (_, expected) in zip(refused, hostile.values(), strict=True):
         assert expected in error_line(answer)
     assert "holds no files" in error_line(empty)
@@ -235,7 +256,9 @@ def test_names_keys_and_servers_that_are_wrong_are_one_line(server, repo, tmp_pa
     push = {"call": "push", "repo": repo, "artifact": "guild/moe/mixture"}
     keys = {"c" * 40: "does not accept this API key", "short": "40+ characters"}
     actions = [action, push, *({**action, "token": key} for key in keys)]
-    no_key, disabled, *wrong = run(home, {**server.environment(home, None), "WANDB_MODE": "disabled"}, actions)
+    no_key, disabled, *wrong = run(
+        home, {**server.environment(home, None), "WANDB_MODE": "disabled"}, actions
+    )
     assert "no W&B API key on this machine" in error_line(no_key)
     assert "WANDB_MODE is disabled" in error_line(disabled)
     for answer, (key, expected) in zip(wrong, keys.items(), strict=True):
@@ -286,7 +309,12 @@ def test_a_pulled_repo_may_not_replace_another_folder(server, repo, tmp_path):
     damaged = shutil.copytree(repo, tmp_path / "damaged")
     change_json(damaged / "config.json", model_type="llama")
     server.artifacts["guild/moe/other:v0"] = Artifact(content(damaged))
-    pull = {"call": "pull", "artifact": "guild/moe/mixture:v0", "output_dir": tmp_path / "mine", "overwrite": True}
+    pull = {
+        "call": "pull",
+        "artifact": "guild/moe/mixture:v0",
+        "output_dir": tmp_path / "mine",
+        "overwrite": True,
+    }
     other = {**pull, "artifact": "guild/moe/other:v0", "output_dir": tmp_path / "out"}
     refused, wrong = run(tmp_path / "home", server.environment(tmp_path / "home"), [pull, other], repo)
     assert "is not empty" in error_line(refused) and content(tmp_path / "mine") == {"thesis.txt": b"mine"}
@@ -321,4 +349,6 @@ def test_a_training_artifact_is_exported_on_the_way(server, checkpoint, foundati
     assert (tmp_path / "repo" / "model.safetensors").is_file()
 
     found = json.loads(command("inspect", "wandb:guild/moe/run:v0", "--json").stdout)
-    assert found["format"] == "final checkpoint" and "best_model" in found["notes"][0] and not found["missing"]
+    assert (
+        found["format"] == "final checkpoint" and "best_model" in found["notes"][0] and not found["missing"]
+    )

@@ -11,7 +11,7 @@ from helpers_checkpoints import save_adapters, save_final_checkpoint, save_found
 from huggingface_hub import ModelCard
 
 from dylora_moe.hub_export import InputError, export, make_variant
-from dylora_moe.hub_export.model_card import BEGIN, END, restate
+from dylora_moe.hub_export.repo.model_card import BEGIN, END, restate
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def test_a_foundation_on_the_hub_is_named(tmp_path, foundation):
 def evalplus_results(path, passed, tasks=4):
     status = {True: "pass", False: "fail"}
     entries = {
-        f"HumanEval/{task}": [{"base_status": status[task < passed], "plus_status": status[task < passed - 1]}]
+        f"HumanEval/{task}": [
+            {"base_status": status[task < passed], "plus_status": status[task < passed - 1]}
+        ]
         for task in range(tasks)
     }
     path.write_text(json.dumps({"date": "today", "hash": "0", "eval": entries}))
@@ -100,7 +102,9 @@ def test_what_a_person_wrote_survives_overwriting(tmp_path, licensed):
     export(licensed, repo, verify=False)
     readme = repo / "README.md"
     text = readme.read_text()
-    text = text.replace("library_name: transformers", "library_name: transformers\nlanguage: en\ndatasets:\n- mine")
+    text = text.replace(
+        "library_name: transformers", "library_name: transformers\nlanguage: en\ndatasets:\n- mine"
+    )
     text = text.replace("- lora\n", "- lora\n- poetry\n")
     text = text.replace(BEGIN, f"Mine, above.\n\n{BEGIN}").replace("uniform", "UNIFORM")
     readme.write_text(text + "\n## Thanks\n\nMine, below.\n")
@@ -129,7 +133,9 @@ def test_a_variants_card_and_a_name(tmp_path, licensed):
     readme.write_text(readme.read_text() + '\n# Mine\n\nfrom_pretrained("repo") --model repo\n')
     make_variant(tmp_path / "repo", routing_strategy="base", output_dir=tmp_path / "variant")
     text = (tmp_path / "variant" / "README.md").read_text()
-    assert "The default here is `base`" in text and 'from_pretrained("variant"' in text and "# variant" in text
+    assert (
+        "The default here is `base`" in text and 'from_pretrained("variant"' in text and "# variant" in text
+    )
     assert text.endswith('# Mine\n\nfrom_pretrained("repo") --model repo\n')
     assert "--model org/name " in restate(text, "org/name")
 

@@ -1,4 +1,5 @@
-"""Adapters on the dense and shared layers of mixture-of-experts foundations, which PEFT moves onto the stacked experts."""
+"""Adapters on the dense and shared layers of mixture-of-experts foundations, which PEFT moves onto the
+stacked experts."""
 
 import json
 import shutil
@@ -38,11 +39,18 @@ def matrices(foundation, rank=4, seed=0, only=""):
 
 
 def write_adapter(folder, foundation, target_modules, **how):
-    """An adapter as an older PEFT saved it: `target_modules` are names, which are read in another way today."""
+    """An adapter as an older PEFT saved it: `target_modules` are names, which are read in another way
+    today."""
     folder.mkdir()
     tensors = {f"base_model.model.{key}.weight": value for key, value in matrices(foundation, **how).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": target_modules}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": target_modules,
+    }
     write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": str(foundation)})
     return folder
 
@@ -64,7 +72,7 @@ def test_an_adapter_that_peft_would_leave_out_in_part(quick_check, adapters, tmp
 
 
 def test_the_check_catches_a_wrong_repo_here_too(quick_check, adapters, tmp_path, monkeypatch):
-    from dylora_moe.hub_export import check_source
+    from dylora_moe.hub_export.checking import check_source
 
     def weaker(*arguments):
         model = added(*arguments)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from dylora_moe.hub_export import InputError, export
-from dylora_moe.hub_export.peft_adapters import _by_pattern
-from dylora_moe.hub_export.tensor_files import TensorFile, read_json
+from dylora_moe.hub_export.readers.peft_adapters import _by_pattern
+from dylora_moe.hub_export.tensors.tensor_files import TensorFile, read_json
 
 
 @pytest.fixture
@@ -229,7 +229,9 @@ PATTERNS = st.lists(
 @given(PATTERNS, st.sampled_from(MODULES))
 def test_patterns_match_as_in_peft(keys, module):
     pattern = {key: index for index, key in enumerate(keys)}
-    assert _by_pattern(pattern, module, "otherwise") == pattern.get(get_pattern_key(keys, module), "otherwise")
+    assert _by_pattern(pattern, module, "otherwise") == pattern.get(
+        get_pattern_key(keys, module), "otherwise"
+    )
 
 
 FOUNDATIONS = {

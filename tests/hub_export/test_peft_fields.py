@@ -1,4 +1,5 @@
-"""The fields of `adapter_config.json`: every one that PEFT has is classified, and what that means for an export."""
+"""The fields of `adapter_config.json`: every one that PEFT has is classified, and what that means for an
+export."""
 
 import dataclasses
 import shutil
@@ -9,7 +10,12 @@ from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.lora import VeloraConfig
 
 from dylora_moe.hub_export import InputError, export
-from dylora_moe.hub_export.peft_fields import ADALORA_FIELDS, CHECKED_FIELDS, HARMLESS_FIELDS, REFUSED_FIELDS
+from dylora_moe.hub_export.readers.peft_fields import (
+    ADALORA_FIELDS,
+    CHECKED_FIELDS,
+    HARMLESS_FIELDS,
+    REFUSED_FIELDS,
+)
 
 
 @pytest.fixture
@@ -31,7 +37,12 @@ def test_a_field_has_one_class():
 
 
 FIELDS_OF_TRAINING = {
-    "LoRA+": {"loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-6, "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6},
+    "LoRA+": {
+        "loraplus_lr_ratio": 16.0,
+        "loraplus_lr_embedding": 1e-6,
+        "lorap_lr_ratio": 16.0,
+        "lorap_emb_lr": 1e-6,
+    },
     "ms-swift": {"swift_type": "LORA", "lora_dtype": "fp32", "use_qa_lora": False, "enable_lora": None},
     "PEFT 0.2": {"merge_weights": True, "enable_lora": None},
     "a text for a boolean": {"init_lora_weights": "true"},

@@ -16,7 +16,7 @@ from helpers_checkpoints import change_json, save_tokenizer
 from helpers_models import build
 from hub_server import TOKENS, Hub
 
-from dylora_moe.hub_export.repo_files import repo_files
+from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.modeling import saving_dylora_moe
 
 
@@ -93,7 +93,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, model):
-    """Exported repos: layout full; in shards with another tokenizer; layout adapter; two of local foundations."""
+    """Exported repos: layout full; in shards with another tokenizer; layout adapter; two of local
+    foundations."""
     root = tmp_path_factory.mktemp("repos")
     model.config.base_model_name_or_path = "guild/foundation"
     model.save_pretrained(root / "full")
@@ -150,7 +151,9 @@ def test_a_push_holds_the_repos_files_and_nothing_of_the_export_before(hub, fold
     assert small["url"].endswith("/tree/small")
 
 
-@pytest.mark.parametrize("left_out", ["fast_*.py", "fast_loading_*.py", "fast_kernels_*.py", "fast_updates_*.py"])
+@pytest.mark.parametrize(
+    "left_out", ["fast_*.py", "fast_loading_*.py", "fast_kernels_*.py", "fast_updates_*.py"]
+)
 def test_a_repo_of_a_package_without_optional_files_is_sent_whole(folders, tmp_path, monkeypatch, left_out):
     package, repo = tmp_path / "package", tmp_path / "repo"
     shutil.copytree(Path(saving_dylora_moe.__file__).parent, package)
@@ -177,12 +180,21 @@ def test_private_is_created_private_and_stays_so(hub, pushed):
     assert pushed[4]["private"] and pushed[5]["private"] and "stays so" in " ".join(pushed[5]["notes"])
 
 
-def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_stays_there(hub, folders, tmp_path):
+def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_stays_there(
+    hub, folders, tmp_path
+):
     folder = shutil.copytree(folders / "adapter", tmp_path / "mixture")
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.txt").write_text("secret")
-    for name in (".env", "credentials.json", "notes.py", "old.safetensors", ".cache/token", "__pycache__/a.pyc"):
+    for name in (
+        ".env",
+        "credentials.json",
+        "notes.py",
+        "old.safetensors",
+        ".cache/token",
+        "__pycache__/a.pyc",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
     (folder / "experts" / "first" / "optimizer.pt").write_text("secret")
@@ -192,8 +204,12 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     (linked / "model.safetensors").unlink()
     (linked / "model.safetensors").symlink_to(folders / "full" / "model.safetensors")
     repo = hub.repos.setdefault("guild/kept", type(hub.repos["guild/mixture"])())
-    by_hand = dict.fromkeys((".gitattributes", "LICENSE", "results/humaneval.json", "notes.py", "demo.gif"), b"x")
-    old = dict.fromkeys(("experts/gone/adapter_model.safetensors", "old_dylora_moe.py", "model.safetensors"), b"x")
+    by_hand = dict.fromkeys(
+        (".gitattributes", "LICENSE", "results/humaneval.json", "notes.py", "demo.gif"), b"x"
+    )
+    old = dict.fromkeys(
+        ("experts/gone/adapter_model.safetensors", "old_dylora_moe.py", "model.safetensors"), b"x"
+    )
     repo.commit("main", "before", {**by_hand, **old})
     actions = [
         {"repo": folder, "hub_id": "guild/kept", "private": True},
@@ -205,10 +221,19 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     assert not any(b"secret" in data for data in files.values())
     assert set(answer["result"]["deleted"]) == set(old)
     note = next(note for note in answer["told"] if "not part of the repo" in note)
-    left_here = [".cache/", ".env", "LICENSE", "__pycache__/", "credentials.json", "experts/first/optimizer.pt"]
+    left_here = [
+        ".cache/",
+        ".env",
+        "LICENSE",
+        "__pycache__/",
+        "credentials.json",
+        "experts/first/optimizer.pt",
+    ]
     assert all(name in note for name in left_here), note
     assert repo.private and any("was public until now" in note for note in answer["result"]["notes"])
-    assert "model.safetensors is a link" in error_line(refused, "InputError") and "guild/linked" not in hub.repos
+    assert (
+        "model.safetensors is a link" in error_line(refused, "InputError") and "guild/linked" not in hub.repos
+    )
 
 
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, folders, pushed, tmp_path):
@@ -241,7 +266,9 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, folders, 
         ({"repo": full, "hub_id": "guild/llama"}, "already holds another model"),
     ]
     before = hub.repos["guild/mixture"].branches["main"].sha
-    for (_, expected), answer in zip(cases, push(hub, tmp_path / "home", [case[0] for case in cases]), strict=True):
+    for (_, expected), answer in zip(
+        cases, push(hub, tmp_path / "home", [case[0] for case in cases]), strict=True
+    ):
         assert expected in error_line(answer, "InputError")
     assert "guild/x" not in hub.repos and hub.repos["guild/mixture"].branches["main"].sha == before
 
@@ -249,15 +276,26 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, folders, 
 def test_tokens_that_may_not_and_no_token_are_one_line_without_the_token(hub, folders, pushed, tmp_path):
     full = folders / "full"
     cases = [
-        ({"repo": full, "hub_id": "guild/mixture", "token": "hf_read"}, "may not write to guild/mixture (403"),
+        (
+            {"repo": full, "hub_id": "guild/mixture", "token": "hf_read"},
+            "may not write to guild/mixture (403",
+        ),
         ({"repo": full, "hub_id": "guild/new", "token": "hf_read"}, "may not write to guild/new (403"),
-        ({"repo": full, "hub_id": "guild/mixture", "token": "hf_other"}, "may not write to guild/mixture (403"),
+        (
+            {"repo": full, "hub_id": "guild/mixture", "token": "hf_other"},
+            "may not write to guild/mixture (403",
+        ),
         ({"repo": full, "hub_id": "ada/hidden", "token": "hf_other"}, "may not write to ada/hidden (403"),
         ({"repo": full, "hub_id": "guild/mixture", "token": "hf_nobody"}, "does not accept this token"),
-        ({"repo": full, "hub_id": "guild/mixture", "token": "hf_broken\r\nX: y"}, "characters that no token has"),
+        (
+            {"repo": full, "hub_id": "guild/mixture", "token": "hf_broken\r\nX: y"},
+            "characters that no token has",
+        ),
         ({"repo": full, "hub_id": "guild/mixture", "forget": True}, "no Hub token on this machine"),
     ]
-    for (_, expected), answer in zip(cases, push(hub, tmp_path / "home", [case[0] for case in cases]), strict=True):
+    for (_, expected), answer in zip(
+        cases, push(hub, tmp_path / "home", [case[0] for case in cases]), strict=True
+    ):
         assert expected in error_line(answer, "InputError"), answer
         assert answer["traceback"].endswith("None")
 
@@ -270,7 +308,9 @@ def test_tokens_that_may_not_and_no_token_are_one_line_without_the_token(hub, fo
     ],
 )
 def test_no_network_is_one_line(hub, folders, tmp_path, variables, kind, expected):
-    (answer,) = push(hub, tmp_path / "home", [{"repo": folders / "full", "hub_id": "guild/mixture"}], **variables)
+    (answer,) = push(
+        hub, tmp_path / "home", [{"repo": folders / "full", "hub_id": "guild/mixture"}], **variables
+    )
     assert expected in error_line(answer, kind)
 
 
@@ -291,7 +331,9 @@ app(["push", sys.argv[1], "guild/by_command", "--private"], standalone_mode=Fals
 
 
 @pytest.mark.slow
-def test_what_was_pushed_loads_from_an_empty_a_damaged_and_an_offline_cache(hub, folders, pushed, model, tmp_path):
+def test_what_was_pushed_loads_from_an_empty_a_damaged_and_an_offline_cache(
+    hub, folders, pushed, model, tmp_path
+):
     import torch
 
     expected = model(torch.arange(3, 9)[None], routing_strategy="router").logits.sum().item()
@@ -315,7 +357,9 @@ def test_what_was_pushed_loads_from_an_empty_a_damaged_and_an_offline_cache(hub,
     next(path for path in files if path.name == "experts_dylora_moe.py").unlink()
     hub.requests.clear()
     load()
-    assert shards[0].name in hub.downloads() and not any(name == "model.safetensors" for name in hub.downloads())
+    assert shards[0].name in hub.downloads() and not any(
+        name == "model.safetensors" for name in hub.downloads()
+    )
     hub.requests.clear()
     load(HF_HUB_OFFLINE="1")
     assert hub.requests == []

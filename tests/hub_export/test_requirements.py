@@ -1,10 +1,11 @@
-"""`requirements.txt` of an exported repo: in it and in its card, among its files, and kept with what a person added."""
+"""`requirements.txt` of an exported repo: in it and in its card, among its files, and kept with what a person
+added."""
 
 import pytest
 
 from dylora_moe.hub_export import export, make_variant, verify
-from dylora_moe.hub_export.checksums import read_checksums
-from dylora_moe.hub_export.repo_files import repo_files
+from dylora_moe.hub_export.repo.checksums import read_checksums
+from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.modeling.configuration_dylora_moe import REQUIRED_TRANSFORMERS
 from dylora_moe.modeling.saving_dylora_moe import REQUIREMENTS
 

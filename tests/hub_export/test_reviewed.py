@@ -111,7 +111,8 @@ def test_malformed_adapter_configs_are_bad_input(sources, tmp_path, field, value
 
 @pytest.mark.slow
 def test_the_check_works_where_torch_is_on_the_python_path(sources, tmp_path):
-    """As with packages of a user or a cluster: the repo's side is another process, which must find them too."""
+    """As with packages of a user or a cluster: the repo's side is another process, which must find them
+    too."""
     site = Path(torch.__file__).parents[1]
     done = command("export", sources[1], "-o", tmp_path / "repo", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr

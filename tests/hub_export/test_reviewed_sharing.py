@@ -1,4 +1,5 @@
-"""What a second look at exports found: numbers that could change unseen, files and edits that could be lost."""
+"""What a second look at exports found: numbers that could change unseen, files and edits that could be
+lost."""
 
 import json
 import shutil
@@ -19,7 +20,7 @@ from helpers_checkpoints import (
 from huggingface_hub import ModelCard
 
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_variant, merge, verify
-from dylora_moe.hub_export.model_card import BEGIN, END, restate
+from dylora_moe.hub_export.repo.model_card import BEGIN, END, restate
 
 
 def findings(result):
@@ -47,7 +48,9 @@ def test_adapters_of_another_foundation_are_not_appended(tmp_path, checked):
         export([checked[0], adapter], tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DyloraMoeWarning)
-        result = export([checked[0], adapter], tmp_path / "out", base_model=str(other))  # bit for bit the same
+        result = export(
+            [checked[0], adapter], tmp_path / "out", base_model=str(other)
+        )  # bit for bit the same
     assert result.check.passed and result.foundation == str(other)
 
 
@@ -59,7 +62,9 @@ def test_merging_says_what_rounding_costs(tmp_path):
     assert rounded.difference < 1e-4 < rounded.rounding and exact.rounding < 1e-4
 
 
-@pytest.mark.parametrize("name", ["my_results.json", "my_script.py", "experts/notes.txt", "notes/a.txt", ".env"])
+@pytest.mark.parametrize(
+    "name", ["my_results.json", "my_script.py", "experts/notes.txt", "notes/a.txt", ".env"]
+)
 def test_overwriting_loses_nobodys_files(repo, checkpoint, name):
     (repo / name).parent.mkdir(exist_ok=True)
     (repo / name).write_text("mine")
@@ -74,7 +79,9 @@ def test_overwriting_keeps_a_licence_and_takes_old_weights_away(repo, checkpoint
     export(checkpoint, repo, overwrite=True, verify=False, max_shard_size="20KB")
     shards = list(repo.glob("model-*.safetensors"))
     assert len(shards) > 1 and not (repo / "model.safetensors").exists()
-    shutil.copyfile(shards[0], repo / "model-00099-of-00099.safetensors")  # as an interrupted copy might leave one
+    shutil.copyfile(
+        shards[0], repo / "model-00099-of-00099.safetensors"
+    )  # as an interrupted copy might leave one
     export(checkpoint, repo, overwrite=True, verify=False)
     assert (repo / "LICENSE").read_text() == "mine" and not list(repo.glob("model-*"))
 

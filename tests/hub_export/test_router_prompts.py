@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, router_prompts
+from dylora_moe.hub_export import DyloraMoeWarning, InputError, export
+from dylora_moe.hub_export.repo import router_prompts
 
 
 PROMPTS = {"plain": ["abc", "a"], "stabilised": ["xyzxyz!", "yy", "x"], "everywhere": ["1234567890" * 3]}
@@ -55,8 +56,12 @@ def with_all(model, adapters):
 def test_gate_rows_are_normalised_mean_hidden_states(tmp_path, adapters, foundation, prompts, layout):
     result = export(adapters, tmp_path / "repo", router_prompts=prompts, layout=layout)
     assert result.router and result.routing_strategy == "router"
-    assert result.check.passed and "router" in [comparison.quantity for comparison in result.check.comparisons]
-    file, prefix = ("model.safetensors", "router.gate.") if layout == "full" else ("router.safetensors", "gate.")
+    assert result.check.passed and "router" in [
+        comparison.quantity for comparison in result.check.comparisons
+    ]
+    file, prefix = (
+        ("model.safetensors", "router.gate.") if layout == "full" else ("router.safetensors", "gate.")
+    )
     weights = load_file(tmp_path / "repo" / file)
     expected = rows_by_hand(foundation, PROMPTS.values())
     torch.testing.assert_close(weights[f"{prefix}weight"], expected, atol=1e-5, rtol=0)
@@ -108,7 +113,9 @@ WRONG = {
 
 
 def test_a_prompt_past_the_last_position_is_refused(tmp_path):
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=0, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=0, eos_token_id=1
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     save_tokenizer(tmp_path / "gpt2")
     fields = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
@@ -156,7 +163,9 @@ def test_a_kept_router_gets_rows_from_prompts(tmp_path, checked, adapters, found
     old = load_file(checked[0] / "model.safetensors")
     new = load_file(tmp_path / "repo" / "model.safetensors")
     assert torch.equal(new["router.gate.weight"][:3], old["router.gate.weight"])
-    assert torch.equal(new["router.gate.bias"][:3], old["router.gate.bias"]) and new["router.gate.bias"][3] == 0
+    assert (
+        torch.equal(new["router.gate.bias"][:3], old["router.gate.bias"]) and new["router.gate.bias"][3] == 0
+    )
     torch.testing.assert_close(new["router.gate.weight"][3].norm(), torch.tensor(1.0))
     config = json.loads((tmp_path / "repo" / "config.json").read_text())
     assert config["router_input"] == "experts_sum"
@@ -169,8 +178,12 @@ def test_a_kept_router_gets_rows_from_prompts(tmp_path, checked, adapters, found
 
 def test_prompts_for_all_experts_make_a_new_router(tmp_path, checked, adapters):
     names = ["expert_0", "expert_1", "expert_2", "plain"]
-    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump({name: ["ab" * (i + 1)] for i, name in enumerate(names)}))
-    export([checked[0], adapters[0]], tmp_path / "repo", router_prompts=tmp_path / "prompts.yaml", verify=False)
+    (tmp_path / "prompts.yaml").write_text(
+        yaml.safe_dump({name: ["ab" * (i + 1)] for i, name in enumerate(names)})
+    )
+    export(
+        [checked[0], adapters[0]], tmp_path / "repo", router_prompts=tmp_path / "prompts.yaml", verify=False
+    )
     weights = load_file(tmp_path / "repo" / "model.safetensors")
     torch.testing.assert_close(weights["router.gate.weight"].norm(dim=1), torch.ones(4))
     assert json.loads((tmp_path / "repo" / "config.json").read_text())["router_input"] == "base"

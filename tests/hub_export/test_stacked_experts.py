@@ -13,7 +13,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MixtralConfig
 
-from dylora_moe.hub_export import InputError, check_source, export, inspect, merge, verify
+from dylora_moe.hub_export import InputError, export, inspect, merge, verify
+from dylora_moe.hub_export.checking import check_source
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -73,7 +74,9 @@ def expected(adapters, foundation, kind):
 
 
 @pytest.mark.parametrize("layout", ["full", "adapter"])
-def test_every_expert_computes_what_peft_computes(quick_check, adapters, foundation, expected, tmp_path, layout):
+def test_every_expert_computes_what_peft_computes(
+    quick_check, adapters, foundation, expected, tmp_path, layout
+):
     assert inspect(list(adapters.values())).missing == []
     result = export(list(adapters.values()), tmp_path / "out", layout=layout)
     assert result.check.passed and verify(result.output_dir).passed
@@ -141,7 +144,9 @@ def mixtral(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_one_of_the_two_parameters_by_old_names(quick_check, mixtral, tmp_path, matrices, layout):
     """PEFT reads w1 and w3 only beside w2, and leaves them out without an error where they are alone."""
-    adapter = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral", matrices=matrices, lora_dropout=0.1)
+    adapter = write_old_adapter(
+        tmp_path / "old", mixtral, "none: mixtral", matrices=matrices, lora_dropout=0.1
+    )
     result = export(adapter, tmp_path / "out", layout=layout)
     assert result.check.passed
     with torch.no_grad():
@@ -152,7 +157,8 @@ def test_one_of_the_two_parameters_by_old_names(quick_check, mixtral, tmp_path, 
 
 
 def assert_old_names_are_read(tmp_path, kind, **fields):
-    """An adapter with the matrices of stacked experts one by one: the repo, and PEFT on it, compute what they say."""
+    """An adapter with the matrices of stacked experts one by one: the repo, and PEFT on it, compute what they
+    say."""
     folder = tmp_path / "base"
     moe_model(kind).save_pretrained(folder)
     save_tokenizer(folder)
@@ -178,7 +184,9 @@ def test_a_type_whose_old_names_peft_does_not_convert(quick_check, tmp_path):
 def test_what_peft_saves_of_an_adapter_that_it_converted(quick_check, mixtral, tmp_path):
     """Its targets are the parameters' names alone, without a module's."""
     old = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral", also=["q_proj"])
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mixtral), old).save_pretrained(tmp_path / "new")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mixtral), old).save_pretrained(
+        tmp_path / "new"
+    )
     fields = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert set(fields["target_parameters"]) == {"gate_up_proj", "down_proj"}
     result = export([old, tmp_path / "new"], tmp_path / "out")
@@ -243,7 +251,8 @@ def test_training_checkpoints(quick_check, mixtral, tmp_path):
         shutil.copytree(adapter, trainer / "peft_adapters" / f"expert_{index}" / f"expert_{index}")
     fields = {"num_experts": 2, "checkpoint_type": "peft_only"}
     write_json(
-        trainer / "config.json", {"model_type": "dylora-moe", "base_model_name_or_path": str(mixtral), **fields}
+        trainer / "config.json",
+        {"model_type": "dylora-moe", "base_model_name_or_path": str(mixtral), **fields},
     )
     (trainer / "dylo_moe_state").mkdir()
     save_router(trainer, 2)
@@ -267,7 +276,8 @@ def final_checkpoint(folder, foundation, adapters):
 
 
 def test_a_model_that_was_saved_under_older_names(quick_check, tmp_path):
-    """transformers gives the foundation's parameters the names of its checkpoints, and with them the stacks."""
+    """transformers gives the foundation's parameters the names of its checkpoints, and with them the
+    stacks."""
     down = "model.layers.1.mlp.experts.down_proj"
     experts = [{"name": "a", "target_parameters": [down]}, {"name": "b", "target_modules": ["lm_head"]}]
     config = DyloraMoeConfig(expert_configs=experts)
@@ -292,14 +302,22 @@ REFUSED = {
     "a matrix of two": ({"matrices": (0,)}, {}, r"0 of the 4 that are called .*w3.* add the missing ones"),
     "rank-stabilised": ({"use_rslora": True}, {}, r"lora_alpha \* r \*\* 0.5"),
     "an alpha of one matrix": ({"alpha_pattern": {"w1": 4}}, {}, "lora_alpha of .*w1 is 4, of .*w3 8"),
-    "alphas by old names": ({"alpha_pattern": {"w1": 4, "w3": 4}}, {}, "alpha 4 by .* for which PEFT takes 8"),
+    "alphas by old names": (
+        {"alpha_pattern": {"w1": 4, "w3": 4}},
+        {},
+        "alpha 4 by .* for which PEFT takes 8",
+    ),
     "alphas by all names": (
         {"alpha_pattern": {"w1": 4, "w3": 4, "gate_up_proj": 4}},
         {},
         "alpha 4 by .* for which PEFT takes 8",
     ),
     "without an expert": ({}, {".experts.2.": None}, "3 of the 4"),
-    "another foundation": ({}, {".experts.3.": ".experts.4."}, r"matrices of expert 4, .* has 4 .*--base_model"),
+    "another foundation": (
+        {},
+        {".experts.3.": ".experts.4."},
+        r"matrices of expert 4, .* has 4 .*--base_model",
+    ),
 }
 
 
@@ -309,7 +327,9 @@ def test_matrices_that_peft_does_not_put_together(mixtral, tmp_path, name):
     adapter = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral", **how)
     tensors = load_file(adapter / "adapter_model.safetensors")
     for part, by in replaced.items():
-        tensors = {key.replace(part, by or part): value for key, value in tensors.items() if by or part not in key}
+        tensors = {
+            key.replace(part, by or part): value for key, value in tensors.items() if by or part not in key
+        }
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(InputError, match=message):
         export(adapter, tmp_path / "out", verify=False)
@@ -334,7 +354,9 @@ def test_where_inputs_are_as_many_as_outputs_the_version_of_peft_tells(tmp_path,
     foundation = AutoModelForCausalLM.from_config(config)
     foundation.save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
-    model = get_peft_model(foundation, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    model = get_peft_model(
+        foundation, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    )
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "new")
     change_json(tmp_path / "new" / "adapter_config.json", peft_version=version)
@@ -377,7 +399,9 @@ def test_experts_of_another_kind_are_refused(tmp_path):
     foundation = AutoModelForCausalLM.from_config(config)
     foundation.save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
-    model = get_peft_model(foundation, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    model = get_peft_model(
+        foundation, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    )
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "new")
     with pytest.raises(InputError, match="'down_proj' of this Llama4TextExperts is none of these"):
@@ -387,7 +411,9 @@ def test_experts_of_another_kind_are_refused(tmp_path):
 def test_a_layer_too_many_or_too_few_is_told(mixtral, tmp_path):
     adapter = write_new_adapter(tmp_path / "new", mixtral, "none: mixtral", BOTH)
     change_json(adapter / "adapter_config.json", target_parameters=["experts.down_proj"])
-    with pytest.raises(InputError, match=r"2 layers on model\..*\.experts, and target_parameters .* names down"):
+    with pytest.raises(
+        InputError, match=r"2 layers on model\..*\.experts, and target_parameters .* names down"
+    ):
         inspect(adapter)
 
 
@@ -413,11 +439,14 @@ def test_a_parameter_in_both_forms_is_refused(mixtral, tmp_path):
     """One of the two would be left out."""
     adapter = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral")
     other = write_new_adapter(tmp_path / "new", mixtral, "none: mixtral", BOTH[1:])
-    tensors = load_file(adapter / "adapter_model.safetensors") | load_file(other / "adapter_model.safetensors")
+    tensors = load_file(adapter / "adapter_model.safetensors") | load_file(
+        other / "adapter_model.safetensors"
+    )
     save_file(tensors, adapter / "adapter_model.safetensors")
     change_json(adapter / "adapter_config.json", target_parameters=list(BOTH[1:]))
     with pytest.raises(
-        InputError, match=r"adapts model\.layers\.0\.mlp\.experts\.down_proj twice: .*experts\.0\.w2; take one"
+        InputError,
+        match=r"adapts model\.layers\.0\.mlp\.experts\.down_proj twice: .*experts\.0\.w2; take one",
     ):
         export(adapter, tmp_path / "out", verify=False)
 
@@ -434,7 +463,9 @@ def test_an_adapter_of_the_gate_is_refused(mixtral, tmp_path, place):
 
 
 def test_a_layer_of_one_stacked_expert(quick_check, tmp_path):
-    foundation = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=1, num_experts_per_tok=1))
+    foundation = AutoModelForCausalLM.from_config(
+        MixtralConfig(**SIZES, num_local_experts=1, num_experts_per_tok=1)
+    )
     foundation.save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     adapter = write_new_adapter(tmp_path / "new", tmp_path / "base", foundation, BOTH, ["q_proj"])

@@ -99,8 +99,14 @@ WRITES = {
         lambda folder: fail(OSError(errno.ENOSPC, "full", "/elsewhere", None, str(folder / "x"))),
         "no space left on the disk",
     ),
-    "the file system refuses": (lambda folder: fail(OSError(errno.EIO, "Input/output error")), "Input/output error"),
-    "a folder that is not there": (lambda folder: (folder / "a" / "b").write_text(""), "No such file or directory"),
+    "the file system refuses": (
+        lambda folder: fail(OSError(errno.EIO, "Input/output error")),
+        "Input/output error",
+    ),
+    "a folder that is not there": (
+        lambda folder: (folder / "a" / "b").write_text(""),
+        "No such file or directory",
+    ),
 }
 
 
@@ -111,7 +117,10 @@ def fail(error):
 @pytest.mark.parametrize("case", BODIES)
 def test_what_fails_on_the_way_and_is_not_writing(tmp_path, case):
     body, kind, message = BODIES[case]
-    with pytest.raises(kind, match=re.escape(message)) as caught, staged_folder(tmp_path / "repo", False, replaceable):
+    with (
+        pytest.raises(kind, match=re.escape(message)) as caught,
+        staged_folder(tmp_path / "repo", False, replaceable),
+    ):
         body()
     assert "cannot write" not in str(caught.value) and "repo was not written" in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -121,7 +130,10 @@ def test_what_fails_on_the_way_and_is_not_writing(tmp_path, case):
 def test_what_fails_in_writing(tmp_path, case):
     body, message = WRITES[case]
     message = f"cannot write .*/repo: {message}; nothing was left there"
-    with pytest.raises(FailureError, match=message), staged_folder(tmp_path / "repo", False, replaceable) as folder:
+    with (
+        pytest.raises(FailureError, match=message),
+        staged_folder(tmp_path / "repo", False, replaceable) as folder,
+    ):
         body(folder)
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +160,9 @@ def test_overwriting_is_one_stroke(old):
         "        sys.exit('missing')\n"
         "    __import__('os').close(handle)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", look, str(old)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", look, str(old)], stdout=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.readline()
         for turn in range(30):
             write(old, str(turn), overwrite=True)
@@ -170,7 +184,10 @@ def test_an_exception_leaves_the_old_folder_and_nothing_else(old):
 def test_a_full_disk_is_one_line_and_leaves_no_trace(tmp_path, old, exists):
     final = old if exists else tmp_path / "made" / "for" / "it"
     before = snapshot(tmp_path)
-    with pytest.raises(FailureError, match="no space left on the disk"), staged_folder(final, True, replaceable):
+    with (
+        pytest.raises(FailureError, match="no space left on the disk"),
+        staged_folder(final, True, replaceable),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert snapshot(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["repo"]
@@ -194,7 +211,10 @@ def test_a_failing_exchange_restores_the_old_folder(old, monkeypatch):
 
 def test_leftovers_of_the_same_output_are_removed_and_others_kept(old):
     left = old.parent / ".repo.partial-0123abcd"
-    kept = [old.parent / name for name in (".repo.partial-mine", ".other.partial-0123abcd", "repo.partial-0123abcd")]
+    kept = [
+        old.parent / name
+        for name in (".repo.partial-mine", ".other.partial-0123abcd", "repo.partial-0123abcd")
+    ]
     for path in (left, *kept):
         (path / "content").mkdir(parents=True)
         (path / "content" / "half").write_text("half")

@@ -1,7 +1,9 @@
-"""Every source format, exported in both layouts, loaded where nothing of this project and no peft is installed.
+"""Every source format, exported in both layouts, loaded where nothing of this project and no peft is
+installed.
 
-What stock transformers computes there is held against PEFT on the source's own files: by check_source for all formats,
-and for final checkpoints and adapters by a plainer way that is written out here, one token after the other.
+What stock transformers computes there is held against PEFT on the source's own files: by check_source for all
+formats, and for final checkpoints and adapters by a plainer way that is written out here, one token after the
+other.
 """
 
 import json
@@ -29,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, MixtralForCausalLM
 
 from dylora_moe.hub_export import InputError, export
-from dylora_moe.hub_export.check_source import reference
+from dylora_moe.hub_export.checking.check_source import reference
 
 
 ROWS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -86,7 +88,9 @@ def whole_models(folder: Path, foundation: Path, tied: Path) -> dict[str, Case]:
         "whole model, trained head": save_whole_model(folder / "trained_head", tied, head="trained"),
         "whole model, tied head": save_whole_model(folder / "tied_head", tied, head="equal"),
         "whole model, sharded": save_whole_model(folder / "sharded", foundation, rank=3, shards=3),
-        "whole model, .bin": save_whole_model(folder / "pickled", foundation, alpha=5, file="pytorch_model.bin"),
+        "whole model, .bin": save_whole_model(
+            folder / "pickled", foundation, alpha=5, file="pytorch_model.bin"
+        ),
     }
     (made["whole model, .bin"] / "dylo_moe_state").mkdir()
     save_router(made["whole model, .bin"], 3, top_k=2, temperature=0.7)
@@ -175,7 +179,8 @@ def cases(tmp_path_factory, foundation, adapters):
         **whole_models(folder, foundation, tied),
         **peft_adapters(folder, foundation, adapters),
     }
-    # Our own repos as sources: what is right is still what the checkpoint says that they were first made from.
+    # Our own repos as sources: what is right is still what the checkpoint says that they were first made
+    # from.
     final = cases["final checkpoint"]
     for layout in ("full", "adapter"):
         repo = export(final.sources, folder / f"exported-{layout}", layout=layout, verify=False).output_dir
@@ -185,7 +190,8 @@ def cases(tmp_path_factory, foundation, adapters):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory, cases):
-    """What stock transformers computes: name of a case -> layout -> quantity -> tensor. One process loads all repos."""
+    """What stock transformers computes: name of a case -> layout -> quantity -> tensor. One process loads all
+    repos."""
     folder = tmp_path_factory.mktemp("repos")
     places = {}
     for number, (name, case) in enumerate(cases.items()):
@@ -229,7 +235,8 @@ def test_every_case_is_tested(cases):
 
 @pytest.mark.parametrize("name", CASES)
 def test_stock_transformers_computes_what_peft_does_from_the_source(cases, loaded, name):
-    """Every strategy in both layouts, to 1e-4 in float32; and every expert, mixture and route makes a difference."""
+    """Every strategy in both layouts, to 1e-4 in float32; and every expert, mixture and route makes a
+    difference."""
     case = cases[name]
     kind, folders, foundation = case.reference
     expected = reference(kind, folders, str(foundation), None, case.lora_alpha, {}, None).quantities(ROWS)
@@ -267,8 +274,8 @@ def test_a_trained_head_cannot_be_left_with_the_foundation(cases, tmp_path):
 
 @torch.no_grad()
 def one_token_at_a_time(model: PeftModel, names: list[str], weights: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, tokens, vocabulary] with `weights` [rows, tokens, experts]: before each token, every LoRA layer's own
-    scales are set to what the experts weigh there."""
+    """Logits [rows, tokens, vocabulary] with `weights` [rows, tokens, experts]: before each token, every LoRA
+    layer's own scales are set to what the experts weigh there."""
     model.base_model.set_adapter(names)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     scales = [dict(layer.scaling) for layer in layers]
@@ -278,7 +285,11 @@ def one_token_at_a_time(model: PeftModel, names: list[str], weights: torch.Tenso
         for token, shares in zip(row, row_weights.tolist(), strict=True):
             for layer, own in zip(layers, scales, strict=True):
                 layer.scaling.update(
-                    {name: share * own[name] for name, share in zip(names, shares, strict=True) if name in own}
+                    {
+                        name: share * own[name]
+                        for name, share in zip(names, shares, strict=True)
+                        if name in own
+                    }
                 )
             logits.append(model(token.reshape(1, 1), past_key_values=cache).logits[0, 0])
         results.append(torch.stack(logits))

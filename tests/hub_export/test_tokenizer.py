@@ -1,4 +1,5 @@
-"""A repo's tokenizer gives the ids that stock transformers gives for the source's tokenizer beside its foundation."""
+"""A repo's tokenizer gives the ids that stock transformers gives for the source's tokenizer beside its
+foundation."""
 
 import json
 import shutil
@@ -20,12 +21,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_variant, merge, verify
-from dylora_moe.hub_export.mixture import FoundationReference
-from dylora_moe.hub_export.repo_files import is_tokenizer_file
-from dylora_moe.hub_export.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
-from dylora_moe.hub_export.tokenizer_battery import TEXTS, behaviour, differences
+from dylora_moe.hub_export.repo.repo_files import is_tokenizer_file
+from dylora_moe.hub_export.repo.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
+from dylora_moe.hub_export.repo.tokenizer_battery import TEXTS, behaviour, differences
+from dylora_moe.hub_export.tensors.mixture import FoundationReference
 from dylora_moe.modeling import DyloraMoeConfig
 from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 
@@ -43,7 +44,8 @@ def stock_ids(folder):
 
 @pytest.fixture(scope="module")
 def granite(tmp_path_factory):
-    """A foundation that transformers reads by tokenizer.json as it stands, though its files declare GPT-2's class."""
+    """A foundation that transformers reads by tokenizer.json as it stands, though its files declare GPT-2's
+    class."""
     folder = tmp_path_factory.mktemp("granite") / "base"
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     GraniteForCausalLM(GraniteConfig(vocab_size=ROWS, num_key_value_heads=2, **sizes)).save_pretrained(folder)
@@ -61,10 +63,13 @@ def granite_adapter(granite, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama_kind(tmp_path_factory):
-    """A foundation with a tokenizer of Llama 2's kind, whose class is LlamaTokenizer and says nothing about `legacy`."""
+    """A foundation with a tokenizer of Llama 2's kind, whose class is LlamaTokenizer and says nothing about
+    `legacy`."""
     folder = save_foundation(tmp_path_factory.mktemp("llama") / "base", vocab_size=ROWS)
     remove_tokenizer(folder)
-    write_tokenizer_files(folder, sentencepiece_kind(), tokenizer_class="LlamaTokenizer", bos_token="<s>", **END)
+    write_tokenizer_files(
+        folder, sentencepiece_kind(), tokenizer_class="LlamaTokenizer", bos_token="<s>", **END
+    )
     change_json(folder / "tokenizer_config.json", legacy=True, add_bos_token=True, add_eos_token=False)
     return folder
 
@@ -101,7 +106,8 @@ def test_the_export_that_peft_moe_makes_gives_the_same_ids(granite, granite_adap
 
 @pytest.mark.parametrize("kind", ["adapter", "final checkpoint"])
 def test_a_blank_before_every_piece_stays_one(llama_kind, kind, tmp_path):
-    """Saving such a tokenizer with transformers loses what makes the loader put it there after special tokens, too."""
+    """Saving such a tokenizer with transformers loses what makes the loader put it there after special
+    tokens, too."""
     ids = stock_ids(llama_kind)
     source = tmp_path / "source"
     if kind == "adapter":
@@ -145,7 +151,8 @@ def family_config(model_type):
 @pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
 @pytest.mark.parametrize("declared", DECLARED)
 def test_every_family_with_a_foreign_class(declared, kind, tmp_path):
-    """Beside a config of each family that has a tokenizer in transformers; what stock cannot load is not compared."""
+    """Beside a config of each family that has a tokenizer in transformers; what stock cannot load is not
+    compared."""
     compared = 0
     text = byte_level() if kind == "byte level" else sentencepiece_kind()
     families = [name for name in CAUSAL_TYPES if TOKENIZER_MAPPING_NAMES.get(name) is not None]
@@ -167,7 +174,8 @@ def test_every_family_with_a_foreign_class(declared, kind, tmp_path):
 
 
 def test_what_a_loader_mends_beside_the_foundation_is_saved(tmp_path):
-    """transformers mends the expression of large tokenizers beside an old config of Mistral's, and not beside ours."""
+    """transformers mends the expression of large tokenizers beside an old config of Mistral's, and not beside
+    ours."""
     fields = json.loads(byte_level(split_digits=False))
     vocabulary = fields["model"]["vocab"]
     vocabulary.update({f"filler{index}": index for index in range(len(vocabulary), 100_100)})
@@ -285,7 +293,8 @@ def test_verify_compares_with_what_the_foundations_config_makes_of_it(granite, g
 
 
 def test_other_tokens_than_those_of_transformers_4_are_said(llama_kind, tmp_path):
-    """LlamaTokenizer rebuilds its tokenizer from parts, and puts no blank before text that begins with one."""
+    """LlamaTokenizer rebuilds its tokenizer from parts, and puts no blank before text that begins with
+    one."""
     source = save_adapter(tmp_path / "adapter", llama_kind)
     with pytest.warns(DyloraMoeWarning, match=r"other tokens than its tokenizer\.json"):
         export(source, tmp_path / "repo", verify=False)
@@ -308,7 +317,8 @@ def test_another_tokenizer_than_the_foundations_is_said(granite, granite_adapter
 
 
 def test_a_model_that_transformers_knows_by_its_name_keeps_its_class(monkeypatch, tmp_path):
-    """Its folder in the Hub's cache has another name, so that the class that its files declare would be taken."""
+    """Its folder in the Hub's cache has another name, so that the class that its files declare would be
+    taken."""
     name = "deepseek-ai/deepseek-coder-small"
     cache = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -337,7 +347,9 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(foundation, monkeypatch, t
         export(source, tmp_path / "repo", verify=False)
 
 
-def test_a_foundations_tokenizer_that_fails_on_a_text_is_nothing_to_compare_with(granite, granite_adapter, tmp_path):
+def test_a_foundations_tokenizer_that_fails_on_a_text_is_nothing_to_compare_with(
+    granite, granite_adapter, tmp_path
+):
     base = shutil.copytree(granite, tmp_path / "base")
     fields = json.loads(byte_level())
     fields["model"] = {"type": "WordLevel", "vocab": fields["model"]["vocab"], "unk_token": "no such token"}

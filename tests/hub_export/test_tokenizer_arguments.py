@@ -1,4 +1,5 @@
-"""No argument of a stored tokenizer names a file: the attack by every class and on every path, and what stays."""
+"""No argument of a stored tokenizer names a file: the attack by every class and on every path, and what
+stays."""
 
 import json
 import shutil
@@ -12,10 +13,15 @@ from transformers import AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from dylora_moe.cli import main
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, merge, verify
-from dylora_moe.hub_export.tokenizer_arguments import VERSIONS, allowed_arguments, allowed_tokens, missed_arguments
-from dylora_moe.hub_export.tokenizer_files import load_tokenizer
+from dylora_moe.hub_export.repo.tokenizer_arguments import (
+    VERSIONS,
+    allowed_arguments,
+    allowed_tokens,
+    missed_arguments,
+)
+from dylora_moe.hub_export.repo.tokenizer_files import load_tokenizer
 
 
 SECRET = "TOKEN=hunter2"
@@ -30,15 +36,25 @@ WORDPIECE = {
 def attacks(secret: str) -> dict[str, dict[str, dict]]:
     """Files of a tokenizer by the way that they name a file of this machine."""
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
-    rebuilt = {"version": "1.0", "added_tokens": [], **dict.fromkeys(parts), "model": {**WORDPIECE, "vocab": secret}}
+    rebuilt = {
+        "version": "1.0",
+        "added_tokens": [],
+        **dict.fromkeys(parts),
+        "model": {**WORDPIECE, "vocab": secret},
+    }
     return {
         "an argument": {"tokenizer_config.json": {"vocab": secret}},
         "two arguments": {"tokenizer_config.json": {"vocab": secret, "merges": secret}},
         "a file's argument": {"tokenizer_config.json": {"vocab_file": secret}},
         "positional arguments": {"tokenizer_config.json": {"init_inputs": [secret]}},
-        "the map of special tokens": {"tokenizer_config.json": {}, "special_tokens_map.json": {"vocab": secret}},
+        "the map of special tokens": {
+            "tokenizer_config.json": {},
+            "special_tokens_map.json": {"vocab": secret},
+        },
         "tokenizer.json": {"tokenizer_config.json": {}, "tokenizer.json": rebuilt},
-        "versioned files": {"tokenizer_config.json": {"fast_tokenizer_files": [f"../..{secret}/tokenizer.1.json"]}},
+        "versioned files": {
+            "tokenizer_config.json": {"fast_tokenizer_files": [f"../..{secret}/tokenizer.1.json"]}
+        },
     }
 
 
@@ -126,7 +142,13 @@ KEPT = {
     "spaces_between_special_tokens": False,
     "sp_model_kwargs": {"enable_sampling": False, "alpha": 0.1},
     "bos_token": "/",
-    "eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False, "special": True},
+    "eos_token": {
+        "__type": "AddedToken",
+        "content": "</s>",
+        "lstrip": False,
+        "rstrip": False,
+        "special": True,
+    },
     "fim_prefix_token": "<PRE>",
     "additional_special_tokens": ["<a>", {"content": "<b>", "normalized": False}],
     "extra_special_tokens": {"image_token": "<image>"},
@@ -172,7 +194,13 @@ def test_what_may_name_a_file_or_code_is_left_out(key):
 
 
 def test_a_map_of_special_tokens_holds_tokens_and_nothing_else():
-    stored = {"bos_token": "<s>", "additional_special_tokens": ["<a>"], "vocab": "x", "legacy": True, "merges": None}
+    stored = {
+        "bos_token": "<s>",
+        "additional_special_tokens": ["<a>"],
+        "vocab": "x",
+        "legacy": True,
+        "merges": None,
+    }
     assert allowed_tokens(stored) == {"bos_token": "<s>", "additional_special_tokens": ["<a>"]}
 
 
@@ -188,7 +216,9 @@ def test_arguments_of_the_loading_call_do_not_reach_a_repo(foundation, tmp_path)
 
 
 def test_token_strings_that_look_like_paths_stay_tokens(foundation, tmp_path):
-    folder = write_tokenizer_files(tmp_path / "slash", byte_level(), tokenizer_class="GPT2Tokenizer", pad_token="/")
+    folder = write_tokenizer_files(
+        tmp_path / "slash", byte_level(), tokenizer_class="GPT2Tokenizer", pad_token="/"
+    )
     assert load_tokenizer(folder).pad_token == "/"
 
 
@@ -214,19 +244,26 @@ def test_what_a_tokenizer_with_code_of_its_own_needs_is_said(tokenizer_with_code
         load_tokenizer(tokenizer_with_code)
 
 
-def test_arguments_of_the_loading_call_do_not_reach_a_repo_with_own_code(tokenizer_with_code, foundation, tmp_path):
+def test_arguments_of_the_loading_call_do_not_reach_a_repo_with_own_code(
+    tokenizer_with_code, foundation, tmp_path
+):
     source = save_adapter(tmp_path / "adapter", foundation)
     remove_tokenizer(source)
     repo = tmp_path / "repo"
     options = {"tokenizer": str(tokenizer_with_code), "trust_remote_code": True}
     export(source, repo, verify=False, **options)
-    assert not {"is_local", "local_files_only"} & json.loads((repo / "tokenizer_config.json").read_text()).keys()
+    assert (
+        not {"is_local", "local_files_only"} & json.loads((repo / "tokenizer_config.json").read_text()).keys()
+    )
     assert (repo / "own.py").is_file()
 
 
 MISSED = {
     "a language": {"tokenizer_class": "NllbTokenizer", "src_lang": "deu_Latn"},
-    "another file": {"tokenizer_class": "PreTrainedTokenizerFast", "fast_tokenizer_files": ["tokenizer.4.0.0.json"]},
+    "another file": {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "fast_tokenizer_files": ["tokenizer.4.0.0.json"],
+    },
 }
 
 
@@ -234,7 +271,9 @@ MISSED = {
 def test_a_text_that_the_class_would_have_taken_is_missed_aloud(kind, foundation, tmp_path):
     base = shutil.copytree(foundation, tmp_path / "base")
     write_tokenizer_files(base, sentencepiece_kind(), **MISSED[kind])
-    with pytest.warns(DyloraMoeWarning, match=rf"(src_lang|{VERSIONS}) of .*tokenizer_config.json is left out"):
+    with pytest.warns(
+        DyloraMoeWarning, match=rf"(src_lang|{VERSIONS}) of .*tokenizer_config.json is left out"
+    ):
         find_model(base).load_tokenizer()
 
 
@@ -246,4 +285,7 @@ def test_what_says_nothing_about_tokens_is_not_missed(foundation):
         "vocab_file": "x.json",
         "special_tokens_map_file": "y.json",
     }
-    assert missed_arguments({**stored, "fast_tokenizer_files": ["tokenizer.json"]}, load_tokenizer(foundation)) == []
+    assert (
+        missed_arguments({**stored, "fast_tokenizer_files": ["tokenizer.json"]}, load_tokenizer(foundation))
+        == []
+    )

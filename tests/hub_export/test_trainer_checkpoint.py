@@ -1,4 +1,5 @@
-"""Reading the trainer's own checkpoints: PEFT's nested folders, the gate beside them, and all that can be missing."""
+"""Reading the trainer's own checkpoints: PEFT's nested folders, the gate beside them, and all that can be
+missing."""
 
 import os
 import shutil
@@ -178,7 +179,10 @@ def empty_weights(step):
 @pytest.mark.parametrize("damage", [lose_adapter, lose_weights, empty_weights])
 def test_an_expert_that_is_not_there_is_named_with_a_sibling_that_has_it(step, trained, checkpoint, damage):
     damage(step)
-    assert "expert_1" in read(step).problems[0] and "no checkpoint-* folder or best_model" in read(step).problems[0]
+    assert (
+        "expert_1" in read(step).problems[0]
+        and "no checkpoint-* folder or best_model" in read(step).problems[0]
+    )
     for other, keep in ((9, True), (11, True), (12, False)):
         sibling = shutil.copytree(trained, step.parent / f"checkpoint-{other}")
         if not keep:
@@ -195,7 +199,9 @@ def test_the_earlier_form_is_read_by_its_files(foundation, tmp_path):
     """`expert_<i>.pt`, a training state, and no alpha: the files of a final checkpoint, which reads them."""
     step = save_final_checkpoint(tmp_path / "run" / "checkpoint-5", foundation, alpha=None)
     (step / "config.json").unlink()
-    (step / "config.json").write_text('{"model_type": "dylora-moe", "num_experts": 3, "checkpoint_type": "peft_only"}')
+    (step / "config.json").write_text(
+        '{"model_type": "dylora-moe", "num_experts": 3, "checkpoint_type": "peft_only"}'
+    )
     assert detect(step).format == "final checkpoint"
     mixture = read(step)
     assert len(mixture.experts) == 3
@@ -218,7 +224,9 @@ def test_the_foundations_own_experts_are_not_ours(foundation, tmp_path):
 
 
 def break_rank(step):
-    change_adapter(step, lambda tensors: tensors.update({key: tensors[key][:2].contiguous() for key in tensors}))
+    change_adapter(
+        step, lambda tensors: tensors.update({key: tensors[key][:2].contiguous() for key in tensors})
+    )
 
 
 def break_gate(step, **tensors):
@@ -243,29 +251,56 @@ def truncate(path):
 
 
 DAMAGES = {
-    "too few": (lambda step: change_json(step / "config.json", num_experts=2), ["expert_2", "num_experts is 2"]),
-    "number is text": (lambda step: change_json(step / "config.json", num_experts="3"), ["num_experts is '3'"]),
-    "number is huge": (lambda step: change_json(step / "config.json", num_experts=10**30), ["num_experts is 1000"]),
-    "number is true": (lambda step: change_json(step / "config.json", num_experts=True), ["num_experts is True"]),
+    "too few": (
+        lambda step: change_json(step / "config.json", num_experts=2),
+        ["expert_2", "num_experts is 2"],
+    ),
+    "number is text": (
+        lambda step: change_json(step / "config.json", num_experts="3"),
+        ["num_experts is '3'"],
+    ),
+    "number is huge": (
+        lambda step: change_json(step / "config.json", num_experts=10**30),
+        ["num_experts is 1000"],
+    ),
+    "number is true": (
+        lambda step: change_json(step / "config.json", num_experts=True),
+        ["num_experts is True"],
+    ),
     "rank": (break_rank, ["expert_1", "one rank"]),
-    "gate of other size": (lambda step: break_gate(step, **{"gate.weight": torch.zeros(2, 32)}), ["[2, 32]", "3 exp"]),
+    "gate of other size": (
+        lambda step: break_gate(step, **{"gate.weight": torch.zeros(2, 32)}),
+        ["[2, 32]", "3 exp"],
+    ),
     "gate of integers": (
         lambda step: break_gate(step, **{"gate.weight": torch.zeros(3, 32, dtype=torch.int32)}),
         ["router.safetensors", "not as floats"],
     ),
-    "no bias": (lambda step: break_gate(step, **{"gate.bias": None}), ["router.safetensors has no gate.bias"]),
+    "no bias": (
+        lambda step: break_gate(step, **{"gate.bias": None}),
+        ["router.safetensors has no gate.bias"],
+    ),
     "more than a gate": (lambda step: break_gate(step, **{"noise.weight": torch.ones(1)}), ["noise.weight"]),
     "truncated gate": (lambda step: truncate(step / "router.safetensors"), ["router.safetensors"]),
     "truncated adapter": (lambda step: truncate(step / NESTED / "adapter_model.safetensors"), ["expert_1"]),
-    "no adapter config": (lambda step: (step / NESTED / "adapter_config.json").unlink(), ["adapter_config.json"]),
-    "DoRA": (lambda step: change_json(step / NESTED / "adapter_config.json", use_dora=True), ["expert_1", "DoRA"]),
+    "no adapter config": (
+        lambda step: (step / NESTED / "adapter_config.json").unlink(),
+        ["adapter_config.json"],
+    ),
+    "DoRA": (
+        lambda step: change_json(step / NESTED / "adapter_config.json", use_dora=True),
+        ["expert_1", "DoRA"],
+    ),
     "alpha is a list": (
         lambda step: change_json(step / NESTED / "adapter_config.json", lora_alpha=[8]),
         ["expert_1", "lora_alpha is [8]"],
     ),
     "adapter elsewhere": (link_adapter_outside, ["leads out of", "elsewhere"]),
     "gate elsewhere": (link_gate_outside, ["router.safetensors", "leads out of"]),
-    "config is a list": (lambda step: (step / "config.json").write_text("[]"), ["config.json", "expected an object"]),
+    "config is a list": (
+        lambda step: (step / "config.json").write_text("[]"),
+        ["config.json", "expected an object"],
+    ),
 }
 
 
@@ -316,7 +351,8 @@ def test_checkpoints_of_one_adapter_are_not_several_experts(foundation, tmp_path
 
 
 def test_what_older_versions_of_peft_save_along_is_passed_over(foundation, tmp_path):
-    """They match names by their beginning: expert_1's file holds tensors of expert_10, under names of its own."""
+    """They match names by their beginning: expert_1's file holds tensors of expert_10, under names of its
+    own."""
     folder = save_trainer_checkpoint(tmp_path / "checkpoint-1", foundation)
     path = folder / "peft_adapters" / "expert_1" / "expert_1" / "adapter_model.safetensors"
     tensors = load_file(path)

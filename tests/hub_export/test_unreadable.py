@@ -1,4 +1,5 @@
-"""A file that may not be read, or that Git LFS left a pointer for, is not "damaged" and not "does not exist"."""
+"""A file that may not be read, or that Git LFS left a pointer for, is not "damaged" and not "does not
+exist"."""
 
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers_checkpoints import save_adapter, save_final_checkpoint, save_foundation
 
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, make_variant, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
 

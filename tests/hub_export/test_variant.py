@@ -8,7 +8,7 @@ from helpers_checkpoints import snapshot
 from transformers import AutoTokenizer
 
 from dylora_moe.hub_export import InputError, export, make_variant, verify
-from dylora_moe.hub_export.tensor_files import read_json
+from dylora_moe.hub_export.tensors.tensor_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -17,9 +17,15 @@ def test_a_variant_shares_the_weights_and_differs_in_the_strategy_alone(repo, tm
     assert (result.routing_strategy, result.weights) == ("single:2", "hard links")
     assert os.path.samefile(repo / "model.safetensors", tmp_path / "variant" / "model.safetensors")
     original, variant = snapshot(repo), snapshot(tmp_path / "variant")
-    assert {name for name in original if original[name] != variant[name]} == {"generation_config.json", "README.md"}
+    assert {name for name in original if original[name] != variant[name]} == {
+        "generation_config.json",
+        "README.md",
+    }
     assert original.keys() == variant.keys()
-    fields = read_json(repo / "generation_config.json"), read_json(tmp_path / "variant" / "generation_config.json")
+    fields = (
+        read_json(repo / "generation_config.json"),
+        read_json(tmp_path / "variant" / "generation_config.json"),
+    )
     assert {**fields[0], "routing_strategy": "single:2"} == fields[1]
 
 
@@ -121,7 +127,11 @@ def test_the_card_of_a_variant_speaks_of_the_variant(repo, tmp_path):
         card.write("\nA note of the user's own.\n")
     make_variant(repo, routing_strategy="best", output_dir=tmp_path / "my-variant")
     card = (tmp_path / "my-variant" / "README.md").read_text()
-    assert "# my-variant\n" in card and "The default here is `best`" in card and "A note of the user's own." in card
+    assert (
+        "# my-variant\n" in card
+        and "The default here is `best`" in card
+        and "A note of the user's own." in card
+    )
     assert (
         'from_pretrained("my-variant"' in card
         and "--model my-variant " in card

@@ -69,8 +69,16 @@ DAMAGES = {
         "generation_config.json",
     ),
     "no weights": (lambda repo: (repo / "model.safetensors").unlink(), "files", "model.safetensors"),
-    "no such strategy": (write("generation_config.json", '{"routing_strategy": "single:7"}'), "files", "single:7"),
-    "a file of code is missing": (lambda repo: (repo / "cache_dylora_moe.py").unlink(), "code", "cache_dylora_moe.py"),
+    "no such strategy": (
+        write("generation_config.json", '{"routing_strategy": "single:7"}'),
+        "files",
+        "single:7",
+    ),
+    "a file of code is missing": (
+        lambda repo: (repo / "cache_dylora_moe.py").unlink(),
+        "code",
+        "cache_dylora_moe.py",
+    ),
     "code was changed": (append("router_dylora_moe.py", "import os\n"), "code", "+import os"),
     "the package's file was changed": (write("__init__.py", "import os\n"), "code", "+import os"),
     "code was added": (write("more.py", "import os\n"), "code", "more.py is no file of this package's"),
@@ -85,7 +93,9 @@ DAMAGES = {
         "model.norm.weight",
     ),
     "a tensor is missing": (
-        lambda repo: change_weights(repo, "model.safetensors", lambda t: t.pop("foundation.model.norm.weight")),
+        lambda repo: change_weights(
+            repo, "model.safetensors", lambda t: t.pop("foundation.model.norm.weight")
+        ),
         "safetensors",
         "model.norm.weight of the foundation is missing",
     ),
@@ -102,7 +112,9 @@ DAMAGES = {
         "model.safetensors is not what was exported",
     ),
     "cut off": (
-        lambda repo: (repo / "model.safetensors").write_bytes((repo / "model.safetensors").read_bytes()[:-100]),
+        lambda repo: (repo / "model.safetensors").write_bytes(
+            (repo / "model.safetensors").read_bytes()[:-100]
+        ),
         "headers",
         "not a whole safetensors file",
     ),
@@ -146,7 +158,8 @@ trainer.save_model(out + "/trained")
 
 
 def test_a_model_saved_again_passes(tmp_path, repo, checkpoint):
-    """By stock transformers, which imports the code from its own cache, where there is no `__init__.py` of the repo's."""
+    """By stock transformers, which imports the code from its own cache, where there is no `__init__.py` of
+    the repo's."""
     adapter = export(checkpoint, tmp_path / "light", layout="adapter", verify=False).output_dir
     out = tmp_path / "out"
     run_python(sys.executable, SAVE_AGAIN, str(repo), str(adapter), str(out), home=tmp_path)
@@ -176,7 +189,9 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_repo_that_is_not_whole_is_neither_verified_nor_exported(repo, tmp_path, name):
     tensor, message = CHANGES[name]
-    change_weights(repo, "model.safetensors", lambda t: t.pop(name) if tensor is None else t.update({name: tensor}))
+    change_weights(
+        repo, "model.safetensors", lambda t: t.pop(name) if tensor is None else t.update({name: tensor})
+    )
     assert not verify(repo).passed
     with pytest.raises(InputError, match=re.escape(message)):
         export(repo, tmp_path / "out", verify=False)
@@ -197,7 +212,9 @@ def test_an_expert_means_one_thing_to_peft_and_to_the_model(checkpoint, tmp_path
     change_weights(
         repo / "experts" / "expert_1", "*.safetensors", lambda tensors: tensors.update({name: torch.ones(32)})
     )
-    with pytest.raises(InputError, match=r"lora_magnitude_vector.* is nothing that its config\.json speaks of"):
+    with pytest.raises(
+        InputError, match=r"lora_magnitude_vector.* is nothing that its config\.json speaks of"
+    ):
         export(repo, tmp_path / "out")
 
 
@@ -206,7 +223,9 @@ def test_other_numbers_than_the_sources(repo, checked, checkpoint):
     found = findings(verify(repo, against=checkpoint))
     assert found["tensors"] == (False, "the gate's bias is not the source's")
     shutil.copyfile(checked[0] / "model.safetensors", repo / "model.safetensors")
-    change_weights(repo, "model.safetensors", lambda tensors: tensors["foundation.model.norm.weight"].mul_(1.1))
+    change_weights(
+        repo, "model.safetensors", lambda tensors: tensors["foundation.model.norm.weight"].mul_(1.1)
+    )
     found = findings(verify(repo, against=checkpoint))
     assert found["logits"][0] is False and "the logits of strategy base" in found["logits"][1]
 
@@ -229,7 +248,9 @@ def test_the_command(repo, checkpoint):
     bad = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert bad.returncode == 1 and json.loads(bad.stdout)["passed"] is False
     none = subprocess.run([*command[:-1], str(checkpoint)], capture_output=True, text=True, check=False)
-    assert none.returncode == 2 and "is not an exported repo" in none.stderr and "Traceback" not in none.stderr
+    assert (
+        none.returncode == 2 and "is not an exported repo" in none.stderr and "Traceback" not in none.stderr
+    )
 
 
 MERGED = """
@@ -263,10 +284,14 @@ def test_merging_in_the_foundations_dtype(tmp_path):
     adapter = save_adapter(tmp_path / "adapter", foundation, use_rslora=True, target_modules="all-linear")
     export(adapter, tmp_path / "repo", layout="adapter", verify=False)
     assert merge(tmp_path / "repo", expert=0, output_dir=tmp_path / "rounded").dtype == "bfloat16"
-    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "rounded" / "model.safetensors").values())
+    assert all(
+        t.dtype == torch.bfloat16 for t in load_file(tmp_path / "rounded" / "model.safetensors").values()
+    )
     merge(tmp_path / "repo", expert="0", output_dir=tmp_path / "exact", dtype="float32")
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact")
-    routed = AutoModelForCausalLM.from_pretrained(tmp_path / "repo", trust_remote_code=True, dtype=torch.float32)
+    routed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "repo", trust_remote_code=True, dtype=torch.float32
+    )
     ids = torch.arange(3, 13)[None]
     with torch.no_grad():
         expected = routed(ids, routing_strategy="single:0").logits

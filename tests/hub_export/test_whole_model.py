@@ -74,7 +74,12 @@ def test_a_model_with_an_adapter_of_another_kind_in_it_is_of_no_known_format(fou
     assert "of no known format" in read_error(other)
 
 
-LAYOUTS = [("model.safetensors", 1), ("model.safetensors", 3), ("pytorch_model.bin", 1), ("pytorch_model.bin", 3)]
+LAYOUTS = [
+    ("model.safetensors", 1),
+    ("model.safetensors", 3),
+    ("pytorch_model.bin", 1),
+    ("pytorch_model.bin", 3),
+]
 
 
 @pytest.mark.parametrize(("file", "shards"), LAYOUTS)
@@ -103,7 +108,9 @@ def test_the_foundation_is_what_it_was_bit_for_bit(saved, foundation):
 def test_the_config_is_the_foundations_own(saved, foundation):
     config = read(saved).foundation_config
     assert config.model_type == "llama" and config.num_hidden_layers == 2
-    assert not [key for key in config.to_dict() if key.startswith("_dylora") or key == "base_model_name_or_path"]
+    assert not [
+        key for key in config.to_dict() if key.startswith("_dylora") or key == "base_model_name_or_path"
+    ]
     assert read(saved).foundation.name == str(foundation)
 
 
@@ -171,7 +178,9 @@ def test_a_head_that_experts_adapt_is_tied_again_like_any_other(tied_foundation,
         tensors[f"{INSIDE}lm_head.base_layer.weight"] = tensors.pop(f"{INSIDE}lm_head.weight")
         generator = torch.Generator().manual_seed(2)
         for name, shape in (("A", (4, 32)), ("B", (97, 4))):
-            tensors[f"{INSIDE}lm_head.lora_{name}.expert_0.weight"] = torch.randn(shape, generator=generator) * 0.2
+            tensors[f"{INSIDE}lm_head.lora_{name}.expert_0.weight"] = (
+                torch.randn(shape, generator=generator) * 0.2
+            )
 
     change_tensors(whole, adapt)
     mixture = read(whole)
@@ -295,13 +304,22 @@ DAMAGES = {
     "modules_to_save": (add(f"{INSIDE}lm_head.modules_to_save.expert_0.weight", 97, 32), ["modules_to_save"]),
     "a copy of one": (add(f"{INSIDE}lm_head.original_module.weight", 97, 32), ["original_module"]),
     "a bias of an expert": (add(f"{LAYER}.lora_B.expert_0.bias", 32), ["lora_B.expert_0.bias", "bias"]),
-    "an embedding": (add(f"{INSIDE}model.embed_tokens.lora_embedding_A.expert_0", 4, 97), ["LoRA on an embedding"]),
+    "an embedding": (
+        add(f"{INSIDE}model.embed_tokens.lora_embedding_A.expert_0", 4, 97),
+        ["LoRA on an embedding"],
+    ),
     "DoRA": (add(f"{LAYER}.lora_magnitude_vector.expert_0.weight", 32), ["DoRA"]),
-    "an unknown tensor": (add(f"{INSIDE}model.layers.0.extra.weight", 2), ["model.layers.0.extra.weight", "llama"]),
+    "an unknown tensor": (
+        add(f"{INSIDE}model.layers.0.extra.weight", 2),
+        ["model.layers.0.extra.weight", "llama"],
+    ),
     "a quantised weight": (add(f"{LAYER}.base_layer.weight.absmax", 2), ["q_proj.weight.absmax"]),
     "another part": (add("skill_library.keys", 2), ["skill_library.keys", "not known"]),
     "more than a gate": (add("router.noise.weight", 2), ["router.noise.weight"]),
-    "another adapter": (add(f"{LAYER}.lora_A.default.weight", 4, 32), ["adapter default", "expert_0 to expert_2"]),
+    "another adapter": (
+        add(f"{LAYER}.lora_A.default.weight", 4, 32),
+        ["adapter default", "expert_0 to expert_2"],
+    ),
     "half a matrix pair": (drop(f"{LAYER}.lora_B.expert_0.weight"), ["expert_0", "q_proj", "not both"]),
     "no such layer": (drop(f"{LAYER}.base_layer.weight"), ["lacks model.layers.0.self_attn.q_proj.weight"]),
     "no norm": (drop(f"{INSIDE}model.norm.weight"), ["lacks model.norm.weight"]),
@@ -360,7 +378,9 @@ def test_a_missing_gate_is_a_problem(whole):
 def test_code_that_a_config_names_is_not_run(whole, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (whole / "evil.py").write_text("open('code-was-run', 'w')\nclass Evil: pass\n")
-    change_json(whole / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    change_json(
+        whole / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    )
     config = read(whole).foundation_config
     assert not hasattr(config, "auto_map")
     change_json(whole / "config.json", model_type="evil", base_model_name_or_path=None)

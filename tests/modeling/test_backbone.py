@@ -1,4 +1,5 @@
-"""`base_model` and `get_decoder()`: the routed backbone, whose hidden states under the head are the model's logits."""
+"""`base_model` and `get_decoder()`: the routed backbone, whose hidden states under the head are the model's
+logits."""
 
 import copy
 import pickle
@@ -28,7 +29,9 @@ def test_the_head_on_the_backbone_gives_the_logits_of_the_model(strategy):
         expected = model(**BATCH, routing_strategy=strategy).logits
         torch.testing.assert_close(logits_of_the_backbone(model, routing_strategy=strategy), expected)
     model.generation_config = copy.deepcopy(model.generation_config)
-    model.generation_config.routing_strategy = strategy  # a default that is set after the backbone was asked for
+    model.generation_config.routing_strategy = (
+        strategy  # a default that is set after the backbone was asked for
+    )
     torch.testing.assert_close(logits_of_the_backbone(model), model(**BATCH).logits)
 
 
@@ -37,7 +40,9 @@ def test_the_backbone_continues_from_a_cache(strategy):
     model, ids = build(), torch.tensor(random_rows((9,), seed=5))
     whole = model.base_model(ids, routing_strategy=strategy).last_hidden_state
     prompt = model.base_model(ids[:, :6], routing_strategy=strategy, use_cache=True)
-    expected = model(ids[:, :6], routing_strategy=strategy, use_cache=True)  # `best` and `round_robin` choose by it
+    expected = model(
+        ids[:, :6], routing_strategy=strategy, use_cache=True
+    )  # `best` and `round_robin` choose by it
     rest = model.base_model(ids[:, 6:], routing_strategy=strategy, past_key_values=prompt.past_key_values)
     other = model(ids[:, 6:], routing_strategy=strategy, past_key_values=expected.past_key_values)
     torch.testing.assert_close(model.get_output_embeddings()(rest.last_hidden_state), other.logits)
@@ -46,7 +51,9 @@ def test_the_backbone_continues_from_a_cache(strategy):
 
 
 def test_ensemble_has_no_backbone_and_says_so():
-    with pytest.raises(ValueError, match="'ensemble' mixes next-token distributions, so it has no hidden states"):
+    with pytest.raises(
+        ValueError, match="'ensemble' mixes next-token distributions, so it has no hidden states"
+    ):
         build().base_model(**BATCH, routing_strategy="ensemble")
 
 
@@ -92,7 +99,9 @@ def test_the_backbone_follows_what_changes_on_its_model():
     assert backbone(**BATCH).past_key_values is None  # layers that are recomputed keep none
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
+)
 def test_a_copy_of_the_model_has_a_backbone_of_its_own(copied):
     model = build()
     assert model.base_model is model.base_model

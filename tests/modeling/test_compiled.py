@@ -70,7 +70,12 @@ def test_compiled_guidance_uses_the_calls_strategy(recompilations):
     backend, _ = recompilations
     model = build()
     ids = torch.tensor(random_rows((7,)))
-    arguments = {"guidance_scale": 2.0, "max_new_tokens": 1, "do_sample": False, "routing_strategy": "single:1"}
+    arguments = {
+        "guidance_scale": 2.0,
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "routing_strategy": "single:1",
+    }
     arguments.update(output_scores=True, return_dict_in_generate=True)
     expected = model.generate(ids, **arguments).scores[0]
     model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)

@@ -17,14 +17,22 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 
 def test_sizes_and_special_tokens_are_the_foundations(tmp_path):
     config = build().config
-    for name, value in {**SIZES, "pad_token_id": 2, "eos_token_id": 1, "bos_token_id": 0, "use_cache": True}.items():
+    for name, value in {
+        **SIZES,
+        "pad_token_id": 2,
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+        "use_cache": True,
+    }.items():
         assert getattr(config, name) == value == getattr(config.base_config, name)
     assert config.max_position_embeddings == llama_config().max_position_embeddings
     config.pad_token_id = 5
     assert config.base_config.pad_token_id == 5
     config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
-    assert not set(fields) & {*SIZES, "pad_token_id", "use_cache"} and fields["base_config"]["pad_token_id"] == 5
+    assert (
+        not set(fields) & {*SIZES, "pad_token_id", "use_cache"} and fields["base_config"]["pad_token_id"] == 5
+    )
     again = DyloraMoeConfig.from_pretrained(tmp_path)
     assert again.pad_token_id == 5 and again.to_dict() == config.to_dict()
     gpt2 = DyloraMoeConfig(GPT2Config(n_embd=32, n_layer=3, n_head=4))
@@ -33,7 +41,8 @@ def test_sizes_and_special_tokens_are_the_foundations(tmp_path):
 
 
 def test_a_dictionary_shows_the_foundations_config_as_that_of_the_text_model(tmp_path):
-    """Where generic code looks for sizes; files and configs made from one have them in `base_config` alone."""
+    """Where generic code looks for sizes; files and configs made from one have them in `base_config`
+    alone."""
     config = build().config
     fields = config.to_dict()
     assert fields["text_config"] == fields["base_config"] and fields["text_config"]["hidden_size"] == 32
@@ -89,7 +98,11 @@ def test_a_config_owns_its_fields():
     expected = {"a": ((2, 4.0),) * 2, "b": ((4, 2.0),) * 2}
     assert again.rank_layouts() == expected
     assert DyloraMoeConfig(expert_configs=[{"target_modules": ["a"]}]).rank_layouts() == {"a": ((8, 1.0),)}
-    assert config.rank_layouts() == {"a": ((2, 3.5), (2, 4.0)), "b": ((9, 8 / 9), (4, 2.0)), "c": ((4, 2.0), (0, 0.0))}
+    assert config.rank_layouts() == {
+        "a": ((2, 3.5), (2, 4.0)),
+        "b": ((9, 8 / 9), (4, 2.0)),
+        "c": ((4, 2.0), (0, 0.0)),
+    }
 
 
 def test_files_have_target_parameters_only_where_an_expert_has_some(tmp_path):

@@ -33,7 +33,10 @@ def test_it_is_the_default_from_then_on(saved, tmp_path, kind, layout):
     loaded.save_pretrained(tmp_path)
     again = kind.from_pretrained(tmp_path, trust_remote_code=True)
     assert again.generation_config.routing_strategy == "single:1"
-    assert kind.from_pretrained(folder / layout, trust_remote_code=True).generation_config.routing_strategy == "best"
+    assert (
+        kind.from_pretrained(folder / layout, trust_remote_code=True).generation_config.routing_strategy
+        == "best"
+    )
 
 
 @pytest.mark.parametrize("layout", ["full", "adapter"])
@@ -48,7 +51,9 @@ def test_beside_other_arguments(saved, layout):
     loaded, _ = DyloraMoeForCausalLM.from_pretrained(
         folder / layout, routing_strategy="base", generation_config=given, output_loading_info=True
     )
-    assert loaded.generation_config.routing_strategy == "base" and loaded.generation_config.max_new_tokens == 3
+    assert (
+        loaded.generation_config.routing_strategy == "base" and loaded.generation_config.max_new_tokens == 3
+    )
     assert getattr(given, "routing_strategy", None) is None
 
 

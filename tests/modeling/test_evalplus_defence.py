@@ -36,7 +36,9 @@ def evalplus_generate(model, ids, stop_texts):
     sequencer = stop_sequencer.StopSequencer(model, model_type="causal", tokenizer=LetterTokenizer())
     model = sequencer.register_stop_texts(stop_texts=stop_texts, input_length=ids.size(-1))
     with torch.inference_mode():
-        return model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.size(-1) :].tolist()
+        return model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[
+            0, ids.size(-1) :
+        ].tolist()
 
 
 def test_nothing_is_left_and_each_call_carries_one_criterion(counted):
@@ -57,7 +59,9 @@ def test_a_longer_prompt_is_not_read_as_output_of_a_shorter_one():
     model = build()
     evalplus_generate(model, torch.tensor([[5, 6]]), ["mno"])
     prompt = torch.tensor([[5, 6, 7, 8, 12, 13, 14, 9]])  # ... m n o ...
-    assert len(evalplus_generate(model, prompt, ["mno"])) == len(evalplus_generate(build(), prompt, ["mno"])) > 1
+    assert (
+        len(evalplus_generate(model, prompt, ["mno"])) == len(evalplus_generate(build(), prompt, ["mno"])) > 1
+    )
 
 
 def test_the_model_is_clean_after_a_call_that_fails():

@@ -1,4 +1,5 @@
-"""Fast decoding with plain calls in place of graphs, against the ordinary path; what graphs do is in `test_gpu.py`."""
+"""Fast decoding with plain calls in place of graphs, against the ordinary path; what graphs do is in
+`test_gpu.py`."""
 
 import copy
 import gc
@@ -43,7 +44,9 @@ SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 20}
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0", "single:2"])
 def test_tokens_equal_those_of_the_ordinary_path(steps, strategy, arguments):
     model = build(seed=7)
-    for seed in range(2):  # the second call runs in the first one's buffers, with the layers' A in one product
+    for seed in range(
+        2
+    ):  # the second call runs in the first one's buffers, with the layers' A in one product
         inputs = left_padded(random_rows((9, 5, 7), seed=seed))
         ordinary, found = ordinary_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
         assert found.tolist() == ordinary.tolist()
@@ -76,7 +79,9 @@ def test_stop_strings(steps, strategy):
     model, tokenizer = build(seed=7), character_tokenizer()
     free, _ = ordinary_and_fast(model, routing_strategy=strategy)
     stops = [text_of(row[start : start + 2]) for row, start in zip(free.tolist(), (11, 14, 12), strict=True)]
-    ordinary, found = ordinary_and_fast(model, routing_strategy=strategy, stop_strings=stops, tokenizer=tokenizer)
+    ordinary, found = ordinary_and_fast(
+        model, routing_strategy=strategy, stop_strings=stops, tokenizer=tokenizer
+    )
     assert found.tolist() == ordinary.tolist()
     assert found.shape[1] < free.shape[1] and len(steps) > GREEDY["max_new_tokens"]
 
@@ -145,7 +150,9 @@ def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, cop
 
     def look(decoding, *args, **kwargs):
         start(decoding, *args, **kwargs)
-        memory = {stretch.untyped_storage().data_ptr() for stretch in decoding.store.buffers.stretches.values()}
+        memory = {
+            stretch.untyped_storage().data_ptr() for stretch in decoding.store.buffers.stretches.values()
+        }
         layers = [layer for layer in decoding.cache.layers if isinstance(layer, fast.DynamicLayer)]
         seen.extend(layer.keys.untyped_storage().data_ptr() in memory for layer in layers)
 
@@ -155,7 +162,8 @@ def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, cop
     for new in (1, 3):  # of one new token the prompt's pass is all
         ordinary, found = ordinary_and_fast(model, max_new_tokens=new, **wanted)
         caches = [
-            [layer.keys for layer in output[CACHE].layers if hasattr(layer, "dtype")] for output in (ordinary, found)
+            [layer.keys for layer in output[CACHE].layers if hasattr(layer, "dtype")]
+            for output in (ordinary, found)
         ]
         before = [keys.clone() for keys in caches[1]]
         model.generate(**BATCH, **GREEDY, routing_strategy=strategy)  # in the same buffers
@@ -182,7 +190,9 @@ def test_prompts_that_run_a_few_at_a_time(steps, monkeypatch, strategy, argument
     before = [layer.keys for layer in ordinary[CACHE].layers if hasattr(layer, "dtype")]
     for keys, layer in zip(before, found[CACHE].layers, strict=False):
         torch.testing.assert_close(layer.keys, keys, atol=1e-4, rtol=1e-4)
-    model.generate(**BATCH, **GREEDY, routing_strategy=strategy, fast_decoding=False)  # nothing is left behind
+    model.generate(
+        **BATCH, **GREEDY, routing_strategy=strategy, fast_decoding=False
+    )  # nothing is left behind
 
 
 def test_a_text_that_outgrows_its_buffers(steps, monkeypatch):
@@ -229,7 +239,9 @@ def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, 
     inputs["attention_mask"][0, 3] = 0  # a hidden token within a prompt is none
     monkeypatch.setattr(fast, "PROMPT_TOKENS", 27)
     take = fast.Decoding.take_prompts
-    monkeypatch.setattr(fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2:]), take(*args))[1])
+    monkeypatch.setattr(
+        fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2:]), take(*args))[1]
+    )
     ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
     assert found.tolist() == ordinary.tolist() and steps
     copies = arguments.get("num_return_sequences", 1) if strategy != "round_robin" else 1
@@ -252,7 +264,14 @@ def test_other_routers(steps, fields):
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen2"])
 def test_other_foundations(steps, kind, attention):
     if kind == "gpt2":
-        sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+        sizes = {
+            "vocab_size": 97,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
         base, names = GPT2Config(**sizes), ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"]
     elif kind == "opt":
         base = OPTConfig(**{**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32})
@@ -325,7 +344,9 @@ def test_an_ensemble_reads_a_prompt_with_as_many_experts_at_once_as_may_run_toge
         seen.clear()
         ordinary, found = ordinary_and_fast(model, inputs, **wanted, **arguments)
         assert found.sequences.tolist() == ordinary.sequences.tolist()
-        torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3
+        )
         for one_layer, other in zip(found[CACHE].layers, ordinary[CACHE].layers, strict=True):
             torch.testing.assert_close(
                 one_layer.keys, other.keys[:, :, : one_layer.keys.shape[2]], atol=1e-3, rtol=1e-3

@@ -1,4 +1,5 @@
-"""How shared functions are replaced while steps are recorded. The kernels themselves need a GPU: `test_gpu.py`."""
+"""How shared functions are replaced while steps are recorded. The kernels themselves need a GPU:
+`test_gpu.py`."""
 
 import importlib.util
 import sys
@@ -13,7 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 
-norms = pytest.importorskip("dylora_moe.modeling.fast_norms_dylora_moe", reason="the optional file was taken out")
+norms = pytest.importorskip(
+    "dylora_moe.modeling.fast_norms_dylora_moe", reason="the optional file was taken out"
+)
 
 
 @pytest.fixture

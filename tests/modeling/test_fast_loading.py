@@ -1,4 +1,5 @@
-"""Stacks read past transformers' loader: the model is the one that transformers would have made, or it makes it itself."""
+"""Stacks read past transformers' loader: the model is the one that transformers would have made, or it makes
+it itself."""
 
 import json
 import shutil
@@ -36,7 +37,9 @@ def saved(tmp_path_factory):
 def put_in(monkeypatch):
     """How many stacks were put in, a number for each model loaded."""
     counts, original = [], fast_loading.put_in
-    monkeypatch.setattr(fast_loading, "put_in", lambda aside, to: (counts.append(len(aside)), original(aside, to)))
+    monkeypatch.setattr(
+        fast_loading, "put_in", lambda aside, to: (counts.append(len(aside)), original(aside, to))
+    )
     return counts
 
 
@@ -87,7 +90,8 @@ def test_the_model_is_the_one_that_transformers_makes(saved, put_in, repo, argum
 
 
 class CopiesLater:
-    """A stream whose copies, asked for with `non_blocking`, are done when it is waited for: as late as they can be."""
+    """A stream whose copies, asked for with `non_blocking`, are done when it is waited for: as late as they
+    can be."""
 
     def __init__(self, monkeypatch):
         self.waiting, copy = [], torch.Tensor.copy_
@@ -127,7 +131,11 @@ def test_the_large_stacks_of_the_right_dtype_go_in_pieces(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, dtype: to(tensor, dtype))
     fast_loading.put_in(aside, torch.device("cuda", 0))
     assert len(pieces) == 1 and torch.equal(pieces[0], stacks["large"])
-    expected = {**stacks, "large": stacks["large"] + 1, "other dtype": to(stacks["other dtype"], torch.float32)}
+    expected = {
+        **stacks,
+        "large": stacks["large"] + 1,
+        "other dtype": to(stacks["other dtype"], torch.float32),
+    }
     assert all(torch.equal(layers[name].lora_A, expected[name]) for name in stacks)
 
 
@@ -149,17 +157,23 @@ def test_large_stacks_go_to_a_gpu_in_pieces(saved, put_in, monkeypatch, argument
     monkeypatch.setattr(
         fast_loading, "upload", lambda stack, device: (sizes.append(stack.nbytes), original(stack, device))[1]
     )
-    contexts = {"a stream": lambda: torch.cuda.stream(torch.cuda.Stream()), "a device": lambda: torch.device("cuda")}
+    contexts = {
+        "a stream": lambda: torch.cuda.stream(torch.cuda.Stream()),
+        "a device": lambda: torch.device("cuda"),
+    }
     contexts["inference mode"] = torch.inference_mode
     with contexts.get(around, nullcontext)():
         loaded = DyloraMoeForCausalLM.from_pretrained(saved / "whole", device_map="cuda", **arguments)
         expected, _ = by_transformers(saved / "whole", device_map="cuda", **arguments)
     same(loaded, expected)
-    assert len(put_in) == 1 and len(sizes) == (0 if arguments else put_in[0]) and min(sizes, default=101) > 100
+    assert (
+        len(put_in) == 1 and len(sizes) == (0 if arguments else put_in[0]) and min(sizes, default=101) > 100
+    )
 
 
 def test_what_a_mode_of_the_calling_thread_does_to_tensors_is_not_done_to_stacks(saved, put_in):
-    """`torch.set_default_device` is such a mode, and slices of safetensors are made by the function that it redirects."""
+    """`torch.set_default_device` is such a mode, and slices of safetensors are made by the function that it
+    redirects."""
 
     class Elsewhere(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -198,7 +212,8 @@ def test_a_model_loaded_in_inference_mode_can_be_trained(saved, put_in):
 
 def test_no_experts_no_stacks(saved, put_in):
     same(
-        DyloraMoeForCausalLM.from_pretrained(saved / "without_experts"), by_transformers(saved / "without_experts")[0]
+        DyloraMoeForCausalLM.from_pretrained(saved / "without_experts"),
+        by_transformers(saved / "without_experts")[0],
     )
     assert put_in == []
 
@@ -259,7 +274,9 @@ def test_a_stack_twice_in_place_of_another_is_for_transformers_to_report(saved, 
 
 
 def test_a_stack_of_another_shape_is_for_transformers_to_report(saved, tmp_path):
-    folder, _ = damaged(saved, tmp_path, lambda weights, name: weights.update({name: weights[name][1:].clone()}))
+    folder, _ = damaged(
+        saved, tmp_path, lambda weights, name: weights.update({name: weights[name][1:].clone()})
+    )
     with pytest.raises(RuntimeError, match="mismatch"):
         DyloraMoeForCausalLM.from_pretrained(folder)
 
@@ -290,7 +307,9 @@ def test_the_files_are_those_that_transformers_chose(saved, tmp_path, suffix):
     else:
         save_file(weights, tmp_path / "two" / "other.safetensors", {"format": "pt"})
         path = tmp_path / "two" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_weights": "other.safetensors"}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "transformers_weights": "other.safetensors"})
+        )
     model = DyloraMoeForCausalLM.from_pretrained(tmp_path / "two")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
@@ -359,7 +378,9 @@ def test_files_that_a_larger_model_left_behind_are_not_read(saved, tmp_path):
     index = json.loads((tmp_path / "both" / "model.safetensors.index.json").read_text())
     for name in set(index["weight_map"].values()):
         shard = load_file(tmp_path / "both" / name)
-        save_file({key: tensor + 1 for key, tensor in shard.items()}, tmp_path / "both" / name, {"format": "pt"})
+        save_file(
+            {key: tensor + 1 for key, tensor in shard.items()}, tmp_path / "both" / name, {"format": "pt"}
+        )
     shutil.copy(saved / "whole" / "model.safetensors", tmp_path / "both")
     same(DyloraMoeForCausalLM.from_pretrained(tmp_path / "both"), by_transformers(tmp_path / "both")[0])
     subset = DyloraMoeForCausalLM.from_pretrained(tmp_path / "both", experts=[0])
@@ -372,7 +393,9 @@ def test_an_adapter_that_peft_loads_onto_a_model_leaves_the_stacks_alone(saved, 
     adapted.add_adapter(IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     adapted.save_pretrained(tmp_path)
     model = DyloraMoeForCausalLM.from_pretrained(saved / "whole")
-    before = {name: (layer.lora_A.clone(), layer.lora_B.clone()) for name, layer in model.expert_layers().items()}
+    before = {
+        name: (layer.lora_A.clone(), layer.lora_B.clone()) for name, layer in model.expert_layers().items()
+    }
     model.load_adapter(tmp_path)
     for name, layer in model.expert_layers().items():
         assert torch.equal(layer.lora_A, before[name][0]) and torch.equal(layer.lora_B, before[name][1])
@@ -380,7 +403,9 @@ def test_an_adapter_that_peft_loads_onto_a_model_leaves_the_stacks_alone(saved, 
 
 
 def test_a_tensor_that_a_mapping_makes_a_stack_is_for_transformers(saved, tmp_path, put_in):
-    folder, name = damaged(saved, tmp_path, lambda weights, name: weights.update({"aaa.q": weights[name] + 1}))
+    folder, name = damaged(
+        saved, tmp_path, lambda weights, name: weights.update({"aaa.q": weights[name] + 1})
+    )
     mapping = {r"^aaa\.q$": name}
     model = DyloraMoeForCausalLM.from_pretrained(folder, key_mapping=mapping)
     same(model, by_transformers(folder, key_mapping=mapping)[0])
@@ -418,7 +443,9 @@ def test_a_mapping_of_the_foundation_sees_names_without_our_prefix():
 
 def test_what_stays_in_float32_is_named_by_a_pattern():
     plan = {"router.gate": torch.float32}
-    assert fast_loading.just_copies(load_config(dtype_plan=plan), {"foundation.layers.0.mlp.gate.lora_A": None})
+    assert fast_loading.just_copies(
+        load_config(dtype_plan=plan), {"foundation.layers.0.mlp.gate.lora_A": None}
+    )
     assert not fast_loading.just_copies(
         load_config(dtype_plan=plan), {"foundation.layers.0.mlp.router_gate.lora_A": None}
     )
@@ -449,7 +476,9 @@ def test_the_only_device(monkeypatch, device_map, device):
 def test_a_transformers_that_keeps_things_elsewhere_reads_the_stacks_itself(saved, put_in, monkeypatch):
     class Elsewhere:
         def __init__(self, config):
-            self.__dict__.update({name: value for name, value in vars(config).items() if name != "weight_mapping"})
+            self.__dict__.update(
+                {name: value for name, value in vars(config).items() if name != "weight_mapping"}
+            )
 
     original = fast_loading.just_copies
     monkeypatch.setattr(fast_loading, "just_copies", lambda config, names: original(Elsewhere(config), names))

@@ -31,7 +31,9 @@ class OtherRMSNorm(LlamaRMSNorm):
 class EpsilonOutsideRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states):
         root = hidden_states.float().pow(2).mean(-1, keepdim=True).sqrt()
-        return self.weight * (hidden_states.float() / (root + self.variance_epsilon**0.5)).to(hidden_states.dtype)
+        return self.weight * (hidden_states.float() / (root + self.variance_epsilon**0.5)).to(
+            hidden_states.dtype
+        )
 
 
 @pytest.fixture

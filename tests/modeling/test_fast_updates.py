@@ -1,5 +1,5 @@
-"""The kernels for the updates of a few tokens, against plain products, on a GPU or (`TRITON_INTERPRET=1`) in Triton's
-interpreter."""
+"""The kernels for the updates of a few tokens, against plain products, on a GPU or (`TRITON_INTERPRET=1`) in
+Triton's interpreter."""
 
 import os
 
@@ -9,17 +9,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 pytest.importorskip("triton")
-updates = pytest.importorskip("dylora_moe.modeling.fast_updates_dylora_moe", reason="the optional file was taken out")
+updates = pytest.importorskip(
+    "dylora_moe.modeling.fast_updates_dylora_moe", reason="the optional file was taken out"
+)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU")
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# And for how many rows there are scales, none for all. The interpreter takes a second for what a GPU does at once.
+# And for how many rows there are scales, none for all. The interpreter takes a second for what a GPU does at
+# once.
 SIZES = ((33, 1), (70, None)) if INTERPRETED else ((33, 1), (2048, 1), (2500, None))
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def close(found, expected, dtype):
-    torch.testing.assert_close(found.double(), expected, atol=CLOSE[dtype] * expected.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        found.double(), expected, atol=CLOSE[dtype] * expected.abs().max().item(), rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -40,7 +45,10 @@ def test_products_equal_plain_ones(rows, ranks, dtype):
             expected = inputs.double() @ lora_A.double().T * (1 if given is None else given.double())
             close(found, expected, dtype)
         lora_B, wide = random(ranks, size), random(rows, 3 * ranks)
-        for part in (wide[:, ranks : 2 * ranks], wide[:, ranks : 2 * ranks] * scales):  # a view, and with zeros
+        for part in (
+            wide[:, ranks : 2 * ranks],
+            wide[:, ranks : 2 * ranks] * scales,
+        ):  # a view, and with zeros
             results = random(rows, size)
             expected = results.double() + 0.7 * part.double() @ lora_B.double()
             updates.add_few(results, part, lora_B, 0.7)

@@ -1,4 +1,5 @@
-"""Foundations of other architectures: strategies against a PEFT loop, with and without a cache, saved and loaded."""
+"""Foundations of other architectures: strategies against a PEFT loop, with and without a cache, saved and
+loaded."""
 
 import pytest
 import torch
@@ -55,7 +56,11 @@ FOUNDATIONS = {
         {**GROUPED, "tie_word_embeddings": True},
         (LAYER + "self_attn.v_proj", LAYER + "mlp.up_proj"),
     ),
-    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, (LAYER + "self_attn.k_proj", LAYER + "mlp.down_proj")),
+    "qwen3": (
+        "Qwen3Config",
+        {**GROUPED, "head_dim": 8},
+        (LAYER + "self_attn.k_proj", LAYER + "mlp.down_proj"),
+    ),
     "mistral, sliding window": (
         "MistralConfig",
         {**GROUPED, "sliding_window": 6},
@@ -175,7 +180,8 @@ def test_every_strategy_generates_and_experts_go_back_to_peft_and_to_plain_model
 
 @pytest.mark.parametrize("name", FOUNDATIONS)
 def test_layout_adapter_and_a_subset(name, tmp_path):
-    """The foundation's weights under the names of its own files, which mixtures of experts change on loading."""
+    """The foundation's weights under the names of its own files, which mixtures of experts change on
+    loading."""
     model = mixture(name)
     save_layouts(model, tmp_path)
     adapter = DyloraMoeForCausalLM.from_pretrained(tmp_path / "adapter")
@@ -190,12 +196,15 @@ def test_layout_adapter_and_a_subset(name, tmp_path):
             )
             assert not information["missing_keys"] and not information["unexpected_keys"]
             assert torch.equal(part(ids, routing_strategy="single:0").logits, expected)
-    whole, tied = ([m.get_input_embeddings().weight, m.get_output_embeddings().weight] for m in (model, adapter))
+    whole, tied = (
+        [m.get_input_embeddings().weight, m.get_output_embeddings().weight] for m in (model, adapter)
+    )
     assert (whole[0] is whole[1]) == (tied[0] is tied[1])
 
 
 def longrope():
-    """Phi-3 with other positions after 16 tokens: there it drops its cache, and starts anew with all tokens."""
+    """Phi-3 with other positions after 16 tokens: there it drops its cache, and starts anew with all
+    tokens."""
     factors = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     base = transformers.Phi3Config(**GROUPED, **lengths, rope_scaling=factors)
@@ -232,7 +241,9 @@ def test_arguments_that_only_the_foundation_knows():
 def build_on_doge() -> DyloraMoeForCausalLM:
     """Experts on the layer that weighs all tokens seen so far anew, `[batch, tokens, values]`."""
     targets = [f"model.layers.{layer}.self_attn.dt_proj" for layer in range(2)]
-    experts = [{"name": name, "r": 3, "lora_alpha": 6, "target_modules": targets} for name in ("one", "two", "three")]
+    experts = [
+        {"name": name, "r": 3, "lora_alpha": 6, "target_modules": targets} for name in ("one", "two", "three")
+    ]
     model = build(transformers.DogeConfig(**GROUPED), experts)
     with torch.no_grad():
         for layer in model.foundation.model.layers:
@@ -258,7 +269,8 @@ def by_token():
 
 @pytest.mark.parametrize("make", [build_on_latent_attention, build_on_doge])
 def test_experts_on_a_layer_that_runs_over_all_past_tokens(make, by_token):
-    """Right wherever all of a row's tokens have the same experts, and refused where the past ones had others."""
+    """Right wherever all of a row's tokens have the same experts, and refused where the past ones had
+    others."""
     model = make()
     loop = PeftLoop(model)
     rows = random_rows((7, 4), seed=1)
@@ -304,7 +316,9 @@ def test_experts_on_a_head_that_sees_some_tokens(by_token, tmp_path, strategy):
             kept = model(**batch, routing_strategy=strategy, logits_to_keep=keep).logits
             wanted = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
             torch.testing.assert_close(kept, wanted, atol=1e-5, rtol=0)
-            assert kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes  # the others are free again
+            assert (
+                kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes
+            )  # the others are free again
         labels = batch["input_ids"][:, -3:]
         assert model(**batch, routing_strategy=strategy, logits_to_keep=3, labels=labels).loss > 0
         if strategy != "ensemble":  # which has no hidden states of its own
@@ -320,5 +334,7 @@ def test_experts_on_a_head_that_sees_some_tokens(by_token, tmp_path, strategy):
         if strategy == "round_robin":  # its turn comes with every call
             expected = model.generate(repeating, use_cache=False, **fields).tolist()
             model.reset_round_robin()
-        found = model.generate(repeating, **fields, **arguments)[:, : len(expected[0])]  # 5.10 looks up one too many
+        found = model.generate(repeating, **fields, **arguments)[
+            :, : len(expected[0])
+        ]  # 5.10 looks up one too many
         assert found.tolist() == expected, arguments

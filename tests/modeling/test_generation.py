@@ -54,7 +54,9 @@ CACHES = {
     "dynamic": lambda model: {},
     "handed over": lambda model: {"past_key_values": DynamicCache(config=model.config)},
     "static": lambda model: {"cache_implementation": "static"},
-    "static of the user's": lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=40)},
+    "static of the user's": lambda model: {
+        "past_key_values": StaticCache(config=model.config, max_cache_len=40)
+    },
 }
 # What transformers itself does not offer, for any model.
 NOT_OFFERED = {
@@ -102,7 +104,9 @@ def test_beam_search(mixture, loop, strategy, cache):
     assert found[0, len(PROMPT) :].tolist() == naive_beams(loop, strategy, 3)
 
 
-@pytest.mark.parametrize("sampling", [{"num_return_sequences": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "sampling", [{"num_return_sequences": 3}, {"num_beams": 2, "num_return_sequences": 2}]
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sampling_draws_the_same_with_and_without_a_cache(mixture, strategy, sampling):
     draws = []
@@ -110,7 +114,9 @@ def test_sampling_draws_the_same_with_and_without_a_cache(mixture, strategy, sam
         mixture.reset_round_robin()
         torch.manual_seed(3)
         arguments = {**PLAIN, "do_sample": True, "use_cache": use_cache, **sampling}
-        draws.append(mixture.generate(**left_padded([PROMPT, PROMPT[:4]]), routing_strategy=strategy, **arguments))
+        draws.append(
+            mixture.generate(**left_padded([PROMPT, PROMPT[:4]]), routing_strategy=strategy, **arguments)
+        )
     assert draws[0].shape[0] == 2 * sampling["num_return_sequences"]
     assert torch.equal(*draws)
 
@@ -134,7 +140,9 @@ class Words:
 def test_streaming(mixture, expected, strategy, capsys):
     mixture.reset_round_robin()
     streamer = TextStreamer(Words(), skip_prompt=True)
-    mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, streamer=streamer, do_sample=False, **PLAIN)
+    mixture.generate(
+        torch.tensor([PROMPT]), routing_strategy=strategy, streamer=streamer, do_sample=False, **PLAIN
+    )
     assert capsys.readouterr().out.split() == [f"t{token}" for token in expected[strategy]]
 
 
@@ -257,7 +265,13 @@ def test_a_cache_that_is_multiplied_already(mixture, strategy):
     cache = mixture(ids, routing_strategy=strategy).past_key_values
     cache.batch_repeat_interleave(3)
     longer = torch.cat([ids, ids[:, :2]], dim=1)
-    arguments = {**PLAIN, "num_beams": 3, "num_return_sequences": 3, "do_sample": False, "routing_strategy": strategy}
+    arguments = {
+        **PLAIN,
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "do_sample": False,
+        "routing_strategy": strategy,
+    }
     mixture.reset_round_robin()
     found = mixture.generate(longer, past_key_values=cache, **arguments)
     if strategy == "best":  # which the shorter prompt chose
@@ -290,7 +304,9 @@ def test_hidden_states_and_attentions(mixture, strategy):
     mixture.set_attn_implementation("eager")
     try:
         batch = left_padded(random_rows((6, 4)))
-        output = mixture(**batch, routing_strategy=strategy, output_hidden_states=True, output_attentions=True)
+        output = mixture(
+            **batch, routing_strategy=strategy, output_hidden_states=True, output_attentions=True
+        )
     finally:
         mixture.set_attn_implementation("sdpa")
     rows = 2 * (mixture.config.num_experts if strategy == "ensemble" else 1)
@@ -312,7 +328,9 @@ def test_threads_do_not_see_each_others_experts(mixture, expected):
 
     def work(strategy):
         for _ in range(5):
-            tokens = mixture.generate(torch.tensor([PROMPT]), routing_strategy=strategy, do_sample=False, **PLAIN)
+            tokens = mixture.generate(
+                torch.tensor([PROMPT]), routing_strategy=strategy, do_sample=False, **PLAIN
+            )
             found.setdefault(strategy, []).append(tokens[0, len(PROMPT) :].tolist())
 
     strategies = ("router", "single:1", "base", "uniform")

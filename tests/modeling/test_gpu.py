@@ -1,4 +1,5 @@
-"""What only a GPU can show: the same tokens as on a CPU, offloaded and compiled caches, flash attention, graphs."""
+"""What only a GPU can show: the same tokens as on a CPU, offloaded and compiled caches, flash attention,
+graphs."""
 
 import gc
 import importlib
@@ -102,7 +103,8 @@ def test_automatic_device_map_in_bfloat16(tmp_path, layout):
 @pytest.mark.parametrize("second", ["cpu", "cuda:1"])
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_layers_on_two_devices(tmp_path, layout, second):
-    """A hand-written map: each device gets the experts of its layers, and the routing weights come to them."""
+    """A hand-written map: each device gets the experts of its layers, and the routing weights come to
+    them."""
     if second == "cuda:1" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     model = build(seed=7)
@@ -132,7 +134,11 @@ def test_flash_attention(tmp_path, strategy, version):
     model.save_pretrained(tmp_path)
     both = [
         AutoModelForCausalLM.from_pretrained(
-            tmp_path, trust_remote_code=True, device_map="cuda", dtype=torch.bfloat16, attn_implementation=name
+            tmp_path,
+            trust_remote_code=True,
+            device_map="cuda",
+            dtype=torch.bfloat16,
+            attn_implementation=name,
         )
         for name in (f"flash_attention_{version}", "eager")
     ]
@@ -156,8 +162,8 @@ def rows_on_gpu(seed: int, count: int = 25, longest: int = 39) -> dict[str, torc
 def compare_prompts(
     model, strategy: str, counts: tuple[int, ...] = (25, 25, 25, 25), longest: int = 39, new: int = 16
 ):
-    """Batches of so many prompts. A row may go another way only where the two best logits lie within 1e-4; where that is
-    shows as a warning."""
+    """Batches of so many prompts. A row may go another way only where the two best logits lie within 1e-4;
+    where that is shows as a warning."""
     wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": new}
     ties = []
     for seed, count in enumerate(counts):
@@ -172,7 +178,8 @@ def compare_prompts(
                 ties.append(f"prompt {row} of batch {seed}, new token {step}: the best logits are {best}")
                 assert best[0] - best[1] < 1e-4, ties[-1]
     assert all(
-        session._whole.graph or session._guessed.graph for session in model._decoding_sessions.sessions.values()
+        session._whole.graph or session._guessed.graph
+        for session in model._decoding_sessions.sessions.values()
     )
     assert len(ties) <= 2, ties
     for tie in ties:
@@ -189,14 +196,24 @@ def test_graphs_give_the_tokens_of_the_ordinary_path(strategy, attention):
 
 @pytest.fixture(scope="module")
 def large():
-    """In float32, of the shape of Qwen2.5-Coder-1.5B but for the vocabulary, four experts on all linear layers."""
+    """In float32, of the shape of Qwen2.5-Coder-1.5B but for the vocabulary, four experts on all linear
+    layers."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    modules = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    }
+    modules = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [
+        f"mlp.{kind}_proj" for kind in ("gate", "up", "down")
+    ]
     targets = [f"model.layers.{layer}.{module}" for layer in range(28) for module in modules]
     experts = [{"name": f"e{i}", "r": 16, "lora_alpha": 32, "target_modules": targets} for i in range(4)]
     with torch.device("cuda"):
-        foundation = AutoModelForCausalLM.from_config(llama_config(vocab_size=4000, num_key_value_heads=2, **sizes))
+        foundation = AutoModelForCausalLM.from_config(
+            llama_config(vocab_size=4000, num_key_value_heads=2, **sizes)
+        )
     config = DyloraMoeConfig(base_config=foundation.config, expert_configs=experts)
     model = DyloraMoeForCausalLM.from_foundation(foundation, config).to("cuda", torch.float32)
     with torch.no_grad():
@@ -216,15 +233,21 @@ def test_graphs_of_a_large_model_give_the_tokens_of_the_ordinary_path(large, str
 @pytest.mark.parametrize("kind", ["large", "small"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_of_a_few_rows_give_the_tokens_of_the_ordinary_path(large, strategy, kind):
-    """Their experts' products have kernels of their own; the experts of the small model are of unequal ranks."""
-    model = large if kind == "large" else build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
+    """Their experts' products have kernels of their own; the experts of the small model are of unequal
+    ranks."""
+    model = (
+        large
+        if kind == "large"
+        else build(llama_config(hidden_size=64, intermediate_size=96), seed=7).to("cuda")
+    )
     compare_prompts(model, strategy, counts=(1, 2, 3, 4) * (2 if kind == "large" else 10))
 
 
 @pytest.mark.parametrize("kind", ["large", "small"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_of_long_texts_give_the_tokens_of_the_ordinary_path(large, strategy, kind):
-    """The benchmarks' length, whose attention goes in twelve parts, and texts that outgrow their buffers once."""
+    """The benchmarks' length, whose attention goes in twelve parts, and texts that outgrow their buffers
+    once."""
     if kind == "large":
         return compare_prompts(large, strategy, counts=(1, 3), longest=256, new=128)
     fields = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 2048}
@@ -236,7 +259,9 @@ def test_graphs_of_long_texts_give_the_tokens_of_the_ordinary_path(large, strate
 @pytest.mark.parametrize("strategy", ["router", "best", "uniform", "ensemble"])
 def test_a_foundation_of_experts(strategy, way):
     """Where its experts run one by one the host asks which of them act, which no graph can record."""
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+    pytest.importorskip(
+        "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
+    )
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
     experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
     config = MixtralConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4})
@@ -253,8 +278,12 @@ def test_a_foundation_of_experts(strategy, way):
 
 def test_a_foundation_that_makes_numbers_of_the_host_an_index():
     """Falcon's queries, keys and values: `[..., [-2], :]`."""
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
-    config = FalconConfig(**{**SIZES, "hidden_size": 64, "multi_query": True, "new_decoder_architecture": False})
+    pytest.importorskip(
+        "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
+    )
+    config = FalconConfig(
+        **{**SIZES, "hidden_size": 64, "multi_query": True, "new_decoder_architecture": False}
+    )
     names = [f"transformer.h.{layer}.mlp.dense_h_to_4h" for layer in range(2)]
     experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
     model = build(config, experts, seed=7).to("cuda")
@@ -267,7 +296,9 @@ def test_a_foundation_that_makes_numbers_of_the_host_an_index():
 @pytest.mark.parametrize("strategy", ["best", "round_robin", "single"])
 def test_graphs_of_one_expert_give_the_tokens_of_the_ordinary_path(large, strategy):
     """Four experts of one shape take turns in what was recorded for the first."""
-    pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
+    pytest.importorskip(
+        "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
+    )
     large.forget_decoding_sessions()
     for expert in (2, 0, 3, 1, 2):
         arguments = {"routing_strategy": f"single:{expert}"}
@@ -354,7 +385,8 @@ def test_graphs_of_a_model_whose_weights_change_or_move():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_graphs_on_another_gpu_than_the_current_one(strategy):
-    """Streams, and Triton's kernels for norms, attention and rotary positions, go to the current GPU if nobody looks."""
+    """Streams, and Triton's kernels for norms, attention and rotary positions, go to the current GPU if
+    nobody looks."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     model = build(seed=7)
@@ -363,7 +395,9 @@ def test_graphs_on_another_gpu_than_the_current_one(strategy):
         batch = {name: rows.to(device) for name, rows in rows_on_gpu(1, 3).items()}
         expected, found = ordinary_and_fast(model, batch, routing_strategy=strategy)
         assert found.device == torch.device(device) and found.tolist() == expected.tolist()
-        assert [session.steps for session in model._decoding_sessions.sessions.values()] == [11]  # fast indeed
+        assert [session.steps for session in model._decoding_sessions.sessions.values()] == [
+            11
+        ]  # fast indeed
         assert torch.cuda.current_device() == 0
 
 

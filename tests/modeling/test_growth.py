@@ -15,7 +15,9 @@ def batch():
 def train(model, steps: int = 3, **arguments) -> None:
     """A new optimiser without weight decay on experts."""
     model.train()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     for _ in range(steps):
         model(**batch(), **arguments).loss.backward()
         optimiser.step()
@@ -34,7 +36,9 @@ def test_a_new_expert_changes_nothing_of_the_others():
     singles = ["base", "single:0", "single:1", "single:2"]
     before = outputs(model, singles)
     logits = model(**batch(), output_router_logits=True).router_logits
-    number = model.add_expert("fourth", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], r=5)
+    number = model.add_expert(
+        "fourth", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], r=5
+    )
     assert number == 3 and model.config.expert_names == ["first", "second", "third", "fourth"]
     after = outputs(model, singles)
     assert all(torch.equal(before[strategy], after[strategy]) for strategy in singles)
@@ -55,7 +59,9 @@ def test_a_grown_model_is_as_a_whole_in_evaluation_or_in_training():
 
 def test_a_grown_model_equals_a_peft_loop_and_survives_saving(tmp_path):
     model = build()
-    model.add_expert("fourth", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], r=5, lora_alpha=10)
+    model.add_expert(
+        "fourth", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], r=5, lora_alpha=10
+    )
     with torch.no_grad():
         for layer in model.expert_layers().values():
             layer.lora_B[layer.rows(3)].normal_(std=0.3)
@@ -76,7 +82,9 @@ def test_a_grown_model_equals_a_peft_loop_and_survives_saving(tmp_path):
 def test_skill_a_stays_bit_for_bit_while_skill_b_is_learnt():
     targets = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
     model = DyloraMoeForCausalLM(
-        DyloraMoeConfig(llama_config(), [{"name": "a", "r": 4, "target_modules": targets}], router_input="base")
+        DyloraMoeConfig(
+            llama_config(), [{"name": "a", "r": 4, "target_modules": targets}], router_input="base"
+        )
     )
     model.freeze_foundation()
     train(model, routing_strategy="single:a")

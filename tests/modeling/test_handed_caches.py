@@ -1,4 +1,5 @@
-"""Caches that a caller makes: of every kind, filled before, and as the buffers of an exported program (ExecuTorch's)."""
+"""Caches that a caller makes: of every kind, filled before, and as the buffers of an exported program
+(ExecuTorch's)."""
 
 import copy
 import logging
@@ -56,7 +57,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @torch.no_grad()
 def in_parts(model, cache, ids=IDS, **arguments) -> torch.Tensor:
-    parts = [model(ids[:, a:b], past_key_values=cache, **arguments).logits for a, b in ((0, 4), (4, 5), (5, 8))]
+    parts = [
+        model(ids[:, a:b], past_key_values=cache, **arguments).logits for a, b in ((0, 4), (4, 5), (5, 8))
+    ]
     return torch.cat(parts, dim=1)
 
 
@@ -73,7 +76,9 @@ def test_every_kind_of_cache(kind):
 
 def test_a_cache_that_works_its_own_way_serves_one_pass_alone():
     model = build()
-    assert_close(in_parts(model, Doubling(), routing_strategy="single:1"), in_parts(model.merge_expert(1), Doubling()))
+    assert_close(
+        in_parts(model, Doubling(), routing_strategy="single:1"), in_parts(model.merge_expert(1), Doubling())
+    )
     for strategy in MORE:
         with pytest.raises(ValueError, match=r"Doubling has its own `update`"):
             in_parts(model, Doubling(), routing_strategy=strategy)
@@ -100,12 +105,16 @@ def test_a_cache_filled_elsewhere_is_the_past_of_every_pass(caplog):
             model.merge_expert(expert)(IDS[:, 5:], past_key_values=copy.deepcopy(foundations)).logits
             for expert in range(3)
         ]
-        continued = model.foundation(IDS[:, 5:], past_key_values=copy.deepcopy(foundations), output_hidden_states=True)
+        continued = model.foundation(
+            IDS[:, 5:], past_key_values=copy.deepcopy(foundations), output_hidden_states=True
+        )
     rebuilt = DynamicCache([(layer.keys, layer.values) for layer in foundations.layers])
 
     def logits(strategy: str, cache: Cache, **arguments):
         with torch.no_grad():
-            return model(IDS[:, 5:], past_key_values=copy.deepcopy(cache), routing_strategy=strategy, **arguments)
+            return model(
+                IDS[:, 5:], past_key_values=copy.deepcopy(cache), routing_strategy=strategy, **arguments
+            )
 
     logging.getLogger().warning_once.cache_clear()
     assert_close(logits("base", foundations).logits, continued.logits)
@@ -124,7 +133,9 @@ def test_a_cache_filled_elsewhere_is_the_past_of_every_pass(caplog):
             model.router.gate.bias += torch.tensor([0.0, 1e4, 0.0])
             assert_close(logits("router", cache).logits, singles[1])
             model.router.gate.bias -= torch.tensor([0.0, 1e4, 0.0])
-    assert [record.message.startswith("`past_key_values` was filled outside") for record in caplog.records] == [True]
+    assert [
+        record.message.startswith("`past_key_values` was filled outside") for record in caplog.records
+    ] == [True]
 
 
 def test_a_cache_of_another_strategy_is_refused():
@@ -150,7 +161,9 @@ def exportable(base=None, strategy: str | None = None):
 def test_exported_with_a_static_cache(strategy):
     model, row = exportable(strategy=strategy), IDS[:1]
     program = convert_and_export_with_cache(model).module()
-    steps = [program(input_ids=row[:, i : i + 1], cache_position=torch.tensor([i])) for i in range(row.shape[1])]
+    steps = [
+        program(input_ids=row[:, i : i + 1], cache_position=torch.tensor([i])) for i in range(row.shape[1])
+    ]
     assert_close(torch.cat(steps, dim=1), model(row).logits)
 
 

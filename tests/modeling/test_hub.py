@@ -74,7 +74,13 @@ def pushed(hub, tmp_path_factory):
 def test_both_layouts_are_pushed_whole(hub, pushed):
     full, adapter = hub.repos["guild/full"], hub.repos["ada/adapter"]
     assert full.private and not adapter.private
-    common = {"config.json", "generation_config.json", "README.md", ".gitattributes", "modeling_dylora_moe.py"}
+    common = {
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        ".gitattributes",
+        "modeling_dylora_moe.py",
+    }
     experts = {
         f"experts/{name}/{file}"
         for name in build().config.expert_names
@@ -87,13 +93,17 @@ def test_both_layouts_are_pushed_whole(hub, pushed):
         assert common - {"README.md"} | experts | {"router.safetensors"} <= files
         assert not any(file.startswith("model") and file.endswith(".safetensors") for file in files)
         assert "notes.txt" not in files
-    assert common - {"README.md"} | {"model.safetensors"} <= set(hub.repos["ada/saved_full"].branches["main"].files)
+    assert common - {"README.md"} | {"model.safetensors"} <= set(
+        hub.repos["ada/saved_full"].branches["main"].files
+    )
     assert "notes.txt" not in hub.repos["ada/saved_full"].branches["main"].files
     assert saved.private and saved.branches["main"].message == "saved"
     assert b"mixture" in full.branches["main"].files["README.md"]
     assert full.branches["sharded"].message == "in parts"
     exported = hub.repos["ada/exported"].branches["main"].files
-    assert "SHA256SUMS" not in exported and exported["LICENSE"] == b"mine" and "router.safetensors" in exported
+    assert (
+        "SHA256SUMS" not in exported and exported["LICENSE"] == b"mine" and "router.safetensors" in exported
+    )
     shards = [file for file in full.branches["sharded"].files if file.startswith("model-")]
     assert len(shards) > 1 and "model.safetensors.index.json" in full.branches["sharded"].files
 

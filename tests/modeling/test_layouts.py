@@ -37,7 +37,9 @@ def saved(tmp_path):
 
 
 def gpt2():
-    base = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, pad_token_id=2, bos_token_id=0, eos_token_id=1)
+    base = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, pad_token_id=2, bos_token_id=0, eos_token_id=1
+    )
     targets = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
     return build(
         base, [{"name": "a", "r": 4, "target_modules": targets}, {"name": "b", "target_modules": targets[1:]}]
@@ -48,7 +50,9 @@ def gpt2():
 
 
 @pytest.mark.parametrize("layout", ["full", "adapter"])
-@pytest.mark.parametrize("experts", [["first", "second"], ["third", "first"], [1], ["second", "third", "first"]])
+@pytest.mark.parametrize(
+    "experts", [["first", "second"], ["third", "first"], [1], ["second", "third", "first"]]
+)
 def test_a_subset_computes_what_it_did_in_the_whole(saved, layout, experts):
     model, folder = saved
     part, information = DyloraMoeForCausalLM.from_pretrained(
@@ -126,11 +130,15 @@ def test_an_adapter_repo_holds_no_foundation_and_loads_by_its_own_code(saved):
     model, folder = saved
     names = {path.name for path in (folder / "adapter").rglob("*.safetensors")}
     assert names == {"adapter_model.safetensors", "router.safetensors"}
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "adapter", trust_remote_code=True, device_map="cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder / "adapter", trust_remote_code=True, device_map="cpu"
+    )
     assert type(loaded).__module__.startswith("transformers_modules")
     assert loaded.name_or_path == str(folder / "adapter")
     same(model, loaded)
-    half = AutoModelForCausalLM.from_pretrained(folder / "adapter", trust_remote_code=True, dtype=torch.bfloat16)
+    half = AutoModelForCausalLM.from_pretrained(
+        folder / "adapter", trust_remote_code=True, dtype=torch.bfloat16
+    )
     assert half.dtype == torch.bfloat16 and half.router.gate.weight.dtype == torch.float32
 
 
@@ -147,7 +155,9 @@ def test_expert_folders_load_with_peft_as_they_stand(saved):
 def test_base_model_overrides_and_a_foundation_of_other_shapes_is_refused(saved):
     model, folder = saved
     (folder / "foundation").rename(folder / "moved")
-    with pytest.raises(OSError, match=r"The foundation '.*foundation', which .* no such folder .*`base_model=`"):
+    with pytest.raises(
+        OSError, match=r"The foundation '.*foundation', which .* no such folder .*`base_model=`"
+    ):
         DyloraMoeForCausalLM.from_pretrained(folder / "adapter")
     same(model, DyloraMoeForCausalLM.from_pretrained(folder / "adapter", base_model=str(folder / "moved")))
     other = AutoModelForCausalLM.from_config(llama_config(vocab_size=101))

@@ -1,4 +1,5 @@
-"""Device maps, offloading to CPU and disk, dtypes, quantised foundations; on the CPU here, on a GPU where there is one."""
+"""Device maps, offloading to CPU and disk, dtypes, quantised foundations; on the CPU here, on a GPU where
+there is one."""
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def same(one, other) -> None:
             left, right = (model(**BATCH, routing_strategy=strategy).logits.cpu() for model in (one, other))
         torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
         one.reset_round_robin(), other.reset_round_robin()
-        tokens = [model.generate(**BATCH, routing_strategy=strategy, **GREEDY).tolist() for model in (one, other)]
+        tokens = [
+            model.generate(**BATCH, routing_strategy=strategy, **GREEDY).tolist() for model in (one, other)
+        ]
         assert tokens[0] == tokens[1]
 
 
@@ -51,11 +54,15 @@ ENDS_ON_DISK = {**LAYER_ON_DISK, "foundation.model.embed_tokens": "disk", "route
 
 @pytest.mark.parametrize("layout", ["full", "sharded", "adapter"])
 @pytest.mark.parametrize(
-    "device_map", ["auto", {"": "cpu"}, LAYER_ON_DISK, ENDS_ON_DISK], ids=["auto", "one", "disk", "ends on disk"]
+    "device_map",
+    ["auto", {"": "cpu"}, LAYER_ON_DISK, ENDS_ON_DISK],
+    ids=["auto", "one", "disk", "ends on disk"],
 )
 def test_device_maps(saved, tmp_path, layout, device_map):
     model, folder = saved
-    loaded = DyloraMoeForCausalLM.from_pretrained(folder / layout, device_map=device_map, offload_folder=tmp_path)
+    loaded = DyloraMoeForCausalLM.from_pretrained(
+        folder / layout, device_map=device_map, offload_folder=tmp_path
+    )
     same(model, loaded)
 
 
@@ -123,7 +130,9 @@ def test_torchao_int8_of_the_foundation_alone(saved, layout):
         folder / layout, trust_remote_code=True, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
     )
     layer = loaded.foundation.model.layers[0].self_attn.q_proj
-    assert type(layer.base_layer.weight).__name__ != "Parameter" and "Int8" in repr(type(layer.base_layer.weight.data))
+    assert type(layer.base_layer.weight).__name__ != "Parameter" and "Int8" in repr(
+        type(layer.base_layer.weight.data)
+    )
     for name, parameter in loaded.named_parameters():
         if ".lora_" in name or name.startswith("router."):
             assert type(parameter) is torch.nn.Parameter and parameter.dtype == torch.float32, name
@@ -164,7 +173,9 @@ def test_bitsandbytes_of_the_foundation_alone(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    model = build(llama_config(hidden_size=128, intermediate_size=256))  # its 4-bit kernels need rows this long
+    model = build(
+        llama_config(hidden_size=128, intermediate_size=256)
+    )  # its 4-bit kernels need rows this long
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path,

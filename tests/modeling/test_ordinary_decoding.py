@@ -88,7 +88,9 @@ def of_a_class_of_ones_own():
 def with_inputs_of_ones_own():
     model = build(seed=7)
     prepare = model.prepare_inputs_for_generation
-    model.prepare_inputs_for_generation = lambda *args, **kwargs: prepare(*args, **{**kwargs, "position_ids": None})
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: prepare(
+        *args, **{**kwargs, "position_ids": None}
+    )
     return model
 
 
@@ -132,13 +134,17 @@ def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
     assert reason in reasons[-1] and reasons[0] == "switched off" and not steps
 
 
-@pytest.mark.parametrize("theirs", [EnsembleStrategy, RouterStrategy, SingleStrategy, UniformStrategy], ids=str)
+@pytest.mark.parametrize(
+    "theirs", [EnsembleStrategy, RouterStrategy, SingleStrategy, UniformStrategy], ids=str
+)
 def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, theirs):
     """Its own weights count: all for expert 1, whatever it is called."""
     model = build(seed=7)
     expected, _ = ordinary_and_fast(model, routing_strategy="single:1")
     steps.clear()
-    own = type("Own", (RoutingStrategy,), {"name": theirs.name, "expert_weights": lambda self, routed_pass: 1})
+    own = type(
+        "Own", (RoutingStrategy,), {"name": theirs.name, "expert_weights": lambda self, routed_pass: 1}
+    )
     monkeypatch.setitem(ROUTING_STRATEGIES, theirs.name, own)
     ordinary, found = ordinary_and_fast(model, routing_strategy=theirs.name)
     assert found.tolist() == ordinary.tolist() == expected.tolist()
@@ -200,7 +206,9 @@ def test_a_strategy_of_somebodys_own_reads_what_it_likes(steps, monkeypatch, own
     model, found = build(seed=7), []
     for wanted in (False, None):
         InTurn.steps = 0
-        found.append(model.generate(**BATCH, **GREEDY, routing_strategy=own.name, fast_decoding=wanted).tolist())
+        found.append(
+            model.generate(**BATCH, **GREEDY, routing_strategy=own.name, fast_decoding=wanted).tolist()
+        )
     assert found[0] == found[1] and not steps
 
 
@@ -208,7 +216,9 @@ def test_hooks_on_all_modules_are_called(steps):
     model, seen = build(seed=7), []
     model.generate(**BATCH, **GREEDY)
     assert len(steps) == 11
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(module)
+    )
     try:
         model.generate(**BATCH, **GREEDY)
     finally:
@@ -237,14 +247,18 @@ def test_what_else_goes_the_ordinary_way(steps):
     model.generate(**BATCH, **GREEDY)
     model.generation_config.fast_decoding = None
     seen = []
-    hook = model.foundation.get_submodule("model.layers.0").register_forward_hook(lambda *args: seen.append(1))
+    hook = model.foundation.get_submodule("model.layers.0").register_forward_hook(
+        lambda *args: seen.append(1)
+    )
     model.generate(**BATCH, **GREEDY)
     assert len(seen) == 2 * GREEDY["max_new_tokens"] and not steps  # a hook sees every pass
     hook.remove()
     with torch.autocast("cpu", torch.bfloat16):
         model.generate(**BATCH, **GREEDY)
     assert not steps
-    sliding = build(Qwen2Config(**{**SIZES, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}))
+    sliding = build(
+        Qwen2Config(**{**SIZES, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0})
+    )
     assert sliding.generate(**BATCH, **GREEDY).shape == (3, 21) and not steps
 
 

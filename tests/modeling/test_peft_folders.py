@@ -1,4 +1,5 @@
-"""Experts saved as PEFT folders, read back by PEFT itself on foundations where it takes names for other layers."""
+"""Experts saved as PEFT folders, read back by PEFT itself on foundations where it takes names for other
+layers."""
 
 import json
 
@@ -59,7 +60,10 @@ def test_layers_that_peft_does_not_move_are_named_as_ever(tmp_path):
     folders = routed("dense: qwen3 moe").save_adapters(tmp_path)
     fields = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
     assert "target_parameters" not in fields[2] and fields[2]["target_modules"]
-    assert fields[0]["lora_dropout"] == 0 and "model.layers.0.mlp.down_proj.weight" in fields[0]["target_parameters"]
+    assert (
+        fields[0]["lora_dropout"] == 0
+        and "model.layers.0.mlp.down_proj.weight" in fields[0]["target_parameters"]
+    )
     folders = build().save_adapters(tmp_path / "llama")
     assert all("target_parameters" not in (folder / "adapter_config.json").read_text() for folder in folders)
 

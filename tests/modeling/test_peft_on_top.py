@@ -1,8 +1,9 @@
 """PEFT's adapters on top of a routed model, against PEFT on plain models.
 
-An adapter goes onto the frozen foundation; the experts stay what they are. So a routed model with an adapter on top must
-equal the same experts over a plain foundation that PEFT merged the same adapter into, whatever the method is; and with a
-method that adds to a layer's weight, PEFT on the plain model that one expert is merged into.
+An adapter goes onto the frozen foundation; the experts stay what they are. So a routed model with an adapter
+on top must equal the same experts over a plain foundation that PEFT merged the same adapter into, whatever
+the method is; and with a method that adds to a layer's weight, PEFT on the plain model that one expert is
+merged into.
 """
 
 import copy
@@ -52,7 +53,9 @@ OTHERS = {
 def plain_foundation(model):
     """A copy of the foundation without experts, an ordinary model."""
     plain = AutoModelForCausalLM.from_config(model.config.base_config).eval()
-    state = {name.replace(".base_layer.", "."): value for name, value in model.foundation.state_dict().items()}
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in model.foundation.state_dict().items()
+    }
     plain.load_state_dict({name: value for name, value in state.items() if ".lora_" not in name})
     return plain
 
@@ -140,7 +143,9 @@ def test_every_method_under_every_strategy(method):
     assert all(torch.equal(value, before[strategy]) for strategy, value in logits(unloaded).items())
     for routed in (merged_in, unloaded):
         layers = routed.expert_layers().values()
-        assert {(type(layer), type(layer.base_layer)) for layer in layers} == {(DyloraMoeLinear, torch.nn.Linear)}
+        assert {(type(layer), type(layer.base_layer)) for layer in layers} == {
+            (DyloraMoeLinear, torch.nn.Linear)
+        }
         assert not hasattr(routed, "peft_config")
 
 
@@ -150,7 +155,9 @@ def test_targets_are_named_by_the_model():
         get_peft_model(build(), LoraConfig(target_modules=["q_proj"]))
     layers = [f"foundation.model.layers.{i}" for i in range(2)]
     assert model.peft_target_modules(["q_proj", "k_proj"]) == [
-        name for layer in layers for name in (f"{layer}.self_attn.q_proj.base_layer", f"{layer}.self_attn.k_proj")
+        name
+        for layer in layers
+        for name in (f"{layer}.self_attn.q_proj.base_layer", f"{layer}.self_attn.k_proj")
     ]
     whole = "model.layers.0.mlp.down_proj"
     assert model.peft_target_modules([whole]) == [f"foundation.{whole}.base_layer"]
@@ -160,7 +167,9 @@ def test_targets_are_named_by_the_model():
 
 def test_all_linear_means_the_layers_of_a_plain_model():
     def targets(model) -> list[str]:
-        names = [name for name, _ in get_peft_model(model, LoraConfig(target_modules="all-linear")).named_modules()]
+        names = [
+            name for name, _ in get_peft_model(model, LoraConfig(target_modules="all-linear")).named_modules()
+        ]
         return [on_plain(name) for name in names if name.endswith(".lora_A")]
 
     model = build()
@@ -186,7 +195,9 @@ def test_several_adapters_are_saved_and_loaded(tmp_path):
 def test_adapters_of_two_methods_at_once():
     model = build()
     before = logits(model)
-    mixed = get_peft_model(model, LoraConfig(target_modules=model.peft_target_modules(["q_proj"])), "a", mixed=True)
+    mixed = get_peft_model(
+        model, LoraConfig(target_modules=model.peft_target_modules(["q_proj"])), "a", mixed=True
+    )
     loha = peft.LoHaConfig(target_modules=build().peft_target_modules(["q_proj"]), init_weights=False)
     mixed.add_adapter("b", loha)
     mixed.set_adapter(["a", "b"])
@@ -217,7 +228,9 @@ def test_a_merged_foundation_is_saved_whole(tmp_path):
     model = build()
     save_layouts(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
-    top = get_peft_model(loaded, LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **TASK)).eval()
+    top = get_peft_model(
+        loaded, LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **TASK)
+    ).eval()
     top.merge_adapter()
     with pytest.raises(ValueError, match="An adapter was merged into the foundation"):
         loaded.save_pretrained(tmp_path / "again", layout="adapter")
@@ -244,7 +257,9 @@ def test_on_a_quantised_foundation(tmp_path, bits):
     else:
         how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True, "bnb_4bit_compute_dtype": torch.float32})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how)
-    routed = AutoModelForCausalLM.from_pretrained(tmp_path / "routed", quantization_config=how, trust_remote_code=True)
+    routed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "routed", quantization_config=how, trust_remote_code=True
+    )
     before = logits(routed)
     plain = adapted(plain, ADDITIVE["LoRA"])
     top = adapted(routed, ADDITIVE["LoRA"], like=plain)
@@ -295,7 +310,8 @@ def test_prompts_and_prefixes(method):
     assert {on_plain(name) for name in trainable(top)} == set(trainable(plain))
 
     def real(values: torch.Tensor) -> torch.Tensor:
-        """Without what a row was padded with; a prompt stands between that and the row, and has logits, too."""
+        """Without what a row was padded with; a prompt stands between that and the row, and has logits,
+        too."""
         return values[REAL] if "prefix" in method else values[:, -6:][REAL]
 
     with torch.no_grad():
@@ -354,7 +370,9 @@ def test_prompts_and_prefixes_learn_under_every_strategy_and_are_saved(method, t
 
 def test_sizes_are_read_whatever_the_foundation_calls_them():
     """GPT-2 has `n_embd`, `n_head` and `n_layer`."""
-    base = GPT2Config(vocab_size=97, n_embd=32, n_head=4, n_layer=2, n_positions=64, bos_token_id=0, eos_token_id=1)
+    base = GPT2Config(
+        vocab_size=97, n_embd=32, n_head=4, n_layer=2, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
     model = build(base, [{"name": "a", "target_modules": ["transformer.h.0.attn.c_attn"]}])
     top = get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=3, **TASK)).eval()
     assert logits(top, ["single:0"])["single:0"].isfinite().all()

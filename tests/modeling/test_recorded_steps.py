@@ -35,7 +35,9 @@ def graphs_on_a_cpu(monkeypatch):
     record_on_a_cpu(monkeypatch, fast)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str
+)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
 def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments):
     model = build(seed=7)
@@ -55,7 +57,9 @@ def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
         if call % 7 == 6:
             with torch.no_grad():
                 next(iter(model.expert_layers().values())).lora_A.mul_(-1.5)
-        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=STRATEGIES[call % len(STRATEGIES)])
+        ordinary, found = ordinary_and_fast(
+            model, inputs, routing_strategy=STRATEGIES[call % len(STRATEGIES)]
+        )
         assert found.tolist() == ordinary.tolist()
 
 
@@ -85,7 +89,9 @@ def swap_activation(model):
 
 def swap_class(model):
     norm = model.foundation.model.norm
-    norm.__class__ = type("OtherRMSNorm", (type(norm),), {"forward": lambda self, hidden_states: -hidden_states})
+    norm.__class__ = type(
+        "OtherRMSNorm", (type(norm),), {"forward": lambda self, hidden_states: -hidden_states}
+    )
 
 
 @pytest.mark.parametrize("strategy", ["router", "single:0"])
@@ -135,7 +141,9 @@ def scaled_positions(model, monkeypatch, factor):
     with monkeypatch.context() as patch:
         rotate = file.apply_rotary_pos_emb
         patch.setattr(
-            file, "apply_rotary_pos_emb", lambda *args, **kwargs: [x * factor for x in rotate(*args, **kwargs)]
+            file,
+            "apply_rotary_pos_emb",
+            lambda *args, **kwargs: [x * factor for x in rotate(*args, **kwargs)],
         )
         yield
 
@@ -229,7 +237,9 @@ def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
     """A mixture as the foundation, whose experts run one by one: the host asks which of them act."""
     config = MixtralConfig(**SIZES, num_local_experts=4)
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
-    model = build(config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7)
+    model = build(
+        config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7
+    )
     model.foundation.set_experts_implementation("eager")
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
     for arguments in ({"return_dict_in_generate": True}, {}, {"do_sample": True, "num_return_sequences": 2}):
@@ -250,11 +260,16 @@ def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
 def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch, strategy):
-    """A foundation that takes another way in the middle of a text, shortly before its graphs are recorded anew."""
-    monkeypatch.setattr(sys.modules[fast.PromptLayer.__module__], "BUCKET", 8)  # so that texts outgrow their buffers
+    """A foundation that takes another way in the middle of a text, shortly before its graphs are recorded
+    anew."""
+    monkeypatch.setattr(
+        sys.modules[fast.PromptLayer.__module__], "BUCKET", 8
+    )  # so that texts outgrow their buffers
     config = MixtralConfig(**SIZES, num_local_experts=4)
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
-    model = build(config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7)
+    model = build(
+        config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7
+    )
     inputs, asked = left_padded(random_rows((9, 5, 7), seed=2)), []
 
     def switch(input_ids, scores):
@@ -269,7 +284,12 @@ def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch
         model.reset_round_robin()
         model.foundation.set_experts_implementation("batched_mm")
         processors = LogitsProcessorList([switch])
-        arguments = {**GREEDY, "max_new_tokens": 40, "routing_strategy": strategy, "fast_decoding": fast_decoding}
+        arguments = {
+            **GREEDY,
+            "max_new_tokens": 40,
+            "routing_strategy": strategy,
+            "fast_decoding": fast_decoding,
+        }
         found.append(model.generate(**inputs, **arguments, logits_processor=processors).tolist())
     assert found[0] == found[1]
     assert model._decoding_sessions.refused and RecordedGraph.replays >= 2
@@ -282,7 +302,9 @@ def test_a_foundation_that_reads_its_mask_goes_the_ordinary_way(monkeypatch, str
     monkeypatch.setattr(fast.logger, "warning_once", warned.append)
     config = FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False, multi_query=False)
     names = [f"transformer.h.{layer}.self_attention.query_key_value" for layer in range(2)]
-    model = build(config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7)
+    model = build(
+        config, [{"name": name, "r": 2, "target_modules": names} for name in ("one", "two")], seed=7
+    )
     for arguments in ({}, {"do_sample": True, "num_return_sequences": 2}):
         inputs = left_padded(random_rows((9, 5, 7), seed=2))
         ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
@@ -312,7 +334,12 @@ def test_what_makes_the_host_wait():
             (aten._unsafe_index.Tensor, (there, [mask]), {}, True),
             (aten.index.Tensor, (there, [index]), {}, True),
             (aten.index.Tensor, (there, [None, torch.zeros(2, dtype=torch.long, device="cuda")]), {}, False),
-            (aten.index_fill_.int_Scalar, (there, 0, torch.zeros(1, dtype=torch.long, device="cuda"), 0.0), {}, False),
+            (
+                aten.index_fill_.int_Scalar,
+                (there, 0, torch.zeros(1, dtype=torch.long, device="cuda"), 0.0),
+                {},
+                False,
+            ),
             (aten.lift_fresh.default, (there,), {}, True),
             (aten.lift_fresh.default, (here,), {}, False),
             (aten.add.Tensor, (there, torch.empty(())), {}, False),

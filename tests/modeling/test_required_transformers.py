@@ -1,4 +1,5 @@
-"""Which transformers the model needs: said by its config before anything can fail, and beside what is saved."""
+"""Which transformers the model needs: said by its config before anything can fail, and beside what is
+saved."""
 
 import runpy
 import sys
@@ -30,7 +31,9 @@ def test_an_older_transformers_is_named_before_anything_is_imported_from_it(vers
     )
 
 
-@pytest.mark.parametrize("version", [REQUIRED_TRANSFORMERS, "5.17.0", "5.24.0.dev0", "6.0.0rc1", "5.23.0+local"])
+@pytest.mark.parametrize(
+    "version", [REQUIRED_TRANSFORMERS, "5.17.0", "5.24.0.dev0", "6.0.0rc1", "5.23.0+local"]
+)
 def test_what_is_new_enough_passes(version, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", version)
     assert runpy.run_path(CONFIGURATION)["DyloraMoeConfig"].model_type == "dylora_moe"
@@ -48,7 +51,9 @@ def test_the_package_requires_what_its_repos_say():
 def test_a_saved_model_says_what_it_needs(layout, tmp_path):
     model = build()
     model.config.base_model_name_or_path = "nobody/small-llama"
-    (tmp_path / "requirements.txt").write_text("transformers>=5.2\n# for the server\ntransformers==5.17.0\nfastapi\n")
+    (tmp_path / "requirements.txt").write_text(
+        "transformers>=5.2\n# for the server\ntransformers==5.17.0\nfastapi\n"
+    )
     for _ in range(2):
         model.save_pretrained(tmp_path, layout=layout)
         lines = (tmp_path / "requirements.txt").read_text().splitlines()

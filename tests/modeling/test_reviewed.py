@@ -118,7 +118,9 @@ def test_expert_ids_are_checked():
                 model(IDS, routing_strategy=strategy, expert_ids=torch.tensor(wrong))
         cache = model(IDS, routing_strategy=strategy, expert_ids=torch.tensor([0, 1])).past_key_values
         with pytest.raises(ValueError, match="keeps its expert"):
-            model(IDS[:, :1], routing_strategy=strategy, expert_ids=torch.tensor([2, 1]), past_key_values=cache)
+            model(
+                IDS[:, :1], routing_strategy=strategy, expert_ids=torch.tensor([2, 1]), past_key_values=cache
+            )
 
 
 def test_router_settings_act_at_once_and_are_what_is_saved(tmp_path):
@@ -127,7 +129,9 @@ def test_router_settings_act_at_once_and_are_what_is_saved(tmp_path):
     model.config.router_temperature = 0.2
     assert (logits(model, "router") - before).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(DyloraMoeForCausalLM.from_pretrained(tmp_path), "router"), logits(model, "router"))
+    assert torch.equal(
+        logits(DyloraMoeForCausalLM.from_pretrained(tmp_path), "router"), logits(model, "router")
+    )
     model.config.expert_configs[0]["lora_alpha"] = 99
     with pytest.raises(ValueError, match="changed on a live model"):
         model.save_pretrained(tmp_path)

@@ -1,5 +1,5 @@
-"""Fast decoding of batches in which one expert serves every row, and of experts that share graphs: against the ordinary path,
-with plain calls in place of graphs and with the stand-in of `helpers_graphs`."""
+"""Fast decoding of batches in which one expert serves every row, and of experts that share graphs: against
+the ordinary path, with plain calls in place of graphs and with the stand-in of `helpers_graphs`."""
 
 import pytest
 import torch
@@ -37,7 +37,9 @@ def sessions(monkeypatch):
     seen = []
     step = fast.Session.step
     monkeypatch.setattr(
-        fast.Session, "step", lambda session: (seen.append((session, str(session.strategy))), step(session))[1]
+        fast.Session,
+        "step",
+        lambda session: (seen.append((session, str(session.strategy))), step(session))[1],
     )
     return seen
 
@@ -47,7 +49,13 @@ def alike_experts(count: int = 4) -> list[dict]:
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
     names = [f"model.layers.{layer}.{part}" for layer in range(2) for part in parts]
     return [
-        {"name": f"number {index}", "r": 4, "lora_alpha": 12, "target_modules": names, "rank_pattern": {names[0]: 7}}
+        {
+            "name": f"number {index}",
+            "r": 4,
+            "lora_alpha": 12,
+            "target_modules": names,
+            "rank_pattern": {names[0]: 7},
+        }
         for index in range(count)
     ]
 
@@ -68,20 +76,27 @@ def test_a_batch_of_one_expert_is_decoded_as_by_that_expert_alone(sessions, stra
         assert {name for _, name in sessions} == {f"single:{ids[0]}" if len(set(ids)) == 1 else strategy}
 
 
-@pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str
+)
 def test_the_experts_that_the_strategies_choose_themselves(sessions, arguments):
     model = build(seed=7)
     for seed in range(6):
         inputs = left_padded(random_rows((7,), seed=seed))
         ordinary, found = ordinary_and_fast(model, inputs, seed, routing_strategy="best", **arguments)
         assert found.tolist() == ordinary.tolist()
-    assert {name.partition(":")[0] for _, name in sessions} == {"single"} and len({name for _, name in sessions}) > 1
+    assert {name.partition(":")[0] for _, name in sessions} == {"single"} and len(
+        {name for _, name in sessions}
+    ) > 1
     sessions.clear()
     model.reset_round_robin()
     turns = [model.generate(**ONE, **GREEDY, routing_strategy="round_robin").tolist() for _ in range(4)]
     model.reset_round_robin()
     for turn in turns:
-        assert model.generate(**ONE, **GREEDY, routing_strategy="round_robin", fast_decoding=False).tolist() == turn
+        assert (
+            model.generate(**ONE, **GREEDY, routing_strategy="round_robin", fast_decoding=False).tolist()
+            == turn
+        )
     assert [name for _, name in sessions[::11]] == ["single:0", "single:1", "single:2", "single:0"]
 
 
@@ -112,7 +127,9 @@ def test_experts_of_one_shape_while_other_strategies_and_training_come_between(s
                     layer.lora_A.data.mul_(-1.2)
                     layer.lora_B.data.mul_(-0.9)
         inputs = BATCH if call % 3 else ONE
-        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategies[call % len(strategies)])
+        ordinary, found = ordinary_and_fast(
+            model, inputs, routing_strategy=strategies[call % len(strategies)]
+        )
         assert found.tolist() == ordinary.tolist()
     model.add_expert("fifth", target_modules=alike_experts(1)[0]["target_modules"], r=4, lora_alpha=12)
     for strategy in ("single:4", "single:0"):
@@ -122,12 +139,16 @@ def test_experts_of_one_shape_while_other_strategies_and_training_come_between(s
 
 def test_many_unlike_experts_do_not_take_each_others_places(sessions, monkeypatch):
     """Each would need a graph of its own: there are so many as fit, and one for all others."""
-    experts = [{**expert, "r": 2 + index, "rank_pattern": {}} for index, expert in enumerate(alike_experts(5))]
+    experts = [
+        {**expert, "r": 2 + index, "rank_pattern": {}} for index, expert in enumerate(alike_experts(5))
+    ]
     monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
     model, made = build(experts=experts, seed=7), []
     build_session = fast_sessions.Session.__init__
     monkeypatch.setattr(
-        fast_sessions.Session, "__init__", lambda self, *args: (made.append(args[1]), build_session(self, *args))[1]
+        fast_sessions.Session,
+        "__init__",
+        lambda self, *args: (made.append(args[1]), build_session(self, *args))[1],
     )
     for call in range(15):
         expert = call % 5
@@ -184,7 +205,9 @@ def test_a_strategy_of_somebody_elses_that_chooses_one_expert_a_row(sessions, mo
 
 
 def test_experts_that_differ_in_their_scale_alone_share_no_graph(sessions):
-    experts = [{**expert, "lora_alpha": alpha} for expert, alpha in zip(alike_experts(3), (4, 12, 4), strict=True)]
+    experts = [
+        {**expert, "lora_alpha": alpha} for expert, alpha in zip(alike_experts(3), (4, 12, 4), strict=True)
+    ]
     model = build(experts=experts, seed=7)
     for expert in (0, 1, 2, 0):
         ordinary, found = ordinary_and_fast(model, BATCH, routing_strategy=f"single:{expert}")
@@ -197,9 +220,19 @@ def test_layers_whose_updates_are_of_another_dtype_or_form(sessions, kind):
     """None of them reads its stacks by itself, where a graph would go on reading the first expert's rows."""
     base, experts = None, alike_experts(3)
     if kind == "opt":
-        sizes = {"vocab_size": 97, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 2}
+        sizes = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 32,
+            "num_hidden_layers": 2,
+        }
         base = OPTConfig(**sizes, num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=PAD)
-        names = [f"model.decoder.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "fc1")]
+        names = [
+            f"model.decoder.layers.{layer}.{name}"
+            for layer in range(2)
+            for name in ("self_attn.q_proj", "fc1")
+        ]
         experts = [{"name": f"number {index}", "r": 4, "target_modules": names} for index in range(3)]
     model = build(base, experts, seed=7)
     if kind == "float64 foundation":
@@ -222,13 +255,16 @@ def test_layers_whose_updates_are_of_another_dtype_or_form(sessions, kind):
 
 
 def test_a_layer_that_joins_the_readers_of_a_tensor_too_late(sessions, monkeypatch):
-    """As one that a prompt's pass did not call. What was copied without it stays, and it gets copies of its own."""
+    """As one that a prompt's pass did not call. What was copied without it stays, and it gets copies of its
+    own."""
     model = build(experts=alike_experts(3), seed=7)
     add_update = SharedProducts.add_update
     late = model.expert_layers()["model.layers.0.self_attn.v_proj"]
 
     def without(products, layer, hidden_states, *args):
-        return (layer is not late or hidden_states.shape[1] == 1) and add_update(products, layer, hidden_states, *args)
+        return (layer is not late or hidden_states.shape[1] == 1) and add_update(
+            products, layer, hidden_states, *args
+        )
 
     monkeypatch.setattr(SharedProducts, "add_update", without)
     strategies = ["single:0", "uniform", "single:2", "single:1", "uniform", "single:0"]
@@ -244,7 +280,9 @@ def test_the_prompt_of_one_expert_takes_its_products_alone(monkeypatch):
     model, taken = build(experts=alike_experts(), seed=7), []
     multiply = SharedProducts._multiply
     monkeypatch.setattr(
-        SharedProducts, "_multiply", lambda self, key, single: (taken.append(single), multiply(self, key, single))[1]
+        SharedProducts,
+        "_multiply",
+        lambda self, key, single: (taken.append(single), multiply(self, key, single))[1],
     )
     wanted = {"routing_strategy": "best", "max_new_tokens": 1}
     expected, found = ordinary_and_fast(model, BATCH, **wanted, **given(2, 2, 2))
@@ -271,7 +309,9 @@ def test_what_comes_back_knows_the_strategy_that_was_asked_for(sessions, strateg
     }
     arguments = {**GREEDY, "max_new_tokens": 3, "routing_strategy": strategy}
     continued = model.generate(**again, **arguments, **{CACHE: found[CACHE]})
-    longer = model.generate(**BATCH, **{**arguments, "max_new_tokens": 15}, **given(1, 1, 1), fast_decoding=False)
+    longer = model.generate(
+        **BATCH, **{**arguments, "max_new_tokens": 15}, **given(1, 1, 1), fast_decoding=False
+    )
     assert continued.tolist() == longer.tolist()
 
 

@@ -21,7 +21,8 @@ def loop(mixture):
 
 
 def naive_scores(loop, row: list[int], strategy: str, turn: int, top_k: int) -> torch.Tensor:
-    """Log-probabilities of the next token over the temperature, all but the `top_k` largest at minus infinity."""
+    """Log-probabilities of the next token over the temperature, all but the `top_k` largest at minus
+    infinity."""
     scores = loop.logits(row, strategy, len(PROMPT), turn)[-1].log_softmax(dim=-1) / TEMPERATURE
     return scores.masked_fill(scores < scores.topk(top_k).values[-1], float("-inf"))
 
@@ -66,7 +67,9 @@ def test_the_beams_of_a_prompt_share_its_expert_in_turn(mixture):
     arguments = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}
     arguments["eos_token_id"] = None
     mixture.reset_round_robin()
-    found = mixture.generate(**left_padded(rows), routing_strategy="round_robin", **arguments)[:, len(PROMPT) :]
+    found = mixture.generate(**left_padded(rows), routing_strategy="round_robin", **arguments)[
+        :, len(PROMPT) :
+    ]
     for turn, row in enumerate(rows):
         alone = mixture.generate(torch.tensor([row]), routing_strategy=f"single:{turn}", **arguments)
         assert found[2 * turn : 2 * turn + 2].tolist() == alone[:, len(row) :].tolist()

@@ -70,7 +70,9 @@ def test_a_repo_loaded_by_its_own_code_saves_a_complete_repo(tmp_path):
     loaded.save_pretrained(tmp_path / "two")
     one, two = ({f.name for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one - {"__init__.py"} == two  # which transformers does not copy to where it imports the code from
-    auto_maps = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("one", "two")]
+    auto_maps = [
+        json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("one", "two")
+    ]
     assert auto_maps[0] == auto_maps[1]
     same_weights(loaded, AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True))
 

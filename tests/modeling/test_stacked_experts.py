@@ -1,4 +1,5 @@
-"""Experts on the stacked experts of mixture-of-experts foundations: what they compute, learn, and how they are kept."""
+"""Experts on the stacked experts of mixture-of-experts foundations: what they compute, learn, and how they
+are kept."""
 
 import copy
 import json
@@ -30,7 +31,8 @@ FOUNDATIONS = {
 
 
 def mixture(kind="qwen3 moe", **fields):
-    """Three experts: one on both parameters and the attention, one on a parameter alone, one on the attention alone."""
+    """Three experts: one on both parameters and the attention, one on a parameter alone, one on the attention
+    alone."""
     foundation = FOUNDATIONS[kind]()
     stacks = [
         f"{path}.{name}"
@@ -58,7 +60,8 @@ def mixture(kind="qwen3 moe", **fields):
 
 
 class OneTokenAtATime(nn.Module):
-    """A layer of the foundation, run by its own code for each token with that token's sum of deltas in its weights.
+    """A layer of the foundation, run by its own code for each token with that token's sum of deltas in its
+    weights.
 
     Args:
         deltas: parameter -> (expert, its delta in the parameter's shape), for every expert that adapts it.
@@ -228,7 +231,9 @@ def test_a_frozen_expert_keeps_its_rows():
         rows = layer.rows(1)
         others = torch.ones(len(layer.lora_A), dtype=torch.bool)
         others[rows] = False
-        assert not layer.lora_B.grad[rows].any() and (layer.lora_B.grad[others].any() or not others.any()), name
+        assert not layer.lora_B.grad[rows].any() and (layer.lora_B.grad[others].any() or not others.any()), (
+            name
+        )
 
 
 @torch.no_grad()
@@ -250,7 +255,8 @@ def test_an_expert_is_added_and_the_others_stay_what_they_are():
     weights = {gate_up: (lora_a, torch.randn_like(lora_b))}
     model.set_expert_weights("more", weights)
     assert all(
-        torch.equal(*pair) for pair in zip(weights[gate_up], model.expert_weights("more")[gate_up], strict=True)
+        torch.equal(*pair)
+        for pair in zip(weights[gate_up], model.expert_weights("more")[gate_up], strict=True)
     )
     assert not torch.allclose(model(ROWS, routing_strategy="single:more").logits, base, atol=0.1)
     names = model.config.expert_names
@@ -282,7 +288,9 @@ def test_saved_and_loaded_again(kind, layout, tmp_path):
         for folder in (tmp_path / "saved", tmp_path / "twice"):
             some = DyloraMoeForCausalLM.from_pretrained(folder, experts=experts)
             for expert in experts:
-                found, expected = (each(ROWS, routing_strategy=f"single:{expert}").logits for each in (some, model))
+                found, expected = (
+                    each(ROWS, routing_strategy=f"single:{expert}").logits for each in (some, model)
+                )
                 assert torch.equal(found, expected)
 
 
@@ -293,7 +301,11 @@ def test_offloaded(tmp_path):
     inside = ("self_attn", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm")
     names = ["embed_tokens", "norm", "rotary_emb", "layers.0", *(f"layers.1.{name}" for name in inside)]
     device_map = dict.fromkeys([f"foundation.model.{name}" for name in names], "cpu")
-    device_map |= {"foundation.lm_head": "cpu", "router": "cpu", "foundation.model.layers.1.mlp.experts": "disk"}
+    device_map |= {
+        "foundation.lm_head": "cpu",
+        "router": "cpu",
+        "foundation.model.layers.1.mlp.experts": "disk",
+    }
     loaded = DyloraMoeForCausalLM.from_pretrained(
         tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offloaded"
     )
@@ -342,7 +354,12 @@ def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
 
 def test_what_cannot_be_adapted_is_named():
     foundation = moe_model("dense: qwen3 moe")
-    for names in (["model.layers.1.self_attn.q_proj.weight"], ["model.layers.1.mlp.experts"], [None], "down_proj"):
+    for names in (
+        ["model.layers.1.self_attn.q_proj.weight"],
+        ["model.layers.1.mlp.experts"],
+        [None],
+        "down_proj",
+    ):
         with pytest.raises(ValueError, match=r"`target_parameters`; .* end in gate_up_proj"):
             DyloraMoeConfig(expert_configs=[{"name": "a", "target_parameters": names}])
     for name, expected in (

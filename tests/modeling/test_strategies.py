@@ -31,7 +31,9 @@ def test_strategies_differ(mixture):
     batch = left_padded(random_rows((9, 4)))
     with torch.no_grad():
         logits = {
-            s: model(**batch, routing_strategy=s).logits[:, -1] for s in (*STRATEGIES, "single:0") if s != "best"
+            s: model(**batch, routing_strategy=s).logits[:, -1]
+            for s in (*STRATEGIES, "single:0")
+            if s != "best"
         }
     for one in logits:
         for other in logits:
@@ -49,7 +51,9 @@ def test_router_modes(mode, num_experts_per_tok):
     for turn, row in enumerate(rows):
         expected = loop.logits(row, "router", len(row), turn, dense=mode == "dense")
         torch.testing.assert_close(output.logits[turn, -len(row) :], expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(output.router_logits[turn, -len(row) :], loop.router_logits(row), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            output.router_logits[turn, -len(row) :], loop.router_logits(row), atol=1e-4, rtol=0
+        )
 
 
 def test_router_mode_auto_is_dense_while_training_or_while_an_expert_is_immature():
@@ -74,7 +78,8 @@ def test_routing_is_causal(strategy):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_greedy_generation_equals_a_peft_loop(mixture, strategy, use_cache):
-    """With and without the cache, batched under left padding: the tokens of each row alone, recomputed by PEFT."""
+    """With and without the cache, batched under left padding: the tokens of each row alone, recomputed by
+    PEFT."""
     model, loop = mixture
     rows = random_rows(LENGTHS, seed=1)
     model.reset_round_robin()
@@ -88,7 +93,10 @@ def test_greedy_generation_equals_a_peft_loop(mixture, strategy, use_cache):
         pad_token_id=2,
     )
     for turn, row in enumerate(rows):
-        assert generated[turn, max(LENGTHS) :].tolist() == loop.greedy(row, strategy, turn, 10), (strategy, turn)
+        assert generated[turn, max(LENGTHS) :].tolist() == loop.greedy(row, strategy, turn, 10), (
+            strategy,
+            turn,
+        )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -123,13 +131,18 @@ def test_single_computes_on_its_rows_alone():
     alone.set_expert_weights(0, model.expert_weights("second"))
     batch = left_padded(random_rows(LENGTHS))
     assert torch.equal(
-        model(**batch, routing_strategy="single:second").logits, alone(**batch, routing_strategy="single:0").logits
+        model(**batch, routing_strategy="single:second").logits,
+        alone(**batch, routing_strategy="single:0").logits,
     )
 
 
 def _frozen(model):
     """The foundation's own weights, under the names they have in a model where other modules are adapted."""
-    state = {k.replace(".base_layer.", "."): v for k, v in model.foundation.state_dict().items() if ".lora_" not in k}
+    state = {
+        k.replace(".base_layer.", "."): v
+        for k, v in model.foundation.state_dict().items()
+        if ".lora_" not in k
+    }
     wrapped = model.config.expert_configs[1]["target_modules"]
     return {
         next((f"{name}.base_layer.weight" for name in wrapped if key == f"{name}.weight"), key): value
@@ -141,7 +154,12 @@ def test_round_robin_goes_on_from_call_to_call():
     model = build()
     loop = PeftLoop(model)
     rows = random_rows((6, 6), seed=8)
-    arguments = {"routing_strategy": "round_robin", "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    arguments = {
+        "routing_strategy": "round_robin",
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
     model.generate(torch.tensor(rows), **arguments)
     second = model.generate(torch.tensor(rows), **arguments)[:, 6:]
     assert [tokens.tolist() for tokens in second] == [
@@ -155,7 +173,9 @@ def test_round_robin_goes_on_from_call_to_call():
 def test_round_robin_cycles_over_return_sequences_and_beams_share_an_expert():
     model = build()
     ids = torch.tensor(random_rows((5,), seed=9))
-    model.generate(ids, routing_strategy="round_robin", do_sample=True, num_return_sequences=4, max_new_tokens=2)
+    model.generate(
+        ids, routing_strategy="round_robin", do_sample=True, num_return_sequences=4, max_new_tokens=2
+    )
     assert model._next_round_robin == 4
     model.reset_round_robin()
     beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

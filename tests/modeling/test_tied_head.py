@@ -1,4 +1,5 @@
-"""Experts on a head that is tied to the embeddings: they act on its output alone, and the two stay one tensor."""
+"""Experts on a head that is tied to the embeddings: they act on its output alone, and the two stay one
+tensor."""
 
 import pytest
 import torch
@@ -31,13 +32,19 @@ def logits(model, **arguments) -> torch.Tensor:
         return model(torch.tensor([ROW]), **arguments).logits[0]
 
 
-@pytest.mark.parametrize("strategy", ["router", "single:0", "single:1", "single:2", "base", "uniform", "ensemble"])
+@pytest.mark.parametrize(
+    "strategy", ["router", "single:0", "single:1", "single:2", "base", "uniform", "ensemble"]
+)
 def test_strategies_equal_peft(model, strategy):
     assert is_tied(model)
     loop = PeftLoop(model)
-    assert torch.allclose(logits(model, routing_strategy=strategy), loop.logits(ROW, strategy, len(ROW), 0), atol=1e-4)
+    assert torch.allclose(
+        logits(model, routing_strategy=strategy), loop.logits(ROW, strategy, len(ROW), 0), atol=1e-4
+    )
     ids = torch.tensor([ROW])
-    found = model.generate(ids, routing_strategy=strategy, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    found = model.generate(
+        ids, routing_strategy=strategy, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
     assert found[0, len(ROW) :].tolist() == loop.greedy(ROW, strategy, 0, 6)
 
 
@@ -59,7 +66,9 @@ def test_saved_loaded_and_saved_again(model, layout, tmp_path):
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert is_tied(loaded)
         for strategy in ("router", "single:1", "base"):
-            assert torch.equal(logits(loaded, routing_strategy=strategy), logits(model, routing_strategy=strategy))
+            assert torch.equal(
+                logits(loaded, routing_strategy=strategy), logits(model, routing_strategy=strategy)
+            )
         loaded.save_pretrained(tmp_path / "again", layout=layout)
 
 
@@ -70,7 +79,8 @@ def test_some_experts_of_a_repo(model, experts, tmp_path):
     assert is_tied(loaded)
     for name in experts:
         assert torch.equal(
-            logits(loaded, routing_strategy=f"single:{name}"), logits(model, routing_strategy=f"single:{name}")
+            logits(loaded, routing_strategy=f"single:{name}"),
+            logits(model, routing_strategy=f"single:{name}"),
         )
 
 
@@ -98,11 +108,15 @@ def test_an_expert_that_is_added_to_a_live_model(tmp_path):
     grown.tie_weights()
     assert is_tied(grown)
     assert torch.equal(logits(grown, routing_strategy="single:body"), before)
-    assert not torch.equal(logits(grown, routing_strategy="single:head"), logits(grown, routing_strategy="base"))
+    assert not torch.equal(
+        logits(grown, routing_strategy="single:head"), logits(grown, routing_strategy="base")
+    )
     grown.save_pretrained(tmp_path)
     loaded = DyloraMoeForCausalLM.from_pretrained(tmp_path)
     assert is_tied(loaded)
-    assert torch.equal(logits(loaded, routing_strategy="single:head"), logits(grown, routing_strategy="single:head"))
+    assert torch.equal(
+        logits(loaded, routing_strategy="single:head"), logits(grown, routing_strategy="single:head")
+    )
 
 
 def test_a_head_with_a_trained_embedding_stays_one_tensor(model, tmp_path):
@@ -132,4 +146,6 @@ def test_other_foundations_that_tie(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = DyloraMoeForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     assert is_tied(loaded)
-    assert torch.equal(logits(loaded, routing_strategy="single:0"), logits(model, routing_strategy="single:0"))
+    assert torch.equal(
+        logits(loaded, routing_strategy="single:0"), logits(model, routing_strategy="single:0")
+    )

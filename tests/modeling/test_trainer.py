@@ -1,4 +1,5 @@
-"""The Trainer beyond training: evaluation, metrics, going back to a checkpoint, in both layouts; other checkpointing."""
+"""The Trainer beyond training: evaluation, metrics, going back to a checkpoint, in both layouts; other
+checkpointing."""
 
 import functools
 import warnings
@@ -16,7 +17,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
-ROWS = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in random_rows((10,) * 8, seed=12)]
+ROWS = [
+    {"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in random_rows((10,) * 8, seed=12)
+]
 IDS = torch.stack([row["input_ids"] for row in ROWS[:2]])
 
 
@@ -45,7 +48,9 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_the_best_checkpoint_is_loaded_at_the_end(saved, tmp_path, layout):
     every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    arguments = settings(tmp_path, **every_step, learning_rate=3.0, load_best_model_at_end=True)  # far too fast
+    arguments = settings(
+        tmp_path, **every_step, learning_rate=3.0, load_best_model_at_end=True
+    )  # far too fast
     model = DyloraMoeForCausalLM.from_pretrained(saved / layout)
     trainer = Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS)
     trainer.train()
@@ -90,7 +95,9 @@ def test_predicting_by_generation_without_a_tokenizer(tmp_path):
 
 def test_the_trainer_keeps_skill_a_bit_for_bit(tmp_path):
     targets = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
-    config = DyloraMoeConfig(llama_config(), [{"name": "a", "r": 4, "target_modules": targets, "lora_dropout": 0.1}])
+    config = DyloraMoeConfig(
+        llama_config(), [{"name": "a", "r": 4, "target_modules": targets, "lora_dropout": 0.1}]
+    )
     model = DyloraMoeForCausalLM(config)
     model.freeze_foundation()
     Trainer(model, settings(tmp_path), train_dataset=ROWS).train()

@@ -82,7 +82,11 @@ def test_the_balance_loss_counts_once_in_an_accumulated_step(tmp_path):
     results = []
     for batch, accumulation in ((8, 1), (2, 4)):
         model = build(router_aux_loss_coef=50.0)
-        fields = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        fields = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 2,
+        }
         trainer = Trainer(model=model, args=arguments(tmp_path, **fields), train_dataset=rows)
         trainer.train()
         results.append(losses(trainer))
@@ -133,7 +137,9 @@ def test_an_accelerate_loop():
     model = build().train()
     before = weights(model)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     loader = torch.utils.data.DataLoader(dataset(8), batch_size=4)
     model, optimiser, loader = accelerator.prepare(model, optimiser, loader)
     seen = []
@@ -167,7 +173,9 @@ def test_padding_counts_neither_for_the_loss_nor_for_the_balance():
 
 def test_the_example_runs(tmp_path):
     script = Path(__file__).parents[2] / "examples" / "train_experts.py"
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.count("training loss") == 2
     model = DyloraMoeForCausalLM.from_pretrained(tmp_path)
     assert model.config.expert_names == ["low", "high", "third"]

@@ -1,9 +1,9 @@
 """transformers' own common model tests on a routed model, and beside it on the plain Llama it is built from.
 
-The tests come from transformers' source distribution of the installed version, fetched when they run and never kept
-here. Two mixins that the distribution lacks (generation, export) are stood in by empty classes. The harness is the
-same for both models: no flag is switched off, nothing is overridden and nothing skipped for the routed one but what
-`ENTRIES` says.
+The tests come from transformers' source distribution of the installed version, fetched when they run and
+never kept here. Two mixins that the distribution lacks (generation, export) are stood in by empty classes.
+The harness is the same for both models: no flag is switched off, nothing is overridden and nothing skipped
+for the routed one but what `ENTRIES` says.
 """
 
 import importlib
@@ -27,13 +27,28 @@ pytestmark = pytest.mark.slow
 
 PACKAGE = "transformers_tests"  # not `tests`, which is ours
 VERSION = importlib.metadata.version("transformers")
-STAND_INS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
+STAND_INS = {
+    "exporters/test_export.py": "ExportTesterMixin",
+    "generation/test_utils.py": "GenerationTesterMixin",
+}
 
 
 def fetch(folder: Path) -> Path:
-    """The folder that holds transformers's tests as a package; skips where the package index is out of reach."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    done = subprocess.run([*command, "-d", str(folder), f"transformers=={VERSION}"], capture_output=True, text=True)
+    """The folder that holds transformers's tests as a package; skips where the package index is out of
+    reach."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--no-build-isolation",
+    ]
+    done = subprocess.run(
+        [*command, "-d", str(folder), f"transformers=={VERSION}"], capture_output=True, text=True
+    )
     archives = list(folder.glob("transformers-*.tar.gz"))
     if done.returncode != 0 or not archives:
         pytest.skip(f"transformers' source distribution cannot be fetched: {done.stderr.strip()[-200:]}")
@@ -63,7 +78,9 @@ class ModelTester:
     vocab_size, is_training = 99, True
 
     def __init__(self, make_config):
-        self.get_config = lambda: make_config(llama_config(vocab_size=99, pad_token_id=0, max_position_embeddings=64))
+        self.get_config = lambda: make_config(
+            llama_config(vocab_size=99, pad_token_id=0, max_position_embeddings=64)
+        )
 
     def prepare_config_and_inputs_for_common(self):
         ids = torch.randint(1, self.vocab_size, (self.batch_size, self.seq_length))
@@ -115,5 +132,7 @@ def test_every_common_test_passes_on_a_routed_model_as_on_plain_llama(run):
         passed = result.testsRun - len(result.skipped) - len(result.failures) - len(result.errors)
         print(f"{name}: {result.testsRun} run, {passed} passed, {len(result.skipped)} skipped")
     assert names(llama.failures + llama.errors) == []
-    assert names(routed.failures + routed.errors) == [], "".join(text for _, text in routed.failures + routed.errors)
+    assert names(routed.failures + routed.errors) == [], "".join(
+        text for _, text in routed.failures + routed.errors
+    )
     assert set(names(routed.skipped)) - set(names(llama.skipped)) <= set(ENTRIES)

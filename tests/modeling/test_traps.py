@@ -1,4 +1,5 @@
-"""What goes wrong easily when a model is a mixture inside another model; one test or more for each such trap."""
+"""What goes wrong easily when a model is a mixture inside another model; one test or more for each such
+trap."""
 
 import ast
 import copy
@@ -41,7 +42,11 @@ def test_new_experts_start_as_in_peft():
 def test_experts_missing_from_a_file_are_initialised_too(tmp_path):
     build().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "lora_" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if "lora_" not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     model = DyloraMoeForCausalLM.from_pretrained(tmp_path)
     for layer in model.expert_layers().values():
         bound = 1 / layer.lora_A.shape[1] ** 0.5
@@ -60,7 +65,11 @@ def test_wrapping_a_loaded_foundation_keeps_its_weights():
     foundation.lm_head = torch.nn.Linear(32, 97, bias=False)  # a module that transformers has not initialised
     before = {name: tensor.clone() for name, tensor in foundation.state_dict().items()}
     model = DyloraMoeForCausalLM.from_foundation(foundation, build().config)
-    after = {k.replace(".base_layer.", "."): v for k, v in model.foundation.state_dict().items() if "lora_" not in k}
+    after = {
+        k.replace(".base_layer.", "."): v
+        for k, v in model.foundation.state_dict().items()
+        if "lora_" not in k
+    }
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -97,7 +106,9 @@ def test_the_strategy_is_the_arguments_then_a_handed_configs_then_the_models():
     def tokens(**arguments):
         return model.generate(ids, max_new_tokens=6, **arguments)[0].tolist()
 
-    expected = {s: tokens(routing_strategy=s, **GREEDY) for s in ("router", "single:0", "single:1", "single:2")}
+    expected = {
+        s: tokens(routing_strategy=s, **GREEDY) for s in ("router", "single:0", "single:1", "single:2")
+    }
     assert len({tuple(value) for value in expected.values()}) == 4
     assert tokens(**GREEDY) == expected["router"]  # the default
     model.generation_config.routing_strategy = "single:0"
@@ -121,7 +132,17 @@ def test_a_wrong_strategy_lists_the_valid_ones_and_the_experts(wrong):
             call(ids, routing_strategy=wrong)
         message = str(raised.value)
         assert "\n" not in message
-        for part in ("router", "best", "single:", "ensemble", "round_robin", "base", "uniform", "first", "third"):
+        for part in (
+            "router",
+            "best",
+            "single:",
+            "ensemble",
+            "round_robin",
+            "base",
+            "uniform",
+            "first",
+            "third",
+        ):
             assert part in message
 
 
@@ -151,7 +172,9 @@ def training_batch():
 def gradients(model, **batch):
     model.zero_grad()
     model(**batch).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -171,7 +194,9 @@ def test_gradient_checkpointing_changes_no_gradient(strategy, use_reentrant):
 def test_dense_training_reaches_every_expert_and_the_gate_and_nothing_else():
     model = build().train()
     found = gradients(model, **training_batch())
-    trainable = {n for n, _ in model.named_parameters() if n.endswith(("lora_A", "lora_B")) or n.startswith("router.")}
+    trainable = {
+        n for n, _ in model.named_parameters() if n.endswith(("lora_A", "lora_B")) or n.startswith("router.")
+    }
     assert found.keys() == trainable
     assert all(gradient.abs().max() > 0 for gradient in found.values())
     for name, layer in model.expert_layers().items():
@@ -186,7 +211,9 @@ def test_the_loss_is_cross_entropy_plus_the_balance_loss():
     batch = training_batch()
     output = model(**batch, output_router_logits=True)
     shifted = batch["labels"][:, 1:].reshape(-1)
-    entropy = torch.nn.functional.cross_entropy(output.logits[:, :-1].reshape(-1, 97), shifted, ignore_index=-100)
+    entropy = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].reshape(-1, 97), shifted, ignore_index=-100
+    )
     weights = torch.softmax(output.router_logits / 2.0, dim=-1)[batch["attention_mask"].bool()]
     balance = ((weights.mean(dim=0) - 1 / 3) ** 2).mean()
     torch.testing.assert_close(output.aux_loss, balance)
@@ -194,7 +221,8 @@ def test_the_loss_is_cross_entropy_plus_the_balance_loss():
 
 
 def test_the_balance_loss_counts_once_however_the_step_is_accumulated():
-    """With `num_items_in_batch`, as the Trainer passes it, the losses of the parts add up to the step's loss."""
+    """With `num_items_in_batch`, as the Trainer passes it, the losses of the parts add up to the step's
+    loss."""
     model = build(router_aux_loss_coef=0.5).train()
     batch = training_batch()
     total = (batch["labels"][:, 1:] != -100).sum()
@@ -270,8 +298,12 @@ def mixtral(**fields):
         pad_token_id=2,
         **fields,
     )
-    targets = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
-    return build(base, [{"name": "a", "r": 2, "target_modules": targets}, {"name": "b", "target_modules": targets}])
+    targets = [
+        f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
+    ]
+    return build(
+        base, [{"name": "a", "r": 2, "target_modules": targets}, {"name": "b", "target_modules": targets}]
+    )
 
 
 def test_a_foundation_with_experts_of_its_own_adds_no_loss_of_its_own():
@@ -280,7 +312,9 @@ def test_a_foundation_with_experts_of_its_own_adds_no_loss_of_its_own():
     output = model(**batch, output_router_logits=True)
     assert output.router_logits.shape == (2, 9, 2)
     shifted = batch["labels"][:, 1:].reshape(-1)
-    entropy = torch.nn.functional.cross_entropy(output.logits[:, :-1].reshape(-1, 97), shifted, ignore_index=-100)
+    entropy = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].reshape(-1, 97), shifted, ignore_index=-100
+    )
     torch.testing.assert_close(output.loss, entropy + 0.01 * output.aux_loss)
 
 
@@ -332,7 +366,9 @@ def test_prompt_lookup_rolls_every_stream_back(kind, strategy, request):
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])}
     ends = {**GREEDY, "eos_token_id": 1}  # transformers 5.10 cannot look prompts up without one
     expected = without_cache(model, batch, strategy, max_new_tokens=8, eos_token_id=1)
-    found = model.generate(**batch, routing_strategy=strategy, prompt_lookup_num_tokens=3, max_new_tokens=8, **ends)
+    found = model.generate(
+        **batch, routing_strategy=strategy, prompt_lookup_num_tokens=3, max_new_tokens=8, **ends
+    )
     assert found[:, :18].tolist() == expected  # transformers 5.10 may go past `max_new_tokens`, on any model
 
 
@@ -391,7 +427,12 @@ def test_forward_step_by_step_equals_one_forward(mixture, strategy):
 
 def test_a_cache_filled_under_another_strategy_is_refused(mixture):
     ids = torch.tensor(random_rows((6,)))
-    for strategy, other in (("single:0", "single:1"), ("router", "base"), ("base", "router"), ("best", "round_robin")):
+    for strategy, other in (
+        ("single:0", "single:1"),
+        ("router", "base"),
+        ("base", "router"),
+        ("best", "round_robin"),
+    ):
         cache = mixture(ids, routing_strategy=strategy).past_key_values
         with pytest.raises(ValueError, match="cannot be continued"):
             mixture(ids[:, :1], routing_strategy=other, past_key_values=cache)
@@ -437,7 +478,8 @@ def test_a_batch_size_that_changes_between_calls(mixture):
         for strategy in STRATEGIES:
             expected = without_cache(mixture, batch, strategy, max_new_tokens=3)
             assert (
-                mixture.generate(**batch, routing_strategy=strategy, max_new_tokens=3, **GREEDY).tolist() == expected
+                mixture.generate(**batch, routing_strategy=strategy, max_new_tokens=3, **GREEDY).tolist()
+                == expected
             )
 
 
@@ -446,7 +488,13 @@ def test_a_batch_size_that_changes_between_calls(mixture):
 
 def test_shipped_code_is_flat_and_needs_transformers_alone():
     files = sorted(Path(dylora_moe.modeling.__file__).parent.glob("*.py"))
-    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "safetensors", "huggingface_hub", "packaging"}
+    allowed = set(sys.stdlib_module_names) | {
+        "torch",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "packaging",
+    }
     allowed.add("triton")  # by an optional file, in a `try`
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -3,10 +3,10 @@
     python tests/performance/benchmark_loop.py --tasks 64 --json benchmark_loop.json
     accelerate launch --num_processes 2 tests/performance/benchmark_loop.py --no_stock     # the tasks shared out
 
-Both run in this process, one after the other, on the same routed model with random weights, the same tasks of HumanEval+
-(HUMANEVAL_OVERRIDE_PATH, else EvalPlus downloads it) and the same number of new tokens, under the strategy `router`; the
-stock loop with the model's defence against stale stopping criteria on. Loading and scoring are left out, prompts and
-files are in. Whether the files are the same is told, too.
+Both run in this process, one after the other, on the same routed model with random weights, the same tasks of
+HumanEval+ (HUMANEVAL_OVERRIDE_PATH, else EvalPlus downloads it) and the same number of new tokens, under the
+strategy `router`; the stock loop with the model's defence against stale stopping criteria on. Loading and
+scoring are left out, prompts and files are in. Whether the files are the same is told, too.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.evalplus_data import load_benchmark
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -34,14 +34,17 @@ SIZES = {"tiny": (64, 2, 4), "small": (1024, 12, 16)}  # hidden size, layers, he
 
 
 def save_tokenizer(folder: Path) -> int:
-    """A tokenizer of the prompts' own text, so that their lengths are like those of a real one; how many it knows."""
+    """A tokenizer of the prompts' own text, so that their lengths are like those of a real one; how many it
+    knows."""
     special = ["<s>", "<|endoftext|>", "<pad>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([task["prompt"] for task in load_benchmark("humaneval").tasks.values()], trainer)
+    tokenizer.train_from_iterator(
+        [task["prompt"] for task in load_benchmark("humaneval").tasks.values()], trainer
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<pad>"
     ).save_pretrained(folder)
@@ -64,7 +67,9 @@ def save_repo(folder: Path, size: str) -> Path:
         pad_token_id=2,
     )
     modules = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in range(layers) for kind in "qkvo"]
-    experts = [{"name": f"e{index}", "r": 16, "lora_alpha": 32, "target_modules": modules} for index in range(4)]
+    experts = [
+        {"name": f"e{index}", "r": 16, "lora_alpha": 32, "target_modules": modules} for index in range(4)
+    ]
     model = DyloraMoeForCausalLM(DyloraMoeConfig(base_config=foundation, expert_configs=experts))
     with torch.no_grad():
         for layer in model.expert_layers().values():

@@ -2,11 +2,12 @@
 
     python tests/performance/closeness.py --json closeness.json
 
-The root mean square difference from the logits of the same weights in float32, of the ordinary path and of fast decoding,
-in texts whose tokens are fixed beforehand: the median over all steps and rows, and the ratio of the two; 1.00 is as close,
-less closer. Where rounding makes the router take another expert than in float32, a row is far off from there on, whichever
-path it went; `far` is the share of steps more than five times as far off as the ordinary median, and `texts far` the share of
-texts with any. `spread` is the standard deviation of the logits themselves.
+The root mean square difference from the logits of the same weights in float32, of the ordinary path and of
+fast decoding, in texts whose tokens are fixed beforehand: the median over all steps and rows, and the ratio
+of the two; 1.00 is as close, less closer. Where rounding makes the router take another expert than in
+float32, a row is far off from there on, whichever path it went; `far` is the share of steps more than five
+times as far off as the ordinary median, and `texts far` the share of texts with any. `spread` is the standard
+deviation of the logits themselves.
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""How fast does a small routed model decode and train on a CPU, for one version of the package against another?
+"""How fast does a small routed model decode and train on a CPU, for one version of the package against
+another?
 
     git worktree add OTHER VERSION
     python tests/performance/cpu.py --against OTHER/modeling --json cpu.json
 
-Milliseconds, the median of 12, this version and the other taking turns in one process, and the ratio of their fastest runs,
-which scatter less: a token of greedy `generate` (prompt of 64 tokens, 32 new ones) for every strategy at batch 1 and 8, and
-a training step of 4 rows of 128 tokens. A Llama of 8 layers and hidden size 256 with four experts on all linear layers.
+Milliseconds, the median of 12, this version and the other taking turns in one process, and the ratio of their
+fastest runs, which scatter less: a token of greedy `generate` (prompt of 64 tokens, 32 new ones) for every
+strategy at batch 1 and 8, and a training step of 4 rows of 128 tokens. A Llama of 8 layers and hidden size
+256 with four experts on all linear layers.
 """
 
 import argparse
@@ -36,11 +38,20 @@ def import_modeling(folder: Path):
 
 def small_model(modeling):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+    }
     base = LlamaConfig(vocab_size=4000, bos_token_id=0, eos_token_id=None, pad_token_id=0, **sizes)
     modules = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in range(LAYERS) for kind in "qkvo"]
-    modules += [f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(LAYERS) for kind in ("gate", "up", "down")]
-    experts = [{"name": f"e{index}", "r": 16, "lora_alpha": 32, "target_modules": modules} for index in range(4)]
+    modules += [
+        f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(LAYERS) for kind in ("gate", "up", "down")
+    ]
+    experts = [
+        {"name": f"e{index}", "r": 16, "lora_alpha": 32, "target_modules": modules} for index in range(4)
+    ]
     model = modeling.DyloraMoeForCausalLM(modeling.DyloraMoeConfig(base_config=base, expert_configs=experts))
     with torch.no_grad():
         for layer in model.expert_layers().values():

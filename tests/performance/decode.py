@@ -2,9 +2,10 @@
 
     python tests/performance/decode.py --json decode.json
 
-Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the ratio to the
-bare foundation's `generate` in the same process. `first` is what the first call takes longer, in seconds: recording its
-graphs, and whatever else runs for the first time. Models with few and with many experts take turns. PEFT's peers run five
+Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the
+ratio to the bare foundation's `generate` in the same process. `first` is what the first call takes longer, in
+seconds: recording its graphs, and whatever else runs for the first time. Models with few and with many
+    experts take turns. PEFT's peers run five
 times for 32 new tokens, and X-LoRA for 16, since it runs two passes over the whole text at every token.
 """
 
@@ -50,8 +51,16 @@ def main() -> None:
     with report("Decoding", parser) as (options, rows):
         bare = {}
 
-        def add(name: str, models: dict[int, object], batch: int, few: int | None = None, agreement=None, **arguments):
-            """Rows for models by their number of experts, which take turns; `few`: new tokens of a slow peer."""
+        def add(
+            name: str,
+            models: dict[int, object],
+            batch: int,
+            few: int | None = None,
+            agreement=None,
+            **arguments,
+        ):
+            """Rows for models by their number of experts, which take turns; `few`: new tokens of a slow
+            peer."""
             new, repeats = (few, min(options.repeats, 5)) if few else (options.new, options.repeats)
             runs = {
                 count: partial(generate, model, batch, options.prompt, new, **arguments)
@@ -77,7 +86,9 @@ def main() -> None:
                     seen[count] = measured_agreement(model, text, options.prompt)
                     if agreement is None or abs(seen[count] - agreement) < CLOSE:
                         break
-                    aim += agreement - seen[count]  # generated tokens are not quite as independent as random ones
+                    aim += (
+                        agreement - seen[count]
+                    )  # generated tokens are not quite as independent as random ones
             return seen
 
         model = foundation()

@@ -2,10 +2,10 @@
 
     python tests/performance/devices.py --json devices.json
 
-A Llama of 0.2B random parameters in bfloat16 with 4 experts on its attention, in a repo of its own in a temporary
-folder. For each number of GPUs there are: seconds to load with `device_map`, milliseconds a token for `single:0` and
-`router`, greedy, batch 1, 64 new tokens, the median of 5; and whether the tokens are those of one GPU. The same for the
-bare foundation, in the same process.
+A Llama of 0.2B random parameters in bfloat16 with 4 experts on its attention, in a repo of its own in a
+temporary folder. For each number of GPUs there are: seconds to load with `device_map`, milliseconds a token
+for `single:0` and `router`, greedy, batch 1, 64 new tokens, the median of 5; and whether the tokens are those
+of one GPU. The same for the bare foundation, in the same process.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def save(folder: Path) -> None:
     )
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj")
     modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(LAYERS) for kind in kinds]
-    experts = [{"name": f"e{index}", "r": 16, "lora_alpha": 32, "target_modules": modules} for index in range(4)]
+    experts = [
+        {"name": f"e{index}", "r": 16, "lora_alpha": 32, "target_modules": modules} for index in range(4)
+    ]
     model = DyloraMoeForCausalLM(DyloraMoeConfig(base_config=base, expert_configs=experts))
     with torch.no_grad():
         for layer in model.expert_layers().values():
@@ -59,7 +61,9 @@ def measure(model, ids: torch.Tensor, **arguments) -> tuple[float, list[int]]:
     for _ in range(REPEATS + 1):  # the first warms up
         torch.cuda.synchronize()
         start = time.perf_counter()
-        tokens = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, **arguments)
+        tokens = model.generate(
+            ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, **arguments
+        )
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[1:]) / NEW_TOKENS, tokens[0].tolist()
@@ -87,7 +91,9 @@ def main() -> None:
                 load = time.perf_counter() - start
                 ids = torch.arange(10, 42)[None].to("cuda:0")
                 for strategy in strategies:
-                    per_token, tokens = measure(model, ids, **({"routing_strategy": strategy} if strategy else {}))
+                    per_token, tokens = measure(
+                        model, ids, **({"routing_strategy": strategy} if strategy else {})
+                    )
                     first = reference.setdefault((name, strategy), tokens)
                     rows.append(
                         {
@@ -103,7 +109,8 @@ def main() -> None:
     for row in rows:
         print(
             "  ".join(
-                f"{key}: {value:.2f}" if isinstance(value, float) else f"{key}: {value}" for key, value in row.items()
+                f"{key}: {value:.2f}" if isinstance(value, float) else f"{key}: {value}"
+                for key, value in row.items()
             )
         )
     if arguments.json is not None:

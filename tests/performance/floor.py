@@ -2,10 +2,10 @@
 
     python tests/performance/floor.py --json floor.json
 
-Milliseconds of a recorded step (the median of 50 replays; under `router` both that of a right guess and that of two passes),
-the floor, which is its bytes at the rate of a copy on this GPU, and what a profiler sees in the step: how many kernels, how
-long they run, by kind, and the time between them. Bytes are the foundation's weights once a pass, the experts that act, and
-keys and values.
+Milliseconds of a recorded step (the median of 50 replays; under `router` both that of a right guess and that
+of two passes), the floor, which is its bytes at the rate of a copy on this GPU, and what a profiler sees in
+the step: how many kernels, how long they run, by kind, and the time between them. Bytes are the foundation's
+weights once a pass, the experts that act, and keys and values.
 """
 
 import argparse
@@ -58,7 +58,9 @@ def bytes_of(model, strategy: str, passes: int, streams: int, batch: int, tokens
     stacks = sum(stack.nbytes for name, stack in model.named_parameters() if ".lora_" in name)
     foundation = sum(weight.nbytes for weight in model.parameters()) - stacks
     count = model.config.num_experts
-    acting = {"base": 0, "single:0": 1, "best": min(batch, count), "router": min(batch, count)}.get(strategy, count)
+    acting = {"base": 0, "single:0": 1, "best": min(batch, count), "router": min(batch, count)}.get(
+        strategy, count
+    )
     config = model.config.get_text_config()
     keys_and_values = 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * 2
     cached = streams * batch * tokens * config.num_hidden_layers * keys_and_values
@@ -103,7 +105,9 @@ def main() -> None:
                     session.index.fill_(options.prompt)
                     if stepper.graph is None:
                         stepper(session)
-                    least = bytes_of(model, strategy, passes, session.strategy.num_streams, batch, options.prompt)
+                    least = bytes_of(
+                        model, strategy, passes, session.strategy.num_streams, batch, options.prompt
+                    )
                     row = {"batch": batch, "strategy": strategy + name, "floor": 1000 * least / rate}
                     step = partial(replay, session, stepper, options.prompt)
                     row["step"], found = milliseconds(step), kinds_of(step)

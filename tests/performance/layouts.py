@@ -2,14 +2,15 @@
 
     python tests/performance/layouts.py [--json FILE] [--experts 1 4 16 64] [--runs 3]
 
-Everything is made in a temporary folder (about 3.5 GB): a Llama of 0.22B random parameters in bfloat16, and adapters of
-rank 16 on all its linear layers, in bfloat16, too. They are exported in both layouts, without a router. Measured is the
-stock `AutoModelForCausalLM.from_pretrained` with its default arguments, the foundation alone beside the repos, each load
-in a process of its own, in an environment that has neither this package nor peft, after torch and Llama's code have been
-imported. The processes compute with one thread. On a CPU transformers maps weights that need no conversion into memory and
-reads them when they are used, so the time until every weight has been read once is measured, too.
-Files are in the page cache: one round of loads is not counted. The rounds go through all repos in turn, so that whatever
-else the machine does hits all of them alike; given is the median.
+Everything is made in a temporary folder (about 3.5 GB): a Llama of 0.22B random parameters in bfloat16, and
+adapters of rank 16 on all its linear layers, in bfloat16, too. They are exported in both layouts, without a
+router. Measured is the stock `AutoModelForCausalLM.from_pretrained` with its default arguments, the
+foundation alone beside the repos, each load in a process of its own, in an environment that has neither this
+package nor peft, after torch and Llama's code have been imported. The processes compute with one thread. On a
+CPU transformers maps weights that need no conversion into memory and reads them when they are used, so the
+time until every weight has been read once is measured, too. Files are in the page cache: one round of loads
+is not counted. The rounds go through all repos in turn, so that whatever else the machine does hits all of
+them alike; given is the median.
 """
 
 import argparse
@@ -122,7 +123,9 @@ def measure(work: Path, counts: list[int], runs: int) -> list[dict]:
                 row.setdefault("times", []).append(found)
     for row in rows:
         row["bytes"] = size(row.pop("folder"))
-        row.update({name: statistics.median(times[name] for times in row["times"]) for name in ("loaded", "touched")})
+        row.update(
+            {name: statistics.median(times[name] for times in row["times"]) for name in ("loaded", "touched")}
+        )
     return rows
 
 
@@ -136,7 +139,9 @@ def print_table(rows: list[dict]) -> None:
             f"{row['parameters'] / 1e6:.0f}M",
             f"{row['bytes'] / 1e6:.0f} MB",
         ]
-        print("| " + " | ".join([*map(str, cells), f"{row['loaded']:.2f} s", f"{row['touched']:.2f} s"]) + " |")
+        print(
+            "| " + " | ".join([*map(str, cells), f"{row['loaded']:.2f} s", f"{row['touched']:.2f} s"]) + " |"
+        )
 
 
 def main() -> None:
@@ -156,7 +161,9 @@ def main() -> None:
     print_table(rows)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

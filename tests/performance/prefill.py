@@ -2,9 +2,9 @@
 
     python tests/performance/prefill.py --json prefill.json
 
-Milliseconds until the first new token, the median of 5, fast decoding on and off: one prompt of 256 and of 2,048 tokens,
-32 prompts of 256, and one prompt of 2,048 with 32 sequences to draw. The bare foundation and PEFT's ways to serve several
-adapters run in the same process.
+Milliseconds until the first new token, the median of 5, fast decoding on and off: one prompt of 256 and of
+2,048 tokens, 32 prompts of 256, and one prompt of 2,048 with 32 sequences to draw. The bare foundation and
+PEFT's ways to serve several adapters run in the same process.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python tests/performance/stock_evalplus.py --json stock_evalplus.json
 
-Milliseconds a new token of EvalPlus's own decoder (its defaults: bfloat16, eager attention, greedy, one prompt a call) on
-the first tasks of HumanEval+ (HUMANEVAL_OVERRIDE_PATH, else EvalPlus downloads it), the median over the tasks. Both
-models are loaded from a folder, as EvalPlus does. The bare foundation gets the routed model's defence against the
-criteria that EvalPlus leaves on a model, so that both have one criterion a call.
+Milliseconds a new token of EvalPlus's own decoder (its defaults: bfloat16, eager attention, greedy, one
+prompt a call) on the first tasks of HumanEval+ (HUMANEVAL_OVERRIDE_PATH, else EvalPlus downloads it), the
+median over the tasks. Both models are loaded from a folder, as EvalPlus does. The bare foundation gets the
+routed model's defence against the criteria that EvalPlus leaves on a model, so that both have one criterion a
+call.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from benchmark_loop import save_tokenizer
 from evalplus.provider.hf import HuggingFaceDecoder
 from workbench import foundation, report, routed
 
-from dylora_moe.eval.evalplus_data import load_benchmark
+from dylora_moe.eval.evalplus_bridge.data import load_benchmark
 
 
 STRATEGIES = ("single:0", "best", "router", "ensemble")

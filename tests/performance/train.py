@@ -2,9 +2,9 @@
 
     python tests/performance/train.py --json train.json
 
-Forward and backward of 8 rows of 512 tokens in bfloat16, experts on all linear layers, the median of 5: under given
-weights (`uniform`), with the router's own pass besides, PEFT with one and with four active adapters, X-LoRA with four that
-are trained, too, and the bare foundation, of which all weights are trained.
+Forward and backward of 8 rows of 512 tokens in bfloat16, experts on all linear layers, the median of 5: under
+given weights (`uniform`), with the router's own pass besides, PEFT with one and with four active adapters,
+X-LoRA with four that are trained, too, and the bare foundation, of which all weights are trained.
 """
 
 import argparse

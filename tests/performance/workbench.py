@@ -1,5 +1,5 @@
-"""What the GPU benchmarks share: a foundation of Qwen2.5-Coder-1.5B's shape with random weights, routed models on it,
-PEFT's peers, and how time is taken. Knows nothing about the questions.
+"""What the GPU benchmarks share: a foundation of Qwen2.5-Coder-1.5B's shape with random weights, routed
+models on it, PEFT's peers, and how time is taken. Knows nothing about the questions.
 """
 
 import gc
@@ -35,17 +35,22 @@ def foundation_config(**fields) -> Qwen2Config:
 
 @torch.no_grad()
 def foundation(dtype=torch.bfloat16, device="cuda", layers: int = LAYERS):
-    """Random weights, of which the embeddings are large: with the usual small ones hidden states of a text are all alike,
-    and so are the router's choices. The last norm keeps the head, which has the same weights, from repeating tokens."""
+    """Random weights, of which the embeddings are large: with the usual small ones hidden states of a text
+    are all alike, and so are the router's choices. The last norm keeps the head, which has the same weights,
+    from repeating tokens."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(foundation_config(num_hidden_layers=layers), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(
+            foundation_config(num_hidden_layers=layers), dtype=dtype
+        ).eval()
     model.get_input_embeddings().weight.normal_()
     model.model.norm.weight.copy_(0.02 * torch.randn_like(model.model.norm.weight).sign())
     return model
 
 
-def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", layers: int = LAYERS) -> DyloraMoeForCausalLM:
+def routed(
+    num_experts: int, dtype=torch.bfloat16, device="cuda", layers: int = LAYERS
+) -> DyloraMoeForCausalLM:
     """Experts on all linear layers, none of them zero."""
     bare = foundation(dtype, device, layers)
     modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(layers) for kind in ATTENTION]
@@ -68,8 +73,9 @@ def routed(num_experts: int, dtype=torch.bfloat16, device="cuda", layers: int = 
 
 @torch.no_grad()
 def route_alike(model: DyloraMoeForCausalLM, agreement: float | None) -> None:
-    """Bias the gate so that two tokens get the same expert in that share of cases, as far as choices of neighbours are
-    independent, which the foundation sees to; `None`: all experts alike often, so that they agree in 1/N."""
+    """Bias the gate so that two tokens get the same expert in that share of cases, as far as choices of
+    neighbours are independent, which the foundation sees to; `None`: all experts alike often, so that they
+    agree in 1/N."""
     gate = model.router.gate
     count = gate.weight.shape[0]
     ids = torch.randint(0, VOCABULARY, (32, 384), device=model.device)
@@ -84,7 +90,9 @@ def route_alike(model: DyloraMoeForCausalLM, agreement: float | None) -> None:
         return
     logits = gate(hidden)
     # With expert 0 in a share p of cases, two agree in p^2 + (1 - p)^2 / (N - 1) of them.
-    share = max(p / 1000 for p in range(500, 1001) if (p / 1000) ** 2 + (1 - p / 1000) ** 2 / (count - 1) <= agreement)
+    share = max(
+        p / 1000 for p in range(500, 1001) if (p / 1000) ** 2 + (1 - p / 1000) ** 2 / (count - 1) <= agreement
+    )
     gate.bias[0] += (logits[:, 1:].max(dim=-1).values - logits[:, 0]).quantile(share)
 
 
@@ -112,7 +120,11 @@ def peft_model(count: int, device="cuda"):
 def xlora_model(count: int, device="cuda", **fields):
     with tempfile.TemporaryDirectory() as directory:
         save_adapters(count, directory, device)
-        return xlora_from(foundation(device=device), directory, count, **fields).to(device, torch.bfloat16).eval()
+        return (
+            xlora_from(foundation(device=device), directory, count, **fields)
+            .to(device, torch.bfloat16)
+            .eval()
+        )
 
 
 def save_adapters(count: int, directory: str | Path, device="cuda") -> None:
@@ -129,7 +141,8 @@ def xlora_from(bare, directory: str | Path, count: int, **fields):
 
 
 def free() -> None:
-    """The memory of models that nothing refers to any more; PEFT's refer to themselves, so that they wait for a collection."""
+    """The memory of models that nothing refers to any more; PEFT's refer to themselves, so that they wait for
+    a collection."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -161,7 +174,8 @@ def seconds(function: Callable, repeats: int, warm: int = 1) -> list[float]:
 def alternating(
     functions: dict[str, Callable], repeats: int, warm: int = 1, between: Callable | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each, taking turns, so that a busy machine is busy for all; `between` runs before each, untimed."""
+    """Seconds of each, taking turns, so that a busy machine is busy for all; `between` runs before each,
+    untimed."""
     times = {name: [] for name in functions}
     for turn in range(warm + repeats):
         for name in list(functions)[:: 1 if turn % 2 else -1]:
@@ -182,12 +196,17 @@ def generate(model, batch: int, prompt: int, new: int, **arguments) -> torch.Ten
 
 @contextmanager
 def report(title: str, parser: ArgumentParser) -> Iterator[tuple]:
-    """Yields the parsed arguments and a list to fill with rows, dicts of the same keys; prints and writes them."""
+    """Yields the parsed arguments and a list to fill with rows, dicts of the same keys; prints and writes
+    them."""
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows: list[dict] = []
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
     try:
         yield arguments, rows
     finally:
@@ -198,7 +217,9 @@ def report(title: str, parser: ArgumentParser) -> Iterator[tuple]:
             table.add_row(*(_text(row.get(column.header)) for column in table.columns))
         Console(width=160).print(table)
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=2))
+            arguments.json.write_text(
+                json.dumps({"device": device, "versions": versions, "rows": rows}, indent=2)
+            )
 
 
 def _text(value) -> str:

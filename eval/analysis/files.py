@@ -1,0 +1,12 @@
+"""The files that analyses leave in a benchmark's folder, and the version of their content that this package
+reads."""
+
+from __future__ import annotations
+
+
+EXPERTS_FILE = "expert_analysis.json"
+ROUTING_FILE = "routing_analysis.json"
+ROUTING_TASKS_FILE = "routing_tasks.jsonl"
+
+EXPERTS_VERSION = 1
+ROUTING_VERSION = 1

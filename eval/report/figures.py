@@ -1,0 +1,429 @@
+"""Pictures of a report's tables, each with its data as CSV and JSON beside it, and one that shows the whole
+at a glance.
+
+    figures/<name>.png, .csv, .json    for every table
+    overview.png                       scores, categories and one task's code, for a README
+
+Drawn by matplotlib without a display. Knows tables and colours. Knows nothing about runs or models.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .content import ReportContent
+from .palette import INK, SCALE, STRONGEST, expert_color, hatch
+from .routed_code import RoutedCode, example
+from .run_labels import one_line_names
+from .tables import ReportTable
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+FOLDER = "figures"
+OVERVIEW = "overview.png"
+DPI = 144
+MUTED = "#6b7075"
+ROW_HEIGHT = 0.3  # inches
+CHARACTER_WIDTH = 0.065  # inches, of a row's name
+MOST_LABELS = 60
+MOST_SLANTED = 16
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.color": INK["light"],
+    "axes.edgecolor": "#c9cdd2",
+    "axes.labelcolor": MUTED,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": INK["light"],
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "savefig.dpi": DPI,
+}
+
+
+def write_figures(content: ReportContent, tables: dict[str, ReportTable]) -> list[Path]:
+    """Write every table's files, and return their paths."""
+    folder = content.folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    code = example(content)
+    if code is not None:
+        tables = {**tables, "routed_code": code.table()}
+    written = []
+    for name, table in tables.items():
+        for suffix, write in (("csv", table.write_csv), ("json", table.write_json)):
+            write(folder / f"{name}.{suffix}")
+            written.append(folder / f"{name}.{suffix}")
+    with _style():
+        for name, table in tables.items():
+            figure = _figure_of_code(code) if name == "routed_code" else _figure(table)
+            written.append(_save(figure, folder / f"{name}.png"))
+        written.append(_save(_overview(tables, code), content.folder / OVERVIEW))
+    return written
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what the font lacks
+        yield
+
+
+def _save(figure: Any, path: Path) -> Path:
+    # No date or version in it: the same data give the same file.
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def _new(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(table: ReportTable) -> Any:
+    draw = DRAWINGS[table.name]
+    rows = 8 if draw is _draw_confidence else min(len(table.rows), MOST_LABELS)
+    height = 1.2 + ROW_HEIGHT * max(rows, 4) * (2 if draw is _draw_pairs else 1)
+    width = 8.0
+    if draw is _draw_scores:
+        width = max(width, _score_width(table) + 0.5)
+    if draw is _draw_heat:
+        start, end = HEAT_COLUMNS[table.name](table.columns)
+        names = _short_names(table.columns[start:end])
+        height += {0: 0.0, 35: 0.05, 90: 0.08}[_slant(names)] * max(map(len, names))
+        width = max(width, 2.5 + 0.19 * len(names))
+    figure = _new(width, height)
+    draw(figure.add_subplot(), table)
+    return figure
+
+
+def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
+    """The scores, what each expert is good at or given, and one task's code: as much of it as there is."""
+    heat = next(
+        (tables[name] for name in ("routing_categories", "expert_categories") if name in tables), None
+    )
+    upper = [tables[name] for name in ("scores",) if name in tables] + ([heat] if heat is not None else [])
+    rows = max((min(len(table.rows), 20) for table in upper), default=0)
+    heights = [1.2 + ROW_HEIGHT * rows] if upper else []
+    width = max(
+        [11.0, *(_score_width(_first(table, 20)) * len(upper) for table in upper if table.name == "scores")]
+    )
+    if code is not None:
+        heights.append(code_height(code, width))
+    figure = _new(width, sum(heights))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if upper:
+        for axes, table in zip(parts[0].subplots(1, len(upper), squeeze=False)[0], upper, strict=True):
+            DRAWINGS[table.name](axes, _first(table, 20))
+    if code is not None:
+        draw_code(parts[-1].add_subplot(), code, width)
+    return figure
+
+
+def _score_width(table: ReportTable) -> float:
+    """Inches that the scores need: what tells the rows apart, and as much again as a bar takes to be read."""
+    return 4.5 + CHARACTER_WIDTH * max(map(len, _score_names(table)))
+
+
+def _score_names(table: ReportTable) -> list[str]:
+    return one_line_names(table.records(), always=("routing strategy",))
+
+
+def _first(table: ReportTable, count: int) -> ReportTable:
+    return replace(table, rows=table.rows[:count])
+
+
+def _share_axis(axes: Axes, label: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel(label)
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _legend(axes: Axes) -> None:
+    """Below everything, where it covers nothing."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
+
+
+def _rows(axes: Axes, labels: list[str]) -> range:
+    """The table's first row at the top; the labels of very many rows are left out."""
+    places = range(len(labels))
+    axes.set_yticks(
+        places if len(labels) <= MOST_LABELS else [], labels if len(labels) <= MOST_LABELS else []
+    )
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    return places
+
+
+def _draw_scores(axes: Axes, table: ReportTable) -> None:
+    """A point with its interval for pass@1 of the base tests, and one of base and plus tests."""
+    records = table.records()
+    _rows(axes, _score_names(table))
+    measures = [("pass@1", "base tests", "o", -0.14), ("plus_pass@1", "base and plus tests", "D", 0.14)]
+    for index, (name, label, marker, shift) in enumerate(measures):
+        points = [
+            (place + shift, record[name], record[f"{name} low"], record[f"{name} high"])
+            for place, record in enumerate(records)
+            if record.get(name) is not None
+        ]
+        if points:
+            _intervals(axes, points, label=label, marker=marker, color=expert_color(index))
+    axes.set_xlim(0, 1)
+    _share_axis(axes, "pass@1 with 95 % interval")
+    axes.set_title(table.title.replace("pass@k", "pass@1"))
+    _legend(axes)
+
+
+def _intervals(axes: Axes, points: list[tuple], **how: Any) -> None:
+    places, values, lows, highs = zip(*points, strict=True)
+    errors = [
+        [max(0.0, value - low) for value, low in zip(values, lows, strict=True)],
+        [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
+    ]
+    axes.errorbar(
+        values, places, xerr=errors, linestyle="none", markersize=5, linewidth=1.4, capsize=2.5, **how
+    )
+
+
+def _draw_comparisons(axes: Axes, table: ReportTable) -> None:
+    _rows(axes, [row[0] for row in table.rows])
+    _intervals(
+        axes, [(place, *row[1:4]) for place, row in enumerate(table.rows)], marker="o", color=expert_color(0)
+    )
+    axes.axvline(0, color=MUTED, linewidth=1, linestyle="--")
+    _share_axis(axes, "pass@1 of the router minus that of the other, 95 % interval")
+    axes.set_title(table.title)
+
+
+def _draw_gain(axes: Axes, table: ReportTable) -> None:
+    places = _rows(axes, [row[0] for row in table.rows])
+    axes.barh(places, [row[1] for row in table.rows], height=0.55, color=expert_color(0))
+    for value, label in ((table.rows[1][1], "best single"), (table.rows[0][1], "oracle")):
+        axes.axvline(value, color=MUTED, linewidth=1, linestyle="--")
+        axes.annotate(
+            label,
+            (value, -0.5),
+            xytext=(2, 2),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=MUTED,
+            ha="left",
+        )
+    axes.set_xlim(0, 1.08)
+    _share_axis(axes, "pass@1")
+    axes.set_title(table.title, pad=14)
+
+
+def _draw_pairs(axes: Axes, table: ReportTable) -> None:
+    """Several figures side by side for every row, as bars with patterns."""
+    wanted = PAIRS[table.name]
+    records = table.records()
+    first = table.columns[0]
+    _rows(axes, [_with_count(record, first) for record in records])
+    height = 0.8 / len(wanted)
+    for index, name in enumerate(wanted):
+        places = [place - 0.4 + height * (index + 0.5) for place in range(len(records))]
+        values = [record[name] or 0 for record in records]
+        look = {"color": expert_color(index), "hatch": hatch(index), "edgecolor": "white", "linewidth": 0}
+        axes.barh(places, values, height=height * 0.92, label=name, **look)
+    if table.name == "routing_load":
+        axes.axvline(1 / len(records), color=MUTED, linewidth=1, linestyle="--", label="all alike")
+    if table.name == "experts":
+        axes.set_xlabel("tasks")
+    else:
+        _share_axis(axes, "")
+    axes.set_title(table.title)
+    _legend(axes)
+
+
+def _with_count(record: dict[str, Any], first: str) -> str:
+    return f"{record[first]} ({record['tasks']})" if "tasks" in record else str(record[first])
+
+
+def _draw_confidence(axes: Axes, table: ReportTable) -> None:
+    low, high = table.rows[0][0], table.rows[0][1]
+    axes.bar(
+        [row[0] for row in table.rows],
+        [row[2] for row in table.rows],
+        width=(high - low) * 0.94,
+        align="edge",
+        color=expert_color(0),
+    )
+    axes.set_ylabel("tokens")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("the gate's largest probability")
+    axes.set_title(table.title)
+
+
+def _draw_heat(axes: Axes, table: ReportTable) -> None:
+    """Shades with their figures: categories or tasks against experts or strategies."""
+    start, end = HEAT_COLUMNS[table.name](table.columns)
+    columns = table.columns[start:end]
+    rows = table.rows
+    if table.name == "routing_tasks" and len(rows) > MOST_LABELS:
+        rows = sorted(rows, key=lambda row: (str(row[2]), [-(share or 0) for share in row[start:end]]))
+    values = [[float("nan") if cell is None else cell for cell in row[start:end]] for row in rows]
+    axes.imshow(values, cmap=_shades(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    _rows(axes, [f"{row[0]} ({row[1]})" if start == 2 else str(row[0]) for row in rows])
+    short = _short_names(columns)
+    slant = _slant(short)
+    room = 72 * axes.bbox.width / axes.figure.dpi
+    axes.set_xticks(
+        range(len(columns)),
+        short,
+        rotation=slant,
+        ha="left" if slant else "center",
+        va="center" if slant == 90 else "baseline",
+        rotation_mode="anchor",
+        fontsize=min(9.0, 0.85 * room / len(columns)) if slant == 90 else 9.0,
+    )
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    if len(rows) <= MOST_LABELS and len(columns) <= 16:
+        for row, cells in enumerate(values):
+            for column, cell in enumerate(cells):
+                if cell == cell:
+                    axes.text(column, row, f"{cell:.0%}", ha="center", va="center", fontsize=8)
+    axes.set_title(table.title)
+
+
+def _short_names(columns: list[str]) -> list[str]:
+    return [name.removeprefix("weight ") for name in columns]
+
+
+def _slant(names: list[str]) -> int:
+    """In degrees, so that names of columns do not lie over each other."""
+    if len(names) > MOST_SLANTED:
+        return 90
+    return 35 if sum(map(len, names)) > 70 else 0
+
+
+def _shades() -> Any:
+    """From white to as dark as black text allows."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    darkest = [1 - STRONGEST["light"] * (1 - part) for part in to_rgb(SCALE["light"])]
+    return LinearSegmentedColormap.from_list("shades", [(1, 1, 1), darkest])
+
+
+def _figure_of_code(code: RoutedCode) -> Any:
+    figure = _new(9.0, code_height(code, 9.0))
+    draw_code(figure.add_subplot(), code, 9.0)
+    return figure
+
+
+def code_height(code: RoutedCode, width: float) -> float:
+    """Inches that a task's code takes at a width, with title and legend."""
+    labels = list(code.leading().values())
+    legend = 0.2 * math.ceil(len(labels) / _legend_columns(labels, width))
+    return 0.8 + legend + len(code.lines()) * _line_height(code, width)
+
+
+def _legend_columns(labels: list[str], width: float) -> int:
+    """How many entries of a legend fit beside each other."""
+    entry = 0.6 + 0.075 * max(map(len, labels), default=0)
+    return max(1, min(8, len(labels), int(width / entry)))
+
+
+def _line_height(code: RoutedCode, width: float) -> float:
+    columns = max(60, *(sum(len(token.text) for token in line) for line in code.lines()))
+    return min(0.24, (width - 0.5) / columns / 0.6 * 1.55)
+
+
+def draw_code(axes: Axes, code: RoutedCode, width: float) -> None:
+    """The text of a task, every token on the colour of its expert; numbers say where the expert changes."""
+    from matplotlib.patches import Patch, Rectangle
+
+    lines, height = code.lines(), _line_height(code, width)
+    size = height * 72 / 1.55
+    columns = (width - 0.5) * 72 / (size * 0.602)  # the width of a character of the font below
+    axes.set_xlim(0, columns)
+    axes.set_ylim(len(lines), 0)
+    axes.axis("off")
+    before = None
+    for row, line in enumerate(lines):
+        column = 0
+        for token in line:
+            text = token.text.rstrip("\n") or ("↵" if token.text else "")
+            fill = Rectangle(
+                (column, row + 0.12),
+                len(text),
+                0.8,
+                facecolor=expert_color(token.expert),
+                alpha=STRONGEST["light"] * token.strength,
+                linewidth=0,
+            )
+            axes.add_patch(fill)
+            ink = "#44494f" if token.in_prompt else INK["light"]
+            axes.text(
+                column, row + 0.56, text, family="DejaVu Sans Mono", fontsize=size, va="center", color=ink
+            )
+            if token.expert != before and text:
+                axes.text(
+                    column, row + 0.15, str(token.expert), fontsize=size * 0.5, va="center", color=MUTED
+                )
+                before = token.expert
+            column += len(text)
+    for row in code.boundary_rows():
+        axes.axhline(row, color=MUTED, linewidth=0.8, linestyle="--")
+        axes.text(
+            columns, row, "prompt above, completion below", fontsize=6.5, color=MUTED, ha="right", va="bottom"
+        )
+    leading = code.leading()
+    look = [
+        Patch(facecolor=expert_color(index), alpha=STRONGEST["light"], label=label)
+        for index, label in leading.items()
+    ]
+    columns = _legend_columns(list(leading.values()), width)
+    axes.figure.legend(handles=look, loc="outside lower left", ncols=columns, fontsize=8)
+    cut = f", its first {len(lines)} lines" if code.is_cut else ""
+    axes.set_title(
+        f"{code.task_id}{cut}: which expert leads at every token (stronger: {code.strength_label})"
+    )
+
+
+# Columns that `_draw_pairs` shows of a table.
+PAIRS = {
+    "experts": ["tasks solved", "solved by no other", "tasks given by the router"],
+    "routing_load": ["weight, prompts", "weight, completions", "tokens it leads, completions"],
+    "routing_agreement": ["the router's choice", "a choice by lot", "the best choice"],
+}
+# From which column up to which the shares stand.
+HEAT_COLUMNS: dict[str, Callable[[list[str]], tuple[int, int]]] = {
+    "expert_categories": lambda columns: (2, len(columns)),
+    "routing_categories": lambda columns: (2, len(columns)),
+    "routing_tasks": lambda columns: (3, columns.index("router passes")),
+}
+DRAWINGS: dict[str, Callable[[Any, ReportTable], None]] = {
+    "scores": _draw_scores,
+    "comparisons": _draw_comparisons,
+    "possible_gain": _draw_gain,
+    "gate_confidence": _draw_confidence,
+    **dict.fromkeys(PAIRS, _draw_pairs),
+    **dict.fromkeys(HEAT_COLUMNS, _draw_heat),
+}
+
+__all__ = ["write_figures"]

@@ -1,0 +1,406 @@
+"""Makes a folder's `report.html`: one file that shows everything in it and asks nothing of the network.
+
+Whatever comes from data is escaped where it is text and encoded where it is data, and the page's own policy
+allows no script and no style but the two that are in it, by their hashes. Knows what goes where on the page.
+Knows nothing about how figures come about.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dylora_moe.hub_export.extras import REPORT, check_packages
+from dylora_moe.version import __version__
+
+from ..sampling.run_record import Run, replace_text
+from .content import ReportContent, read_folder
+from .figures import write_figures
+from .palette import INK, PAGE, SCALE, STRONGEST, UNDERLINES, channels, expert_colors, underline
+from .routed_code import RoutedCode, routed_code, shows_gate
+from .run_labels import benchmark_label, one_line_names, sampling_label
+from .tables import ReportTable, report_tables
+
+
+REPORT_FILE = "report.html"
+TEMPLATE, STYLE, SCRIPT = "page.html.jinja", "page.css", "page.js"
+# Of all tasks' tokens together, as they stand in the page. Some 1,700 tasks of 600 tokens.
+MOST_PANEL_CHARACTERS = 16_000_000
+SHADES = 20
+STRENGTHS = 10
+WEAKEST = 0.2  # a token's colour is never fainter than this share of the strongest
+
+VERDICTS = {
+    "helps": ("▲", "The router helps"),
+    "hurts": ("▼", "The router hurts"),
+    "no evidence": ("■", "No evidence"),
+}
+THEMES = {
+    "light": {"muted": "#5c6268", "line": "#dfe2e6", "card": "#f6f7f9", "hover": "#eef3f8", "accent": "#0b62a0",
+              "good": "#00704f", "bad": "#b04a00", "warn": "#e69f00"},
+    "dark": {"muted": "#a4abb3", "line": "#33383f", "card": "#1e2126", "hover": "#232a33", "accent": "#6fc0f0",
+             "good": "#3ecf9f", "bad": "#f59a5b", "warn": "#e69f00"},
+}  # fmt: skip
+RECORDED = (
+    "model", "model_format", "model_revision", "model_sha256", "base_model", "backend", "routing_strategy", "benchmark",
+    "mini", "subset", "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "attn_implementation",
+    "force_base_prompt", "batch_size", "device", "seconds", "samples", "samples_sha256", "results",
+)  # fmt: skip
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` and `figures/` from whatever a benchmark's folder holds, and return the page's
+    path.
+
+    Raises:
+        InputError: the folder holds nothing to report on, or a damaged file; or a package that the report
+            takes is missing.
+    """
+    check_packages(*REPORT)
+    content = read_folder(folder)
+    tables = report_tables(content)
+    path = content.folder / REPORT_FILE
+    replace_text(path, render(content, tables))
+    write_figures(content, tables)  # last: a figure that cannot be drawn takes nothing else with it
+    return path
+
+
+def render(content: ReportContent, tables: dict[str, ReportTable], most: int = MOST_PANEL_CHARACTERS) -> str:
+    """The page. `most` characters of tokens are in it at most; further tasks have no panel, and the page says
+    so."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, points=points, figure=figure)
+    script = (here / SCRIPT).read_text(encoding="utf-8")
+    style = (here / STYLE).read_text(encoding="utf-8") + colors()
+    panels, cut_note = _panels(content, most)
+    routing = content.routing
+    return environment.get_template(TEMPLATE).render(
+        version=__version__,
+        policy=policy(script, style),
+        title=_title(content),
+        subtitle=_subtitle(content),
+        notes=content.notes,
+        tables=_Tables(tables),
+        groups=_groups(tables["scores"]) if "scores" in tables else [],
+        experts=None if content.experts is None else _experts(content.experts),
+        routing=None if routing is None else {**_routing(routing), "cut_note": cut_note},
+        runs=_runs(content.runs, tables),
+        num_colors=len(expert_colors()),
+        num_lines=len(UNDERLINES),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(
+            embedded({"routing": None if routing is None else _task_data(routing, panels, cut_note)})
+        ),
+    )
+
+
+class _Tables(dict):
+    """A missing table is an empty place on the page, whatever else is missing is an error."""
+
+    def __getattr__(self, name: str) -> ReportTable | None:
+        return self.get(name)
+
+
+def policy(script: str, style: str) -> str:
+    """A content security policy under which this script and this style alone are used, and nothing is
+    fetched."""
+    hashes = {
+        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in (("script", script), ("style", style))
+    }
+    allowed = "; ".join(f"{kind}-src 'sha256-{digest}'" for kind, digest in hashes.items())
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+
+
+def embedded(value: Any) -> str:
+    """JSON that no text in it can end early, to stand inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
+
+
+def points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"
+
+
+def figure(value: Any, kind: str | None = None) -> str:
+    """A table's cell: shares as percentages, whatever is whole or text as it is."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    if kind == "p":
+        return f"{value:.2g}" if value >= 0.0001 else "< 0.0001"
+    return percent(value, 0) if kind == "whole percent" else percent(value)
+
+
+def colors() -> str:
+    """Style rules for both themes, the shades of heatmaps, and every expert's colour and line."""
+    light, dark = (_theme(name) for name in ("light", "dark"))
+    rules = [
+        f":root {{ {light} color-scheme: light; }}",
+        f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme='light']) {{ {dark} color-scheme: dark; }} }}",
+        f":root[data-theme='dark'] {{ {dark} color-scheme: dark; }}",
+    ]
+    rules += [
+        f".heat-{shade} {{ background: rgb(var(--scale) / calc(var(--strongest) * {shade / SHADES:g})); }}"
+        for shade in range(SHADES + 1)
+    ]
+    rules += [
+        f".expert-{index} {{ --expert: var(--expert-{index}); }}" for index in range(len(expert_colors()))
+    ]
+    rules += [
+        f".line-{index}, .line-{index} > span {{ text-decoration-style: {underline(index)}; }}"
+        for index in range(len(UNDERLINES))
+    ]
+    rules += [
+        f".strength-{step} {{ --strength: {WEAKEST + (1 - WEAKEST) * step / STRENGTHS:g}; }}"
+        for step in range(STRENGTHS + 1)
+    ]
+    return "\n".join(["", *rules, ""])
+
+
+def _theme(name: str) -> str:
+    variables = {"page": PAGE[name], "ink": INK[name], **THEMES[name], "strongest": f"{STRONGEST[name]:g}"}
+    parts = {"scale": SCALE[name]} | {
+        f"expert-{index}": color for index, color in enumerate(expert_colors(name))
+    }
+    variables |= {variable: " ".join(map(str, channels(color))) for variable, color in parts.items()}
+    return " ".join(f"--{variable}: {value};" for variable, value in variables.items())
+
+
+def _title(content: ReportContent) -> str:
+    labels = [run.model_label for run in content.runs]
+    labels += [
+        analysis["model_label"] for analysis in (content.experts, content.routing) if analysis is not None
+    ]
+    labels = list(dict.fromkeys(labels))
+    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+
+
+def _subtitle(content: ReportContent) -> str:
+    parts = []
+    for run in content.runs:
+        tasks = run.subset or f"{len(run.task_ids)} tasks"
+        sampling = sampling_label(run.n_samples, run.temperature)
+        parts.append(
+            f"{benchmark_label(run.benchmark, run.mini, run.dataset_file)}, {tasks}, {sampling}, {run.dtype}"
+        )
+    return "; ".join(dict.fromkeys(parts)) or "Analysis of a mixture of LoRA experts"
+
+
+def _groups(table: ReportTable) -> list[dict[str, Any]]:
+    """The scores by model and benchmark, with the measures that a group has."""
+    measures = [name for name in table.columns if "pass@" in name and not name.endswith((" low", " high"))]
+    names = {name: name.replace("plus_pass", "+ pass") for name in measures}
+    groups = []
+    shared = ("model", "benchmark", "tasks", "samples a task", "settings")
+    key = lambda record: tuple(record[name] for name in shared)  # noqa: E731
+    for (model, benchmark, tasks, samples, settings), records in groupby(
+        sorted(table.records(), key=key), key=key
+    ):
+        rows = list(records)
+        used = [name for name in measures if any(row[name] is not None for row in rows)]
+        each = "one sample a task" if samples == 1 else f"{samples} samples a task"
+        groups.append(
+            {
+                "caption": f"{model} on {benchmark}, {tasks}{' tasks' if tasks.isdecimal() else ''}, {each}"
+                + (f", {settings}" if settings else ""),
+                "measures": [names[name] for name in used],
+                "rows": [
+                    {
+                        "strategy": row["routing strategy"],
+                        "cells": [
+                            {
+                                "name": names[name],
+                                "value": row[name],
+                                "low": row[f"{name} low"],
+                                "high": row[f"{name} high"],
+                            }
+                            for name in used
+                        ],
+                    }
+                    for row in rows
+                ],
+            }
+        )
+    return groups
+
+
+def _experts(experts: dict[str, Any]) -> dict[str, Any]:
+    kind = {"plus": "base and plus tests", "base": "base tests"}[experts["headline_tests"]]
+    tasks = experts["subset"] or f"all {experts['num_tasks']} tasks"
+    benchmark = benchmark_label(experts["benchmark"], experts["mini"], experts.get("dataset_file"))
+    sampling = sampling_label(experts["n_samples"], experts["temperature"])
+    what = f"{experts['model_label']} on {benchmark}, {tasks}, {sampling}; {kind}"
+    verdict = experts["verdict"]
+    if verdict is not None:
+        sign, headline = VERDICTS[verdict["router"]]
+        verdict = {
+            "kind": verdict["router"].replace(" ", "-"),
+            "sign": sign,
+            "headline": headline
+            if verdict["router"] != "no evidence"
+            else "No evidence that the router helps or hurts",
+            "text": verdict["text"],
+        }
+    return {"what": what, "verdict": verdict}
+
+
+def _routing(routing: dict[str, Any]) -> dict[str, Any]:
+    how = routing["routing"]
+    mode = (
+        "all experts weighted"
+        if how["mode"] == "dense"
+        else f"top {how['num_experts_per_tok']} of the experts"
+    )
+    tasks = routing["subset"] or f"{routing['num_tasks']} tasks"
+    benchmark = benchmark_label(routing["benchmark"], routing["mini"], routing.get("dataset_file"))
+    sampling = (
+        f", {sampling_label(routing['n_samples'], routing['temperature'])}"
+        if "temperature" in routing
+        else ""
+    )
+    no_agreement = (
+        "Not known: not every expert alone was scored on these tasks. `dylora-moe expert-analysis` does that."
+    )
+    if routing["agreement"] is not None:
+        no_agreement = "Every expert solves the same of these tasks, so no choice matters."
+    opacity = "the gate's probability of that expert" if shows_gate(routing) else "its weight"
+    return {
+        "what": f"{routing['model_label']} on {benchmark}, {tasks}{sampling}; {mode} at every token",
+        "facts": _facts(routing),
+        "expert_names": routing["expert_names"],
+        "categories": _category_names(routing),
+        "tests": routing["tests"],
+        "has_experts": any(task["experts_passed"] is not None for task in routing["tasks"]),
+        "no_agreement": no_agreement,
+        "highest": max(1, *routing["gate_confidence_histogram"]),
+        "how_to_read": (
+            "Shades are an expert's mean weight over a task's completion; ✓ in a shade: that expert alone solves the task. "
+            "Choose a task to see its code: every token has the colour and the line of the expert that leads there, "
+            f"stronger with {opacity}; a small number says where the expert changes."
+        ),
+    }
+
+
+def _facts(routing: dict[str, Any]) -> list[dict[str, str]]:
+    found, balance = routing["tokens"]["completion"], routing["load_balance"]["completion"]
+    if found is None:
+        return [{"name": "all completions are empty", "value": "0"}]
+    switches = found["switches_per_100_tokens"]
+    return [
+        {"name": "tokens in completions", "value": f"{found['num_tokens']:,}"},
+        {"name": "largest weight, mean", "value": percent(found["confidence"])},
+        {
+            "name": "entropy of the weights",
+            "value": f"{found['entropy']:.2f} nats, {percent(found['normalized_entropy'], 0)}",
+        },
+        {"name": "gate's largest probability, mean", "value": percent(found["gate_confidence"])},
+        {"name": "switches per 100 tokens", "value": "-" if switches is None else f"{switches:.1f}"},
+        {"name": "variation of the load (0: even)", "value": f"{balance['coefficient_of_variation']:.2f}"},
+        {"name": "balance loss", "value": f"{balance['balance_loss']:.4f}"},
+    ]
+
+
+def _category_names(routing: dict[str, Any]) -> list[str]:
+    return [row["category"] for row in routing["categories"]]
+
+
+def _task_data(routing: dict[str, Any], panels: dict[str, Any], cut_note: str) -> dict[str, Any]:
+    """What the page's script needs: a few numbers a task, and the tokens of those with a panel."""
+    numbers = {name: place for place, name in enumerate(_category_names(routing))}
+    return {
+        "experts": routing["expert_names"],
+        "categories": list(numbers),
+        "tests": routing["tests"],
+        "shows_gate": shows_gate(routing),
+        "num_colors": len(expert_colors()),
+        "num_lines": len(UNDERLINES),
+        "cut_note": cut_note,
+        "tasks": [
+            {
+                "id": task["task_id"],
+                "categories": [numbers[name] for name in task["categories"]],
+                "chosen": task["chosen"],
+                "shares": _short(task["expert_shares"]),
+                "passed": task["passed"],
+                "experts_passed": task["experts_passed"],
+                "gate_confidence": _short(task["gate_confidence"]),
+                "switches": _short(task["switches_per_100_tokens"]),
+            }
+            for task in routing["tasks"]
+        ],
+        "panels": panels,
+    }
+
+
+def _short(value: Any) -> Any:
+    return [_short(entry) for entry in value] if isinstance(value, list) else value and round(value, 4)
+
+
+def _panels(content: ReportContent, most: int) -> tuple[dict[str, Any], str]:
+    """The tokens of the first tasks, as many as there is room for, and a sentence if that is not all."""
+    panels: dict[str, Any] = {}
+    size = 0
+    for line in content.routing_lines():
+        panel = _panel(routed_code(line, content.routing), line["num_prompt_tokens"])
+        size += len(embedded(panel))
+        if size > most:
+            break
+        panels[line["task_id"]] = panel
+    total = content.routing["num_tasks"] if content.routing is not None else 0
+    if len(panels) == total:
+        return panels, ""
+    return panels, (
+        f"The page holds the tokens of the first {len(panels)} of {total} tasks; routing_tasks.jsonl holds those of all."
+    )
+
+
+def _panel(code: RoutedCode, num_prompt_tokens: int) -> dict[str, Any]:
+    """Weights and probabilities of the leading expert in whole percent."""
+    return {
+        "texts": [token.text for token in code.tokens],
+        "experts": [token.expert for token in code.tokens],
+        "weights": [round(100 * token.weight) for token in code.tokens],
+        "gate": [round(100 * token.gate_probability) for token in code.tokens],
+        "num_prompt_tokens": num_prompt_tokens,
+    }
+
+
+def _runs(runs: list[Run], tables: dict[str, ReportTable]) -> list[dict[str, Any]]:
+    if not runs:
+        return []
+    names = one_line_names(tables["scores"].records(), always=("model", "routing strategy", "benchmark"))
+    return [_run(run, name) for run, name in zip(runs, names, strict=True)]
+
+
+def _run(run: Run, name: str) -> dict[str, Any]:
+    fields = [(field.replace("_", " "), getattr(run, field)) for field in RECORDED]
+    fields += [("experts", ", ".join(run.expert_names) or None)]
+    fields += [("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items()) or None)]
+    return {"name": name, "fields": [(field, value) for field, value in fields if value not in (None, "")]}
+
+
+__all__ = ["render", "write_report"]

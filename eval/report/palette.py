@@ -1,0 +1,49 @@
+"""The colours of reports and figures: one for each expert, told apart by the colour-blind, too, and a scale
+for heatmaps.
+
+Colour is never alone: an expert also has a number and a way of underlining, a shade stands beside its figure.
+"""
+
+from __future__ import annotations
+
+
+# Okabe and Ito, Color Universal Design, 2008, in an order that keeps the first ones furthest apart. The last
+# one, black there, is a grey that shows on either background.
+EXPERT_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+LAST_COLOR = {"light": "#555555", "dark": "#d0d0d0"}
+UNDERLINES = ("solid", "dashed", "dotted", "double", "wavy")
+HATCHES = ("", "//", "..", "xx", "--")
+
+SCALE = {"light": "#0072b2", "dark": "#56b4e9"}  # of heatmaps: from the background to nearly this
+PAGE = {"light": "#ffffff", "dark": "#16181c"}
+INK = {"light": "#1a1c1f", "dark": "#eceef1"}
+# The strongest shade that text on it is still easily read on.
+STRONGEST = {"light": 0.5, "dark": 0.42}
+
+
+def expert_colors(theme: str = "light") -> list[str]:
+    """As many as there are different ones; expert i has colour i modulo their number."""
+    return [*EXPERT_COLORS, LAST_COLOR[theme]]
+
+
+def expert_color(index: int, theme: str = "light") -> str:
+    colors = expert_colors(theme)
+    return colors[index % len(colors)]
+
+
+def underline(index: int) -> str:
+    """A CSS line style. Colour and style together are different for the first 40 experts."""
+    return UNDERLINES[index % len(UNDERLINES)]
+
+
+def hatch(index: int) -> str:
+    """A pattern of matplotlib's."""
+    return HATCHES[index % len(HATCHES)]
+
+
+def channels(color: str) -> tuple[int, int, int]:
+    """`#rrggbb` as three numbers from 0 to 255."""
+    return tuple(int(color[place : place + 2], 16) for place in (1, 3, 5))
+
+
+__all__ = ["channels", "expert_color", "expert_colors", "hatch", "underline"]

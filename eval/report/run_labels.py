@@ -1,0 +1,145 @@
+"""What tables, pictures and pages call the runs of a folder, so that no two look the same.
+
+What tells a run apart is shown only where runs differ in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from ..sampling.run_record import Run
+
+
+NAMES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
+HASH_DIGITS = 8
+# Of the table of scores, what says which run a row is of, in the order of a name in one line.
+COLUMNS = ("routing strategy", "model", "benchmark", "tasks", "samples a task", "settings")
+
+# Fields of a run and their words, by the part of the label that they belong to. Those of `MODEL` are shown
+# where they tell models of one name apart, those of `DATA` benchmarks of one name, those of `SETTINGS` where
+# any two runs differ.
+MODEL: dict[str, Callable[[Any], str]] = {
+    "backend": str,
+    "model_revision": lambda commit: f"commit {commit[:HASH_DIGITS]}" if commit else "",
+    "model_sha256": lambda digest: f"files {digest[:HASH_DIGITS]}" if digest else "",
+}
+DATA: dict[str, Callable[[Any], str]] = {
+    "dataset_hash": lambda digest: f"data {digest[:HASH_DIGITS]}",
+}
+SETTINGS: dict[str, Callable[[Any], str]] = {
+    "temperature": lambda temperature: f"temperature {temperature:g}" if temperature else "greedy",
+    "top_p": lambda top_p: "" if top_p is None else f"top_p {top_p:g}",
+    "seed": lambda seed: "" if seed is None else f"seed {seed}",
+    "max_new_tokens": lambda count: f"{count} new tokens",
+    "dtype": str,
+    "attn_implementation": lambda name: f"{name or 'default'} attention",
+    "force_base_prompt": lambda forced: "no chat template" if forced else "",
+}
+# None where nothing is drawn, which the temperature says already.
+ONLY_IF_SAMPLED = ("top_p", "seed")
+
+
+@dataclass
+class RunLabel:
+    """What a run is called, cell by cell. `settings` is empty where its runs differ in nothing else."""
+
+    model: str
+    strategy: str
+    benchmark: str
+    tasks: str
+    samples: int
+    settings: str
+
+    def cells(self) -> tuple[Any, ...]:
+        return tuple(asdict(self).values())
+
+
+def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
+    """Call each of the runs of a folder by a name that no other of them has."""
+    labels = [
+        RunLabel(
+            model=run.model_label,
+            strategy=strategy_label(run.routing_strategy or "base", run.expert_names),
+            benchmark=benchmark_label(run.benchmark, run.mini, run.dataset_file),
+            tasks=str(len(run.task_ids)) if run.subset is None else run.subset,
+            samples=run.n_samples,
+            settings="",
+        )
+        for run in runs
+    ]
+    for part, words in (("model", MODEL), ("benchmark", DATA)):
+        _add(runs, labels, part, words)
+    shown = [name for name in SETTINGS if _differs(runs, name)]
+    for run, label in zip(runs, labels, strict=True):
+        label.settings = ", ".join(filter(None, (SETTINGS[name](getattr(run, name)) for name in shown)))
+    cells = [label.cells() for label in labels]
+    for run, label in zip(runs, labels, strict=True):
+        if cells.count(label.cells()) > 1:  # nothing above says how they differ; their files' names do
+            mark = sha256(run.samples.encode()).hexdigest()[:HASH_DIGITS]
+            label.settings = ", ".join(filter(None, (label.settings, f"run {mark}")))
+    return labels
+
+
+def _add(
+    runs: Sequence[Run], labels: list[RunLabel], part: str, words: dict[str, Callable[[Any], str]]
+) -> None:
+    """Put what tells models, or benchmarks, of one name apart in brackets behind that name."""
+    names = [getattr(label, part) for label in labels]
+    for name in set(names):
+        of_name = [(run, label) for run, label, own in zip(runs, labels, names, strict=True) if own == name]
+        shown: list[str] = []
+        for field in words:  # only those that tell apart what the ones before do not
+            if len(_values(of_name, [*shown, field])) > len(_values(of_name, shown)):
+                shown.append(field)
+        for run, label in of_name:
+            told = ", ".join(filter(None, (words[field](getattr(run, field)) for field in shown)))
+            setattr(label, part, f"{name} ({told})" if told else name)
+
+
+def _values(of_name: list[tuple[Run, RunLabel]], fields: Sequence[str]) -> set[tuple[Any, ...]]:
+    return {tuple(getattr(run, field) for field in fields) for run, _ in of_name}
+
+
+def _differs(runs: Sequence[Run], field: str) -> bool:
+    values = {getattr(run, field) for run in runs}
+    if field in ONLY_IF_SAMPLED:
+        values.discard(None)
+    return len(values) > 1
+
+
+def strategy_label(strategy: str, expert_names: Sequence[str]) -> str:
+    """`single:0` with the expert's name; others as they are."""
+    kind, _, index = strategy.partition(":")
+    return f"{strategy} ({expert_names[int(index)]})" if kind == "single" else strategy
+
+
+def benchmark_label(benchmark: str, mini: bool = False, dataset_file: str | None = None) -> str:
+    """What a data set is called; one that was read from a file of the user's own by that file's name, too."""
+    whole = NAMES[benchmark] + (" mini" if mini else "")
+    return whole if dataset_file is None else f"{whole} (file {dataset_file})"
+
+
+def sampling_label(n_samples: int, temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"{n_samples} samples a task at temperature {temperature:g}"
+
+
+def one_line_names(
+    records: Sequence[dict[str, Any]], always: Sequence[str] = (), columns: Sequence[str] = COLUMNS
+) -> list[str]:
+    """One text for each row of the table of scores: of these columns, those of `always`, and those in which
+    rows differ."""
+    spelt = {
+        "tasks": lambda tasks: f"{tasks} tasks" if tasks.isdecimal() else tasks,
+        "samples a task": lambda count: f"{count} sample{'s' if count != 1 else ''} a task",
+    }
+    several = [name for name in columns if name in always or len({record[name] for record in records}) > 1]
+    return [
+        ", ".join(filter(None, (spelt.get(name, str)(record[name]) for name in several)))
+        for record in records
+    ]
+
+
+__all__ = ["RunLabel", "benchmark_label", "one_line_names", "run_labels", "sampling_label", "strategy_label"]

@@ -1,0 +1,419 @@
+"""Any source that can be scored: where it is, what it is, and, once it is needed, the model itself.
+
+Exported repos and ordinary models are loaded as they are. Anything else that `export` reads (training
+checkpoints, adapters) is exported to a cache first, so that what is scored is what would be published.
+Knows nothing about benchmarks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import transformers
+from filelock import FileLock
+
+from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.foundation.quantised import check_needs_no_kernels
+from dylora_moe.hub_export.foundation.reference import not_loaded, resolve_foundation
+from dylora_moe.hub_export.readers import detect as formats
+from dylora_moe.hub_export.readers import exported_repo, merged_model, training_run
+from dylora_moe.hub_export.repo import repo_config, tokenizer
+from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.version import __version__
+
+from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
+
+
+BACKENDS = ("hf", "peft_moe")
+CACHE_VARIABLE = "DYLORA_MOE_CACHE"
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+LONGEST_LABEL = 120  # bytes
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer. `expert_names` is empty for an ordinary model."""
+
+    model: Any
+    tokenizer: Any
+    label: str
+    expert_names: list[str]
+
+    @property
+    def is_mixture(self) -> bool:
+        return bool(self.expert_names)
+
+
+@dataclass
+class FoundModel:
+    """A source that was found, read or exported; nothing large is loaded.
+
+    Attributes:
+        source: as the user gave it; `label` is what tables and files call it.
+        folder: what is loaded.
+        format: what the source was, as `inspect` calls it.
+        backend: "hf" where it is loaded as it is, "peft_moe" where it was exported first.
+        revision: the commit, of a repo on the Hub.
+    """
+
+    source: str
+    label: str
+    folder: Path
+    format: str
+    backend: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_mixture(self) -> bool:
+        return repo_config.is_exported_repo(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The mixture's config; only for a mixture."""
+        return repo_config.load_config(self.folder)
+
+    @property
+    def expert_names(self) -> list[str]:
+        return self.config.expert_names if self.is_mixture else []
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 by file of everything that decides what the model computes, its foundation's files
+        included."""
+        return mixture_hashes(self.folder, self.config) if self.is_mixture else file_hashes(self.folder)
+
+    @property
+    def sha256(self) -> str:
+        """Of all `files` together."""
+        return digest(self.files)
+
+    @property
+    def base_model(self) -> str | None:
+        """Where the foundation is taken from, of a mixture that does not hold it."""
+        if not self.is_mixture or self.config.weights_layout != "adapter":
+            return None
+        revision = f"@{self.config.base_model_revision}" if self.config.base_model_revision else ""
+        return f"{self.config.base_model_name_or_path}{revision}"
+
+    def strategies(self, wanted: Sequence[str] | None) -> list[str]:
+        """Routing strategies in canonical form, each once; without a wish the repo's default. An ordinary
+        model has one, `base`.
+
+        Raises:
+            InputError: one that this model cannot do; lists those that it can.
+        """
+        if not self.is_mixture:
+            others = [strategy for strategy in wanted or () if strategy != "base"]
+            if others:
+                raise InputError(
+                    f"{self.source} is an ordinary model without experts: routing strategy {others[0]!r} is for mixtures"
+                )
+            return ["base"]
+        from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
+
+        if not wanted:
+            return [repo_config.stored_routing_strategy(self.folder, self.config)]
+        try:
+            return list(
+                dict.fromkeys(str(resolve_routing_strategy(strategy, self.config)) for strategy in wanted)
+            )
+        except ValueError as error:
+            raise InputError(one_line(error, 2000)) from error
+
+    def generation_settings(self) -> dict[str, Any]:
+        """What `generation_config.json` says, by field; empty where there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+
+        try:
+            found = read_generation_config(str(self.folder), {})
+        except ValueError as error:
+            raise InputError(f"{self.source} cannot be loaded: {one_line(error, 600)}") from error
+        return {} if found is None else vars(found)
+
+    def load_tokenizer(self) -> Any:
+        """Raises InputError: there is none, or it cannot be read."""
+        name = None if self.is_mixture else self.source
+        loaded = tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
+        tokenizer.warn_about_missed_arguments(self.folder, loaded)
+        return loaded
+
+    def load(
+        self,
+        *,
+        dtype: str = "bfloat16",
+        device: Any = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+    ) -> LoadedModel:
+        """The model with its weights.
+
+        Args:
+            dtype: one of `DTYPES`.
+            device: where it goes; not with `device_map`, which is transformers' own.
+
+        Raises:
+            InputError: an unknown dtype, or a model that transformers cannot load.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from dylora_moe.modeling import DyloraMoeForCausalLM
+        from dylora_moe.modeling.configuration_dylora_moe import read_config
+        from dylora_moe.modeling.layouts_dylora_moe import FoundationError, read_generation_config
+
+        if dtype not in DTYPES:
+            raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
+        # A mixture runs this package's own code, and a repo's only for those who say so.
+        ours = self.is_mixture and not self.trust_remote_code
+        loader = DyloraMoeForCausalLM if ours else AutoModelForCausalLM
+        arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        if not ours:
+            arguments["trust_remote_code"] = self.trust_remote_code
+        for name, value in (("device_map", device_map), ("attn_implementation", attn_implementation)):
+            if value is not None:
+                arguments[name] = value
+        try:
+            if not self.trust_remote_code:
+                config = self.config if self.is_mixture else read_config(str(self.folder))
+                check_needs_no_kernels(config, self.source)
+                arguments |= {} if self.is_mixture else {"config": config}
+            if self.is_mixture:
+                model = loader.from_pretrained(self.folder, **arguments)
+            else:
+                read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
+                model, report = loader.from_pretrained(
+                    self.folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+                )
+                _check_weights(self.source, report)
+        except InputError:
+            raise
+        except FoundationError as error:
+            raise InputError(
+                not_loaded(repo_config.foundation_of(self.folder, self.config), error)
+            ) from error
+        except (ValueError, OSError, ImportError) as error:
+            raise InputError(f"{self.source} cannot be loaded: {one_line(error, 600)}") from error
+        if device is not None and device_map is None:
+            model = model.to(device)
+        return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)
+
+
+def find_model(
+    source: str | Path | None = None,
+    *,
+    base_model: str | None = None,
+    adapter_path: str | Path | Sequence[str | Path] | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    lora_alpha: float | None = None,
+    trust_remote_code: bool = False,
+) -> FoundModel:
+    """Find a source, and export it to the cache if it is not yet what transformers loads.
+
+    Args:
+        source: a folder, a Hub id or `wandb:entity/project/name:version`.
+        base_model: the foundation, where the source names none or not the right one.
+        adapter_path: adapter folders, one expert each; `source` is then the foundation unless `base_model`
+            is.
+        backend: "hf" refuses what needs an export, "peft_moe" an ordinary model; None takes both.
+        lora_alpha: as for `export`.
+
+    Raises:
+        InputError: there is no such source, or it cannot be exported as it is.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"--backend is {backend!r}; there are {', '.join(BACKENDS)}")
+    if adapter_path is not None:
+        adapters = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
+        sources, base_model = [str(adapter) for adapter in adapters], base_model or (source and str(source))
+        given = "+".join(sources)
+    elif source is not None:
+        sources, given = [str(source)], str(source)
+    else:
+        raise InputError("no model is given; name one with --model, --adapter_path or --wandb_artifact")
+    resolved = formats.open_sources(sources, revision=revision, subfolder=subfolder)
+    reader = formats.detect(resolved[0].folder).reader
+    label = _label(sources, [found.name for found in resolved])
+    common = {
+        "source": given,
+        "label": label,
+        "format": reader.FORMAT,
+        "trust_remote_code": trust_remote_code,
+    }
+    commit = commit_in(resolved[0].folder)
+    if (
+        len(sources) == 1
+        and reader in (exported_repo, merged_model)
+        and not (reader is exported_repo and base_model)
+    ):
+        if backend == "peft_moe" and reader is merged_model:
+            raise InputError(f"{given} is an ordinary model without experts; leave out --backend, or use hf")
+        return FoundModel(folder=resolved[0].folder, backend=backend or "hf", revision=commit, **common)
+    if backend == "hf":
+        raise InputError(
+            f"{given} is a {reader.FORMAT}, which transformers cannot load; use --backend peft_moe"
+        )
+    options = {"base_model": base_model, "lora_alpha": lora_alpha, "trust_remote_code": trust_remote_code}
+    folder = _exported(sources, resolved, options, revision, subfolder)
+    return FoundModel(folder=folder, backend="peft_moe", revision=commit, **common)
+
+
+def load_model(
+    source: str | Path | None = None,
+    *,
+    dtype: str = "bfloat16",
+    device: Any = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    **where: Any,
+) -> LoadedModel:
+    """`find_model` and `FoundModel.load` in one."""
+    found = find_model(source, **where)
+    return found.load(
+        dtype=dtype, device=device, device_map=device_map, attn_implementation=attn_implementation
+    )
+
+
+def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
+    """The same models, each once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
+
+    Raises:
+        InputError: two models cannot be told apart by their paths.
+    """
+    once: dict[Path | str, FoundModel] = {}
+    for model in models:  # by where they are: two checkpoints may well hold the same
+        once.setdefault(Path(model.source).resolve() if Path(model.source).exists() else model.source, model)
+    models = list(once.values())
+    for label in sorted({model.label for model in models}):
+        alike = [model for model in models if model.label == label]
+        if len(alike) == 1:
+            continue
+        for model in alike:
+            parent = Path(model.source).resolve().parent.name if Path(model.source).exists() else ""
+            model.label = f"{_plain(parent)}--{label}"
+    first: dict[str, FoundModel] = {}
+    for model in models:
+        other = first.setdefault(model.label, model)
+        if other is not model:
+            raise InputError(
+                f"{other.source} and {model.source} have the same name; give each a run of its own"
+            )
+    return models
+
+
+def _check_weights(source: str, report: dict[str, Any]) -> None:
+    """transformers fills in random numbers, and says so where few look.
+
+    Raises:
+        InputError: weights are missing, or of another shape than the config's.
+    """
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise InputError(f"{name} of {source} is {list(stored)}, and its config asks for {list(expected)}")
+    missing = report["missing_keys"]
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"{source} lacks weights that its config asks for: {', '.join(names[:3])}{more}")
+
+
+def _label(sources: list[str], names: list[str]) -> str:
+    """What tables and files call a source: a Hub id or artifact whole, a folder by its own name."""
+    parts = []
+    for text, name in zip(sources, names, strict=True):
+        whole = text.removeprefix("wandb:") if not Path(text).exists() else name
+        parts.append(_plain(whole.replace("/", "--")))
+    label = "+".join(parts)
+    if len(label.encode()) > LONGEST_LABEL:  # file names end at 255 bytes
+        label = f"{parts[0][:40]}+{len(parts) - 1}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return label
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
+def _exported(
+    sources: list[str],
+    resolved: list[Any],
+    options: dict[str, Any],
+    revision: str | None,
+    subfolder: str | None,
+) -> Path:
+    """The cached export of a source; made now if the source, the options or this package's version are
+    new."""
+    from dylora_moe import hub_export
+
+    mixture = formats.read_sources(
+        resolved, formats.ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
+    )
+    # What a checkpoint does not say itself may be in its run's best model and state, beside it.
+    content = [
+        (
+            file_hashes(found.folder),
+            training_run.best_model_config(found.folder)[1],
+            [sha256(path) for path in training_run.state_files(found.folder)],
+        )
+        for found in resolved
+    ]
+    made_from = [
+        __version__,
+        transformers.__version__,
+        content,
+        _foundation(mixture, options["base_model"]),
+        options,
+    ]
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+    folder = cache_folder() / key[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not repo_config.is_exported_repo(folder):
+            # A foundation that lies in the source may be one that training changed.
+            layout = "adapter" if mixture.foundation_weights is None else "full"
+            hub_export.export(
+                sources, folder, layout=layout, revision=revision, subfolder=subfolder, **options
+            )
+    return folder
+
+
+def _foundation(mixture: Any, base_model: str | None) -> Any:
+    """The foundation that an export takes config and tokenizer from: its name, and what is there under that
+    name now.
+
+    Weights count by size and date: an export of layout `adapter` holds none of them, and reading them all
+    would take minutes each time.
+    """
+    try:
+        reference = resolve_foundation(mixture.foundation, base_model, None)
+    except InputError:
+        return None  # the export says so, or does without
+    return (
+        reference.name,
+        reference.revision,
+        foundation_hashes(reference.name, reference.revision, by_date=WEIGHTS),
+    )
+
+
+def cache_folder() -> Path:
+    """Where exports of sources are kept: `$DYLORA_MOE_CACHE`, else `dylora_moe/exports` in the user's
+    cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "dylora_moe" / "exports")
+
+
+__all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model", "tell_apart"]

@@ -1,0 +1,280 @@
+"""What `run.json` in a benchmark's folder says of each samples file: where it came from, and whether it is
+still that.
+
+    {"format_version": 1, "runs": {"humaneval/NAME.jsonl": {…fields of Run…}, …}}
+
+Knows files and hashes. Knows nothing about how samples are made or scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dylora_moe.hub_export.errors import InputError
+from dylora_moe.version import __version__
+
+
+RUN_FILE = "run.json"
+FORMAT_VERSION = 1
+
+# Fields that decide what the samples are: two runs that share a samples file must agree in all of them.
+DECISIVE = (
+    "model_sha256",
+    "model_revision",
+    "routing_strategy",
+    "benchmark",
+    "dataset_hash",
+    "task_ids",
+    "n_samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_new_tokens",
+    "dtype",
+    "attn_implementation",
+    "force_base_prompt",
+)
+
+
+HASH = re.compile(r"[0-9a-f]{64}")
+MOST_FILES = 3  # of a model, that are named where two runs differ in more
+
+
+@dataclass
+class Run:
+    """One samples file: a model under a strategy on a benchmark.
+
+    Attributes:
+        folder: the benchmark's folder; paths below are relative to it.
+        samples: EvalPlus's samples file, `<benchmark>/<identifier>.jsonl`; raw ones lie beside it as
+            `.raw.jsonl`.
+        results: EvalPlus's result file, `<benchmark>/<identifier>_eval_results.json`; None until it is
+            scored.
+        model: as the user gave it. `model_label` is what tables call it.
+        model_sha256: of the weights, config and tokenizer, or None where `model_revision`, a commit on the
+            Hub, says it; `model_files` has them file by file, `base_model` says where the foundation was
+            taken from.
+        expert_names: empty for an ordinary model.
+        routing_strategy: in canonical form; None for an ordinary model.
+        benchmark: "humaneval" or "mbpp"; `mini` for the set with few plus inputs; `dataset_hash` is
+            EvalPlus's; `dataset_file` is the name of the user's own file in its place, if it was one.
+        task_ids: the tasks, in EvalPlus's order; `subset` says in words which these are, None for all.
+        scores: "pass@1", "plus_pass@1" and so on, fractions.
+        seconds: of generation, without loading; None where it was interrupted.
+        stops: how many samples ended for which reason: "end_of_sequence", "stop_string", "max_new_tokens", or
+            "last_position" of a model whose positions end. Empty for samples of an older version.
+    """
+
+    folder: Path
+    samples: str
+    model: str
+    model_label: str
+    benchmark: str
+    dataset_hash: str
+    task_ids: list[str]
+    n_samples: int
+    temperature: float
+    max_new_tokens: int
+    dtype: str
+    model_sha256: str | None = None
+    model_files: dict[str, str] = field(default_factory=dict)
+    model_revision: str | None = None
+    base_model: str | None = None
+    model_format: str | None = None
+    expert_names: list[str] = field(default_factory=list)
+    backend: str = "hf"
+    routing_strategy: str | None = None
+    subset: str | None = None
+    mini: bool = False
+    dataset_file: str | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    attn_implementation: str | None = None
+    force_base_prompt: bool = False
+    batch_size: int | None = None
+    device: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    stops: dict[str, int] = field(default_factory=dict)
+    samples_sha256: str | None = None
+    raw_samples_sha256: str | None = None
+    results: str | None = None
+    results_sha256: str | None = None
+    base_only: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples_path(self) -> Path:
+        return self.folder / self.samples
+
+    @property
+    def raw_samples_path(self) -> Path:
+        return self.samples_path.with_suffix(".raw.jsonl")
+
+    @property
+    def results_path(self) -> Path:
+        """Where the result file is, or will be."""
+        return self.folder / (self.results or self.samples.removesuffix(".jsonl") + "_eval_results.json")
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the samples are all there, and are those that were recorded."""
+        return self.samples_sha256 is not None and file_sha256(self.samples_path) == self.samples_sha256
+
+    @property
+    def has_results(self) -> bool:
+        """Whether it is scored, and neither samples nor results have changed since."""
+        return (
+            self.results is not None
+            and self.has_samples
+            and file_sha256(self.results_path) == self.results_sha256
+        )
+
+    def differences(self, other: Run) -> list[str]:
+        """`field: mine, other's` for each decisive field in which two runs differ; of models, the files that
+        differ."""
+        names, files = list(DECISIVE), []
+        if self.model_sha256 != other.model_sha256:
+            if self.model_files and other.model_files:
+                names.remove("model_sha256")
+                names[:0] = ["model", "base_model"]
+                files = self._differing_files(other)
+            elif self.model_files or other.model_files:
+                files = [
+                    "one of the two is an older version's, which did not name the model's files and may have hashed "
+                    "the same ones otherwise"
+                ]
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [_difference(*pair) for pair in pairs if pair[1] != pair[2]] + files
+
+    def _differing_files(self, other: Run) -> list[str]:
+        """The first of the model's files that differ, and how many more do."""
+        names = sorted({*self.model_files, *other.model_files})
+        pairs = (
+            (f"the model's {name}", self.model_files.get(name), other.model_files.get(name)) for name in names
+        )
+        differing = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
+        more = len(differing) - MOST_FILES
+        return differing[:MOST_FILES] + ([f"and {more} more of its files"] if more > 0 else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["folder"]
+        return values
+
+
+def read_runs(folder: str | Path) -> list[Run]:
+    """What a benchmark's folder holds, in the order in which it was begun; nothing where there is no
+    `run.json`.
+
+    Raises:
+        InputError: the file is damaged, or was written by a newer version of this package.
+    """
+    folder = Path(folder)
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return []
+    content = read_versioned(path, FORMAT_VERSION, "choose another -o")
+    known = {entry.name for entry in fields(Run)}
+    try:
+        return [
+            Run(folder=folder, **{name: value for name, value in values.items() if name in known})
+            for values in content["runs"].values()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); choose another -o") from error
+
+
+def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that states its `format_version`.
+
+    Args:
+        latest: the newest version that the caller understands.
+        remedy: what else a user can do about a file that cannot be read.
+
+    Raises:
+        InputError: the file is damaged, or was written by a newer version of this package.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = int(content["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    if version > latest:
+        raise InputError(
+            f"{path} was written by a newer version of dylora-moe (its format is {version}, and {__version__} reads up "
+            f"to {latest}): update dylora-moe, or {remedy}"
+        )
+    return content
+
+
+def write_run(run: Run) -> None:
+    """Put one run into its folder's `run.json`, at one stroke; other processes may do the same for theirs."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / RUN_FILE
+    with FileLock(str(path) + ".lock"):
+        runs = {other.samples: other for other in read_runs(run.folder)}
+        runs[run.samples] = run
+        content = {
+            "format_version": FORMAT_VERSION,
+            "runs": {samples: other.to_dict() for samples, other in runs.items()},
+        }
+        replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def find_run(runs: Sequence[Run], **wanted: Any) -> Run | None:
+    """The first run whose fields have these values, or None."""
+    return next(
+        (run for run in runs if all(getattr(run, name) == value for name, value in wanted.items())), None
+    )
+
+
+def file_sha256(path: Path) -> str | None:
+    """The file's SHA-256, or None where there is no file."""
+    try:
+        with open(path, "rb") as file:
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else _digest(file)
+            )
+    except FileNotFoundError:
+        return None
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a name of its own first, so that nobody ever sees half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _difference(name: str, mine: Any, theirs: Any) -> str:
+    return f"{name}: {_short(mine)}, {_short(theirs)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:12]
+    text = json.dumps(value, default=str)
+    most = 200 if isinstance(value, str) else 60  # a path is known by its end
+    return text if len(text) <= most else text[: most - 3] + "…"

@@ -1,0 +1,418 @@
+"""Checks many programs at once: keeps checking processes at work, and replaces those that end.
+
+Knows how `guarded_check` is started, asked and ended, inside a sandbox or not. Knows nothing about samples
+files, and does not import evalplus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from dylora_moe.hub_export.errors import FailureError, one_line
+
+from .folder_removal import remove_folder
+from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, Task
+from .sandbox import PROCESSES, WRITABLE, sandbox_user, sandboxed
+from .shortage import remedy
+
+
+T = TypeVar("T")
+
+# No check may take longer, whatever it does to the process that checks it, which has a shorter limit of its
+# own.
+CHECK_SECONDS = 2 * EVALPLUS_SECONDS + 60
+ENDING_SECONDS = 5
+POLL_SECONDS = 1
+# So much longer than that it waits only if this machine, or this process, stood still: then time limits ran
+# out, too.
+STANDSTILL_SECONDS = 5
+# A check that cannot be set up makes other failures doubtful that are not further from it.
+TROUBLE_SECONDS = 60
+# How often a doubtful check is made again, with nothing beside it.
+TRIES = 2
+# Before each further attempt at what the machine has no room for just now.
+PAUSES = (0, 1, 2, 4, 8)
+PACKAGE_FOLDERS = ("site-packages", "dist-packages")
+
+# An empty package in place of this one, whose own `__init__` and requirements would cost time and memory.
+_START = """
+import json, sys, types
+code, settings = sys.argv[1], json.loads(sys.argv[2])
+packages = settings.pop("packages")
+first = next((place for place, path in enumerate(sys.path) if path in packages), len(sys.path))
+sys.path[first:first] = packages
+package = types.ModuleType("checking")
+package.__path__ = [code]
+sys.modules["checking"] = package
+from checking.guarded_check import serve
+serve(**settings)
+"""
+
+# Called with the number of checks done, and of all.
+Progress = Callable[[int, int], None]
+
+
+class Check(NamedTuple):
+    """A program, and what it is checked against. Checks of one task should share it and follow each other."""
+
+    task: Task
+    program: str
+
+
+class Verdict(NamedTuple):
+    """What EvalPlus says of a program: "pass", "fail" or "timeout", and for each input that was run whether
+    it passed.
+
+    `plus_status` is None without the plus tests. `lost` says why EvalPlus could not say it, and then the
+    program counts as failed.
+    """
+
+    base_status: str
+    base_details: Sequence[int]
+    plus_status: str | None
+    plus_details: Sequence[int]
+    lost: str | None = None
+
+    @property
+    def has_passed(self) -> bool:
+        return self.base_status == "pass" and self.plus_status in ("pass", None)
+
+
+class Answer(NamedTuple):
+    """A verdict and how far it can be trusted.
+
+    Attributes:
+        when: it came, in seconds of the monotonic clock.
+        unset: whether the check could not be set up, for the base or the plus tests; `errno` is the error's,
+            if any.
+        has_run: whether the program ran at all. Only then can what went wrong be its own doing.
+        early: whether the program counts as timed out but ended before its time, as one that could not be set
+            up does.
+    """
+
+    verdict: Verdict
+    when: float
+    unset: bool = False
+    has_run: bool = True
+    errno: int | None = None
+    early: bool = False
+
+    def is_doubtful(self, troubles: Iterable[float]) -> bool:
+        """Whether this may say more about the machine than about the program, after troubles at these
+        times."""
+        if self.verdict.has_passed:
+            return False
+        near = any(abs(self.when - trouble) < TROUBLE_SECONDS for trouble in troubles)
+        return near or not self.is_certain()
+
+    def is_certain(self) -> bool:
+        """Whether the program was run until it passed, failed or had its time."""
+        return self.verdict.lost is None and not self.early
+
+
+def check_start(sandbox: bool = False) -> None:
+    """Run a program that is known to be right, to see that programs can be run at all.
+
+    Raises:
+        InputError: bubblewrap is not installed.
+        FailureError: it cannot be run, or does not pass.
+    """
+    problem = {"task_id": "trial", "entry_point": "same", "atol": 0, "base_input": [[1]]}
+    task = Task("humaneval", problem, {"base": [1], "base_time": [1.0]}, base_only=True)
+    (verdict,) = run_checks([Check(task, "def same(x):\n    return x\n")], workers=1, sandbox=sandbox)
+    if not verdict.has_passed:
+        why = verdict.lost or f"EvalPlus's verdict on it is {verdict.base_status!r}"
+        raise FailureError(f"a program that is right does not pass on this machine: {why}")
+
+
+def run_checks(
+    checks: Sequence[Check], *, workers: int, sandbox: bool = False, progress: Progress | None = None
+) -> list[Verdict]:
+    """The verdict of every check, in order. When this returns or raises, no process that it started is left.
+
+    A program may fail because the machine is short of something: room in the temporary folder, files,
+    processes, memory. So a verdict that is not to be trusted (`Answer.is_doubtful`) is made again, with
+    nothing beside it. It stands if it comes again although a program known to fail by itself is run as it
+    should be.
+
+    Args:
+        workers: how many programs run at the same time: half as many from when a check cannot be set up.
+        sandbox: run them inside bubblewrap.
+
+    Raises:
+        InputError: bubblewrap is not installed.
+        FailureError: the process that checks cannot be started, or checks cannot be set up.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(_insist(lambda: tempfile.mkdtemp(prefix="dylora-moe-checks-")))
+        stack.callback(remove_folder, folder)
+        pool = _Pool([_Worker(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))])
+        answers: dict[int, Answer] = {}
+        while len(answers) < len(checks):
+            waiting = (number for number in range(len(checks)) if number not in answers)
+            unset = pool.answer(checks, waiting, answers, progress)
+            if unset is not None:
+                pool.prove(checks[unset].task)
+                del pool.workers[max(1, len(pool.workers) // 2) :]
+        for number in [number for number, answer in answers.items() if answer.is_doubtful(pool.troubles)]:
+            answers[number] = pool.answer_alone(checks[number])
+    return [answers[number].verdict for number in range(len(checks))]
+
+
+class _Pool:
+    """Checking processes, and the times at which the machine was in trouble."""
+
+    def __init__(self, workers: list[_Worker]):
+        self.workers = workers
+        self.troubles: list[float] = []
+
+    def answer(
+        self,
+        checks: Sequence[Check],
+        waiting: Iterator[int],
+        answers: dict[int, Answer],
+        progress: Progress | None,
+    ) -> int | None:
+        """Have the waiting checks answered, until one cannot be set up: the number of that, or None."""
+        unset = None
+        idle, busy = list(self.workers), {}
+        with selectors.DefaultSelector() as selector:
+            while True:
+                while idle and unset is None and (number := next(waiting, None)) is not None:
+                    worker = idle.pop()
+                    worker.ask(checks[number])
+                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                    busy[worker] = number
+                if not busy:
+                    return unset
+                ready = self._wait(selector)
+                for worker in ready | {worker for worker in busy if worker.is_overdue}:
+                    selector.unregister(worker.process.stdout)
+                    number = busy.pop(worker)
+                    answers[number] = worker.answer(worker in ready)
+                    if answers[number].unset:
+                        unset = number
+                        self.troubles.append(answers[number].when)
+                    idle.append(worker)
+                    if progress is not None:
+                        progress(len(answers), len(checks))
+
+    def answer_alone(self, check: Check) -> Answer:
+        """The answer to a check that is made while no other is, and again if it is doubtful and the machine
+        is not.
+
+        Raises:
+            FailureError: it cannot be set up, and that is not the program's doing.
+        """
+        for _ in range(TRIES):
+            before = len(self.troubles)
+            answer = self._repeat(check, lambda answer: not answer.unset)
+            if not answer.has_run:
+                raise self._failure(answer)
+            if not answer.is_doubtful(self.troubles[before:]):
+                break
+            self.prove(check.task)
+        return answer
+
+    def prove(self, task: Task) -> None:
+        """Wait until a program that fails by itself is run, and fails.
+
+        Raises:
+            FailureError: it is not run, however often it is tried.
+        """
+        answer = self._repeat(Check(task, ""), Answer.is_certain)
+        if not answer.is_certain():
+            raise self._failure(answer)
+
+    def _repeat(self, check: Check, is_enough: Callable[[Answer], bool]) -> Answer:
+        """The answer to a check that is made alone; again and again for a while, until it is good enough."""
+        for seconds in PAUSES:
+            time.sleep(seconds)
+            answers: dict[int, Answer] = {}
+            self.answer([check], iter([0]), answers, None)
+            if is_enough(answers[0]):
+                break
+        return answers[0]
+
+    def _failure(self, answer: Answer) -> FailureError:
+        why = answer.verdict.lost or "a program that fails at once was not run to its end"
+        return FailureError(
+            f"programs cannot be checked: {why}; {remedy(answer.errno, self.workers[0].folder.parent)}"
+        )
+
+    def _wait(self, selector: selectors.BaseSelector) -> set[_Worker]:
+        """The workers that answer or end, after a second at most. Much longer means that all stood still
+        meanwhile."""
+        asked = time.monotonic()
+        ready = {key.data for key, _ in selector.select(POLL_SECONDS)}
+        if time.monotonic() - asked > POLL_SECONDS + STANDSTILL_SECONDS:
+            self.troubles.append(time.monotonic())
+        return ready
+
+
+class _Worker:
+    """A checking process, and the next one once that has ended."""
+
+    def __init__(self, folder: Path, number: int, sandbox: bool, stack: contextlib.ExitStack):
+        self.log = folder / f"checks-{number}.log"
+        self.what = "the sandbox" if sandbox else "the process that checks programs"
+        self.command = _command(folder, number, sandbox)
+        self.folder = folder
+        self._start()
+        stack.callback(self.end)
+
+    @property
+    def is_overdue(self) -> bool:
+        return self.asked is not None and time.monotonic() - self.asked > CHECK_SECONDS
+
+    def ask(self, check: Check) -> None:
+        if not self.is_ready:
+            if not self.process.stdout.readline():
+                self.end()  # then all that it says is in its log
+                raise FailureError(f"{self.what} does not start: {_cause(self.log)}")
+            self.is_ready = True
+        given = None if check.task is self.task else tuple(check.task)
+        self.task, self.asked = check.task, time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it has just ended, as `answer` will find
+            pickle.dump((given, check.program), self.process.stdin, pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.flush()
+
+    def answer(self, is_ready: bool) -> Answer:
+        """What it says of what it was asked. If it has ended or is overdue, that is said; then the next one
+        is started.
+
+        Args:
+            is_ready: whether there is something to read. An answer that came in time is read, however late.
+        """
+        has_plus = not self.task.base_only
+        try:
+            said = json.loads(self.process.stdout.readline() if is_ready else b"")
+        except ValueError:
+            said = {
+                "lost": "fail",
+                "reason": "the process that checks it ended or did not answer",
+                "last": True,
+            }
+        if "last" in said:
+            self.end()
+            self._start()
+        self.asked = None
+        if "base" in said:
+            verdict = Verdict(*said["base"], *(said["plus"] if has_plus else (None, [])))
+            return Answer(verdict, time.monotonic(), early=said["early"])
+        status = said.get("lost", "fail")
+        reason = f"it could not be set up: {said['unset']}" if "unset" in said else said["reason"]
+        verdict = Verdict(status, [], status if has_plus else None, [], reason)
+        return Answer(
+            verdict, time.monotonic(), "unset" in said, said.get("has_run", True), said.get("errno")
+        )
+
+    def end(self) -> None:
+        """End it and all that it started. It does that itself once nobody asks; what does not listen is
+        killed."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(0 if self.is_overdue else ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            _kill_tree(self.process.pid)
+            self.process.wait()
+        self.process.stdout.close()
+
+    def _start(self) -> None:
+        self.is_ready, self.task, self.asked = False, None, None
+        self.process = _insist(self._popen)
+
+    def _popen(self) -> subprocess.Popen:
+        with open(self.log, "wb") as log:
+            return subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # an interrupt from the terminal is for the process that asks
+            )
+
+
+def _insist(action: Callable[[], T]) -> T:
+    """Do what needs room, files or a process; again and again for a while if the operating system refuses it.
+
+    Raises:
+        FailureError: it refuses still.
+    """
+    for seconds in PAUSES:
+        time.sleep(seconds)
+        try:
+            return action()
+        except OSError as error:
+            refused = error
+    advice = remedy(refused.errno, tempfile.tempdir or os.curdir)
+    raise FailureError(f"programs cannot be checked: {one_line(refused)}; {advice}") from refused
+
+
+def _command(folder: Path, number: int, sandbox: bool) -> list[str]:
+    code = str(Path(__file__).resolve().parent)
+    evalplus = _package_folder("evalplus")
+    paths = [os.path.abspath(path) for path in sys.path]
+    packages = [path for path in paths if _holds_packages(path) or path == str(evalplus.parent)]
+    if str(evalplus.parent) not in packages:  # an editable installation's finder knows where it is
+        packages.insert(0, str(evalplus.parent))
+    settings = {
+        "packages": packages,
+        "folder": WRITABLE[0] if sandbox else str(folder),
+        "private": WRITABLE if sandbox else [],
+        "user": sandbox_user(number) if sandbox else None,
+        "processes": PROCESSES if sandbox else None,
+    }
+    command = [sys.executable, "-I", "-c", _START, code, json.dumps(settings)]
+    # Of a clone, evalplus alone.
+    return sandboxed(command, [code, evalplus, *filter(_holds_packages, packages)]) if sandbox else command
+
+
+def _package_folder(name: str) -> Path:
+    """Where the package that this process imports by a name lies, wherever that is."""
+    return Path(importlib.util.find_spec(name).submodule_search_locations[0]).absolute()
+
+
+def _holds_packages(path: str) -> bool:
+    """Whether packages were installed there, by `pip install --target` as well."""
+    folder = Path(path)
+    return folder.is_dir() and (folder.name in PACKAGE_FOLDERS or any(folder.glob("*.dist-info")))
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in (KEPT_VARIABLE, "LD_LIBRARY_PATH") if name in os.environ}
+    return {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", **kept}
+
+
+def _kill_tree(process_id: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(process_id)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def _cause(log: Path) -> str:
+    """What a process ended with: the exception of a traceback, else its last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    *_, after = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in after.splitlines() if line.strip()]
+    exceptions = [line for line in lines if not line[0].isspace()] if after != text else []
+    return (exceptions or lines[-1:] or ["it ended without a word"])[0].strip()

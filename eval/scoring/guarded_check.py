@@ -1,0 +1,306 @@
+"""The process that checks samples: EvalPlus is imported once, and each sample is checked in a fork of its
+own.
+
+    checking process    (this file's `serve`; adopts orphans, ends whatever a sample leaves behind)
+      guard             (one a sample: own session, folder and empty environment; calls EvalPlus's check_correctness)
+        program         (EvalPlus's own child, once for the base and once for the plus tests; restricted as it is forked)
+
+It is started in an environment and, with a sandbox, in a file system without this package: from here it
+imports `restrictions` and `folder_removal` only. Questions come pickled on stdin, from the process that
+started it; answers go to stdout as a line of JSON each, since nothing that a program may have touched is ever
+unpickled. Knows nothing about samples files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .folder_removal import remove_folder
+from .restrictions import (
+    adopt_orphans,
+    become_user,
+    confine,
+    drop_privileges,
+    end_first,
+    end_with_parent,
+    limit_resources,
+)
+
+
+# EvalPlus 0.3.1 gives the base and the plus tests so long each, waits so much longer before it calls a
+# program timed out and ends it, and is done with it after the third.
+EVALPLUS_SECONDS = 60
+WAITING_SECONDS = 2
+ENDING_SECONDS = 3
+# For the guard itself, on a busy machine.
+GRACE_SECONDS = 10
+# The only variable that EvalPlus reads in the process that it limits.
+KEPT_VARIABLE = "EVALPLUS_MAX_MEMORY_BYTES"
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+# System V's shared memory, messages and semaphores, which no process's end frees.
+LASTING = [Path("/proc/sysvipc", kind) for kind in ("shm", "msg", "sem")]
+
+
+# What a program's process notes of itself when all that remains is to run the program.
+RUNS = {"runs": True}
+
+
+class Task(NamedTuple):
+    """What samples of one task are checked against: EvalPlus's own problem and expected outputs."""
+
+    dataset: str
+    problem: Mapping[str, Any]
+    expected_output: Mapping[str, Any]
+    base_only: bool
+
+
+class AskerGone(Exception):
+    """The process that asks has ended."""
+
+
+def serve(folder: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
+    """Answer questions from stdin until it ends, or until a program has changed what the next one would run
+    in.
+
+    A question is pickled: (the fields of a Task, or None for the one before; the program's text). An answer
+    is what `check_correctness` says of it, `{"base": [status, details], "plus": [status, details]}`, with
+    `"early": true` if a program that EvalPlus calls timed out ended before its time; or `{"lost": status,
+    "reason": text}`; or `{"unset": reason, "errno": number or null, "has_run": …}` where the check could not
+    be set up, with whether the program has run for the base tests at least. With `"last": true` this process
+    ends with it.
+
+    Args:
+        folder: where samples get folders of their own.
+        private: folders that nobody else writes to, in a sandbox; then shared memory is nobody else's either.
+        user: to become, for a process that is root.
+        processes: how many this user may have once a program runs, or None for no limit.
+    """
+    end_first()
+    if user is not None:
+        become_user(user)
+    adopt_orphans()
+    multiprocessing.set_start_method("fork")
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        _redirect(1)  # nothing that EvalPlus prints is an answer
+        import evalplus.evaluate  # noqa: F401
+
+        task, state = None, _state(private)
+        answer: dict = {"ready": True}
+        while True:
+            if _state(private) != state:
+                answer["last"] = True
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+            if "last" in answer:
+                return
+            try:
+                given, program = pickle.load(sys.stdin.buffer)
+                task = Task(*given) if given else task
+                answer = _check(task, program, folder, processes)
+            except (EOFError, AskerGone):
+                return
+
+
+def limit_seconds(times: Sequence[float]) -> float:
+    """EvalPlus's limit for a program on inputs that the reference solution took so long for."""
+    from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
+
+    limits = (max(DEFAULT_MIN_TIME_LIMIT, DEFAULT_GT_TIME_LIMIT_FACTOR * seconds) for seconds in times)
+    return min(EVALPLUS_SECONDS, sum(limits))
+
+
+def _check(task: Task, program: str, folder: str, processes: int | None) -> dict[str, Any]:
+    """One answer. When it returns, nothing that the program started is left, and neither is its folder."""
+    kinds = ("base",) if task.base_only else ("base", "plus")
+    limits = [limit_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
+    seconds = [limit + ENDING_SECONDS for limit in limits]
+    with contextlib.ExitStack() as stack:
+        try:
+            own = tempfile.mkdtemp(dir=folder)
+            stack.callback(remove_folder, own)
+            reading, writing = os.pipe()
+            stack.callback(os.close, reading)
+            with contextlib.closing(os.fdopen(writing, "wb")):
+                guard = os.fork()
+                if guard == 0:
+                    _guard(task, program, own, writing, math.ceil(max(seconds)), processes)
+        except (OSError, MemoryError) as error:
+            return {**_unset(error), "has_run": False}
+        stack.callback(_end_all, guard)
+        said = _read(reading, time.monotonic() + sum(seconds) + GRACE_SECONDS)
+    if said is None:
+        return {"lost": "timeout", "reason": "the check did not end at its time limit"}
+    *notes, answer = _lines(said) or [{}]
+    unset = next((note for note in [*notes, answer] if "unset" in note), None)
+    if unset is not None:
+        return {**unset, "has_run": notes[:1] == [RUNS]}
+    if "base" not in answer:
+        return {"lost": "fail", "reason": "the checking process was ended"}
+    waited = sum(
+        limit + WAITING_SECONDS
+        for kind, limit in zip(kinds, limits, strict=True)
+        if answer[kind][0] == "timeout"
+    )
+    return {**{kind: answer[kind] for kind in kinds}, "early": answer["seconds"] < waited}
+
+
+def _lines(said: bytes) -> list[dict[str, Any]]:
+    """What a guard and its programs wrote; without the line that one was ended at."""
+    return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _unset(error: BaseException) -> dict[str, Any]:
+    """The answer where a check could not be set up."""
+    reason = traceback.format_exception_only(type(error), error)[-1].strip()
+    return {"unset": reason[:300], "errno": getattr(error, "errno", None)}
+
+
+def _read(descriptor: int, deadline: float) -> bytes | None:
+    """All that is written to a pipe until its last writer ends; None if that has not happened by the
+    deadline."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.register(sys.stdin.fileno(), 0)  # the end of that comes unasked
+    chunks = []
+    while (left := deadline - time.monotonic()) > 0:
+        ready = dict(poll.poll(left * 1000))
+        if sys.stdin.fileno() in ready:
+            raise AskerGone
+        if descriptor in ready:
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return b"".join(chunks)
+            chunks.append(chunk)
+    return None
+
+
+def _end_all(guard: int) -> None:
+    """End the guard, its session, and what has left that: each is this process's child by now, or a child's
+    child."""
+    if os.getpid() == 1:  # in a sandbox: all but this one, at one stroke, so that no fork gets away
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(guard, signal.SIGKILL)
+    os.waitpid(guard, 0)
+    while True:
+        try:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not ended:
+            _end_descendants()
+            time.sleep(0.001)
+
+
+def _end_descendants() -> None:
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, processes: int | None) -> None:
+    """Check one program and write what EvalPlus says; in the forked process, which ends here."""
+    try:
+        os.setsid()
+        end_with_parent()
+        for descriptor in range(3):
+            _redirect(descriptor)
+        # Above all where the checking process answers: a line from a program would be taken for the next
+        # one's verdict.
+        os.closerange(3, writing)
+        os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
+        memory = os.environ.get(KEPT_VARIABLE)
+        os.environ.clear()
+        if memory is not None:
+            os.environ[KEPT_VARIABLE] = memory
+        os.chdir(own)
+        tempfile.tempdir = own
+        os.register_at_fork(
+            after_in_child=functools.partial(_restrict, os.getpid(), writing, own, cpu_seconds, processes)
+        )
+        started = time.monotonic()
+        answer = _evalplus_check()(
+            task.dataset,
+            0,
+            task.problem,
+            program,
+            task.expected_output,
+            base_only=task.base_only,
+            fast_check=True,  # as evalplus.evaluate does
+        )
+        kinds = {
+            kind: (answer[kind][0], list(answer[kind][1])) for kind in ("base", "plus") if kind in answer
+        }
+        _write(writing, {**kinds, "seconds": time.monotonic() - started})
+    except BaseException as error:
+        _write(writing, _unset(error))
+    finally:
+        os._exit(0)
+
+
+def _state(private: Sequence[str]) -> list[Any]:
+    """What a program can change that outlives it and that the next one would be checked under.
+
+    Whoever has the same user id may set the limits and the priority of another process.
+    """
+    state: list[Any] = [[resource.getrlimit(limit) for limit in LIMITS], os.getpriority(os.PRIO_PROCESS, 0)]
+    if sys.platform == "linux":
+        state += [os.sched_getaffinity(0), os.sched_getscheduler(0)]
+    if private:
+        state += [path.read_text() for path in LASTING if path.exists()]
+        state += [sorted(os.listdir(folder)) for folder in private]
+    return state
+
+
+def _evalplus_check() -> Callable[..., dict[str, Any]]:
+    from evalplus.evaluate import check_correctness
+
+    return check_correctness
+
+
+def _restrict(guard: int, writing: int, own: str, cpu_seconds: int, processes: int | None) -> None:
+    """Run in the process that EvalPlus forks for the program, before anything else."""
+    if os.getppid() != guard:
+        return  # a fork of the program's own: it has inherited everything
+    try:
+        end_with_parent()
+        limit_resources(cpu_seconds, processes)
+        drop_privileges()
+        confine(own)
+        os.rmdir(tempfile.mkdtemp())  # EvalPlus makes one, and calls the program timed out if it cannot
+        _write(writing, RUNS)
+        os.close(writing)  # the answer is not the program's to give
+    except BaseException as error:
+        _write(writing, _unset(error))
+        os._exit(1)
+
+
+def _write(writing: int, answer: Mapping[str, Any]) -> None:
+    os.write(writing, json.dumps(answer).encode() + b"\n")
+
+
+def _redirect(descriptor: int) -> None:
+    """Have a standard stream lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -1,0 +1,179 @@
+"""What a process can give up on Linux before it runs code that nobody has read: resources, writing, its
+parent's end.
+
+Each is for the calling process and what it starts, and cannot be taken back. Imports the standard library
+only, so that a bare interpreter in a sandbox can use it, and knows nothing about what is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+
+FILE_BYTES = 64 * 1024**2
+OPEN_FILES = 256
+
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+# linux/landlock.h; the numbers of these system calls are the same on every architecture.
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_ADD_RULE = 445
+LANDLOCK_RESTRICT_SELF = 446
+LANDLOCK_RULE_PATH_BENEATH = 1
+WRITE_FILE = 1 << 1
+# Removing and making folders, files, devices, sockets, pipes and links: bits 4 to 12.
+CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))
+# What later versions of Landlock know besides: moving between folders (2), truncating (3); TCP (4); abstract
+# sockets of, and signals to, processes outside (6).
+REFER, TRUNCATE = 1 << 13, 1 << 14
+BIND_AND_CONNECT_TCP = 3
+SOCKETS_AND_SIGNALS = 3
+
+CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Ruleset(ctypes.Structure):
+    _fields_ = (("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
+
+
+class _CapabilityHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("process", ctypes.c_int))
+
+
+class _PathBeneath(ctypes.Structure):
+    _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))  # the kernel reads no further
+
+
+def limit_resources(cpu_seconds: int, processes: int | None = None) -> None:
+    """Limit CPU time, the size of a file, open files, core dumps, and the user's processes if a number is
+    given.
+
+    Memory is not limited here: EvalPlus does that. A limit that is lower already stays.
+    """
+    limits = {
+        resource.RLIMIT_CPU: cpu_seconds,
+        resource.RLIMIT_FSIZE: FILE_BYTES,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_CORE: 0,
+    }
+    if processes is not None:
+        limits[resource.RLIMIT_NPROC] = processes
+    for name, value in limits.items():
+        hard = resource.getrlimit(name)[1]
+        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (lower, lower))
+
+
+def landlock_version() -> int:
+    """Which version of Landlock this kernel has; 0 for none."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+
+
+def drop_privileges() -> None:
+    """Keep the user id, and no more rights than that: root's capabilities, and programs that give rights, are
+    given up."""
+    if sys.platform == "linux":
+        _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        none = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits of each
+        _check(_libc.capset(ctypes.byref(_CapabilityHeader(CAPABILITY_VERSION_3, 0)), none))
+
+
+def confine(folder: str | Path) -> bool:
+    """Let this process change files in `folder` only, and read the memory and environment of nobody outside.
+
+    By Landlock, after `drop_privileges`. Where that is new enough it also refuses TCP (version 4, Linux 6.7)
+    and signals to processes outside (version 6, Linux 6.12). Everything may still be read.
+
+    Returns:
+        False where the kernel has no Landlock, and nothing was done.
+
+    Raises:
+        OSError: it has, and refused.
+    """
+    version = landlock_version()
+    if version == 0:
+        return False
+    write = WRITE_FILE | (TRUNCATE if version >= 3 else 0)
+    files = write | CHANGE_FOLDER | (REFER if version >= 2 else 0)
+    ruleset = _Ruleset(
+        files, BIND_AND_CONNECT_TCP if version >= 4 else 0, SOCKETS_AND_SIGNALS if version >= 6 else 0
+    )
+    size = ctypes.sizeof(ctypes.c_uint64) * (3 if version >= 6 else 2 if version >= 4 else 1)
+    rules = _check(
+        _libc.syscall(
+            LANDLOCK_CREATE_RULESET, ctypes.byref(ruleset), ctypes.c_size_t(size), ctypes.c_uint32(0)
+        )
+    )
+    try:
+        for path, allowed in ((folder, files), (os.devnull, write)):
+            _allow(rules, path, allowed)
+        _check(_libc.syscall(LANDLOCK_RESTRICT_SELF, ctypes.c_int(rules), ctypes.c_uint32(0)))
+    finally:
+        os.close(rules)
+    return True
+
+
+def _allow(rules: int, path: str | Path, allowed: int) -> None:
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = _PathBeneath(allowed, descriptor)
+        _check(
+            _libc.syscall(
+                LANDLOCK_ADD_RULE,
+                ctypes.c_int(rules),
+                ctypes.c_int(LANDLOCK_RULE_PATH_BENEATH),
+                ctypes.byref(rule),
+                ctypes.c_uint32(0),
+            )
+        )
+    finally:
+        os.close(descriptor)
+
+
+def end_first() -> None:
+    """Have the kernel end this process, and what it starts, before all others when the machine's memory runs
+    out.
+
+    Where it does not let itself be told, nothing is done.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that none gets out of sight."""
+    if sys.platform == "linux":
+        _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+
+
+def become_user(user: int) -> None:
+    """Give up being root for a user id that need not exist."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

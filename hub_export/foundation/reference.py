@@ -1,0 +1,270 @@
+"""Finds and loads the frozen model that experts were trained on, and checks that they fit it.
+
+It knows nothing about how experts are stored, nor about the mixture model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..sources.hub_and_folders import HUB_ID, is_forbidden
+from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Router
+from ..tensors.tensor_files import read_json
+from .layer_names import ADAPTABLE, why_missing
+from .stacked_experts import has_exchanged_sizes, shape_in
+
+
+def resolve_foundation(
+    reference: FoundationReference, base_model: str | None, revision: str | None
+) -> FoundationReference:
+    """Where the foundation is: `base_model` if given, else what the source names; local folders become
+    absolute paths.
+
+    A relative path is looked for from the working directory, then from the folder of the file that names it
+    and from that one's parent.
+
+    Raises:
+        InputError: nothing is named, or a path that does not exist.
+    """
+    name = base_model if base_model is not None else reference.name
+    if revision is None and base_model is None:
+        revision = reference.revision
+    if not name:
+        raise InputError(
+            f"{reference.named_in or 'the source'} names no foundation; pass it with --base_model"
+        )
+    if not isinstance(name, str):
+        raise InputError(
+            f"{reference.named_in} names {name!r} as the foundation, which is no folder or Hub id"
+        )
+    named_in = reference.named_in if base_model is None else None
+    path = _local_folder(name, named_in)
+    if path is not None:
+        return FoundationReference(str(path), None, named_in, reference.vocab_size)
+    if not HUB_ID.fullmatch(name):
+        where = "--base_model" if base_model is not None else f"named in {named_in}"
+        why = (
+            "may not be read by this user (permission denied)"
+            if is_forbidden(name)
+            else "does not exist here"
+        )
+        raise InputError(
+            f"the foundation {name} ({where}) {why}; pass its folder or Hub id with --base_model"
+        )
+    return FoundationReference(name, revision, named_in, reference.vocab_size)
+
+
+def _local_folder(name: str, named_in: Path | None) -> Path | None:
+    starts = [Path.cwd()]
+    if named_in is not None:
+        starts += [named_in.resolve().parent, named_in.resolve().parent.parent]
+    for start in starts:
+        try:
+            folder = start / Path(name).expanduser()
+            if (folder / "config.json").is_file():
+                return folder.resolve()
+        except (OSError, RuntimeError, ValueError):  # no path at all: too long, a null byte, nobody's home
+            return None
+    return None
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a foundation's name means something to others."""
+    return name is not None and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def is_local(reference: FoundationReference) -> bool:
+    return reference.name is not None and Path(reference.name).is_absolute()
+
+
+def at_hand(reference: FoundationReference) -> bool:
+    """Whether the foundation's weights are on this machine, in a folder or in the Hub's cache."""
+    return reference.name is not None and (is_local(reference) or in_hub_cache(reference) is not None)
+
+
+def in_hub_cache(reference: FoundationReference) -> Path | None:
+    """The folder in the Hub's cache that holds config and weights; None where they are not there, or not
+    all."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision or "main")
+    except (HFValidationError, ValueError):
+        return None
+    if not isinstance(config, str):  # it is not there, or known not to be on the Hub either
+        return None
+    return Path(config).parent if _has_all_weights(Path(config).parent) else None
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Loading a model takes some of a repo's files only, so that a snapshot need not be whole."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            return isinstance(weight_map, dict) and all(
+                (folder / str(file)).is_file() for file in weight_map.values()
+            )
+        if (folder / name).is_file():
+            return True
+    return False
+
+
+def load_foundation_config(reference: FoundationReference) -> Any:
+    """The foundation's transformers config.
+
+    Raises:
+        InputError: it cannot be had, or needs code that transformers does not have.
+    """
+    from transformers import PreTrainedConfig
+
+    from dylora_moe.modeling.configuration_dylora_moe import read_config
+
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
+        is_mixture = stored.get("model_type") == "dylora_moe"
+        if not is_mixture:
+            return read_config(reference.name, revision=reference.revision)
+    except Exception as error:  # any wrong field may make the config class fail in its own way
+        raise InputError(not_loaded(reference, error)) from error
+    raise InputError(
+        f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model"
+    )
+
+
+def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The foundation as a transformers causal LM, in `dtype` ("auto": as it is stored), in evaluation mode.
+
+    Raises:
+        InputError: it cannot be had, is no causal language model of transformers, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
+
+    config = load_foundation_config(reference)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            reference.name,
+            revision=reference.revision,
+            config=config,
+            adapter_kwargs={"subfolder": NO_FOLDER},
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged files and wrong fields make transformers fail in many ways
+        raise InputError(not_loaded(reference, error)) from error
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise InputError(
+            f"the foundation {reference.name} has no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + "; pass a complete one with --base_model"
+        )
+    return model.eval()
+
+
+def not_loaded(reference: FoundationReference, error: Exception) -> str:
+    """That a foundation cannot be had, why, and what to do."""
+    from dylora_moe.modeling.layouts_dylora_moe import FoundationError, why_not_loaded
+
+    why = error.why if isinstance(error, FoundationError) else why_not_loaded(reference.name, error)
+    at = f" at revision {reference.revision}" if reference.revision else ""
+    named = f" (named in {reference.named_in})" if reference.named_in else ""
+    return (
+        f"the foundation {reference.name}{at}{named} cannot be loaded: {why}; "
+        "pass another folder or Hub id with --base_model"
+    )
+
+
+def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -> None:
+    """Every adapted layer must exist in the foundation, be linear or stacked experts, and have the adapter's
+    shape.
+
+    Raises:
+        InputError: names expert, layer and both shapes.
+    """
+    modules = dict(foundation.named_modules())
+    for expert in experts:
+        for layer_name, layer in expert.layers.items():
+            if layer.num_stacked:
+                _check_stack_fits(expert, layer_name, layer, foundation, name)
+                continue
+            if layer_name not in modules:
+                why = why_missing(layer_name, expert.layers, foundation, name)
+                raise InputError(f"expert {expert.name} ({expert.origin}) adapts {layer_name}{why}")
+            shape = _linear_shape(modules[layer_name])
+            if shape is None:
+                kind = type(modules[layer_name]).__name__
+                raise InputError(
+                    f"expert {expert.name} ({expert.origin}) adapts {layer_name}, a {kind} in {name}; {ADAPTABLE}"
+                )
+            if shape != (layer.in_features, layer.out_features):
+                raise InputError(
+                    f"expert {expert.name} ({expert.origin}) was trained on {layer_name} with {layer.in_features} inputs and "
+                    f"{layer.out_features} outputs (lora_A [{layer.rank}, {layer.in_features}], lora_B "
+                    f"[{layer.out_features}, {layer.rank}]), but in {name} this layer has {shape[0]} inputs and {shape[1]} "
+                    "outputs; pass the model it was trained on with --base_model"
+                )
+
+
+def _check_stack_fits(
+    expert: Expert, parameter: str, layer: AdaptedLayer, foundation: nn.Module, name: str
+) -> None:
+    where = f"expert {expert.name} ({expert.origin})"
+    try:
+        shape = shape_in(foundation, parameter)
+    except ValueError as error:
+        raise InputError(f"{where} adapts {parameter} in {name}. {error}") from error
+    if shape is None:
+        raise InputError(
+            f"{where} adapts {parameter}, which the foundation {name} does not have; pass the model it was trained on with "
+            "--base_model"
+        )
+    found = (layer.num_stacked, layer.in_features, layer.out_features)
+    is_square = shape[1] == shape[2]
+    if (found == (shape[0], shape[2], shape[1]) and not is_square) or (
+        is_square and has_exchanged_sizes(expert.peft_version, parameter, foundation)
+    ):
+        raise InputError(
+            f"{where} adapts {parameter} with its inputs taken for its outputs, as PEFT before 0.19.1 did; newer ones do not "
+            "read what it saved. Train it again"
+        )
+    if found == shape:
+        return
+    raise InputError(
+        f"{where} was trained on {parameter} with {found[0]} stacked experts of {found[1]} inputs and {found[2]} outputs "
+        f"(rank {layer.rank}), but in {name} it has {shape[0]} of {shape[1]} inputs and {shape[2]} outputs; pass the "
+        "model it was trained on with --base_model"
+    )
+
+
+def check_router_fits(router: Router, config: Any, name: str) -> None:
+    """The gate must read hidden states of the foundation's size.
+
+    Raises:
+        InputError: names both sizes.
+    """
+    hidden_size = config.get_text_config().hidden_size
+    if router.hidden_size != hidden_size:
+        raise InputError(
+            f"the router's gate reads hidden states of size {router.hidden_size}, those of {name} have {hidden_size}; "
+            "pass the model it was trained on with --base_model"
+        )
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # GPT-2's layer, with the weight transposed
+        return module.weight.shape[0], module.weight.shape[1]
+    return None

@@ -1,0 +1,196 @@
+"""The foundation's tensors by the names that transformers gives them, left on disk until they are written.
+
+Tensors that transformers renames or puts together on loading (mixture-of-experts models, mostly) are put
+together one at a time. It knows nothing about experts or repos.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DyloraMoeWarning, InputError, one_line
+from ..tensors.mixture import FoundationReference
+from ..tensors.stored_tensors import StoredTensor, of_file, of_tensor, same_bits
+from ..tensors.tensor_files import TensorFile, read_json
+from .reference import is_local, load_foundation, not_loaded
+from .weight_conversion import UnknownConversion, by_model_name, named_as_now
+
+
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+PATTERNS = ("*.safetensors", "*.json")
+PICKLED = ("*.bin",)
+NOT_READ = ("*/*", "consolidated*")  # the same weights once more, in the form of those who made the model
+COMPLETE = "pass a complete one with --base_model"
+
+
+def skeleton(base_config: Any) -> nn.Module:
+    """The foundation without any weights: names, shapes and kinds of its modules.
+
+    Raises:
+        InputError: transformers has no causal language model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(base_config, trust_remote_code=False)
+    except Exception as error:  # any wrong field may make the model class fail in its own way
+        raise InputError(
+            f"transformers has no causal language model for a config of type {base_config.model_type!r}: "
+            f"{one_line(error, 200)}"
+        ) from error
+
+
+def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict[str, StoredTensor]:
+    """Every tensor that a saved copy of the foundation holds; tied ones once.
+
+    Args:
+        model: its skeleton.
+
+    Raises:
+        InputError: its files cannot be had, are damaged, or lack weights.
+    """
+    stored = _stored(_folder(reference))
+    if not stored:
+        return _loaded_whole(reference, None)  # whatever transformers finds there, or its error
+    try:
+        found, _ = by_model_name(stored, model)
+    except UnknownConversion as error:
+        return _loaded_whole(
+            reference, f"how transformers converts its tensors cannot be found out ({error})"
+        )
+    _check_shapes(found, model, reference)
+    _leave_out_tied(found, tied_names(model))
+    missing = [name for name in model.state_dict() if name not in found and name not in tied_names(model)]
+    made_up = [
+        re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ]
+    for name in missing:
+        if not any(pattern.search(name) for pattern in made_up):
+            raise InputError(f"the foundation {reference.name} has no weights for {name}; {COMPLETE}")
+    return (
+        _loaded_whole(reference, f"transformers makes up {missing[0]}, which it lacks") if missing else found
+    )
+
+
+def carried_weights(
+    carried: dict[str, StoredTensor], model: nn.Module, folder: Path
+) -> dict[str, StoredTensor]:
+    """The foundation that a source brings, by the model's own names.
+
+    Raises:
+        InputError: a tensor is missing, unknown, or of another shape than the model's.
+    """
+    found, unknown = named_as_now(carried, model)
+    if unknown:
+        raise InputError(
+            f"{folder} holds {unknown[0]}, which its foundation, a {model.config.model_type}, does not have"
+        )
+    tied = tied_names(model)
+    for name, tensor in model.state_dict().items():
+        if name not in found and name not in tied:
+            raise InputError(f"{folder} lacks {name} of its foundation; copy it again")
+        if name in found and found[name].shape != tuple(tensor.shape):
+            raise InputError(
+                f"{folder}: {name} of its foundation is {list(found[name].shape)}, its config says {list(tensor.shape)}"
+            )
+    return found
+
+
+def _loaded_whole(reference: FoundationReference, why: str | None) -> dict[str, StoredTensor]:
+    """The tensors of the loaded model, with a warning that this takes memory, and why it has to."""
+    if why is not None:
+        message = f"the foundation {reference.name} is loaded whole, which takes as much memory as it is large: {why}"
+        warnings.warn(message, DyloraMoeWarning, stacklevel=2)
+    loaded = load_foundation(reference)
+    tied = tied_names(loaded)
+    return {name: of_tensor(tensor) for name, tensor in loaded.state_dict().items() if name not in tied}
+
+
+def _check_shapes(found: dict[str, StoredTensor], model: nn.Module, reference: FoundationReference) -> None:
+    for name, expected in model.state_dict().items():
+        if name in found and found[name].shape != tuple(expected.shape):
+            raise InputError(
+                f"the foundation {reference.name} stores {name} as {list(found[name].shape)}, its config says "
+                f"{list(expected.shape)}; {COMPLETE}"
+            )
+
+
+def _leave_out_tied(found: dict[str, StoredTensor], tied: dict[str, str]) -> None:
+    """Tied tensors once, by the name of the one that the others are tied to; both where they differ, as
+    transformers then does not tie them."""
+    for name, source in tied.items():
+        if name in found and source not in found:
+            found[source] = found.pop(name)
+        elif name in found and same_bits(found[name], found[source]):
+            del found[name]
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one, with that one's name."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The name of the layer that makes the logits, where its weight is the embeddings' own."""
+    return next((name.rpartition(".")[0] for name in tied_names(model)), None)
+
+
+def _folder(reference: FoundationReference) -> Path:
+    if is_local(reference):
+        return Path(reference.name)
+    from huggingface_hub import errors, snapshot_download
+
+    network_errors = getattr(errors, "HTTPError", OSError)
+    try:
+        fetch = partial(
+            snapshot_download, reference.name, revision=reference.revision, ignore_patterns=list(NOT_READ)
+        )
+        folder = Path(fetch(allow_patterns=list(PATTERNS)))
+        if not any(folder.glob("*.safetensors")):
+            fetch(allow_patterns=list(PICKLED))
+        return folder
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
+        raise InputError(not_loaded(reference, error)) from error
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """Tensors of the folder's weight files by their names there; none where there are no such files."""
+    for name in WEIGHT_NAMES:
+        files = weight_files(folder, name)
+        if files:
+            return {
+                key: of_file(file, key)
+                for path in files
+                for file in [TensorFile(path)]
+                for key in file.keys()  # noqa: SIM118
+            }
+    return {}
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """One file of weights, or the shards that its index names, in order; none where neither is there.
+
+    Raises:
+        InputError: an index names what is not a file of this folder.
+    """
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return [folder / name] if (folder / name).is_file() else []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map")
+    shards = set(weight_map.values())
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+            raise InputError(f"{index} names the shard {shard!r}, which is not in {folder}")
+    return [folder / shard for shard in sorted(shards)]

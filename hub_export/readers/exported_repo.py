@@ -1,0 +1,320 @@
+"""Reads back a repo that this package exported, either layout, and never runs the repo's code.
+
+    config.json              model_type "dylora_moe", weights_layout, base_config, expert_configs, router_*
+    model.safetensors        full: (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
+                             foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight,
+                             router.gate.bias; of stacked experts
+                             foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B
+    experts/<name>/          adapter: adapter_config.json, adapter_model.safetensors, as PEFT writes them
+    router.safetensors       adapter: gate.weight, gate.bias
+    generation_config.json   routing_strategy
+
+It knows the names of the model's parameters and nothing about other formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..foundation.weight_conversion import renamed
+from ..foundation.weights import skeleton
+from ..foundation.weights import weight_files as shards
+from ..repo.repo_config import (
+    MODEL_TYPE,
+    foundation_of,
+    is_exported_repo,
+    load_config,
+    stored_routing_strategy,
+)
+from ..tensors.containment import contained
+from ..tensors.mixture import AdaptedLayer, Expert, Mixture, ReadOptions, Router
+from ..tensors.stored_tensors import StoredTensor, of_file
+from ..tensors.tensor_files import TensorFile, read_json
+
+
+FORMAT = "exported repo"
+DESCRIPTION = "config.json with model_type dylora_moe, model.safetensors or experts/"
+
+PEFT_PREFIX = "base_model.model."
+
+
+def recognise(folder: Path) -> str | None:
+    """Why this folder is an exported repo, or None. Tensor names decide, `model_type` only where there are
+    none."""
+    if not (folder / "config.json").is_file():
+        return None
+    if is_exported_repo(folder) and (folder / "experts").is_dir() and not weight_files(folder):
+        return f"config.json has model_type {MODEL_TYPE}, and there is experts/"
+    if not weight_files(folder):
+        return None
+    for path in weight_files(folder):
+        for key in TensorFile(path).keys():  # noqa: SIM118
+            if key.startswith("foundation.") and key.endswith(".lora_A"):
+                return f"{path.name} holds {key}"
+    if is_exported_repo(folder):
+        return f"config.json has model_type {MODEL_TYPE}"
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that the index names, in order.
+
+    Raises:
+        InputError: a file is a link to somewhere else, or the index names what is no file of this folder.
+    """
+    contained(folder, folder / "model.safetensors.index.json")
+    return [contained(folder, path) for path in shards(folder, "model.safetensors")]
+
+
+def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+    """Describe one exported repo; tensors stay on disk.
+
+    Raises:
+        InputError: config and weights contradict each other, or a file is damaged.
+    """
+    if len(folders) > 1:
+        raise InputError(
+            f"{folders[0]} is an exported repo; give one at a time, and after it adapters to append"
+        )
+    folder = folders[0]
+    if options.lora_alpha is not None:
+        raise InputError("an exported repo states its alphas; leave out --lora_alpha")
+    config = load_config(folder)
+    is_full = config.weights_layout == "full"
+    weights = _full_weights(folder, config) if is_full else _adapter_weights(folder, config)
+    _check_nothing_else(folder, config, weights)
+    layouts = config.rank_layouts()
+    return Mixture(
+        format=FORMAT,
+        reason=reason,
+        folders=folders,
+        experts=[_expert(folder, config, layouts, index, weights) for index in range(config.num_experts)],
+        router=_router(folder, config, weights),
+        foundation=foundation_of(folder, config),
+        foundation_config=config.base_config,
+        foundation_weights=_foundation(weights) if is_full else None,
+        has_trained_foundation=getattr(config, "has_trained_foundation", False) is True,
+        limits=[str(limit) for limit in _as_list(getattr(config, "limits", None))],
+        routing_strategy=stored_routing_strategy(folder, config),
+    )
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _full_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
+    files = [TensorFile(path) for path in weight_files(folder)]
+    weights = {key: of_file(file, key) for file in files for key in file.keys()}  # noqa: SIM118
+    if not weights:
+        raise InputError(f"{folder} has a config.json but no model.safetensors")
+    return _with_own_names(weights, config)
+
+
+def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
+    """The stacks under the names that the config gives; transformers saves a model under a foundation's older
+    names."""
+    own = {
+        f"foundation.{module}.lora_{matrix}" for module in config.stack_modules().values() for matrix in "AB"
+    }
+    stacks = [key for key in weights if _is_stack(key)]
+    if config.base_config is None or all(key in own for key in stacks):
+        return weights
+    inside = [key.removeprefix("foundation.") for key in stacks]
+    names = renamed(inside, skeleton(config.base_config))
+    now = {f"foundation.{before}": f"foundation.{after}" for before, after in names.items()}
+    return {now.get(key, key): tensor for key, tensor in weights.items()}
+
+
+def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> None:
+    """What is not read here would be lost, and what it does is not known.
+
+    Raises:
+        InputError: names the first tensor that the config does not speak of.
+    """
+    known = {"router.gate.weight", "router.gate.bias"} if config.router_input is not None else set()
+    is_full = config.weights_layout == "full"
+    for index in range(config.num_experts):
+        keys = _stored_keys(config, index)
+        known |= {key.format(matrix) for key in keys.values() for matrix in "AB"}
+    for key in weights:
+        is_foundations = is_full and key.startswith("foundation.") and not _is_stack(key)
+        if key not in known and not is_foundations:
+            raise InputError(f"{folder}: {key} in its weights is nothing that its config.json speaks of")
+
+
+def _stored_keys(config: Any, index: int) -> dict[str, str]:
+    """What an expert adapts -> the name of its tensors, with {} for A and B: in layout `full` those of all
+    experts."""
+    from dylora_moe.modeling.layouts_dylora_moe import peft_keys
+
+    keys = peft_keys(config.expert_configs[index])
+    if config.weights_layout == "full":
+        modules = config.stack_modules()
+        return {name: f"foundation.{modules[name]}.lora_{{}}" for name in keys}
+    return {name: f"{config.expert_names[index]}/{key}.lora_{{}}.weight" for name, key in keys.items()}
+
+
+def _is_stack(key: str) -> bool:
+    return key.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The foundation's tensors by their own names."""
+    return {
+        key.removeprefix("foundation.").replace(".base_layer.", "."): tensor
+        for key, tensor in weights.items()
+        if key.startswith("foundation.") and not _is_stack(key)
+    }
+
+
+def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
+    """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout
+    `full`."""
+    from dylora_moe.modeling.layouts_dylora_moe import peft_config
+
+    weights = {}
+    for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
+        place = folder / "experts" / name
+        written = peft_config(config, config.expert_names.index(name), False)
+        earlier = {**entry, "target_parameters": entry["target_parameters"] or None}
+        _check_adapter_config(contained(folder, place / "adapter_config.json"), name, (written, earlier))
+        file = TensorFile(contained(folder, place / "adapter_model.safetensors"))
+        weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
+    if config.router_input is not None:
+        file = TensorFile(contained(folder, folder / "router.safetensors"))
+        weights.update({f"router.{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
+    return weights
+
+
+def _check_adapter_config(path: Path, name: str, forms: tuple[dict[str, Any], ...]) -> None:
+    """PEFT goes by this file and the model by `config.json`, which must mean the same expert.
+
+    Args:
+        forms: the fields as they are written now, and as earlier versions wrote them.
+
+    Raises:
+        InputError: it is damaged, or names the field that differs.
+    """
+    stored = read_json(path)
+    fields = (
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "target_modules",
+        "target_parameters",
+    )
+    differing = [[field for field in fields if stored.get(field) != form.get(field)] for form in forms]
+    if all(differing):
+        field, meant = differing[0][0], str(forms[0].get(differing[0][0]))[:80]
+        raise InputError(
+            f"{path}: {field} is {str(stored.get(field))[:80]}, config.json has {meant} for {name}; one of the two was "
+            "changed"
+        )
+
+
+def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]) -> Expert:
+    entry = config.expert_configs[index]
+    stored = {
+        name: _matrices(folder, config, layouts[name], index, (name, key), weights)
+        for name, key in _stored_keys(config, index).items()
+    }
+    ranks = {name: layouts[name][index][0] for name in stored}
+    return Expert(
+        name=entry["name"],
+        layers={name: _layer(entry, name, ranks[name], pair) for name, pair in stored.items()},
+        read=lambda module: tuple(matrix.read() for matrix in stored[module]),
+        origin=folder,
+        lora_dropout=entry["lora_dropout"],
+        use_rslora=entry["use_rslora"],
+        mature=entry["mature"],
+    )
+
+
+def _matrices(
+    folder: Path,
+    config: Any,
+    layout: tuple,
+    index: int,
+    place: tuple[str, str],
+    weights: dict[str, StoredTensor],
+) -> tuple[StoredTensor, StoredTensor]:
+    """A and B of one expert on one layer, as in PEFT, from either layout.
+
+    Args:
+        place: what is adapted, and the name of its tensors with {} for A and B.
+    """
+    from dylora_moe.modeling.stacked_experts_dylora_moe import a_as_in_peft, b_as_in_peft
+
+    rank, name = layout[index][0], config.expert_names[index]
+    is_full, is_stacked = config.weights_layout == "full", place[0] in config.adapted_parameters()
+    rows = sum(rank for rank, _ in layout) if is_full else rank
+    found = []
+    for matrix, as_in_peft in (("A", a_as_in_peft), ("B", b_as_in_peft)):
+        key = place[1].format(matrix)
+        if key not in weights:
+            raise InputError(
+                f"{folder}: config.json says that expert {name} adapts {place[0]}, but {key} is missing"
+            )
+        tensor = weights[key]
+        size = tensor.shape[1 if matrix == "B" and not is_full else 0] if tensor.shape else 0
+        fits = size == rows or (is_stacked and not is_full and size and size % rows == 0)
+        if len(tensor.shape) != (3 if is_full and is_stacked else 2) or not fits:
+            raise InputError(
+                f"{folder}: {key} is {list(tensor.shape)}, but the ranks in config.json sum up to {rows} there"
+            )
+        if is_full:
+            start = sum(rank for rank, _ in layout[:index])
+            tensor = _changed(tensor.rows(start, start + rank), as_in_peft)
+        found.append(tensor)
+    return tuple(found)
+
+
+def _changed(tensor: StoredTensor, change: Callable[[torch.Tensor], torch.Tensor]) -> StoredTensor:
+    shape = tuple(change(torch.empty(tensor.shape, device="meta")).shape)
+    return StoredTensor(shape, tensor.dtype, lambda: change(tensor.read()))
+
+
+def _layer(entry: dict, name: str, rank: int, matrices: tuple[StoredTensor, StoredTensor]) -> AdaptedLayer:
+    lora_a, lora_b = matrices
+    return AdaptedLayer(
+        rank=rank,
+        lora_alpha=entry["alpha_pattern"].get(name, entry["lora_alpha"]),
+        in_features=lora_a.shape[1],
+        out_features=lora_b.shape[0],
+        dtype=torch.promote_types(lora_a.dtype, lora_b.dtype),
+        num_stacked=lora_a.shape[0] // rank if name in entry["target_parameters"] else 0,
+    )
+
+
+def _router(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> Router | None:
+    if config.router_input is None:
+        return None
+    keys = ("router.gate.weight", "router.gate.bias")
+    for key in keys:
+        if key not in weights:
+            raise InputError(
+                f"{folder}: config.json says there is a router (router_input), but {key} is missing"
+            )
+    shape = weights[keys[0]].shape
+    if len(shape) != 2 or shape[0] != config.num_experts:
+        raise InputError(
+            f"{folder}: {keys[0]} is {list(shape)}, but config.json has {config.num_experts} experts"
+        )
+    return Router(
+        read=lambda: (weights[keys[0]].read(), weights[keys[1]].read()),
+        num_experts=shape[0],
+        hidden_size=shape[1],
+        router_input=config.router_input,
+        num_experts_per_tok=config.num_experts_per_tok,
+        router_temperature=config.router_temperature,
+        router_mode=config.router_mode,
+        router_aux_loss_coef=config.router_aux_loss_coef,
+    )

@@ -1,0 +1,197 @@
+"""Reads the final checkpoint that DyLoRA-MoE's training code leaves behind.
+
+    config.json                    model_type "dylora-moe", base_model_name_or_path, _dylora_num_experts, _dylora_lora_r,
+                                   _dylora_lora_alpha, _dylora_lora_dropout, the rest copied from the
+                                   foundation
+    peft_adapters/expert_<i>.pt    dict of full parameter names to tensors, for instance
+                                   base_model.model.model.layers.0.self_attn.q_proj.lora_A.expert_0.weight
+    dylo_moe_state/router.pt       (in the folder, or in the one it lies in) dict of gate_state_dict (weight, bias), num_experts, input_size, top_k, temperature
+
+Training matched names by substring and kept only what required a gradient. So `expert_1.pt` may also hold the
+tensors of expert_10 to expert_19, and a file may be an empty dict. The earlier form of the trainer's
+checkpoints (config.json with num_experts and checkpoint_type "peft_only", no alpha) has the same files and is
+read here, too. It knows nothing about other formats or about the model.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..tensors.containment import contained
+from ..tensors.mixture import Expert, Mixture, ReadOptions, Router, natural_order
+from ..tensors.stored_tensors import of_file
+from ..tensors.tensor_files import TensorFile, read_json
+from .training_run import (
+    PARAMETER,
+    STATE,
+    count_of_experts,
+    foundation_reference,
+    gate_of_state,
+    lora_alpha,
+    low_rank_layer,
+    make_router,
+    maturity_note,
+    number,
+    own_state,
+    read_state,
+    stored_setting,
+    where_else,
+)
+
+
+FORMAT = "final checkpoint"
+DESCRIPTION = "config.json, peft_adapters/expert_<i>.pt, dylo_moe_state/router.pt"
+
+
+def recognise(folder: Path) -> str | None:
+    """Why this folder is a final checkpoint, or None. Tensor names decide, `model_type` only where there are
+    none."""
+    for path in adapter_files(folder).values():
+        for key in TensorFile(contained(folder, path)).keys():  # noqa: SIM118
+            if PARAMETER.fullmatch(key):
+                return f"peft_adapters/{path.name} holds {key}"
+    # A run's own folder may hold dylo_moe_state/ as well, beside the checkpoints that it belongs to.
+    router = folder / STATE
+    is_checkpoint = (folder / "peft_adapters").is_dir() or (folder / "config.json").is_file()
+    if is_checkpoint and router.is_file() and "gate_state_dict" in read_state(contained(folder, router)):
+        return f"{STATE} holds gate_state_dict"
+    config = folder / "config.json"
+    if (
+        adapter_files(folder)
+        and config.is_file()
+        and read_json(contained(folder, config)).get("model_type") == "dylora-moe"
+    ):
+        return "config.json has model_type dylora-moe, and there is peft_adapters/expert_<i>.pt"
+    return None
+
+
+def adapter_files(folder: Path) -> dict[int, Path]:
+    """Expert index to file, for every `peft_adapters/expert_<i>.pt`, in the order of the indices."""
+    found = {}
+    for path in (folder / "peft_adapters").glob("expert_*.pt"):
+        match = re.fullmatch(r"expert_(0|[1-9][0-9]*)\.pt", path.name)
+        if match:
+            found[int(match.group(1))] = path
+    return dict(sorted(found.items()))
+
+
+def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+    """Describe one checkpoint folder; tensors stay on disk.
+
+    Raises:
+        InputError: a file is damaged or two parts of the checkpoint contradict each other. What is merely
+            missing (alpha, an expert's tensors) is listed in the mixture's `problems` instead.
+    """
+    if len(folders) > 1:
+        raise InputError(
+            f"{folders[0]} is a final checkpoint, which holds all its experts; export one at a time"
+        )
+    folder = folders[0]
+    config = read_json(contained(folder, folder / "config.json"))
+    problems: list[str] = []
+    notes: list[str] = []
+    alpha = lora_alpha(folder, config, options, problems)
+    experts = [
+        _read_expert(folder, index, path, config, alpha, problems)
+        for index, path in _complete(folder, config).items()
+    ]
+    return Mixture(
+        format=FORMAT,
+        reason=reason,
+        folders=folders,
+        experts=experts,
+        router=_read_router(folder, len(experts), options, problems, notes),
+        foundation=foundation_reference(folder, config),
+        problems=problems,
+        notes=notes,
+    )
+
+
+def _complete(folder: Path, config: dict[str, Any]) -> dict[int, Path]:
+    files = adapter_files(folder)
+    # In a final checkpoint, num_experts can only be a field copied from a foundation that has experts of its
+    # own.
+    fields = (
+        "_dylora_num_experts",
+        *(("num_experts",) if config.get("checkpoint_type") == "peft_only" else ()),
+    )
+    stated = count_of_experts(config, fields, folder / "config.json")
+    expected, field = stated or (len(files), fields[-1])
+    missing = [f"expert_{index}.pt" for index in range(expected) if index not in files]
+    if missing:
+        raise InputError(
+            f"{folder}/peft_adapters lacks {', '.join(missing)}; config.json's {field} is {expected}; "
+            f"{where_else(folder, missing[0].removesuffix('.pt'))}"
+        )
+    if len(files) != expected:
+        raise InputError(
+            f"{folder}/peft_adapters holds {len(files)} expert files, config.json's {field} is {expected}; "
+            "correct whichever is wrong"
+        )
+    return files
+
+
+def _read_expert(
+    folder: Path, index: int, path: Path, config: dict[str, Any], alpha: float | None, problems: list[str]
+) -> Expert:
+    name = f"expert_{index}"
+    file = TensorFile(contained(folder, path))
+    keys = _own_keys(file, name)
+    if not keys:
+        problems.append(_empty_expert(folder, name, file))
+    layers = {}
+    for module, matrices in keys.items():
+        stored = {matrix: of_file(file, key) for matrix, key in matrices.items()}
+        layers[module] = low_rank_layer(path, name, module, stored, alpha, config.get("_dylora_lora_r"))
+    return Expert(
+        name=name,
+        layers=layers,
+        read=lambda module: (file.read(keys[module]["A"]), file.read(keys[module]["B"])),
+        origin=path,
+        lora_dropout=number(
+            config.get("_dylora_lora_dropout") or 0.0, f"{folder}/config.json: _dylora_lora_dropout"
+        ),
+    )
+
+
+def _own_keys(file: TensorFile, name: str) -> dict[str, dict[str, str]]:
+    """Module to {"A": key, "B": key} of the tensors of this expert alone: the whole name part must match."""
+    own: dict[str, dict[str, str]] = {}
+    for key in file.keys():  # noqa: SIM118
+        match = PARAMETER.fullmatch(key)
+        if match is None:
+            raise InputError(
+                f"{file.path}: {key} is not a LoRA matrix (…lora_A.{name}.weight); what it does cannot be exported"
+            )
+        if match["expert"] == name:
+            own.setdefault(match["module"], {})[match["matrix"]] = key
+    return dict(sorted(own.items(), key=lambda item: natural_order(item[0])))
+
+
+def _empty_expert(folder: Path, name: str, file: TensorFile) -> str:
+    what = "is an empty dict" if not len(file) else f"holds no tensor of {name}"
+    return f"{file.path} {what}: training kept only what required a gradient; {where_else(folder, name)}"
+
+
+def _read_router(
+    folder: Path, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
+) -> Router | None:
+    path = own_state(folder, problems, notes, f"{folder / STATE} is missing")
+    if path is None:
+        return None
+    state = read_state(path)
+    notes += maturity_note(path, state)
+    top_k = _setting(state, "top_k", options.num_experts_per_tok, path, problems)
+    temperature = _setting(state, "temperature", options.router_temperature, path, problems)
+    return make_router(path, gate_of_state(path, state), num_experts, top_k, temperature, state)
+
+
+def _setting(state: dict, key: str, given: float | None, path: Path, problems: list[str]) -> float | None:
+    value = given if given is not None else stored_setting(state, key, path)
+    if value is None:
+        option = {"top_k": "--num_experts_per_tok", "temperature": "--router_temperature"}[key]
+        problems.append(f"{path} has no {key}; pass {option}")
+    return value

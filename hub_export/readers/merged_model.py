@@ -1,0 +1,65 @@
+"""Knows an ordinary model when it sees one, perhaps with an adapter merged into it: there is nothing to
+export.
+
+config.json           the model's own, perhaps with base_model_name_or_path
+model.safetensors     (or pytorch_model.bin, or shards with an index) without any adapter in it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..tensors.containment import contained
+from ..tensors.mixture import FoundationReference, Mixture, ReadOptions
+from ..tensors.stored_tensors import of_file
+from ..tensors.tensor_files import TensorFile, read_json
+from .whole_model import weight_files
+
+
+FORMAT = "merged model"
+DESCRIPTION = "config.json and model.safetensors of an ordinary model, which needs no export"
+
+ADAPTER_PARTS = (".lora_", ".base_layer.", ".modules_to_save.")
+
+
+def recognise(folder: Path) -> str | None:
+    """Why this folder is an ordinary model, or None. Any trace of an adapter in the tensors' names speaks
+    against it."""
+    config = folder / "config.json"
+    files = weight_files(folder)
+    if not files or not config.is_file():
+        return None
+    model_type = read_json(contained(folder, config)).get("model_type")
+    if not isinstance(model_type, str):
+        return None
+    first = None
+    for path in files:
+        for key in TensorFile(path).keys():  # noqa: SIM118
+            if any(part in f".{key}" for part in ADAPTER_PARTS):
+                return None
+            first = first or (path.name, key)
+    if first is None:
+        return None
+    return f"{first[0]} holds {first[1]} and no adapter, and config.json has model_type {model_type}"
+
+
+def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+    """The model as it is, without experts; `problems` says that there is nothing to export."""
+    folder = folders[0]
+    config = read_json(folder / "config.json")
+    files = [TensorFile(path) for path in weight_files(folder)]
+    return Mixture(
+        format=FORMAT,
+        reason=reason,
+        folders=folders,
+        experts=[],
+        router=None,
+        foundation=FoundationReference(
+            name=config.get("base_model_name_or_path") or str(folder), named_in=folder / "config.json"
+        ),
+        problems=[
+            f"{folder} is an ordinary model, with its adapters merged or without any ({reason}): it needs no export; "
+            "load it with AutoModelForCausalLM.from_pretrained, or benchmark it as it is"
+        ],
+        foundation_weights={key: of_file(file, key) for file in files for key in file.keys()},  # noqa: SIM118
+    )

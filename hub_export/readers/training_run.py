@@ -1,0 +1,338 @@
+"""What the checkpoints of one training run have in common: how alpha, the gate and its settings are stored,
+and where else in the run the same expert lies.
+
+    <run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
+    <run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
+    <run>/checkpoint-<step>/                   earlier and later states of the same experts
+
+It knows what training stores and nothing about the layout of any one format.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..tensors.containment import contained
+from ..tensors.mixture import AdaptedLayer, FoundationReference, ReadOptions, Router, natural_order
+from ..tensors.stored_tensors import StoredTensor, of_tensor
+from ..tensors.tensor_files import TensorFile, load_torch_file, read_json
+
+
+PARAMETER = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.(?P<expert>[^.]+)\.weight"
+)
+
+STATE = Path("dylo_moe_state") / "router.pt"
+STEP = re.compile(r"checkpoint-\d+")
+# of training runs that do not store theirs, as its documentation gives them
+DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0
+# more experts than this is a damaged number, not a mixture
+MOST_EXPERTS = 4096
+
+
+def number(value: Any, what: str) -> float:
+    """A finite number that a JSON file holds.
+
+    Raises:
+        InputError: it is something else; `what` says where it stands.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{what} is {value!r}, expected a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{what} is {value!r}, expected a finite number")
+    return value
+
+
+def count_of_experts(config: dict[str, Any], fields: tuple[str, ...], path: Path) -> tuple[int, str] | None:
+    """How many experts a config speaks of, and in which field; None where it does not."""
+    for field in fields:
+        if config.get(field) is not None:
+            value = config[field]
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_EXPERTS:
+                raise InputError(f"{path}: {field} is {value!r}, expected a positive number")
+            return value, field
+    return None
+
+
+def best_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """`config.json` of the run's best model, which lies beside `folder`; empty where there is none."""
+    path = folder.resolve().parent / "best_model" / "config.json"
+    return path, read_json(path) if path.is_file() else {}
+
+
+def lora_alpha(
+    folder: Path, config: dict[str, Any], options: ReadOptions, problems: list[str]
+) -> float | None:
+    """Alpha as given, as stored, or as a sibling `best_model` of the same training run stored it. Never
+    guessed."""
+    if options.lora_alpha is not None:
+        return options.lora_alpha
+    for path, stored in ((folder / "config.json", config), best_model_config(folder)):
+        if stored.get("_dylora_lora_alpha") is not None:
+            return number(stored["_dylora_lora_alpha"], f"{path}: _dylora_lora_alpha")
+    problems.append(
+        f"{folder}/config.json has no _dylora_lora_alpha, so the experts' strength is unknown; "
+        "pass the alpha of the training run with --lora_alpha"
+    )
+    return None
+
+
+def foundation_reference(folder: Path, config: dict[str, Any]) -> FoundationReference:
+    """The foundation that the checkpoint's config names, else the one that the run's best model names."""
+    path, name = folder / "config.json", config.get("base_model_name_or_path")
+    if not name:
+        best, stored = best_model_config(folder)
+        if stored.get("base_model_name_or_path"):
+            path, name = best, stored["base_model_name_or_path"]
+    return FoundationReference(name=name or None, named_in=path, vocab_size=config.get("vocab_size"))
+
+
+def low_rank_layer(
+    where: Path,
+    name: str,
+    module: str,
+    matrices: dict[str, StoredTensor],
+    alpha: float | None,
+    config_rank: Any,
+) -> AdaptedLayer:
+    """One expert on one layer from its matrices "A" and "B".
+
+    Raises:
+        InputError: one is missing, they do not fit, or the config gives another rank.
+    """
+    if set(matrices) != {"A", "B"}:
+        raise InputError(f"{where}: {name} has lora_{'/'.join(matrices)} but not both matrices on {module}")
+    shape_a, shape_b = matrices["A"].shape, matrices["B"].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
+        raise InputError(
+            f"{where}: {name} on {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
+            "expected [rank, in] and [out, rank] of one rank"
+        )
+    if module.endswith(".base_layer") or module.rpartition(".")[2] == "experts":
+        raise InputError(
+            f"{where}: {name} adapts parameters of {module.removesuffix('.base_layer')}, stacked experts, and such a checkpoint "
+            "does not say which, nor with what alpha; export the folder that PEFT's save_pretrained makes of the adapter"
+        )
+    if config_rank is not None and shape_a[0] != config_rank:
+        raise InputError(
+            f"{where}: {name} on {module} has rank {shape_a[0]}, config.json's _dylora_lora_r is {config_rank}; "
+            "alpha / rank would be wrong, so one of them has to be corrected"
+        )
+    return AdaptedLayer(
+        rank=shape_a[0],
+        lora_alpha=alpha,
+        in_features=shape_a[1],
+        out_features=shape_b[0],
+        dtype=torch.promote_types(matrices["A"].dtype, matrices["B"].dtype),
+    )
+
+
+def where_else(folder: Path, name: str) -> str:
+    """The end of a sentence about an expert that a checkpoint lacks: which other checkpoint of the run has
+    it."""
+    siblings = [sibling for sibling in _siblings(folder) if _holds(sibling, name)]
+    if siblings:
+        return f"{siblings[0]} has {name}: export that folder instead"
+    return f"no checkpoint-* folder or best_model beside {folder} has {name}, so it cannot be exported"
+
+
+def _siblings(folder: Path) -> list[Path]:
+    """The run's `checkpoint-<step>` folders beside or inside this one, the latest first, then its
+    `best_model`."""
+    places = [folder.resolve().parent, folder.resolve()]
+    found = [path for place in places for path in place.glob("checkpoint-*")]
+    found.sort(key=lambda path: natural_order(path.name), reverse=True)
+    found += [place / "best_model" for place in places]
+    return [path for path in found if path != folder.resolve()]
+
+
+def _holds(checkpoint: Path, name: str) -> bool:
+    for path in [
+        checkpoint / "peft_adapters" / f"{name}.pt",
+        checkpoint / "peft_adapters" / name / name / "adapter_model.safetensors",
+        checkpoint / "peft_adapters" / name / "adapter_model.safetensors",
+    ]:
+        if not path.is_file():
+            continue
+        try:
+            file = TensorFile(path)
+        except InputError:
+            continue
+        if path.suffix == ".safetensors":
+            return len(file) > 0
+        matches = [PARAMETER.fullmatch(key) for key in file.keys()]  # noqa: SIM118
+        return any(match is not None and match["expert"] == name for match in matches)
+    return False
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The dict in a `router.pt`.
+
+    Raises:
+        InputError: it is damaged, or no dict.
+    """
+    content = load_torch_file(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, expected a dict with gate_state_dict")
+    return content
+
+
+def gate_of_state(path: Path, state: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Weight and bias under `gate_state_dict`."""
+    gate = state.get("gate_state_dict")
+    if (
+        not isinstance(gate, dict)
+        or not isinstance(gate.get("weight"), torch.Tensor)
+        or gate["weight"].dim() != 2
+    ):
+        raise InputError(f"{path} has no gate_state_dict with a weight of shape [num_experts, hidden_size]")
+    if not isinstance(gate.get("bias"), torch.Tensor):
+        raise InputError(
+            f"{path}: gate_state_dict has no bias; the gate of a final checkpoint always has one"
+        )
+    return {key: of_tensor(gate[key]) for key in ("weight", "bias")}
+
+
+def make_router(
+    where: Path,
+    gate: dict[str, StoredTensor],
+    num_experts: int,
+    top_k: int | None,
+    temperature: float | None,
+    state: dict[str, Any] | None = None,
+) -> Router:
+    """The router around a gate's `weight` and `bias`, as training used it.
+
+    Args:
+        state: what else the gate's file says of it.
+
+    Raises:
+        InputError: their shapes do not fit each other, the number of experts, or what the file says.
+    """
+    weight, bias = gate["weight"], gate["bias"]
+    if len(weight.shape) != 2 or weight.shape[0] != num_experts or bias.shape != (weight.shape[0],):
+        raise InputError(
+            f"{where}: the gate's weight is {list(weight.shape)} and its bias {list(bias.shape)}, "
+            f"but there are {num_experts} experts"
+        )
+    for key, value in (("num_experts", weight.shape[0]), ("input_size", weight.shape[1])):
+        stored = (state or {}).get(key, value)
+        if isinstance(stored, torch.Tensor) or stored != value:
+            raise InputError(f"{where}: {key} is {stored!r}, the gate's weight is {list(weight.shape)}")
+    if not (weight.dtype.is_floating_point and bias.dtype.is_floating_point):
+        raise InputError(f"{where}: the gate is stored as {weight.dtype} and {bias.dtype}, not as floats")
+    return Router(
+        read=lambda: (weight.read(), bias.read()),
+        num_experts=weight.shape[0],
+        hidden_size=weight.shape[1],
+        # what the training code has fed its router: all experts on, each with weight 1
+        router_input="experts_sum",
+        num_experts_per_tok=top_k,
+        router_temperature=temperature,
+    )
+
+
+def stored_setting(state: dict[str, Any], key: str, path: Path) -> float | None:
+    """`top_k` or `temperature` of a router's state, None where it is not there.
+
+    Raises:
+        InputError: it is no positive number.
+    """
+    kind = {"top_k": int, "temperature": float}[key]
+    value = state.get(key)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if value is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < math.inf
+        or kind(value) != value
+    ):
+        raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
+    return kind(value)
+
+
+def settings_or_defaults(
+    folder: Path, own: tuple[Path, dict[str, Any]] | None, options: ReadOptions, notes: list[str]
+) -> tuple[int, float]:
+    """top_k and temperature as given, as the router's own file has them, as the run's `dylo_moe_state` has
+    them, or training's defaults, which a note then says.
+
+    Args:
+        own: the file of the router itself and its content, where that can hold more than the gate.
+    """
+    states = [own] if own is not None else []
+    states += [(path, read_state(path)) for path in state_files(folder) if own is None or path != own[0]]
+    assumed = []
+
+    def find(key: str, given: float | None, default: float) -> float:
+        if given is not None:
+            return given
+        for path, state in states:
+            value = stored_setting(state, key, path)
+            if value is not None:
+                return value
+        assumed.append(f"{key} {default}")
+        return default
+
+    found = (
+        find("top_k", options.num_experts_per_tok, DEFAULT_TOP_K),
+        find("temperature", options.router_temperature, DEFAULT_TEMPERATURE),
+    )
+    if assumed:
+        notes.append(
+            f"{folder} does not store the router's {' and '.join(name.split()[0] for name in assumed)}, nor does a "
+            f"{STATE} of its run; training's defaults are taken ({', '.join(assumed)}), others are given with "
+            "--num_experts_per_tok and --router_temperature"
+        )
+    return found
+
+
+def state_files(folder: Path) -> list[Path]:
+    """`dylo_moe_state/router.pt` of the checkpoint, of the folder it lies in, and of the run's best model."""
+    own, run = folder / STATE, folder.resolve().parent
+    found = [contained(folder, own)] if own.is_file() else []
+    return found + [path for path in (run / STATE, run / "best_model" / STATE) if path.is_file()]
+
+
+def own_state(folder: Path, problems: list[str], notes: list[str], needed: str) -> Path | None:
+    """The `dylo_moe_state/router.pt` with the checkpoint's own gate: in its folder, or beside it, where older
+    runs left the last one.
+
+    Args:
+        problems, notes: get what there is to say: that there is none, where `needed` says what else was
+            looked for, or that it was taken from beside the folder.
+    """
+    own, beside = folder / STATE, folder.resolve().parent / STATE
+    if own.is_file():
+        return contained(folder, own)
+    if not beside.is_file():
+        problems.append(f"{needed}, so there is no router; copy it from the training run's output")
+        return None
+    if STEP.fullmatch(folder.resolve().name):
+        problems.append(
+            f"{needed}; {beside} is that of the run's end, not of this step. Export the run's best_model or last checkpoint, "
+            f"or copy the file to {own} if it belongs to this one"
+        )
+        return None
+    notes.append(f"the router is that of {beside}, since {folder} has none of its own")
+    return beside
+
+
+def maturity_note(path: Path, state: dict[str, Any]) -> list[str]:
+    """What to tell of a stored `expert_maturity`: nothing where there is none."""
+    maturity = state.get("expert_maturity")
+    if maturity is None:
+        return []
+    stored = maturity.tolist() if isinstance(maturity, torch.Tensor) else maturity
+    return [
+        f"{path.name} stores expert_maturity {stored}; all experts are exported as mature, as training's own loader does"
+    ]

@@ -1,0 +1,139 @@
+"""The foundation inside a training wrapper's state dict: its config, and which of its tensors are its own.
+
+It asks transformers, on the meta device, which tensors a model of that config has. It reads no weights but
+those it has to compare, and those in pieces.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError, one_line
+from ..foundation.layer_names import PREFIX, why_unreadable
+from ..foundation.reference import load_foundation_config, resolve_foundation
+from ..foundation.weight_conversion import named_as_now
+from ..tensors.mixture import FoundationReference, ReadOptions
+from ..tensors.stored_tensors import StoredTensor, same_bits
+
+
+# what training adds to the foundation's own config
+NOT_THE_FOUNDATIONS = ("base_model_name_or_path", "_name_or_path", "checkpoint_type")
+# Buffers that older versions of transformers stored, and that are computed from the config.
+COMPUTED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+
+def foundation_config(
+    folder: Path,
+    config: dict[str, Any],
+    reference: FoundationReference,
+    options: ReadOptions,
+    num_tensors: int,
+) -> Any:
+    """The foundation's transformers config: the folder's own, or where that is none, that of the named
+    foundation.
+
+    Args:
+        num_tensors: how many tensors the state dict has; a config of more layers than that is wrong.
+
+    Raises:
+        InputError: there is none, or it is not valid.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from dylora_moe.modeling.configuration_dylora_moe import without_code_elsewhere
+
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        own = {
+            key: value
+            for key, value in config.items()
+            if key not in NOT_THE_FOUNDATIONS and not key.startswith("_dylora_")
+        }
+        try:
+            found = CONFIG_MAPPING[model_type].from_dict(without_code_elsewhere(own))
+        except Exception as error:  # any wrong field may make the config class fail in its own way
+            raise InputError(f"{folder}/config.json is not a valid config: {one_line(error)}") from error
+    else:
+        if not (options.base_model or reference.name):
+            raise InputError(
+                f"{folder} has no config.json that says what kind of model its foundation is; name the foundation that it "
+                "was trained on with --base_model, of which only the config is read"
+            )
+        found = load_foundation_config(resolve_foundation(reference, options.base_model, None))
+    layers = getattr(found.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > num_tensors:
+        raise InputError(
+            f"the foundation's config has {layers!r} layers, {folder} only {num_tensors} tensors"
+        )
+    return found
+
+
+def foundation_weights(
+    folder: Path, config: Any, tensors: dict[str, StoredTensor], notes: list[str]
+) -> dict[str, StoredTensor]:
+    """The tensors that a model of this config has, by its own names, tied ones left out.
+
+    Training always unties the head. Where it still equals the embedding bit for bit it is tied again, else
+    `config` is changed to say that it is not.
+
+    Raises:
+        InputError: a tensor is missing, unknown, or of another shape than the config says.
+    """
+    model = _on_meta(folder, config)
+    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), COMPUTED.pattern]
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in names or not any(re.search(pattern, name) for pattern in ignored)
+    }
+    found, unknown = named_as_now(tensors, model)
+    if unknown:
+        why = why_unreadable(f"{PREFIX}{unknown[0]}")
+        raise InputError(
+            f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have"
+            + ("; what it does is not known" if why is None else f": {why}")
+        )
+    _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, notes)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
+    missing = [name for name in names if name not in found and name not in tied]
+    if missing:
+        raise InputError(
+            f"{folder} lacks {missing[0]} of its foundation; the file is incomplete, copy it again"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != names[name]:
+            raise InputError(
+                f"{folder}: {name} of the foundation is {list(tensor.shape)}, its config says {list(names[name])}"
+            )
+    return found
+
+
+def _on_meta(folder: Path, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # any wrong field may make the model class fail in its own way
+        raise InputError(f"{folder}: its config makes no causal language model: {one_line(error)}") from error
+
+
+def _tie(config: Any, tied: dict[str, str], found: dict[str, StoredTensor], notes: list[str]) -> None:
+    """Leave tied tensors out of `found` where they are equal; where one is not, untie them in `config`."""
+    for name, source in tied.items():
+        if name not in found or source not in found:
+            continue
+        if same_bits(found[name], found[source]):
+            del found[name]
+            continue
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
+        notes.append(
+            f"{name} was trained, and is not {source} any more; it is kept, with tie_word_embeddings false, and serves "
+            "every strategy, base included"
+        )

@@ -1,0 +1,66 @@
+"""SHA256SUMS: what an export wrote, in the form that `sha256sum --check` understands.
+
+Covered is what decides what a repo computes: weights, config, code and what it needs. The card and the
+default strategy are the owner's to change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from ..errors import InputError
+
+
+FILE = "SHA256SUMS"
+COVERED = ("*.safetensors", "experts/*/*", "config.json", "*.py", "requirements.txt")
+LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def covered_files(folder: Path) -> list[str]:
+    paths = {path for pattern in COVERED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def write_checksums(folder: Path) -> None:
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in covered_files(folder)]
+    (folder / FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def replace_covered(folder: Path, name: str, text: str) -> None:
+    """Write another text to a file, and its checksum, unless the file was not what the checksum says
+    already."""
+    checksums = read_checksums(folder) or {}
+    was_right = checksums.get(name) == sha256(folder / name)
+    (folder / name).write_text(text, encoding="utf-8")
+    if was_right:
+        checksums[name] = sha256(folder / name)
+        lines = [f"{digest}  {file}\n" for file, digest in checksums.items()]
+        (folder / FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """File to checksum as they were written; None where there is no such file.
+
+    Raises:
+        InputError: a line is none of a checksum file, or names a file outside the folder.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    found = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = LINE.fullmatch(line)
+        if match is None or Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
+            raise InputError(f"{path}: {line[:100]!r} is not a checksum and a file of this folder")
+        found[match[2]] = match[1]
+    return found

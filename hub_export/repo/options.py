@@ -1,0 +1,112 @@
+"""What a user may choose about an export, and what an export says it did. It knows nothing about how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..unknown_options import refuse_unknown
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = ("full", "adapter")
+
+
+@dataclass
+class ExportOptions:
+    """What a user may choose; None leaves what the source says, or the default. The fields are `export`'s
+    arguments.
+
+    Raises:
+        InputError: a value that is none of those there are.
+    """
+
+    base_model: str | None = None
+    base_revision: str | None = None
+    layout: str = "full"
+    routing_strategy: str | None = None
+    router_mode: str | None = None
+    router_input: str | None = None
+    num_experts_per_tok: int | None = None
+    router_temperature: float | None = None
+    router_prompts: str | Path | None = None
+    lora_alpha: float | None = None
+    expert_names: list[str] | None = None
+    tokenizer: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    results: list[str] = field(default_factory=list)
+    overwrite: bool = False
+    verify: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in (None, "auto", *DTYPES):
+            raise InputError(f"--dtype {self.dtype} is not known; it can be auto, {', '.join(DTYPES)}")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"--layout {self.layout} is not known; it can be {' or '.join(LAYOUTS)}")
+        others = (self.router_mode, self.num_experts_per_tok, self.router_temperature, self.router_prompts)
+        if self.drops_router and any(value is not None for value in others):
+            raise InputError(
+                "--router_input none leaves the router out; leave out the other settings of a router, too"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ExportOptions:
+        """Make them from what a caller gave by name.
+
+        Raises:
+            InputError: a name that is not a field, or a value that is none of those there are.
+        """
+        refuse_unknown(options, cls.names())
+        return cls(**options)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [entry.name for entry in fields(cls)]
+
+    @property
+    def router_settings(self) -> dict[str, Any]:
+        """The router's settings that were given, by the names of the config's fields."""
+        names = ("router_mode", "router_input", "num_experts_per_tok", "router_temperature")
+        if self.drops_router:
+            return {}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def drops_router(self) -> bool:
+        """`--router_input none`: the mixture shall have no router, whatever the source has."""
+        return self.router_input == "none"
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPES.get(self.dtype)
+
+
+@dataclass
+class ExportResult:
+    """What was written. `check` is None where it was not asked for."""
+
+    output_dir: Path
+    format: str
+    reason: str
+    layout: str
+    foundation: str | None
+    experts: list[str]
+    router: bool
+    routing_strategy: str
+    tokenizer: str | None
+    check: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        result = {**self.__dict__, "output_dir": str(self.output_dir)}
+        result["check"] = None if self.check is None else self.check.to_dict()
+        return result

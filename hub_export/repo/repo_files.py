@@ -1,0 +1,292 @@
+"""Which files of an exported repo's folder belong to it, and nothing else that happens to lie there.
+
+What leaves this machine is chosen by name from what an export writes, never by what is not on a list: a
+`.env`, a credentials file or a cache in the folder stays here. It knows neither the Hub nor W&B.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..tensors.tensor_files import read_json
+from .repo_config import check_is_exported_repo, is_exported_repo
+
+
+DESCRIPTIONS = {
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "requirements.txt",
+    "SHA256SUMS",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+}
+TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "emoji.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "dict.txt",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+}
+TOKENIZER_PATTERN = re.compile(r"[\w.-]+\.tiktoken|additional_chat_templates/[^/]+\.jinja")
+WEIGHTS = re.compile(
+    r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|router\.safetensors"
+    r"|experts/[^/]+/adapter_(config\.json|model\.safetensors)"
+)
+CODE = re.compile(r"\w+_dylora_moe\.py")
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+
+# Of what an export, or saving the model, leaves in a folder.
+REPO_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model", ".tiktoken")
+REPO_FILES = (
+    "README.md",
+    "requirements.txt",
+    "LICENSE",
+    "SHA256SUMS",
+    ".gitattributes",
+    "merges.txt",
+    "vocab.txt",
+    "vocab.bpe",
+)
+REPO_FOLDERS = ("experts", "__pycache__", "additional_chat_templates")
+
+
+@dataclass
+class RepoFiles:
+    """Paths relative to the folder, with `/`, sorted; `left_out` are the things that lie there and are not
+    the repo's."""
+
+    files: list[str]
+    left_out: list[str]
+    layout: str
+    config: dict[str, Any]
+
+    def weights(self) -> list[str]:
+        return [file for file in self.files if file.endswith(".safetensors")]
+
+    def note(self) -> str | None:
+        """What stays here, in words."""
+        if not self.left_out:
+            return None
+        more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
+        return f"not part of the repo, so not sent: {', '.join(self.left_out[:8])}{more}"
+
+
+def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
+    """The files of a complete exported repo.
+
+    Args:
+        follow_links: whether a link to a file counts as one. What leaves this machine must not follow any.
+
+    Raises:
+        InputError: it is no exported repo, or a file that it needs is missing or a link.
+    """
+    is_file = _is_file if follow_links else _is_plain
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file; give the folder it is in" if folder.exists() else f"{folder} does not exist"
+        )
+    check_is_exported_repo(folder)
+    config = read_json(folder / "config.json")
+    layout = config.get("weights_layout", "full")
+    needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config, is_file)}
+    for file in sorted(needed):
+        if not is_file(folder, file):
+            found = (folder / file).exists()
+            raise InputError(
+                f"{folder / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
+                if found
+                else f"{folder} is not a complete repo: {file} is missing"
+            )
+    optional = [
+        path.relative_to(folder).as_posix()
+        for path in [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
+    ]
+    wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
+    files = needed | {file for file in wanted if is_file(folder, file)}
+    return RepoFiles(sorted(files), _others(folder, files), layout, config)
+
+
+def is_tokenizer_file(path: str) -> bool:
+    return path in TOKENIZER_FILES or TOKENIZER_PATTERN.fullmatch(path) is not None
+
+
+def may_be_stale(path: str) -> bool:
+    """Whether an export may have written this path, so that another export that lacks it replaces it with
+    nothing.
+
+    Descriptions are not meant: somebody may have put a LICENSE or a README.md beside the export by hand.
+    """
+    return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
+
+
+def _weights(folder: Path, config: dict[str, Any], layout: str) -> set[str]:
+    if layout == "full":
+        index = folder / "model.safetensors.index.json"
+        if not index.is_file():
+            return {"model.safetensors"}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and WEIGHTS.fullmatch(name) and "/" not in name
+            for name in weight_map.values()
+        ):
+            raise InputError(f"{index} names no shards of the form model-00001-of-00002.safetensors")
+        return {index.name, *weight_map.values()}
+    if layout != "adapter":
+        raise InputError(f"{folder}/config.json: there is no weights_layout {layout!r}")
+    experts = config.get("expert_configs")
+    experts = experts if isinstance(experts, list) and experts else [None]
+    names = [expert.get("name") if isinstance(expert, dict) else None for expert in experts]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+            raise InputError(
+                f"{folder}/config.json: expert_configs names an expert {name!r}, which is no folder's name"
+            )
+    files = {
+        f"experts/{name}/{file}"
+        for name in names
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    return files | ({"router.safetensors"} if config.get("router_input", "base") is not None else set())
+
+
+def _code(folder: Path, config: dict[str, Any], is_file: Callable[[Path, str], bool]) -> set[str]:
+    """The files that `auto_map` names, and those that they import: what the Hub's loader follows.
+
+    The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
+    repo.
+    """
+    maps = [config.get("auto_map")]
+    if is_file(folder, "tokenizer_config.json"):
+        maps.append(read_json(folder / "tokenizer_config.json").get("auto_map"))
+    entries = [
+        entry
+        for auto_map in maps
+        if isinstance(auto_map, dict)
+        for value in auto_map.values()
+        for entry in (value if isinstance(value, list) else [value])
+        if isinstance(entry, str) and "--" not in entry
+    ]
+    waiting = [entry.split(".")[0] for entry in entries]
+    found = {"__init__.py"} if is_file(folder, "__init__.py") else set()
+    while waiting:
+        name = f"{waiting.pop()}.py"
+        if name in found:
+            continue
+        found.add(name)
+        if is_file(folder, name):
+            waiting += RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8", errors="replace"))
+    return found
+
+
+def _is_plain(folder: Path, file: str) -> bool:
+    """Whether this is a file that is really here: neither it nor a folder on the way to it is a link."""
+    path = folder
+    for part in file.split("/"):
+        path = path / part
+        if path.is_symlink():
+            return False
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _is_file(folder: Path, file: str) -> bool:
+    return (folder / file).is_file()
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _others(folder: Path, files: set[str]) -> list[str]:
+    """What else lies there: a folder that holds nothing of the repo is named as one."""
+    folders = {"/".join(file.split("/")[:depth]) for file in files for depth in range(1, file.count("/") + 1)}
+    found, waiting = [], [folder]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if name in folders and not path.is_symlink():
+                waiting.append(path)
+            elif name not in files:
+                found.append(name + ("/" if path.is_dir() and not path.is_symlink() else ""))
+    return sorted(found)
+
+
+def is_replaceable(folder: Path) -> bool:
+    """Whether a folder is an exported repo and nothing else, so that replacing it loses nothing.
+
+    Raises:
+        InputError: it is one, and holds other things too; names them.
+    """
+    if not is_exported_repo(folder):
+        return False
+    others = foreign_files(folder)
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        raise InputError(
+            f"{folder} is an exported repo that holds other things too ({', '.join(others[:4])}{more}), which would be "
+            "lost; move them, or choose another output folder"
+        )
+    return True
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in a repo's folder and is nothing that an export writes; whoever replaces the repo would lose
+    it."""
+    from ..repo.repo_files import (  # which ask this file what a repo is
+        is_tokenizer_file,
+        may_be_stale,
+        repo_files,
+    )
+
+    try:
+        others = repo_files(folder).left_out
+        return [
+            name
+            for name in others
+            if name not in (".gitattributes", "__pycache__/") and not may_be_stale(name)
+        ]
+    except InputError:  # not complete: looked at by names
+        pass
+    found = []
+    for path in sorted(folder.iterdir()):
+        known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES or is_tokenizer_file(path.name)
+        if (path.is_dir() and path.name not in REPO_FOLDERS) or (not path.is_dir() and not known):
+            found.append(path.name + ("/" if path.is_dir() else ""))
+    return found

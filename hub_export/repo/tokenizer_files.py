@@ -1,0 +1,257 @@
+"""A tokenizer's files: which they are, how they are copied, and how stock transformers loads them.
+
+transformers chooses a tokenizer's class by the config of the model beside it, so loading takes a config.
+Nothing is loaded from the folder itself, but from a copy whose arguments passed the allow-list of
+`tokenizer_arguments`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import DyloraMoeWarning, InputError
+from ..sources.hub_and_folders import HUB_ID
+from ..tensors.containment import contained
+from ..tensors.tensor_files import read_json
+from .repo_files import is_tokenizer_file
+from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+FILTERS = {TOKENIZER_CONFIG: allowed_arguments, SPECIAL_TOKENS_MAP: allowed_tokens}
+TEMPLATE_FOLDER = "additional_chat_templates"
+# Any of these makes a folder one with a tokenizer.
+MARKS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".vocab")
+OF_SENTENCEPIECE = (
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+)
+# They configure processors of images or sound, which no language model has.
+OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MARKS)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Paths of the tokenizer's files, relative to the folder, sorted.
+
+    Raises:
+        InputError: one of them is a link that leads out of the folder: a chat template may be any text of
+            this machine.
+    """
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    found = [name for name in names if is_tokenizer_file(name) and name not in OF_PROCESSORS]
+    return [name for name in found if contained(folder, folder / name).is_file()]
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy a tokenizer's files byte for byte, without the arguments that the allow-list drops.
+
+    Raises:
+        InputError: a file leads out of the folder, or is not what its name says.
+    """
+    for name in tokenizer_files(folder):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+        if name in FILTERS:
+            stored = read_json(folder / name)
+            allowed = FILTERS[name](stored)
+            if allowed != stored:
+                write_json(target / name, allowed)
+    path = folder / "tokenizer.json"
+    if (target / path.name).is_file():
+        stat = path.stat()
+        _check_vocabulary(path, stat.st_mtime_ns, stat.st_size)
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@lru_cache(maxsize=64)  # a file of tens of megabytes, which an export copies several times
+def _check_vocabulary(path: Path, mtime_ns: int, size: int) -> None:
+    """A vocabulary given as a string would be opened as a file by the classes that rebuild a tokenizer from
+    its parts."""
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise InputError(f"{path} holds no vocabulary; copy it again from where it came")
+
+
+def load_tokenizer(
+    folder: str | Path, config: Any = None, trust_remote_code: bool = False, name: str | None = None
+) -> Any:
+    """Load a tokenizer as stock transformers does beside a model of this config.
+
+    Args:
+        folder: holds its files.
+        config: the model's; that of the folder, if left out.
+        trust_remote_code: run the tokenizer's own code, where `auto_map` names some.
+        name: the model's, where the config is that of the folder; by it transformers knows some whose files
+            name a wrong class.
+
+    Raises:
+        InputError: there is none, it is damaged, or it needs code of its own that is not trusted.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+
+    folder = Path(folder)
+    try:
+        if trust_remote_code and needs_own_code(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        if config is None:
+            config = _own_config(folder, trust_remote_code)
+            if name is not None:
+                config._name_or_path = name
+        with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
+            copy_tokenizer(folder, Path(directory))
+            _restore_auto_map(folder, Path(directory))
+            # transformers' fix of Mistral's expression looks for these two fields beside the tokenizer
+            version = getattr(config, "transformers_version", None)
+            write_json(
+                Path(directory, "config.json"),
+                {"model_type": config.model_type, "transformers_version": version},
+            )
+            tokenizer = AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raise many kinds, bare Exception among them
+        why = _what_it_lacks(folder, error) or why_not_loaded(str(folder), error, TOKENIZER_SUFFIXES)
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read: {why}; pass one with --tokenizer"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"the tokenizer in {folder} is a {type(tokenizer).__name__}, which reads no text by itself"
+        )
+    return tokenizer
+
+
+def _what_it_lacks(folder: Path, error: Exception) -> str | None:
+    """What a tokenizer needs and has not, where transformers' error names something else or a folder that is
+    gone."""
+    from transformers.utils import is_sentencepiece_available
+
+    if needs_own_code(folder) and "trust_remote_code" in str(error):
+        return "it needs code of its own, which --trust_remote_code runs"
+    if (folder / "tokenizer.json").is_file():
+        return None
+    files = [
+        name for name in tokenizer_files(folder) if name in OF_SENTENCEPIECE and _is_protobuf(folder / name)
+    ]
+    if files and not is_sentencepiece_available():
+        return f"{files[0]} needs a package that is not installed: pip install sentencepiece"
+    if "instantiate the backend tokenizer" in str(error):
+        return "the file that holds its vocabulary is missing (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)"
+    return None
+
+
+def _is_protobuf(path: Path) -> bool:
+    """Whether a file is a model of SentencePiece, whose first field has this tag; tiktoken's, of the same
+    name, are text."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"
+
+
+def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
+    """Warn where a tokenizer was loaded without an argument that stock transformers would have given to its
+    class."""
+    path = folder / TOKENIZER_CONFIG
+    missed = (
+        missed_arguments(read_json(path), tokenizer) if path.is_file() and not needs_own_code(folder) else []
+    )
+    if missed:
+        message = (
+            f"{', '.join(missed)} of {path} is left out, since such a text may name a file of this machine; without it "
+            f"{type(tokenizer).__name__} may make other tokens than stock transformers"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+
+
+def needs_own_code(folder: Path) -> bool:
+    return _auto_map(folder) is not None
+
+
+def _auto_map(folder: Path) -> Any:
+    path = folder / TOKENIZER_CONFIG
+    return read_json(path).get("auto_map") or None if path.is_file() else None
+
+
+def _restore_auto_map(folder: Path, copy: Path) -> None:
+    """Say again that a tokenizer has code of its own, so that loading it without trust fails where stock's
+    does."""
+    if needs_own_code(folder):
+        write_json(
+            copy / TOKENIZER_CONFIG, {**read_json(copy / TOKENIZER_CONFIG), "auto_map": _auto_map(folder)}
+        )
+
+
+def _own_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The config of the model in this folder, as transformers' tokenizer loader looks for it."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from .repo_config import is_exported_repo, load_config
+
+    if not (folder / "config.json").is_file():
+        return PreTrainedConfig()
+    if is_exported_repo(folder):
+        return load_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError):
+        return PreTrainedConfig.from_pretrained(folder)
+
+
+def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
+
+    Raises:
+        InputError: there is no such folder, nor a Hub repo that can be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not HUB_ID.fullmatch(name):
+        raise InputError(
+            f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer"
+        )
+    from huggingface_hub import errors, snapshot_download
+
+    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+
+    network_errors = getattr(errors, "HTTPError", OSError)
+    patterns = [
+        "*.json",
+        "*.model",
+        "*.txt",
+        "*.bpe",
+        "*.tiktoken",
+        "*.jinja",
+        f"{TEMPLATE_FOLDER}/*",
+        "*.py",
+    ]
+    try:
+        fetched = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.index.json", "*/*.json"]
+        )
+        return Path(fetched)
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(
+            f"the tokenizer of {name}{at} cannot be downloaded: {why_not_loaded(name, error, TOKENIZER_SUFFIXES)}; pass a "
+            "folder with --tokenizer"
+        ) from error

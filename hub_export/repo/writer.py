@@ -1,0 +1,237 @@
+"""Writes a repo's weights, in either layout, tensor by tensor.
+
+    full       model.safetensors (or shards): foundation.<name>, foundation.<module>.base_layer.<name>,
+               foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias;
+               of stacked experts foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B [R, E,
+               out]
+    adapter    experts/<name>/adapter_config.json, adapter_model.safetensors in PEFT's form; router.safetensors
+
+It knows names and shapes of what it writes, and nothing about where tensors come from.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DyloraMoeWarning, InputError, one_line
+from ..tensors.mixture import Expert, Mixture, Router
+from ..tensors.stored_tensors import StoredTensor, is_finite, write_safetensors, write_shards
+
+
+TOO_LARGE = "numbers that are too large for {} (choose another --dtype)"
+EXPERT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def write_full(
+    folder: Path,
+    mixture: Mixture,
+    config: Any,
+    foundation: dict[str, StoredTensor],
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> None:
+    """Everything in `model.safetensors`, sharded beyond `max_shard_size`.
+
+    Args:
+        foundation: its tensors by their own names.
+        dtype: what foundation and experts are converted to; None: as they are stored.
+
+    Raises:
+        InputError: an expert or the gate holds NaN or infinite numbers, or is not stored as floats; `dtype`
+            cannot hold what is converted to it.
+        OSError: the disk is full, or the file system refuses.
+    """
+    from dylora_moe.modeling.experts_dylora_moe import in_base_layer
+
+    wrapped = config.wrapped_modules()
+    tensors = {
+        f"foundation.{in_base_layer(name, wrapped)}": _converted(tensor, name, dtype)
+        for name, tensor in foundation.items()
+    }
+    tensors.update(_stacks(mixture, config, dtype or finest_dtype(mixture)))
+    if mixture.router is not None:
+        tensors.update({f"router.{name}": tensor for name, tensor in _gate(mixture.router, mixture).items()})
+    write_shards(folder, tensors, max_shard_size)
+
+
+def write_adapter(
+    folder: Path, mixture: Mixture, config: Any, dtype: torch.dtype | None, transposed: frozenset[str]
+) -> None:
+    """The experts as PEFT folders, and the gate.
+
+    Args:
+        transposed: modules whose weight is stored as [in, out] (GPT-2's Conv1D), which PEFT wants to be told.
+
+    Raises:
+        As `write_full`.
+    """
+    from dylora_moe.modeling.layouts_dylora_moe import (
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        ROUTER_WEIGHTS,
+        peft_config,
+        peft_keys,
+    )
+
+    dtype = dtype or finest_dtype(mixture)
+    for index, expert in enumerate(mixture.experts):
+        place = folder / "experts" / expert.name
+        place.mkdir(parents=True)
+        tensors = {}
+        for name, key in peft_keys(config.expert_configs[index]).items():
+            layer = expert.layers[name]
+            shapes = {
+                "lora_A": (layer.num_rows, layer.in_features),
+                "lora_B": (layer.out_features, layer.num_rows),
+            }
+            for position, (kind, shape) in enumerate(shapes.items()):
+                tensors[f"{key}.{kind}.weight"] = StoredTensor(
+                    shape, dtype, _matrix(expert, name, position, dtype)
+                )
+        write_safetensors(place / ADAPTER_WEIGHTS, tensors)
+        fan_in_fan_out = any(module in transposed for module in expert.layers)
+        text = json.dumps(peft_config(config, index, fan_in_fan_out), indent=2, sort_keys=True)
+        (place / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    if mixture.router is not None:
+        write_safetensors(folder / ROUTER_WEIGHTS, _gate(mixture.router, mixture))
+
+
+def finest_dtype(mixture: Mixture) -> torch.dtype:
+    """One dtype for all stacks, in which every expert's numbers are exact."""
+    for expert in mixture.experts:
+        for name, layer in expert.layers.items():
+            if layer.dtype not in EXPERT_DTYPES:
+                raise InputError(
+                    f"expert {expert.name} ({expert.origin}) is stored as {layer.dtype} on {name}, not as floats"
+                )
+    return reduce(
+        torch.promote_types, (layer.dtype for expert in mixture.experts for layer in expert.layers.values())
+    )
+
+
+def _stacks(mixture: Mixture, config: Any, dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """lora_A [R, in] and lora_B [R, out] of every adapted layer, [R, E, in] and [R, E, out] of stacked
+    experts: the experts' rows, in their order."""
+    tensors = {}
+    for name, module in config.stack_modules().items():
+        holders = [expert for expert in mixture.experts if name in expert.layers]
+        total = sum(expert.layers[name].rank for expert in holders)
+        layer = holders[0].layers[name]
+        for position, size in enumerate((layer.in_features, layer.out_features)):
+            shape = (total, layer.num_stacked, size) if layer.num_stacked else (total, size)
+            read = _stack(holders, name, position, dtype)
+            tensors[f"foundation.{module}.lora_{'AB'[position]}"] = StoredTensor(shape, dtype, read)
+    return tensors
+
+
+def _stack(holders: list[Expert], name: str, position: int, dtype: torch.dtype):
+    from dylora_moe.modeling.stacked_experts_dylora_moe import rows_of_a, rows_of_b
+
+    rows = (rows_of_a, rows_of_b)[position]
+    matrices = [
+        (_matrix(expert, name, position, dtype), expert.layers[name].num_stacked) for expert in holders
+    ]
+    return lambda: torch.cat([rows(matrix(), num_stacked) for matrix, num_stacked in matrices])
+
+
+def _matrix(expert: Expert, module: str, position: int, dtype: torch.dtype):
+    def read() -> torch.Tensor:
+        matrix = expert.read(module)[position]
+        if not is_finite(matrix):
+            raise InputError(
+                f"expert {expert.name} ({expert.origin}) holds NaN or infinite numbers on {module}"
+            )
+        converted = matrix.to(dtype)
+        if not is_finite(converted):
+            raise InputError(
+                f"expert {expert.name} ({expert.origin}) holds {TOO_LARGE.format(dtype)} on {module}"
+            )
+        return converted
+
+    return read
+
+
+def _gate(router: Router, mixture: Mixture) -> dict[str, StoredTensor]:
+    def read(position: int) -> torch.Tensor:
+        tensor = router.read()[position].float()
+        if not is_finite(tensor):
+            raise InputError(f"the router's gate ({mixture.folders[0]}) holds NaN or infinite numbers")
+        return tensor
+
+    return {
+        "gate.weight": StoredTensor((router.num_experts, router.hidden_size), torch.float32, lambda: read(0)),
+        "gate.bias": StoredTensor((router.num_experts,), torch.float32, lambda: read(1)),
+    }
+
+
+def _converted(tensor: StoredTensor, name: str, dtype: torch.dtype | None) -> StoredTensor:
+    """In another dtype, or as it is stored. Infinite numbers are the foundation's own affair, and said; those
+    that the conversion would make are refused."""
+    told = []
+    target = tensor.to(dtype).dtype
+
+    def convert(content: torch.Tensor) -> torch.Tensor:
+        converted = content.to(target)
+        if converted.dtype not in EXPERT_DTYPES or told or is_finite(converted):
+            return converted
+        if is_finite(content.float()):
+            raise InputError(f"the foundation holds {TOO_LARGE.format(target)} in {name}")
+        told.append(name)
+        warnings.warn(
+            f"the foundation holds NaN or infinite numbers in {name}", DyloraMoeWarning, stacklevel=2
+        )
+        return converted
+
+    return replace(tensor.through(convert), dtype=target)
+
+
+def write_config_and_code(folder: Path, config: Any) -> None:
+    """`config.json`, and the files of `modeling/` that it points to.
+
+    Raises:
+        InputError: the config cannot be saved.
+    """
+    from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP, save_code
+
+    config.auto_map = dict(AUTO_MAP)
+    try:
+        config.save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the config cannot be saved: {one_line(error)}") from error
+    save_code(folder)
+
+
+def write_generation_config(folder: Path, fields: dict[str, Any], strategy: str | None) -> None:
+    """`generation_config.json`: what the foundation's held, and the routing strategy; None: no such field.
+
+    The mark that it was derived from a model config must go: with it, transformers drops unknown fields on
+    reading.
+    """
+    fields = {
+        name: value
+        for name, value in fields.items()
+        if not name.startswith("_") and name != "routing_strategy"
+    }
+    if strategy is not None:
+        fields["routing_strategy"] = strategy
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def make_readable(folder: Path) -> None:
+    """Every file with the permissions that a new file gets here: some libraries make theirs for the owner
+    alone."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

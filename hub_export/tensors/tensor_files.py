@@ -1,0 +1,219 @@
+"""Files of named tensors, looked at without reading them whole: safetensors, and the `.pt` / `.bin` files of
+torch.
+
+It knows nothing about experts or checkpoints. Pickled code is never run: `.pt` and `.bin` are opened with
+`torch.load(weights_only=True)` only, memory-mapped where the file allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import weakref
+import zipfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import InputError, one_line
+
+
+# the names safetensors headers use (https://huggingface.co/docs/safetensors)
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Bytes. What was read of a file that is mapped into memory takes memory for as long as the file is mapped;
+# mapping it anew takes time, which many small files that are read in turn, such as experts, are not worth.
+MAPPED_AT_ONCE = 64 * 1024**2
+SMALL_FILE = 32 * 1024**2
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be read at all: it is missing, this user may not, or Git LFS left a pointer in its
+    place.
+
+    None where it is none of that.
+    """
+    from dylora_moe.modeling.layouts_dylora_moe import why_unreadable
+
+    return why_unreadable(path)
+
+
+def load_torch_file(path: Path) -> Any:
+    """The object in a `.pt` or `.bin` file; its tensors stay on disk until they are used.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds more than plain tensors and containers.
+    """
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            # files in torch's format from before 1.6 cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            why_unreadable(path)
+            or f"{path} holds more than tensors, or is damaged ({one_line(error, 120)}); "
+            "it was not opened, because pickled code could run"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        raise InputError(
+            why_unreadable(path)
+            or f"{path} cannot be read: {one_line(error)}; the file is damaged or incomplete, copy it again"
+        ) from error
+    _check_plain(path, content)
+    return content
+
+
+def _check_plain(path: Path, content: Any, depth: int = 2) -> None:
+    for key, value in content.items() if isinstance(content, dict) and depth else ():
+        _check_plain(path, value, depth - 1)
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized):
+            raise InputError(f"{path}: {key} is stored sparse or quantised, expected a plain tensor")
+
+
+class TensorFile:
+    """Named tensors in one file. Shapes and dtypes are known at once, `read` fetches one tensor.
+
+    Args:
+        path: a file ending in `.safetensors`, `.pt`, `.bin` or `.pth`.
+
+    Raises:
+        InputError: the file is missing, damaged, or not a flat dict of tensors.
+    """
+
+    _mapped: ClassVar[weakref.WeakSet[TensorFile]] = weakref.WeakSet()
+    _read_of_mapped: ClassVar[float] = 0
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._tensors: dict[str, torch.Tensor] | None = None
+        if path.suffix == ".safetensors":
+            self._layout = self._read_header()
+        else:
+            self._tensors = self._load()
+            self._is_large = path.stat().st_size > SMALL_FILE and zipfile.is_zipfile(
+                path
+            )  # else it is not mapped
+            self._layout = {key: (tuple(value.shape), value.dtype) for key, value in self._tensors.items()}
+
+    def _open(self):
+        try:
+            return safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(
+                why_unreadable(self.path)
+                or f"{self.path} is not a whole safetensors file: {one_line(error)}; copy it again"
+            ) from error
+
+    def _read_header(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        layout = {}
+        with self._open() as file:
+            for key in file.keys():  # noqa: SIM118 (an open safetensors file is not a dict)
+                part = file.get_slice(key)
+                dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise InputError(f"{self.path}: tensor {key} has the unknown type {part.get_dtype()}")
+                layout[key] = (tuple(part.get_shape()), dtype)
+        return layout
+
+    def _load(self) -> dict[str, torch.Tensor]:
+        content = load_torch_file(self.path)
+        if not isinstance(content, dict):
+            raise InputError(
+                f"{self.path} holds a {type(content).__name__}, expected a dict of names to tensors"
+            )
+        for key, value in content.items():
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+                raise InputError(
+                    f"{self.path}: entry {key!r} is a {type(value).__name__}, expected a dict of names to tensors"
+                )
+        return content
+
+    def keys(self) -> list[str]:
+        return list(self._layout)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._layout
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._layout[key][0]
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._layout[key][1]
+
+    def read(self, key: str) -> torch.Tensor:
+        if self.path.suffix != ".safetensors":
+            return self._of_pickle(key)
+        with self._open() as file:
+            return file.get_tensor(key)
+
+    def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor; a safetensors file reads only these."""
+        if self.path.suffix != ".safetensors":
+            return self._of_pickle(key, (stop - start) / max(1, self.shape(key)[0]))[start:stop]
+        with self._open() as file:
+            return file.get_slice(key)[start:stop]
+
+    def _of_pickle(self, key: str, share: float = 1.0) -> torch.Tensor:
+        """A tensor of a mapped file, of which a share is about to be read.
+
+        Once much was read of all large ones together, they are let go, and mapped anew when needed.
+        """
+        if TensorFile._read_of_mapped > MAPPED_AT_ONCE:
+            for file in TensorFile._mapped:
+                file._tensors = None
+            TensorFile._mapped, TensorFile._read_of_mapped = weakref.WeakSet(), 0
+        if self._tensors is None:
+            self._tensors = self._load()
+        if self._is_large:
+            TensorFile._mapped.add(self)
+            TensorFile._read_of_mapped += share * self._tensors[key].nbytes
+        return self._tensors[key]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(why_unreadable(path) or f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
