@@ -1,9 +1,9 @@
-"""What an export will write, before anything is written: experts and router, foundation and config, tokenizer."""
+"""What an export will write, before anything is written: experts and router, foundation and config,
+tokenizer."""
 
 from __future__ import annotations
 
 import warnings
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -173,3 +173,15 @@ class BufferLayer(CacheLayerMixin):
 
 
 __all__ = ["BufferLayer", "Buffers", "PromptLayer", "PromptLayers"]
+
+
+def trial(*shape: int, like: torch.Tensor, start: int = 1) -> torch.Tensor:
+    """Numbers to try functions with; no random ones, since sampling would draw others afterwards."""
+    count = torch.Size(shape).numel()
+    return torch.arange(start, start + count, device=like.device).sin().view(shape).to(like.dtype)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results differ by rounding alone."""
+    tolerance = 4 * torch.finfo(other.dtype).eps
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)

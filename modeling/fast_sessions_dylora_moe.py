@@ -25,10 +25,9 @@ from transformers.cache_utils import Cache
 
 from .experts_dylora_moe import DyloraMoeLinear, use_experts
 from .fast_buffers_dylora_moe import BufferLayer, Buffers
-from .fast_norms_dylora_moe import FusedNorms, replaced_forward
-from .fast_products_dylora_moe import SharedProducts
+from .fast_products_dylora_moe import FusedNorms, SharedProducts, replaced_forward
 from .generation_dylora_moe import _call
-from .routed_pass_dylora_moe import RoutedPass
+from .routing_dylora_moe import RoutedPass
 from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
 

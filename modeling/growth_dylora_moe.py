@@ -8,7 +8,7 @@ from torch import nn
 
 from .configuration_dylora_moe import DyloraMoeConfig
 from .experts_dylora_moe import in_base_layer, refuse_offloaded
-from .router_dylora_moe import DyloraMoeRouter
+from .routing_dylora_moe import DyloraMoeRouter
 
 
 class GrowthMixin:

@@ -28,6 +28,7 @@ from .experts_dylora_moe import (
     ActiveExperts,
     DyloraMoeLinear,
     LowRankStacks,
+    PeftTargetsMixin,
     checkpoint_with_experts,
     in_base_layer,
     refuse_offloaded,
@@ -44,10 +45,14 @@ from .layouts_dylora_moe import (
     set_default_strategy,
     subset_of,
 )
-from .peft_dylora_moe import PeftTargetsMixin
-from .routed_pass_dylora_moe import RoutedPass
-from .router_dylora_moe import DyloraMoeGate, DyloraMoeRouter, balance_loss
-from .router_mode_dylora_moe import routes_densely, warn_of_copies_that_differ
+from .routing_dylora_moe import (
+    DyloraMoeGate,
+    DyloraMoeRouter,
+    RoutedPass,
+    balance_loss,
+    routes_densely,
+    warn_of_copies_that_differ,
+)
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
 from .saving_dylora_moe import SavingMixin
 from .stacked_experts_dylora_moe import DyloraMoeStackedExperts, as_in_peft, rows_of_stack, stack_shape

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dylora_moe.modeling.router_dylora_moe import balance_loss
+from dylora_moe.modeling.routing_dylora_moe import balance_loss
 
 from .routing_trace import TokenRouting, Trace, entropy, normalized
 from .statistics import interval

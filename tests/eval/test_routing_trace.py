@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dylora_moe.eval.analysis.routing_summary import RoutingSummary, RoutingTotals, agreement
 from dylora_moe.eval.analysis.routing_trace import Text, TokenRouting, Trace, tokenize, trace_texts
 from dylora_moe.hub_export.errors import FailureError, InputError
-from dylora_moe.modeling.router_dylora_moe import balance_loss
+from dylora_moe.modeling.routing_dylora_moe import balance_loss
 
 
 MODES = {

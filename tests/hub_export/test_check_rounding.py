@@ -266,13 +266,13 @@ def test_the_router_is_compared_where_its_gate_cannot_choose(
         and compared["router"].effect > 0.1
     )
 
-    from dylora_moe.modeling import router_dylora_moe
+    from dylora_moe.modeling import routing_dylora_moe
 
     def reversed_weights(router, logits, dense):
         return weights(router, logits, dense) if dense else weights(router, logits, dense).roll(1, -1)
 
-    weights = router_dylora_moe.DyloraMoeRouter.weights
-    monkeypatch.setattr(router_dylora_moe.DyloraMoeRouter, "weights", reversed_weights)
+    weights = routing_dylora_moe.DyloraMoeRouter.weights
+    monkeypatch.setattr(routing_dylora_moe.DyloraMoeRouter, "weights", reversed_weights)
     with pytest.raises(FailureError, match="the logits of strategy router differ by"):
         export(checkpoint, tmp_path / "wrong")
 

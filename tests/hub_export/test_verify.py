@@ -79,7 +79,7 @@ DAMAGES = {
         "code",
         "cache_dylora_moe.py",
     ),
-    "code was changed": (append("router_dylora_moe.py", "import os\n"), "code", "+import os"),
+    "code was changed": (append("routing_dylora_moe.py", "import os\n"), "code", "+import os"),
     "the package's file was changed": (write("__init__.py", "import os\n"), "code", "+import os"),
     "code was added": (write("more.py", "import os\n"), "code", "more.py is no file of this package's"),
     "code elsewhere": (
@@ -244,7 +244,7 @@ def test_the_command(repo, checkpoint):
     command = [sys.executable, "-m", "dylora_moe", "verify", str(repo)]
     good = subprocess.run(command, capture_output=True, text=True, check=False)
     assert good.returncode == 0 and good.stdout.count("\nok") == 4, good.stdout + good.stderr
-    (repo / "router_dylora_moe.py").write_text("")
+    (repo / "routing_dylora_moe.py").write_text("")
     bad = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert bad.returncode == 1 and json.loads(bad.stdout)["passed"] is False
     none = subprocess.run([*command[:-1], str(checkpoint)], capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 
 norms = pytest.importorskip(
-    "dylora_moe.modeling.fast_norms_dylora_moe", reason="the optional file was taken out"
+    "dylora_moe.modeling.fast_products_dylora_moe", reason="the optional file was taken out"
 )
 
 

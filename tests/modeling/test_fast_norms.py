@@ -13,9 +13,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
-pytest.importorskip("dylora_moe.modeling.fast_norms_dylora_moe", reason="the optional file was taken out")
+pytest.importorskip("dylora_moe.modeling.fast_products_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
-from dylora_moe.modeling import fast_norms_dylora_moe as fast_norms
+from dylora_moe.modeling import fast_products_dylora_moe as fast_norms
 
 
 class GatedRMSNorm(LlamaRMSNorm):

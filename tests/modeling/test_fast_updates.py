@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 updates = pytest.importorskip(
-    "dylora_moe.modeling.fast_updates_dylora_moe", reason="the optional file was taken out"
+    "dylora_moe.modeling.fast_kernels_dylora_moe", reason="the optional file was taken out"
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU")
