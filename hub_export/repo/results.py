@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..tensors.tensor_files import read_json
+from ..sources.json_files import read_json
 
 
 BENCHMARKS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
