@@ -15,6 +15,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..sources.json_files import read_json
+from ..sources.source_folder import open_folder
+from ..tensors.weight_files import read_index
 from .repo_config import check_is_exported_repo, is_exported_repo
 
 
@@ -156,16 +158,13 @@ def may_be_stale(path: str) -> bool:
 
 def _weights(folder: Path, config: dict[str, Any], layout: str) -> set[str]:
     if layout == "full":
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
+        weight_map = read_index(open_folder(folder), "model.safetensors")
+        if weight_map is None:
             return {"model.safetensors"}
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and WEIGHTS.fullmatch(name) and "/" not in name
-            for name in weight_map.values()
-        ):
-            raise InputError(f"{index} names no shards of the form model-00001-of-00002.safetensors")
-        return {index.name, *weight_map.values()}
+        index = "model.safetensors.index.json"
+        if not all(WEIGHTS.fullmatch(name) and "/" not in name for name in weight_map.values()):
+            raise InputError(f"{folder / index} names no shards of the form model-00001-of-00002.safetensors")
+        return {index, *weight_map.values()}
     if layout != "adapter":
         raise InputError(f"{folder}/config.json: there is no weights_layout {layout!r}")
     experts = config.get("expert_configs")
