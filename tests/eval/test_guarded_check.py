@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -118,12 +119,18 @@ def sandboxed(request):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
-    """Every process of a test can be told by its command line, which forks keep. None may outlive the
-    test."""
+    """Every process of a test can be told by its command line, which forks keep. None may outlive the test.
+
+    Neither may anything in the temporary folder.
+    """
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1))
     monkeypatch.setattr(check_workers, "_START", f"# {tmp_path}\n{check_workers._START}")
     yield
     assert processes(str(tmp_path)) == []
+    assert list(temporary.iterdir()) == []
 
 
 def processes(mark: str) -> list[psutil.Process]:
@@ -378,7 +385,7 @@ check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2])
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(SHORT._asdict()), json.dumps(sandboxed)],
-        env={**os.environ, "TMPDIR": str(tmp_path)},  # a killed process leaves its folder
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -388,7 +395,7 @@ check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2])
     process.send_signal(ending)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -ending if ending == signal.SIGKILL else "KeyboardInterrupt" in errors
-    wait_until(lambda: not processes(f"# {tmp_path}"))
+    wait_until(lambda: not processes(f"# {tmp_path}"))  # and nothing in the temporary folder
 
 
 def wait_until(condition, seconds=20):
