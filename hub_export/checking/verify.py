@@ -195,12 +195,12 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _checksums(folder: SourceFolder, config: Any, result: Verification) -> None:
-    stored = read_checksums(folder)
+    stored = read_checksums(folder.path)
     if stored is None:
         result.add("checksums", None, f"not compared: there is no {FILE}")
         return
     missing = [name for name in stored if not folder.has(name)]
-    unlisted = [name for name in covered_files(folder) if name not in stored]
+    unlisted = [name for name in covered_files(folder.path) if name not in stored]
     changed = [name for name in stored if name not in missing and sha256(folder / name) != stored[name]]
     wrong = [f"{name} is missing" for name in missing] + [
         f"{name} is not what was exported" for name in changed
