@@ -29,8 +29,10 @@ from .experts_dylora_moe import (
     LowRankStacks,
     checkpoint_with_experts,
     in_base_layer,
+    is_gate,
     refuse_offloaded,
 )
+from .gates_dylora_moe import DyloraMoeFoundationGate
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
 from .layouts_dylora_moe import (
@@ -200,9 +202,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         wrapped, layouts = {}, config.rank_layouts()
         for name in names:
             try:
-                wrapped[name] = DyloraMoeLinear(
-                    self.foundation.get_submodule(name), layouts[name], self.expert_dropouts
-                )
+                module = self.foundation.get_submodule(name)
+                kind = DyloraMoeFoundationGate if is_gate(module) else DyloraMoeLinear
+                wrapped[name] = kind(module, layouts[name], self.expert_dropouts)
             except AttributeError as error:
                 whole = [module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")]
                 raise ValueError(

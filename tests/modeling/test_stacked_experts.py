@@ -337,7 +337,7 @@ def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
         "routing_strategy": "single:both", "past_key_values": transformers.DynamicCache(config=model.foundation.config),
         "use_cache": True,
     }  # fmt: skip
-    assert fast.why_not(model, model.generation_config, arguments) == "experts that adapt stacked experts"
+    assert fast.why_not(model, model.generation_config, arguments) == "experts that adapt stacked experts or gates"
 
 
 def test_what_cannot_be_adapted_is_named():
