@@ -78,16 +78,26 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
     modules = dict(foundation.named_modules())
     expert = _renamed(put_together(expert, foundation), foundation, modules)
     for name, layer in expert.layers.items():
-        if not _is_gate(modules.get(name)) or expert.alpha_of is None:
-            continue
-        if expert.alpha_of(f"{name}.weight") != layer.lora_alpha:
-            raise InputError(
-                f"expert {expert.name} ({expert.origin}): alpha_pattern of adapter_config.json gives {name} the alpha "
-                f"{layer.lora_alpha}; it is a gate, which PEFT adapts by its weight, and for {name}.weight it takes "
-                f"{expert.alpha_of(f'{name}.weight')}. Put gate.weight into target_parameters in place of gate in "
-                "target_modules, and write its alpha and rank under gate.weight"
-            )
+        if layer.num_stacked or _is_gate(modules.get(name)):
+            _check_peft_reads(expert, name, layer)
     return expert
+
+
+def _check_peft_reads(expert: Expert, name: str, layer: AdaptedLayer) -> None:
+    """Raises InputError: PEFT reads what an adapter has for stacked experts or a gate in another way, or not at all."""
+    where = f"expert {expert.name} ({expert.origin})"
+    if expert.is_adalora:
+        raise InputError(
+            f"{where} is of AdaLoRA, which PEFT puts on linear layers alone, and adapts {name}, which is none in the "
+            "foundation; train without it"
+        )
+    weight = f"{name}.weight"
+    if not layer.num_stacked and expert.alpha_of is not None and expert.alpha_of(weight) != layer.lora_alpha:
+        raise InputError(
+            f"{where}: alpha_pattern of adapter_config.json gives {name} the alpha {layer.lora_alpha}; it is a gate, which "
+            f"PEFT adapts by its weight, and for {weight} it takes {expert.alpha_of(weight)}. Put {weight} into "
+            "target_parameters in place of its name in target_modules, and write its alpha and rank under that name"
+        )
 
 
 def _renamed(expert: Expert, foundation: nn.Module, modules: dict[str, nn.Module]) -> Expert:
@@ -102,7 +112,9 @@ def _renamed(expert: Expert, foundation: nn.Module, modules: dict[str, nn.Module
     if all(now == name for now, name in old_names.items()):
         return expert
     for now, name in old_names.items():
-        if expert.alpha_of is not None and expert.alpha_of(now) != expert.layers[name].lora_alpha:
+        if now == name or expert.alpha_of is None:
+            continue
+        if expert.alpha_of(now) != expert.layers[name].lora_alpha:
             raise InputError(
                 f"expert {expert.name} ({expert.origin}): alpha_pattern of adapter_config.json gives {name} an alpha by its "
                 f"old name; the layer is {now} by now, where PEFT finds no alpha for it and takes lora_alpha. Write that "

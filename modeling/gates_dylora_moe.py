@@ -25,11 +25,9 @@ class DyloraMoeFoundationGate(DyloraMoeLinear):
     Stacks are those of a linear layer: `lora_A` `[R, in_features]`, `lora_B` `[R, stacked experts]`.
     """
 
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # of the gate itself: some foundations read its bias of the choice
-            return getattr(super().__getattr__("base_layer"), name)
+    @property
+    def e_score_correction_bias(self) -> torch.Tensor:
+        return self.base_layer.e_score_correction_bias  # for foundations that choose outside of the gate
 
     def forward(self, *args, **kwargs):
         """As the foundation's own.
@@ -42,6 +40,10 @@ class DyloraMoeFoundationGate(DyloraMoeLinear):
             refuse_recomputation()
         if active is None or (active.single is not None and self.layout[active.single][0] == 0):
             return self.base_layer(*args, **kwargs)
+        return self._adapted(*args, **kwargs)
+
+    @torch.compiler.disable  # which would let a compiled product be updated again
+    def _adapted(self, *args, **kwargs):
         with _UpdatedProduct(self) as product:
             result = self.base_layer(*args, **kwargs)
         if product.count != 1:

@@ -254,9 +254,11 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
     def _describe_foundation(self) -> None:
         """Note what every pass needs to know of the modules, once."""
         self.num_layers_per_stream = len(DynamicCache(config=self.config.get_text_config(decoder=True)).layers)
-        if self.config.adapted_parameters():  # a loop over those of the foundation's experts that have tokens
+        layers = self.expert_layers().values()
+        # which are not compiled: a loop over those of the foundation's experts that have tokens, and another's forward
+        if self.config.adapted_parameters() or any(isinstance(layer, DyloraMoeFoundationGate) for layer in layers):
             self._can_compile_fullgraph = False
-        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
+        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in layers))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._foundation_arguments = frozenset(parameter.name for parameter in parameters)

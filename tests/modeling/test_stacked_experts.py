@@ -30,7 +30,7 @@ FOUNDATIONS = {
 
 
 def mixture(kind="qwen3 moe", **fields):
-    """Three experts: one on both parameters and the attention, one on a parameter alone, one on the attention alone."""
+    """Three experts: one on both parameters, gates and the attention, one on a parameter and a gate, one on the attention."""
     foundation = FOUNDATIONS[kind]()
     stacks = [
         f"{path}.{name}"
@@ -41,10 +41,12 @@ def mixture(kind="qwen3 moe", **fields):
     ]
     down = [name for name in stacks if name.endswith("down_proj")]
     attention = [path for path, _ in foundation.named_modules() if path.endswith("q_proj")]
+    gates = [path for path, _ in foundation.named_modules() if path.endswith((".gate", ".router"))]
     experts = [
-        {"name": "both", "r": 2, "lora_alpha": 6, "target_modules": attention, "target_parameters": stacks,
+        {"name": "both", "r": 2, "lora_alpha": 6, "target_modules": [*attention, *gates], "target_parameters": stacks,
          "rank_pattern": {down[0]: 5}, "alpha_pattern": {stacks[0]: 3}},
-        {"name": "down", "r": 3, "lora_alpha": 6, "target_parameters": down, "use_rslora": True},
+        {"name": "down", "r": 3, "lora_alpha": 6, "target_modules": gates[:1], "target_parameters": down,
+         "use_rslora": True},
         {"name": "attention", "r": 2, "lora_alpha": 4, "target_modules": attention},
     ]  # fmt: skip
     config = DyloraMoeConfig(expert_configs=experts, **fields)
@@ -79,6 +81,8 @@ class OneTokenAtATime(nn.Module):
             }
             inputs = (tensor[token, None] for tensor in (hidden, *routing))
             outputs.append(torch.func.functional_call(self.layer, changed, tuple(inputs)))
+        if isinstance(outputs[0], tuple):  # of a gate
+            return tuple(map(torch.cat, zip(*outputs, strict=True)))
         return torch.cat(outputs).view(*shape[:-1], -1)
 
 
