@@ -25,7 +25,6 @@ from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from . import rounding
 from .foundation import load_foundation, load_foundation_config
@@ -478,14 +477,9 @@ def _stacks(foundation: torch.nn.Module) -> dict[str, dict[str, int]]:
 
 
 def _is_gate(module: torch.nn.Module) -> bool:
-    """A weight of its own, in a layer that computes something else than torch's linear ones."""
+    """Transformers calls their classes MixtralTopKRouter, HunYuanMoEV1Gate and so on; others have a linear layer inside."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return (
-        weight is not None
-        and weight.dim() == 2
-        and not isinstance(module, (torch.nn.Embedding, Conv1D))
-        and type(module).forward is not torch.nn.Linear.forward
-    )
+    return weight is not None and weight.dim() == 2 and type(module).__name__.endswith(("Router", "Gate"))
 
 
 @contextmanager
