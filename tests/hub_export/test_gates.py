@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dylora_moe.hub_export import InputError, check_source, export, inspect, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
+from dylora_moe.modeling.experts_dylora_moe import is_gate
 
 
 ROWS = torch.arange(3, 15)[None].repeat(2, 1) + torch.arange(2)[:, None] * 40
@@ -40,7 +41,12 @@ def kind(request):
 
 
 def saved(kind, folder):
-    FOUNDATIONS[kind][0]().save_pretrained(folder)
+    """Older versions of transformers have linear layers as gates, and some that PEFT cannot run, for choosing outside."""
+    foundation = FOUNDATIONS[kind][0]()
+    chooses_outside = any(hasattr(module, "route_tokens_to_experts") for module in foundation.modules())
+    if chooses_outside or not any(map(is_gate, foundation.modules())):
+        pytest.skip("PEFT does not adapt the gate of this version of transformers")
+    foundation.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

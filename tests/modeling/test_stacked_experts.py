@@ -13,7 +13,7 @@ from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
-from dylora_moe.modeling.experts_dylora_moe import use_experts
+from dylora_moe.modeling.experts_dylora_moe import is_gate, use_experts
 from dylora_moe.modeling.stacked_experts_dylora_moe import DyloraMoeStackedExperts
 
 
@@ -70,6 +70,8 @@ class OneTokenAtATime(nn.Module):
     def __init__(self, layer, deltas, weights):
         super().__init__()
         self.layer, self.deltas, self.token_weights = layer, deltas, weights
+        # for foundations of older versions, which choose outside of the gate
+        self.e_score_correction_bias = getattr(layer, "e_score_correction_bias", None)
 
     def forward(self, hidden, *routing):
         shape, hidden = hidden.shape, hidden.flatten(0, -2)
@@ -83,7 +85,7 @@ class OneTokenAtATime(nn.Module):
             outputs.append(torch.func.functional_call(self.layer, changed, tuple(inputs)))
         if isinstance(outputs[0], tuple):  # of a gate
             return tuple(map(torch.cat, zip(*outputs, strict=True)))
-        return torch.cat(outputs).view(*shape[:-1], -1)
+        return torch.cat(outputs) if is_gate(self.layer) else torch.cat(outputs).view(*shape[:-1], -1)
 
 
 @torch.no_grad()
