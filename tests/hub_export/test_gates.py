@@ -118,12 +118,14 @@ def test_every_expert_computes_what_peft_computes(quick_check, adapters, foundat
             assert_same(of_peft(foundation, result.output_dir, subfolder=f"experts/{name}"), expected)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"], indirect=True)
 @pytest.mark.parametrize("layouts", [("full", "adapter"), ("adapter", "full")])
 def test_a_repo_is_read_again(quick_check, adapters, tmp_path, layouts):
     first = export(list(adapters.values()), tmp_path / "first", layout=layouts[0], verify=False).output_dir
     assert export(first, tmp_path / "again", layout=layouts[1]).check.passed
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"], indirect=True)
 @torch.no_grad()
 def test_an_expert_merged_into_the_foundation(adapters, foundation, tmp_path):
     repo = export(list(adapters.values()), tmp_path / "repo", verify=False).output_dir
@@ -131,6 +133,7 @@ def test_an_expert_merged_into_the_foundation(adapters, foundation, tmp_path):
     assert_same(loaded(tmp_path / "merged")(ROWS).logits, of_peft(foundation, adapters["gates"]))
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"], indirect=True)
 @torch.no_grad()
 def test_experts_are_saved_as_folders_that_peft_reads(adapters, foundation, tmp_path):
     repo = export(list(adapters.values()), tmp_path / "repo", verify=False).output_dir
@@ -244,13 +247,20 @@ def test_a_gate_of_another_foundation_is_refused(mixtral, tmp_path):
         export(old, tmp_path / "out", verify=False)
 
 
-def test_adalora_on_a_gate_is_refused(mixtral, tmp_path):
+@pytest.mark.parametrize("place", ["gate", "experts"])
+def test_adalora_where_no_layer_is_linear_is_refused(mixtral, tmp_path, place):
     """PEFT does not put it there."""
-    old = write_gates(tmp_path / "old", mixtral, gates("mixtral"), ["gate"])
+    old = tmp_path / "old"
+    if place == "gate":
+        write_gates(old, mixtral, gates("mixtral"), ["gate"])
+    else:
+        write_old_adapter(old, mixtral, "none: mixtral")
     tensors = load_file(old / "adapter_model.safetensors")
     ranks = {key.replace("lora_A.weight", "lora_E"): torch.ones(4, 1) for key in tensors if "lora_A" in key}
     tensors = {key.removesuffix(".weight"): value for key, value in tensors.items()} | ranks
     save_file(tensors, old / "adapter_model.safetensors")
     change_json(old / "adapter_config.json", peft_type="ADALORA", init_r=4, target_r=4, total_step=10)
-    with pytest.raises(InputError, match=r"AdaLoRA, which PEFT puts on linear layers alone, and adapts .*mlp\.gate"):
+    with pytest.raises(
+        InputError, match=rf"AdaLoRA, which PEFT puts on linear layers alone, and adapts .*mlp\.{place}"
+    ):
         export(old, tmp_path / "out", verify=False)
