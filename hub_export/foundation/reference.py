@@ -67,12 +67,8 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
             folder = start / Path(name).expanduser()
             if (folder / "config.json").is_file():
                 return folder.resolve()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ):  # no path at all: too long, a null byte, an unknown user's home
-            return None
+        except (OSError, RuntimeError, ValueError):
+            return None  # no path at all: too long, a null byte, an unknown user's home
     return None
 
 
