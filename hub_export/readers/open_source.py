@@ -21,7 +21,7 @@ from .choice import FoundSource, choose_checkpoint
 from .detect import MALFORMED
 
 
-def open_source(sources: str | Path | list[str | Path], options: ReadOptions) -> Mixture:
+def open_source(sources: str | Path | list[str | Path], options: ReadOptions | None = None) -> Mixture:
     """Open and read one or several sources.
 
     Args:
@@ -31,6 +31,7 @@ def open_source(sources: str | Path | list[str | Path], options: ReadOptions) ->
     Raises:
         InputError: a source cannot be had, is damaged or of no known format, or formats differ.
     """
+    options = options or ReadOptions()
     return read_sources(find_sources(sources, options), options)
 
 
