@@ -6,3 +6,16 @@ the same.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+
+__all__ = ["write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "write_report":  # imported when it is used: it needs jinja2 and matplotlib
+        from .page import write_report
+
+        return write_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
