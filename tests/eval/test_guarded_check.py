@@ -272,8 +272,8 @@ def f(x):
 """
 SPIED_ON = f"""
 import json, sys
-from dylora_moe.eval.check_workers import Check, run_checks
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
 from evalplus.evaluate import check_correctness
 task, sandboxed = Task(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
 stock = check_correctness(task.dataset, 0, task.problem, {SPY!r}, task.expected_output, base_only=True)
@@ -370,7 +370,7 @@ def test_when_scoring_is_ended_so_is_all_that_it_started(sandboxed, ending, tmp_
     code = f"""
 import json, signal, sys
 from dylora_moe.eval import check_workers
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.guarded_check import Task
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 check_workers._START = "# {tmp_path}\\n" + check_workers._START
 check = check_workers.Check(Task(**json.loads(sys.argv[1])), "while True: pass")
@@ -418,8 +418,8 @@ def check_correctness(*args, **kwargs):
 """
 ASKS = """
 import json, sys
-from dylora_moe.eval.check_workers import Check, run_checks
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
 task, sandboxed = Task(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
 (verdict,) = run_checks([Check(task, "def f(x):\\n    return None\\n")], workers=1, sandbox=sandboxed)
 print(verdict.base_status)
