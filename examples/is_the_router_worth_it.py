@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dylora_moe.eval.analysis.expert_analysis import expert_analysis
-from dylora_moe.eval.report import write_report
+from dylora_moe.eval.report.page import write_report
 from dylora_moe.hub_export import DyloraMoeError
 from dylora_moe.hub_export.extras import REPORT, check_packages
 
