@@ -40,7 +40,7 @@ def write_prompts() -> None:
 
 @pytest.fixture
 def demo_output(tmp_path, monkeypatch):
-    """The working directory of somebody who ran `make demo`, with random experts and two problems."""
+    """What `make demo` leaves in the working directory, with random experts and two problems."""
     folder = tmp_path / "demo_output"
     foundation = save_foundation(folder / "foundation")
     save_final_checkpoint(folder / "checkpoint", foundation)
@@ -157,7 +157,8 @@ def test_files_that_the_pages_name_exist():
 
 def test_files_of_the_walks_exist():
     """docs/architecture.md names files by their rooms."""
-    names = re.findall(r"`((?:\w+/)?\w+\.py)`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
-    there = [path for room in ("modeling", "hub_export", "eval", "dylora_moe") for path in ROOT.glob(f"{room}/**/*.py")]
-    for name in names:
-        assert any(str(path).endswith(f"/{name}") for path in there), name
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = ("modeling", "hub_export", "eval", "dylora_moe")
+    there = [f"/{path.relative_to(ROOT)}" for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
+        assert any(path.endswith(f"/{name}") for path in there), name
