@@ -64,10 +64,6 @@ except (
     ImportError
 ):  # that file may be left empty or out: generation is slower without, and gives the same tokens
     FastDecodingMixin = type("FastDecodingMixin", (), {})
-try:
-    from .fast_loading_dylora_moe import FastLoadingMixin
-except ImportError:  # nor is this one needed
-    FastLoadingMixin = type("FastLoadingMixin", (), {})
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +71,7 @@ logger = logging.get_logger(__name__)
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 
-class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, SavingMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(GrowthMixin, PeftTargetsMixin, SavingMixin, PreTrainedModel):
     """What both models are made of: the foundation with its expert layers, the router, and one routed
     pass."""
 
