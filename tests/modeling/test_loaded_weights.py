@@ -27,9 +27,7 @@ def saved(tmp_path_factory):
 
 def stored(folder) -> dict[str, torch.Tensor]:
     """Every tensor of a repo's weight files."""
-    return {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_holds(model, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
