@@ -1,8 +1,6 @@
-"""Where fast decoding keeps keys and values: buffers that stay where they are, for all calls of `generate`.
-Optional, too.
+"""The static KV cache of fast decoding: buffers at fixed addresses, for all calls of `generate`. Optional.
 
-A prompt's pass writes to them from the front, and the decode steps go on behind it. Knows nothing about
-graphs.
+Prefill writes to them from the front, and decode steps continue behind it.
 """
 
 import math

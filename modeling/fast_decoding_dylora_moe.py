@@ -1,10 +1,12 @@
-"""Fast decoding on a GPU: what hands the steps of greedy and sampled generation over to CUDA graphs.
-Optional.
+"""Fast decoding on a GPU: decode steps of greedy and sampled generation as CUDA graphs. Optional; start reading here.
 
-Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays as it
-is, with its processors, criteria and streamers; only the model's forward of a decode step is replaced, by a
-session's. The ordinary path runs the prompt, whose keys and values go to the buffers. Says where all this
-applies. Knows nothing about choosing tokens.
+Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays, with its
+logits processors, stopping criteria and streamers; only the model's forward of a decode step is replaced by the
+replay of a CUDA graph. Prefill takes the default path, and its keys and values go to the graph's KV cache.
+`why_not` says where fast decoding applies.
+
+Words of the `fast_` files: a *session* is a decode graph (one CUDA graph a strategy, batch size and cache
+capacity), *recorded* is captured, the *ordinary way* is the default path, *buffers* are a static KV cache.
 """
 
 from collections.abc import Callable, Iterator

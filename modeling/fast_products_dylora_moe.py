@@ -1,8 +1,6 @@
-"""Fewer and larger products for fast decoding: the experts' updates over several layers, and norms in one
-kernel.
+"""Fewer and larger kernels for fast decoding: experts' updates over several layers, and fused norms. Optional.
 
-Optional. The experts' part knows expert layers and the weights of a pass. The norms' part finds RMS norms by
-their name, and by trying out whether PyTorch's gives the same numbers.
+RMS norms are found by their name, and by trying out whether PyTorch's gives the same numbers.
 """
 
 import threading

@@ -1,9 +1,8 @@
-"""The decode steps of fast decoding, as CUDA graphs over buffers that stay where they are. Optional, too.
+"""The decode graphs of fast decoding (`Session`): CUDA graphs of a decode step over a static KV cache. Optional.
 
-A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules,
-are recorded at their first call, unless a trial finds that they cannot be, and replayed until what they run
-changes. Streams lie one after the other in the rows of the buffers, so that one pass can serve several. Knows
-nothing about `generate`, prompts or choosing tokens.
+A decode graph is for one strategy, batch size and cache capacity. A step runs the foundation's own modules, is
+captured at its first call, unless a trial finds that it cannot be, and replayed until what it runs changes.
+Streams lie one after the other in the rows of the KV cache, so that one pass can serve several.
 """
 
 import gc
