@@ -21,17 +21,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_dylora_moe import CACHE
 from .configuration_dylora_moe import DyloraMoeConfig
+from .expert_set_dylora_moe import ExpertSetMixin
 from .experts_dylora_moe import (
     DyloraMoeLinear,
-    LowRankStacks,
     PeftTargetsMixin,
     checkpoint_with_experts,
-    in_base_layer,
-    refuse_offloaded,
 )
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
-from .growth_dylora_moe import GrowthMixin
-from .layouts_dylora_moe import (
+from .loading_dylora_moe import (
     HUB_OPTIONS,
     foundation_config,
     keep_single_expert,
@@ -44,7 +41,6 @@ from .layouts_dylora_moe import (
 from .routing_dylora_moe import DyloraMoeGate, DyloraMoeRouter, RoutingMixin
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
 from .saving_dylora_moe import SavingMixin
-from .stacked_experts_dylora_moe import DyloraMoeStackedExperts, as_in_peft, rows_of_stack, stack_shape
 
 
 try:
@@ -57,7 +53,7 @@ except (
         """No fast decoding."""
 
 
-class DyloraMoePreTrainedModel(GrowthMixin, PeftTargetsMixin, RoutingMixin, SavingMixin, PreTrainedModel):
+class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, SavingMixin, PreTrainedModel):
     """Base class of both models: the foundation with its expert layers, and the router.
 
     Args:
@@ -100,13 +96,6 @@ class DyloraMoePreTrainedModel(GrowthMixin, PeftTargetsMixin, RoutingMixin, Savi
         if config.has_router:
             self.router = DyloraMoeRouter(config)
         self.post_init()
-
-    def freeze_foundation(self) -> None:
-        """Freeze the foundation; experts and gate stay trainable."""
-        self.foundation.requires_grad_(False)
-        for layer in self.expert_layers().values():
-            layer.lora_A.requires_grad_(True)
-            layer.lora_B.requires_grad_(True)
 
     @classmethod
     def from_pretrained(
@@ -203,65 +192,6 @@ class DyloraMoePreTrainedModel(GrowthMixin, PeftTargetsMixin, RoutingMixin, Savi
         model.freeze_foundation()
         return model.eval()
 
-    def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
-        """Put expert layers around modules of the foundation: around all of them, or on error around none."""
-        wrapped, layouts = {}, config.rank_layouts()
-        for name in names:
-            try:
-                wrapped[name] = DyloraMoeLinear(
-                    self.foundation.get_submodule(name), layouts[name], self.expert_dropouts
-                )
-            except AttributeError as error:
-                whole = [
-                    module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")
-                ]
-                raise ValueError(
-                    f"`target_modules` names {name!r}, which a {type(self.foundation).__name__} does not have."
-                    + (f" Whole names are needed, such as {whole[0]!r}." if whole else "")
-                ) from error
-            except ValueError as error:
-                raise ValueError(f"`target_modules` names {name!r}. {error}") from error
-        for name, layer in wrapped.items():
-            layer.train(self.foundation.training)
-            parent_name, _, child_name = name.rpartition(".")
-            setattr(self.foundation.get_submodule(parent_name), child_name, layer)
-        self._rename_tied_weights(set(wrapped))
-
-    def _check_parameters(self, config: DyloraMoeConfig) -> None:
-        """Raises ValueError: an expert adapts a parameter that is none of stacked experts."""
-        for name in config.adapted_parameters():
-            module_name, _, parameter = name.rpartition(".")
-            try:
-                module = self.foundation.get_submodule(module_name)
-                stack_shape(getattr(module, "base_layer", module), parameter)
-            except (AttributeError, ValueError) as error:
-                raise ValueError(f"`target_parameters` names {name!r}. {error}") from error
-
-    def _wrap_parameters(self, names: list[str], config: DyloraMoeConfig) -> None:
-        """Put updates beside parameters of stacked experts."""
-        layouts = config.rank_layouts()
-        for name in names:
-            module_name, _, parameter = name.rpartition(".")
-            module = self.foundation.get_submodule(module_name)
-            if not isinstance(module, DyloraMoeStackedExperts):
-                module = DyloraMoeStackedExperts(module).train(module.training)
-                parent_name, _, child_name = module_name.rpartition(".")
-                setattr(self.foundation.get_submodule(parent_name), child_name, module)
-            module.add_update(parameter, layouts[name], self.expert_dropouts)
-
-    def _rename_tied_weights(self, wrapped: set[str]) -> None:
-        """A tied head that experts adapt stays tied, under its new name: they act on its output, not on its
-        weight."""
-        tied = self.foundation.all_tied_weights_keys
-        if not any(name.rpartition(".")[0] in wrapped for name in tied):
-            return
-        renamed = {
-            in_base_layer(target, wrapped): in_base_layer(source, wrapped) for target, source in tied.items()
-        }
-        # transformers reads both: the one when it loads, the other when it saves or ties anew.
-        self.foundation.all_tied_weights_keys = dict(renamed)
-        self.foundation._tied_weights_keys = renamed
-
     def _describe_foundation(self) -> None:
         """Note what every pass needs to know of the modules, once."""
         self.num_layers_per_stream = len(
@@ -277,73 +207,10 @@ class DyloraMoePreTrainedModel(GrowthMixin, PeftTargetsMixin, RoutingMixin, Savi
 
     # Modules and weights
 
-    def expert_layers(self) -> dict[str, LowRankStacks]:
-        """Return the modules that hold the stacks, by the adapted layer's or parameter's name in the foundation."""
-        modules = self._stack_modules.items()
-        return {name: self.foundation.get_submodule(module) for name, module in modules}
-
     @property
     def foundation_body(self) -> nn.Module:
         """The foundation without its head."""
         return self.foundation.base_model
-
-    def set_expert_weights(
-        self, expert: int | str, weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        """Copy one expert's matrices in.
-
-        Args:
-            expert: name or number.
-            weights: name of a module -> (A `[r, in_features]`, B `[out_features, r]`), and of a parameter of
-                stacked experts -> (A `[experts * r, in_features]`, B `[out_features, r * experts]`), as PEFT
-                has them.
-
-        Raises:
-            ValueError: names that are not just the expert's, a shape that does not fit (names both shapes),
-                or weights that are offloaded.
-        """
-        refuse_offloaded(self)
-        index = self.config.expert_index(expert)
-        expected = set(self._places_of(index))
-        if set(weights) != expected:
-            raise ValueError(
-                f"Expert {expert!r} adapts {len(expected)} modules and parameters, and weights came for {len(weights)}; "
-                f"the difference is {sorted(expected ^ set(weights))[:4]}."
-            )
-        layers = self.expert_layers()
-        with torch.no_grad():
-            for name, (lora_a, lora_b) in weights.items():
-                layer = layers[name]
-                rows = layer.rows(index)
-                views = layer.lora_A[rows], layer.lora_B[rows]
-                for kind, mine, given in zip("AB", as_in_peft(*views), (lora_a, lora_b), strict=True):
-                    if mine.shape != given.shape:
-                        raise ValueError(
-                            f"Expert {expert!r}, layer {name!r}: lora_{kind} is of shape {tuple(given.shape)}, and this "
-                            f"foundation needs {tuple(mine.shape)}. It was trained on a foundation of other shapes."
-                        )
-                count = layer.lora_A.shape[1] if layer.lora_A.dim() == 3 else 0
-                for mine, given in zip(views, rows_of_stack(lora_a, lora_b, count), strict=True):
-                    mine.copy_(given)
-
-    def expert_weights(self, expert: int | str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """One expert's matrices by the names of what it adapts, as PEFT has them; see `set_expert_weights`.
-
-        Raises:
-            ValueError: no such expert, or its weights are offloaded.
-        """
-        refuse_offloaded(self)
-        index = self.config.expert_index(expert)
-        weights = {}
-        for name in self._places_of(index):
-            layer = self.foundation.get_submodule(self._stack_modules[name])
-            rows = (stack.detach()[layer.rows(index)] for stack in (layer.lora_A, layer.lora_B))
-            weights[name] = tuple(matrix.clone() for matrix in as_in_peft(*rows))
-        return weights
-
-    def _places_of(self, expert: int) -> list[str]:
-        entry = self.config.expert_configs[expert]
-        return [*entry["target_modules"], *entry["target_parameters"]]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
