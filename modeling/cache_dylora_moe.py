@@ -1,4 +1,4 @@
-"""The KV cache of a routed model: one `Cache` that holds the layers of all streams, one stream after the other.
+"""The KV cache of a routed model: one `Cache` with the layers of all streams, one stream after the other.
 
 A stream is one pass of the foundation over the tokens: the router's, the routed one, or one per expert of
 `ensemble`. Under `router`, layers 0 to L-1 are those of the router's pass, and L to 2L-1 those of the routed

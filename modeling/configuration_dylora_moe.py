@@ -11,9 +11,9 @@ import transformers
 from packaging.version import Version
 
 
-# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs. Without
-# this check, which must come before anything else is imported, an older version fails in errors that do not name
-# the cause.
+# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs.
+# Without this check, which must come before anything else is imported, an older version fails in errors that
+# do not name the cause.
 REQUIRED_TRANSFORMERS = "5.10"
 if Version(transformers.__version__) < Version(REQUIRED_TRANSFORMERS):
     # An ImportError: transformers goes on after an OSError or a ValueError here, as if there were no config.
@@ -29,8 +29,9 @@ ROUTER_INPUTS = ("base", "experts_sum")
 ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
 
-# Implementations of attention and of a foundation's own experts that are part of transformers. Others are kernels
-# from the Hub, which a config could name, or packages that transformers fetches from there if not installed.
+# Implementations of attention and of a foundation's own experts that are part of transformers. Others are
+# kernels from the Hub, which a config could name, or packages that transformers fetches from there if not
+# installed.
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 IMPLEMENTATIONS = {
@@ -224,10 +225,10 @@ class DyloraMoeConfig(PreTrainedConfig):
         )
 
     def rank_layouts(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        """Return rank r_i and scale s_i of every expert at every adapted place; rank 0 where it adapts nothing.
+        """Return rank r_i and scale s_i of every expert at every adapted place.
 
         s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised
-        LoRA, https://arxiv.org/abs/2312.03732).
+        LoRA, https://arxiv.org/abs/2312.03732). The rank is 0 where an expert adapts nothing.
         """
         layouts = {name: [(0, 0.0)] * self.num_experts for name in self.adapted_places()}
         for index, expert in enumerate(self.expert_configs):
@@ -255,7 +256,8 @@ class DyloraMoeConfig(PreTrainedConfig):
     def stack_modules(self) -> dict[str, str]:
         """Map every adapted place to the module inside the foundation that holds its stacks.
 
-        For a parameter it is not the parameter's own name, which transformers would convert when it loads a file.
+        For a parameter it is not the parameter's own name, which transformers would convert when it loads a
+        file.
         """
         places = {name: name for name in self.adapted_modules()}
         for name in self.adapted_parameters():
@@ -341,7 +343,7 @@ def read_config(location: str, **where) -> PreTrainedConfig:
 
 
 def without_code_elsewhere(value: Any) -> Any:
-    """Remove the fields of a config's JSON, at any depth, that name code or kernels which transformers would fetch.
+    """Remove fields that name code or kernels for transformers to fetch from a config's JSON, at any depth.
 
     Those are `auto_map`, and the implementations of attention and experts, unless they are transformers' own.
     """
@@ -361,7 +363,7 @@ def without_code_elsewhere(value: Any) -> Any:
 
 
 def _own_implementation(value: Any, own: tuple[str, ...]) -> Any:
-    """Keep a name that is in `own`, or the sub-configs of a dictionary whose names are; else return `None`."""
+    """Keep a name that is in `own`, or the sub-configs of a dictionary with such names; else `None`."""
     if not isinstance(value, dict):
         return value if value in own else None
     kept = {}

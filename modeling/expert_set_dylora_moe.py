@@ -17,7 +17,7 @@ class ExpertSetMixin:
     """Puts experts on the foundation's layers, copies their weights in and out, adds and freezes them."""
 
     def expert_layers(self) -> dict[str, LowRankStacks]:
-        """Return the modules that hold the stacks, by the adapted layer's or parameter's name in the foundation."""
+        """Return the modules that hold the stacks, by the name of the adapted layer or parameter."""
         modules = self._stack_modules.items()
         return {name: self.foundation.get_submodule(module) for name, module in modules}
 
@@ -36,8 +36,8 @@ class ExpertSetMixin:
         Args:
             expert: name or number.
             weights: by the name of a module (A `[r, in_features]`, B `[out_features, r]`), and by that of a
-                parameter of stacked experts (A `[experts * r, in_features]`, B `[out_features, r * experts]`), as
-                PEFT stores them.
+                parameter of stacked experts (A `[experts * r, in_features]`, B `[out_features, r *
+                experts]`), as PEFT stores them.
 
         Raises:
             ValueError: names that are not just the expert's, a shape that does not fit (names both shapes),
@@ -92,8 +92,8 @@ class ExpertSetMixin:
     ) -> int:
         """Add an expert that changes nothing yet (its B is zero), and a row for it to the gate.
 
-        What the other experts compute stays the same, bit for bit. The stacks and the gate become new parameters,
-        which an optimiser made before does not have: make a new one.
+        What the other experts compute stays the same, bit for bit. The stacks and the gate become new
+        parameters, which an optimiser made before does not have: make a new one.
 
         Args:
             name: the expert's name.
@@ -161,8 +161,9 @@ class ExpertSetMixin:
     def freeze_expert(self, name: int | str) -> None:
         """Freeze an expert: its rows of the stacks get no gradient.
 
-        With a new optimiser and no weight decay on experts (it moves weights without a gradient, too; Trainer's
-        default is 0), they stay the same bit for bit. Not saved: loaded models have every expert trainable.
+        With a new optimiser and no weight decay on experts (it moves weights without a gradient, too;
+        Trainer's default is 0), they stay the same bit for bit. Not saved: loaded models have every expert
+        trainable.
         """
         expert = self.config.expert_index(name)
         for layer in self.expert_layers().values():
@@ -241,7 +242,7 @@ class ExpertSetMixin:
             module.add_update(parameter, layouts[name], self.expert_dropouts)
 
     def _rename_tied_weights(self, wrapped: set[str]) -> None:
-        """Keep a tied head that experts adapt tied under its new name: they act on its output, not its weight."""
+        """Keep an adapted head tied under its new name: experts act on its output, not its weight."""
         tied = self.foundation.all_tied_weights_keys
         if not any(name.rpartition(".")[0] in wrapped for name in tied):
             return

@@ -1,9 +1,9 @@
-"""Fast decoding on a GPU: decode steps of greedy and sampled generation as CUDA graphs. Optional; start reading here.
+"""Fast decoding on a GPU: decode steps of greedy and sampled generation as CUDA graphs. Optional.
 
-Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays, with its
-logits processors, stopping criteria and streamers; only the model's forward of a decode step is replaced by the
-replay of a CUDA graph. Prefill takes the default path, and its keys and values go to the graph's KV cache.
-`why_not` says where fast decoding applies.
+Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays, with
+its logits processors, stopping criteria and streamers; only the model's forward of a decode step is replaced
+by the replay of a CUDA graph. Prefill takes the default path, and its keys and values go to the graph's KV
+cache. `why_not` says where fast decoding applies.
 
 Words of the `fast_` files: a *session* is a decode graph (one CUDA graph a strategy, batch size and cache
 capacity), *recorded* is captured, the *ordinary way* is the default path, *buffers* are a static KV cache.

@@ -1,4 +1,4 @@
-"""Fewer and larger kernels for fast decoding: experts' updates over several layers, and fused norms. Optional.
+"""Larger kernels for fast decoding: experts' updates over several layers, fused norms. Optional.
 
 RMS norms are found by their name, and by trying out whether PyTorch's gives the same numbers.
 """

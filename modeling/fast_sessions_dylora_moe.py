@@ -1,8 +1,8 @@
-"""The decode graphs of fast decoding (`Session`): CUDA graphs of a decode step over a static KV cache. Optional.
+"""The decode graphs of fast decoding: CUDA graphs of a decode step over a static KV cache. Optional.
 
-A decode graph is for one strategy, batch size and cache capacity. A step runs the foundation's own modules, is
-captured at its first call, unless a trial finds that it cannot be, and replayed until what it runs changes.
-Streams lie one after the other in the rows of the KV cache, so that one pass can serve several.
+A decode graph (`Session`) is for one strategy, batch size and cache capacity. A step runs the foundation's
+own modules, is captured at its first call, unless a trial finds that it cannot be, and replayed until what it
+runs changes. Streams lie one after the other in the rows of the KV cache, so that one pass can serve several.
 """
 
 import gc

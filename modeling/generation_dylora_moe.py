@@ -14,7 +14,7 @@ from .cache_dylora_moe import CACHE, kept_experts, prepare_streams
 
 
 class _Call(threading.local):
-    """The `generate` in progress in this thread; thread-local since `torch.compile` traces no context variable.
+    """The `generate` in progress in this thread; `torch.compile` traces no context variable.
 
     Attributes:
         model: the model that generates.
@@ -55,9 +55,9 @@ class DyloraMoeGenerationMixin(GenerationMixin):
 
         Args:
             routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
-            output_router_logits: with `return_dict_in_generate`, whether to add `router_logits` to the output,
-                `[sequences, new tokens, num_experts]`: the gate's logits where each new token was predicted.
-                `None` under a strategy that reads no router while it decodes.
+            output_router_logits: with `return_dict_in_generate`, whether to add `router_logits` to the
+                output, `[sequences, new tokens, num_experts]`: the gate's logits where each new token was
+                predicted. `None` under a strategy that reads no router while it decodes.
 
         Raises:
             ValueError: an unknown strategy; lists the valid ones and the experts' names.
@@ -91,8 +91,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
             prepare = self.foundation.prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get(CACHE) is not None and inputs.get(CACHE) is None:
-            # Phi-3 drops its cache where its positions change; transformers 5.10 continues from the last token
-            # even so.
+            # Phi-3 drops its cache where its positions change; transformers 5.10 continues from the last
+            # token even so.
             kwargs.update({CACHE: None, "next_sequence_length": None})
             inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         for name in ROUTING_ARGUMENTS:
@@ -187,7 +187,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
     ):
-        # transformers 5.10 keeps a static cache on the model for the next call, which may have another strategy.
+        # transformers 5.10 keeps a static cache on the model for the next call, which may have another
+        # strategy.
         self.__dict__.pop("_cache", None)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
@@ -195,7 +196,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         strategy = self.routing_strategy(model_kwargs["routing_strategy"])
         cache = model_kwargs.get(CACHE)
         if cache is not None:
-            # Here, since layers added later miss what was set on the cache (offloading, recording for rollback).
+            # Here, since layers added later miss what was set on the cache (offloading, recording for
+            # rollback).
             prepare_streams(cache, self.num_layers_per_stream, strategy)
         if strategy.chooses_row_experts and model_kwargs.get("expert_ids") is None:
             expert_ids = kept_experts(cache)

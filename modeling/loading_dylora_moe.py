@@ -1,8 +1,8 @@
-"""Loading weights that no single file holds: a subset of the experts, or experts and foundation from two places.
+"""Loading what no single file holds: a subset of the experts, or experts and foundation from two places.
 
-`read_full` and `read_adapter` make the state dict for `DyloraMoePreTrainedModel.from_pretrained`; where something
-cannot be loaded, the functions at the end say why and what to do. A repo of layout `full` that is loaded whole
-needs none of this: transformers reads it.
+`read_full` and `read_adapter` make the state dict for `DyloraMoePreTrainedModel.from_pretrained`; where
+something cannot be loaded, the functions at the end say why and what to do. A repo of layout `full` that is
+loaded whole needs none of this: transformers reads it.
 """
 
 import json
@@ -32,8 +32,8 @@ from .stacked_experts_dylora_moe import rows_of_stack
 WEIGHTS = (".json", ".safetensors", ".bin")  # and what describes them
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
-# A subfolder that does not exist: transformers applies an adapter that lies in a foundation's folder, unless it is
-# told to look for one elsewhere.
+# A subfolder that does not exist: transformers applies an adapter that lies in a foundation's folder, unless
+# it is told to look for one elsewhere.
 NO_FOLDER = "no-adapter-is-looked-for"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -137,8 +137,8 @@ def read_full(
         variant: which of several sets of weight files, as in `model.<variant>.safetensors`.
 
     Raises:
-        ValueError: the weights were saved quantised, so that an expert's rows cannot be selected; or they are not
-            those of the config.
+        ValueError: the weights were saved quantised, so that an expert's rows cannot be selected; or they are
+            not those of the config.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -184,7 +184,7 @@ def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
 
 
 def _names_in_model(keys: list[str], config: DyloraMoeConfig, network: type) -> dict[str, str]:
-    """Map keys of expert layers that transformers saved under the foundation's older names to the model's names."""
+    """Map the keys of expert layers to the model's names, if transformers saved them under older ones."""
     of_experts = [key for key in keys if ".base_layer." in key or ".lora_" in key]
     with torch.device("meta"):
         model = network(config)

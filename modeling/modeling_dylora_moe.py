@@ -1,8 +1,8 @@
-"""DyLoRA-MoE: a frozen causal language model, several LoRA experts, and a router that picks experts per token.
+"""DyLoRA-MoE: a frozen causal language model, LoRA experts, and a router that picks experts per token.
 
-`DyloraMoeModel` is the routed backbone and returns hidden states; `DyloraMoeForCausalLM` has a language modeling
-head on top and returns logits. Both hold the same modules under the same names: `foundation`, a causal language
-model of transformers whose adapted layers are wrapped, and `router`.
+`DyloraMoeModel` is the routed backbone and returns hidden states; `DyloraMoeForCausalLM` has a language
+modeling head on top and returns logits. Both hold the same modules under the same names: `foundation`, a
+causal language model of transformers whose adapted layers are wrapped, and `router`.
 """
 
 import copy
@@ -45,12 +45,10 @@ from .saving_dylora_moe import SavingMixin
 
 try:
     from .fast_decoding_dylora_moe import FastDecodingMixin
-except (
-    ImportError
-):  # the file may be left empty or out: generation is slower without it, with the same tokens
+except ImportError:
 
     class FastDecodingMixin:
-        """No fast decoding."""
+        """In place of an optional file that is empty or missing: the same tokens, slower."""
 
 
 class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, SavingMixin, PreTrainedModel):
@@ -65,7 +63,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
     base_model_prefix = ""  # not `foundation`, whose checkpoints and configs cannot stand in for ours
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012  (spelt as transformers spells it)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["router.gate"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -110,8 +108,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Load a model as `PreTrainedModel.from_pretrained` does, with the foundation frozen.
 
         Args:
-            base_model: the folder or Hub id of the foundation of a repo of layout `adapter`, instead of the one
-                in its config; the loaded model's config has this one.
+            base_model: the folder or Hub id of the foundation of a repo of layout `adapter`, instead of the
+                one in its config; the loaded model's config has this one.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
             routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`),
                 instead of the repo's; a number in `single:<number>` counts the loaded experts.
@@ -142,7 +140,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
             loaded = super().from_pretrained(location, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_foundation()  # loading a weight makes it trainable
-        # transformers sets the generation config only of models that generate and have weight files of their own.
+        # transformers sets the generation config only of models that generate and have weight files of their
+        # own.
         is_left_out = needs_custom_state_dict and kwargs.get("generation_config") is None
         if generation_config is not None and (is_left_out or not model.can_generate()):
             model.generation_config = generation_config
@@ -193,19 +192,16 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         return model.eval()
 
     def _describe_foundation(self) -> None:
-        """Note what every pass needs to know of the modules, once."""
-        self.num_layers_per_stream = len(
-            DynamicCache(config=self.config.get_text_config(decoder=True)).layers
-        )
-        if self.config.adapted_parameters():  # a loop over those of the foundation's experts that have tokens
-            self._can_compile_fullgraph = False
+        """Store what every pass needs to know about the foundation."""
+        text_config = self.config.get_text_config(decoder=True)
+        self.num_layers_per_stream = len(DynamicCache(config=text_config).layers)
+        if self.config.adapted_parameters():
+            self._can_compile_fullgraph = False  # they loop over the stacked experts that have tokens
         self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._foundation_arguments = frozenset(parameter.name for parameter in parameters)
         self.cache_argument = "cache" if "cache" in self._foundation_arguments else "past_key_values"
-
-    # Modules and weights
 
     @property
     def foundation_body(self) -> nn.Module:
@@ -221,8 +217,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
 
     @torch.no_grad()
     def initialize_weights(self):
-        # transformers hands modules inside the foundation, a model of its own, to that model, which does not
-        # know expert layers: without this they would stay uninitialised memory.
+        # The foundation, a model of its own, initialises the modules inside it, but does not know expert
+        # layers: without this they would stay uninitialised memory.
         super().initialize_weights()
         for layer in self.expert_layers().values():
             layer.initialize_experts()
@@ -240,7 +236,9 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self.foundation.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`; a resized model can only be saved in layout `full`.
+        """Resize the embeddings as `PreTrainedModel.resize_token_embeddings` does.
+
+        A resized model can only be saved in layout `full`.
 
         Raises:
             ValueError: experts adapt the head, whose size is that of their matrices.
@@ -307,8 +305,8 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
         """Compute hidden states; arguments as of `DyloraMoeForCausalLM.forward`.
 
         Returns:
-            `last_hidden_state`: `[batch, sequence, hidden_size]`. The logits of a model with a head are that head
-            on it, scaled or capped as the foundation's config says.
+            `last_hidden_state`: `[batch, sequence, hidden_size]`. The logits of a model with a head are that
+            head on it, scaled or capped as the foundation's config says.
 
         Raises:
             ValueError: an unknown strategy, one without hidden states (`ensemble`), a cache filled under
@@ -369,7 +367,8 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
     def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
         super().__init__(config, foundation)
         # The foundation's, for its special tokens. A generation config that says it came from a model config
-        # loses every field that transformers does not know when it is read back, such as the routing strategy.
+        # loses every field that transformers does not know when it is read back, such as the routing
+        # strategy.
         self.generation_config = copy.deepcopy(self.foundation.generation_config)
         self.generation_config._from_model_config = False
 
@@ -384,7 +383,8 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
 
     def __copy__(self) -> "DyloraMoeForCausalLM":
         copied = type(self).__new__(type(self))
-        vars(copied).update({name: value for name, value in vars(self).items() if name != "_backbone"})
+        vars(copied).update(vars(self))
+        vars(copied).pop("_backbone", None)
         return copied
 
     def __setattr__(self, name, value):
@@ -481,13 +481,14 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             return loss
         aux_loss = self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         if num_items_in_batch is not None:
-            # The Trainer adds up the losses of an accumulated step: each batch has its share of the balance loss.
+            # The Trainer adds up the losses of an accumulated step: each batch has its share of the balance
+            # loss.
             targets = labels[..., 1:] if shift_labels is None else shift_labels
             aux_loss = aux_loss * (targets != -100).sum() / num_items_in_batch
         return loss + aux_loss
 
     def create_masks_for_generate(self, config, **kwargs):
-        # Some foundations make masks of their own (sliding windows, prefixes).
+        # Some foundations have their own masks (sliding windows, prefixes).
         create = getattr(self.foundation, "create_masks_for_generate", create_masks_for_generate)
         return create(config=self.config.get_text_config(), **kwargs)
 

@@ -1,7 +1,7 @@
 """The router (gate, routing weights, balance loss) and the routed pass.
 
-A routed pass is one call of a model's forward: the foundation run over the same tokens, once for each stream of
-the routing strategy (`routing_strategies_dylora_moe`).
+A routed pass is one call of a model's forward: the foundation run over the same tokens, once for each stream
+of the routing strategy (`routing_strategies_dylora_moe`).
 """
 
 import weakref
@@ -21,7 +21,8 @@ from .routing_strategies_dylora_moe import RoutingStrategy
 
 logger = logging.get_logger(__name__)
 
-# A mixture-of-experts foundation has an `output_router_logits` of its own, and would add its own balance loss.
+# A mixture-of-experts foundation has an `output_router_logits` of its own, and would add its own balance
+# loss.
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 # Arguments of a forward that the router's own pass takes.
@@ -132,7 +133,7 @@ _last_run: dict[str, dict[bool, weakref.ref]] = {}
 
 
 def routes_densely(config: DyloraMoeConfig, training: bool) -> bool:
-    """Say whether the router weights all experts, rather than the top k: see `DyloraMoeConfig.router_mode`."""
+    """Say whether the router weights all experts, or the top k: see `DyloraMoeConfig.router_mode`."""
     if config.router_mode != "auto":
         return config.router_mode == "dense"
     return training or not all(expert["mature"] for expert in config.expert_configs)
@@ -258,7 +259,7 @@ class RoutedPass:
         return self.model.router.weights(self.read_router(stream), dense=self.model.routes_densely)
 
     def best_experts(self) -> torch.Tensor:
-        """Choose the router's favourite for every row, `[batch]`, with all tokens of this call as the prompt."""
+        """Choose the router's favourite for every row, `[batch]`, over all tokens of this call."""
         return best_expert(self.read_router(stream=None), self.token_mask)
 
     def row_experts(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -298,7 +299,7 @@ class RoutingMixin:
 
     @property
     def routes_densely(self) -> bool:
-        """Whether the router weights all experts, rather than the top k: see `DyloraMoeConfig.router_mode`."""
+        """Whether the router weights all experts, or the top k: see `DyloraMoeConfig.router_mode`."""
         return routes_densely(self.config, self.training)
 
     def balance_loss(
@@ -362,7 +363,7 @@ class RoutingMixin:
     def _streams(
         self, past_key_values: Cache | None, use_cache: bool | None, strategy: RoutingStrategy
     ) -> Cache | None:
-        """Return the KV cache of all streams: the one that was passed, a new one, or `None` without `use_cache`."""
+        """Return the KV cache of all streams: the one passed, a new one, or `None` without `use_cache`."""
         if self.training and self._recomputes_layers:
             return None
         config = self.config.get_text_config(decoder=True)
@@ -386,7 +387,7 @@ class RoutingMixin:
         return kept
 
     def warn_of_missing_balance_loss(self, strategy: RoutingStrategy) -> None:
-        """Warn once of a pass that trains the gate for a loss outside of the model, without its router logits."""
+        """Warn once of a pass that trains the gate for an outside loss, which lacks the balance loss."""
         trains = self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef != 0
         if not trains or str(strategy) != "router" or torch.compiler.is_compiling():
             return

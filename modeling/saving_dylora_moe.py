@@ -74,9 +74,10 @@ class SavingMixin:
         """Save a model as `PreTrainedModel.save_pretrained` does, with the code beside the weights.
 
         Args:
-            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the foundation
-                taken from `config.base_model_name_or_path` on loading. The default is `"full"`, also for a
-                model that was loaded from layout `adapter`, from which the Trainer could not resume.
+            layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the
+                foundation taken from `config.base_model_name_or_path` on loading. The default is `"full"`,
+                also for a model that was loaded from layout `adapter`, from which the Trainer could not
+                resume.
 
         Raises:
             ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter
@@ -105,7 +106,7 @@ class SavingMixin:
             self._upload_saved(directory, before, token=kwargs.get("token"), **hub_arguments)
 
     def push_to_hub(self, repo_id: str, *args, layout: str | None = None, **kwargs):
-        """Upload a model as `PreTrainedModel.push_to_hub` does; `layout` and errors as in `save_pretrained`."""
+        """Upload as `PreTrainedModel.push_to_hub` does; `layout` and errors as in `save_pretrained`."""
         with self._in_layout(layout):
             self._check_foundation(on_hub=True)
             return super().push_to_hub(repo_id, *args, **kwargs)
@@ -235,10 +236,10 @@ def write_requirements(directory: Path) -> None:
 def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> dict:
     """Make the `adapter_config.json` of one expert.
 
-    On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets with the
-    matrices' former names onto that parameter, and leaves out dense and shared layers of the same names. Such a
-    layer is named by its weight instead, as a parameter, which PEFT takes unchanged. An adapter of parameters
-    needs a dropout of 0 there.
+    On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets with
+    the matrices' former names onto that parameter, and leaves out dense and shared layers of the same names.
+    Such a layer is named by its weight instead, as a parameter, which PEFT takes unchanged. An adapter of
+    parameters needs a dropout of 0 there.
     """
     entry = dict(config.expert_configs[expert])
     del entry["name"], entry["mature"]
@@ -261,7 +262,7 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
 
 
 def has_stacked_experts(base_config: PreTrainedConfig | None) -> bool:
-    """Say whether transformers stacks the matrices of a layer's experts when it loads a model of this type."""
+    """Say whether transformers stacks a layer's experts when it loads a model of this type."""
     transforms = get_checkpoint_conversion_mapping(getattr(base_config, "model_type", "")) or ()
     targets = [name for transform in transforms for name in transform.target_patterns]
     return any(name.endswith("gate_up_proj") for name in targets)

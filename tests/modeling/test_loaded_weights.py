@@ -1,4 +1,4 @@
-"""Weights that `from_pretrained` reads: those of the files, and what is said where files and config differ."""
+"""Weights that `from_pretrained` reads: those of the files, and errors where files and config differ."""
 
 import json
 import shutil
