@@ -8,9 +8,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import DyloraMoeLinear, LowRankStacks, in_base_layer, refuse_offloaded
+from .experts_dylora_moe import DyloraMoeLinear, LowRankStacks, in_base_layer, is_gate, refuse_offloaded
 from .routing_dylora_moe import DyloraMoeRouter
-from .stacked_experts_dylora_moe import DyloraMoeStackedExperts, as_in_peft, rows_of_stack, stack_shape
+from .stacked_experts_dylora_moe import (
+    DyloraMoeFoundationGate,
+    DyloraMoeStackedExperts,
+    as_in_peft,
+    rows_of_stack,
+    stack_shape,
+)
 
 
 class ExpertSetMixin:
@@ -191,7 +197,8 @@ class ExpertSetMixin:
         for name in names:
             try:
                 module = self.foundation.get_submodule(name)
-                wrapped[name] = DyloraMoeLinear(module, layouts[name], self.expert_dropouts)
+                layer_class = DyloraMoeFoundationGate if is_gate(module) else DyloraMoeLinear
+                wrapped[name] = layer_class(module, layouts[name], self.expert_dropouts)
             except AttributeError as error:
                 raise ValueError(self._no_such_module(name)) from error
             except ValueError as error:

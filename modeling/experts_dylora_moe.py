@@ -6,6 +6,7 @@ A is all experts' A_i stacked, B all their B_i, w the routing weights and s the 
 pass reach the layers through `use_experts`.
 """
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 
 RankLayout = tuple[tuple[int, float], ...]  # rank and scale of every expert at one place
+GATE_CLASS = re.compile(
+    r".+(Router|Gate)"
+)  # of a foundation, such as MixtralTopKRouter, DeepseekV3TopkRouter
 PAST_TOKENS = (
     "Experts adapt a layer that every step runs over all past tokens (DeepSeek's `kv_b_proj`, Doge's `dt_proj`), whose "
     "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all of a row's tokens, as 'best'."
@@ -355,18 +359,32 @@ def in_base_layer(name: str, adapted: set[str]) -> str:
     return name
 
 
+def is_gate(module: nn.Module) -> bool:
+    """Say whether a module is the gate of a mixture-of-experts layer, with a weight of its own.
+
+    The weight is of shape `[stacked experts, in_features]`.
+    """
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.dim() != 2:
+        return False
+    return GATE_CLASS.fullmatch(type(module).__name__) is not None
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return `(in_features, out_features)` of a layer that experts can adapt.
 
     Raises:
-        ValueError: the layer is not a linear one.
+        ValueError: the layer is neither a linear one nor a gate.
     """
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
+    if is_gate(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
     raise ValueError(
-        f"Experts adapt linear layers (nn.Linear, Conv1D); this one is a {type(layer).__name__}."
+        "Experts adapt linear layers (nn.Linear, Conv1D) and gates of mixture-of-experts layers; this one is a "
+        f"{type(layer).__name__}."
     )
 
 
@@ -427,6 +445,7 @@ __all__ = [
     "PeftTargetsMixin",
     "checkpoint_with_experts",
     "in_base_layer",
+    "is_gate",
     "linear_shape",
     "refuse_offloaded",
     "use_experts",

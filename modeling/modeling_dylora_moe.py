@@ -41,6 +41,7 @@ from .loading_dylora_moe import (
 from .routing_dylora_moe import DyloraMoeGate, DyloraMoeRouter, RoutingMixin
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
 from .saving_dylora_moe import SavingMixin
+from .stacked_experts_dylora_moe import DyloraMoeFoundationGate
 
 
 try:
@@ -195,9 +196,13 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Store what every pass needs to know about the foundation."""
         text_config = self.config.get_text_config(decoder=True)
         self.num_layers_per_stream = len(DynamicCache(config=text_config).layers)
-        if self.config.adapted_parameters():
-            self._can_compile_fullgraph = False  # they loop over the stacked experts that have tokens
-        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
+        layers = self.expert_layers().values()
+        adapts_gates = any(isinstance(layer, DyloraMoeFoundationGate) for layer in layers)
+        if adapts_gates or self.config.adapted_parameters():
+            # Neither is compiled: a gate's own forward, and the loop over the stacked experts that have
+            # tokens.
+            self._can_compile_fullgraph = False
+        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in layers))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._foundation_arguments = frozenset(parameter.name for parameter in parameters)

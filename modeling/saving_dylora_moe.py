@@ -48,7 +48,8 @@ ROUTER_WEIGHTS = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 # Names of the matrices of a mixture-of-experts layer before transformers stacks them, and of its gate.
-STACKED_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+STACKED_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+GATE_NAMES = ("gate", "router")
 
 REQUIREMENTS = ("torch>=2.7", f"transformers>={REQUIRED_TRANSFORMERS}")
 GENERATED_REQUIREMENT = re.compile(r"(torch|transformers)>=[\d.]+")
@@ -238,15 +239,17 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
 
     On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets with
     the matrices' former names onto that parameter, and leaves out dense and shared layers of the same names.
-    Such a layer is named by its weight instead, as a parameter, which PEFT takes unchanged. An adapter of
-    parameters needs a dropout of 0 there.
+    Such a layer is named by its weight instead, as a parameter, which PEFT takes unchanged. So is a gate, of
+    which PEFT takes nothing else. An adapter of parameters needs a dropout of 0 there.
     """
     entry = dict(config.expert_configs[expert])
     del entry["name"], entry["mature"]
     if not entry["target_parameters"]:
         del entry["target_parameters"]
+    names = [*GATE_NAMES]
     if has_stacked_experts(config.base_config):
-        entry.update(_targets_by_weight(entry))
+        names += STACKED_NAMES
+    entry.update(_targets_by_weight(entry, names))
     if entry.get("target_parameters"):
         entry["lora_dropout"] = 0.0
     return {
@@ -268,9 +271,9 @@ def has_stacked_experts(base_config: PreTrainedConfig | None) -> bool:
     return any(name.endswith("gate_up_proj") for name in targets)
 
 
-def _targets_by_weight(entry: dict) -> dict:
-    """Name modules that PEFT would move by their weight; returns the fields that change."""
-    moved = [name for name in entry["target_modules"] if name.rpartition(".")[2] in STACKED_NAMES]
+def _targets_by_weight(entry: dict, names: list[str]) -> dict:
+    """Name modules whose last name is one of `names` by their weight; returns the fields that change."""
+    moved = [name for name in entry["target_modules"] if name.rpartition(".")[2] in names]
     if not moved:
         return {}
 
