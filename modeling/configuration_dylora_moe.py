@@ -29,9 +29,8 @@ ROUTER_INPUTS = ("base", "experts_sum")
 ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
 
-# Implementations of attention and of a foundation's own experts that are part of transformers. Others are
-# kernels from the Hub, which a config could name, or packages that transformers fetches from there if not
-# installed.
+# Implementations of attention and of a foundation's own experts that are part of transformers. Other names in
+# a config make it fetch kernels from the Hub.
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 IMPLEMENTATIONS = {

@@ -19,9 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 RankLayout = tuple[tuple[int, float], ...]  # rank and scale of every expert at one place
-GATE_CLASS = re.compile(
-    r".+(Router|Gate)"
-)  # of a foundation, such as MixtralTopKRouter, DeepseekV3TopkRouter
+GATE_CLASS = re.compile(r".+(Router|Gate)")  # MixtralTopKRouter, DeepseekV3TopkRouter and others
 PAST_TOKENS = (
     "Experts adapt a layer that every step runs over all past tokens (DeepSeek's `kv_b_proj`, Doge's `dt_proj`), whose "
     "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all of a row's tokens, as 'best'."

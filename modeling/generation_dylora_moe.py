@@ -91,8 +91,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
             prepare = self.foundation.prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get(CACHE) is not None and inputs.get(CACHE) is None:
-            # Phi-3 drops its cache where its positions change; transformers 5.10 continues from the last
-            # token even so.
+            # Phi-3 drops its cache where its positions change; transformers 5.10 goes on without it.
             kwargs.update({CACHE: None, "next_sequence_length": None})
             inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         for name in ROUTING_ARGUMENTS:
@@ -110,9 +109,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     ):
         if _call.router_logits is not None and outputs.router_logits is not None:
             logits = outputs.router_logits[:, -1:]
-            if (
-                num_new_tokens is not None
-            ):  # assisted decoding accepts the first of the tokens it has logits for
+            if num_new_tokens is not None:
+                # Assisted decoding accepts the first of the tokens that it has logits for.
                 logits = outputs.router_logits[:, -outputs.logits.shape[1] :][:, :num_new_tokens]
             _call.router_logits.append(logits)
         num_new_tokens = 1 if num_new_tokens is None else num_new_tokens
@@ -187,8 +185,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
     ):
-        # transformers 5.10 keeps a static cache on the model for the next call, which may have another
-        # strategy.
+        # transformers 5.10 keeps a static cache on the model; the next call may have another strategy.
         self.__dict__.pop("_cache", None)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
@@ -196,8 +193,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         strategy = self.routing_strategy(model_kwargs["routing_strategy"])
         cache = model_kwargs.get(CACHE)
         if cache is not None:
-            # Here, since layers added later miss what was set on the cache (offloading, recording for
-            # rollback).
+            # Here, since layers added later miss what was set on the cache (offloading, rollback).
             prepare_streams(cache, self.num_layers_per_stream, strategy)
         if strategy.chooses_row_experts and model_kwargs.get("expert_ids") is None:
             expert_ids = kept_experts(cache)

@@ -81,8 +81,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         if foundation is None:
             foundation = AutoModelForCausalLM.from_config(config.base_config)
         self.foundation = foundation
-        # On the input of each expert's A, while training. They are modules, which trainers look for to switch
-        # dropout off.
+        # Of the input of each expert's A. They are modules, which trainers look for to switch dropout off.
         self.expert_dropouts = nn.ModuleList(
             nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs
         )
@@ -141,10 +140,9 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
             loaded = super().from_pretrained(location, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_foundation()  # loading a weight makes it trainable
-        # transformers sets the generation config only of models that generate and have weight files of their
-        # own.
-        is_left_out = needs_custom_state_dict and kwargs.get("generation_config") is None
-        if generation_config is not None and (is_left_out or not model.can_generate()):
+        # transformers reads it only for models that generate and are not made from a state dict.
+        is_unread = needs_custom_state_dict and kwargs.get("generation_config") is None
+        if generation_config is not None and (is_unread or not model.can_generate()):
             model.generation_config = generation_config
         if routing_strategy is not None:
             set_default_strategy(model, routing_strategy)
@@ -199,8 +197,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         layers = self.expert_layers().values()
         adapts_gates = any(isinstance(layer, DyloraMoeFoundationGate) for layer in layers)
         if adapts_gates or self.config.adapted_parameters():
-            # Neither is compiled: a gate's own forward, and the loop over the stacked experts that have
-            # tokens.
+            # Neither is compiled: a gate's own forward, and the loop over stacked experts that have tokens.
             self._can_compile_fullgraph = False
         self._rank_layouts = list(dict.fromkeys(layer.layout for layer in layers))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
@@ -371,9 +368,8 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
 
     def __init__(self, config: DyloraMoeConfig, foundation: PreTrainedModel | None = None):
         super().__init__(config, foundation)
-        # The foundation's, for its special tokens. A generation config that says it came from a model config
-        # loses every field that transformers does not know when it is read back, such as the routing
-        # strategy.
+        # The foundation's, for its special tokens. A generation config made from a model config would lose
+        # fields that transformers does not know, such as the routing strategy, when it is read back.
         self.generation_config = copy.deepcopy(self.foundation.generation_config)
         self.generation_config._from_model_config = False
 
@@ -486,8 +482,7 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             return loss
         aux_loss = self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         if num_items_in_batch is not None:
-            # The Trainer adds up the losses of an accumulated step: each batch has its share of the balance
-            # loss.
+            # The Trainer adds up the losses of an accumulated step; this batch adds its share.
             targets = labels[..., 1:] if shift_labels is None else shift_labels
             aux_loss = aux_loss * (targets != -100).sum() / num_items_in_batch
         return loss + aux_loss

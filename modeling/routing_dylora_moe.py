@@ -21,8 +21,7 @@ from .routing_strategies_dylora_moe import RoutingStrategy
 
 logger = logging.get_logger(__name__)
 
-# A mixture-of-experts foundation has an `output_router_logits` of its own, and would add its own balance
-# loss.
+# A mixture-of-experts foundation would take `output_router_logits`, too, and add its own balance loss.
 NOT_FOR_THE_FOUNDATION = ("output_router_logits", "labels", "num_items_in_batch")
 
 # Arguments of a forward that the router's own pass takes.
@@ -127,8 +126,7 @@ def best_expert(router_logits: torch.Tensor, token_mask: torch.Tensor | None) ->
     return probabilities.sum(dim=1).argmax(dim=-1)
 
 
-# By the name they were loaded under: the foundation that last ran in training and the one that last ran in
-# evaluation.
+# By the name of a model: the foundation that last ran in training, and the one that last ran in evaluation.
 _last_run: dict[str, dict[bool, weakref.ref]] = {}
 
 
