@@ -58,9 +58,7 @@ GENERATED_REQUIREMENT = re.compile(r"(torch|transformers)>=[\d.]+")
 class SavingMixin:
     """Saves a routed model to a folder or to the Hub."""
 
-    _layout = (
-        "full"  # the layout to save in by default; `PreTrainedModel.push_to_hub` saves without an argument
-    )
+    _layout = "full"  # the default, and the layout of a `push_to_hub` in progress
 
     def save_pretrained(
         self,
