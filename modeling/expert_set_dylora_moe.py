@@ -41,9 +41,9 @@ class ExpertSetMixin:
 
         Args:
             expert: name or number.
-            weights: by the name of a module (A `[r, in_features]`, B `[out_features, r]`), and by that of a
-                parameter of stacked experts (A `[experts * r, in_features]`, B `[out_features, r *
-                experts]`), as PEFT stores them.
+            weights: A and B as PEFT stores them, by the name of a module (`[r, in_features]` and
+                `[out_features, r]`) or of a parameter of stacked experts (`[experts * r, in_features]` and
+                `[out_features, r * experts]`).
 
         Raises:
             ValueError: names that are not just the expert's, a shape that does not fit (names both shapes),
@@ -61,17 +61,15 @@ class ExpertSetMixin:
         with torch.no_grad():
             for name, (lora_a, lora_b) in weights.items():
                 layer = layers[name]
-                rows = layer.rows(index)
-                views = layer.lora_A[rows], layer.lora_B[rows]
-                for kind, mine, given in zip("AB", as_in_peft(*views), (lora_a, lora_b), strict=True):
-                    if mine.shape != given.shape:
-                        raise ValueError(
-                            f"Expert {expert!r}, layer {name!r}: lora_{kind} is of shape {tuple(given.shape)}, and this "
-                            f"foundation needs {tuple(mine.shape)}. It was trained on a foundation of other shapes."
-                        )
-                count = layer.lora_A.shape[1] if layer.lora_A.dim() == 3 else 0
-                for mine, given in zip(views, rows_of_stack(lora_a, lora_b, count), strict=True):
-                    mine.copy_(given)
+                rows_a = layer.lora_A[layer.rows(index)]  # views of the stacks
+                rows_b = layer.lora_B[layer.rows(index)]
+                needed_a, needed_b = as_in_peft(rows_a, rows_b)
+                _check_shape(f"Expert {expert!r}, layer {name!r}: lora_A", lora_a, needed_a)
+                _check_shape(f"Expert {expert!r}, layer {name!r}: lora_B", lora_b, needed_b)
+                num_stacked = layer.lora_A.shape[1] if layer.lora_A.dim() == 3 else 0
+                given_a, given_b = rows_of_stack(lora_a, lora_b, num_stacked)
+                rows_a.copy_(given_a)
+                rows_b.copy_(given_b)
 
     def expert_weights(self, expert: int | str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Copy one expert's matrices out of the stacks, as PEFT stores them; see `set_expert_weights`.
@@ -259,6 +257,14 @@ class ExpertSetMixin:
         # transformers reads both: the one when it loads, the other when it saves or ties again.
         self.foundation.all_tied_weights_keys = dict(renamed)
         self.foundation._tied_weights_keys = renamed
+
+
+def _check_shape(name: str, given: torch.Tensor, needed: torch.Tensor) -> None:
+    if given.shape != needed.shape:
+        raise ValueError(
+            f"{name} is of shape {tuple(given.shape)}, and this foundation needs {tuple(needed.shape)}. It was trained "
+            "on a foundation of other shapes."
+        )
 
 
 @torch.no_grad()

@@ -184,13 +184,11 @@ class LowRankStacks(nn.Module):
         self.layout = layout
         if added == 0:
             return
-        for name in ("lora_A", "lora_B"):
-            stack = getattr(self, name)
-            rows = torch.zeros(added, *stack.shape[1:], dtype=stack.dtype, device=stack.device)
-            if name == "lora_A":
-                nn.init.kaiming_uniform_(rows.view(-1, rows.shape[-1]), a=5**0.5)
-            grown = nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
-            setattr(self, name, grown)
+        rows_a = self.lora_A.new_zeros(added, *self.lora_A.shape[1:])
+        nn.init.kaiming_uniform_(rows_a.view(-1, rows_a.shape[-1]), a=5**0.5)
+        rows_b = self.lora_B.new_zeros(added, *self.lora_B.shape[1:])
+        self.lora_A = _append_rows(self.lora_A, rows_a)
+        self.lora_B = _append_rows(self.lora_B, rows_b)
 
     def _stack(self, name: str) -> torch.Tensor:
         """Return a stack in which the rows of frozen experts get no gradient."""
@@ -202,6 +200,10 @@ class LowRankStacks(nn.Module):
             rows = stack[self.rows(expert)]
             parts.append(rows.detach() if expert in self.frozen_experts else rows)
         return torch.cat(parts)
+
+
+def _append_rows(stack: nn.Parameter, rows: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
 
 
 class DyloraMoeLinear(LowRankStacks):
