@@ -28,8 +28,7 @@ from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Mixture
 from ..tensors.stored_tensors import StoredTensor, of_file
 from ..tensors.tensor_files import TensorFile
 from . import adalora
-from .patterns import NamePatterns
-from .peft_fields import check_fields
+from .peft_fields import NamePatterns, check_fields
 from .training_run import number
 
 

@@ -1,13 +1,19 @@
 """The fields of `adapter_config.json`: which ones leave what an adapter computes as it is, and which ones do
 not.
 
+The keys of `rank_pattern` and `alpha_pattern` are regular expressions, and one such as `(.*)*x` tries more ways to
+match a name than there is time for. Python's `re` cannot be stopped; the package `regex` can.
+
 Every field that PEFT's LoraConfig had from 0.1 to 0.21, and those that ms-swift's and LoRA+'s trainers add.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from ..errors import InputError
 
@@ -95,6 +101,8 @@ ADALORA_FIELDS = {
 # them
 PLAIN_INITIALISATIONS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
+TIME_LIMIT = 5.0  # seconds, for all layers of an adapter; a thousand layers take some milliseconds
+
 
 def check_fields(path: Path, config: dict[str, Any]) -> None:
     """Check that the adapter is a low-rank sum.
@@ -146,3 +154,49 @@ def _check_parameters(path: Path, parameters: Any) -> None:
                 f"only on the stacked experts of a mixture-of-experts layer ({', '.join(STACKED_PARAMETERS)}) and on the weight of "
                 "linear layers"
             )
+
+
+class NamePatterns:
+    """Values by expressions, of which the first that matches the end of a layer's name counts, as in PEFT
+    (`peft.utils.get_pattern_key`).
+
+    Args:
+        values: expression to value, or None for none.
+        what: where the expressions stand, for error messages.
+
+    Raises:
+        InputError: one is no regular expression.
+    """
+
+    def __init__(self, values: dict[str, Any] | None, what: str):
+        self._what = what
+        self._seconds = TIME_LIMIT
+        self._values = [(key, self._compiled(key), value) for key, value in (values or {}).items()]
+
+    def find(self, name: str, otherwise: Any) -> Any:
+        """Give the value for a layer's name.
+
+        Raises:
+            InputError: matching takes too long.
+        """
+        for key, expression, value in self._values:
+            if self._matches(key, expression, name):
+                return value
+        return otherwise
+
+    def _compiled(self, key: str) -> regex.Pattern:
+        try:
+            return regex.compile(rf"(.*\.)?({key})$")
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise InputError(f"{self._what} is no regular expression: {error}") from error
+
+    def _matches(self, key: str, expression: regex.Pattern, name: str) -> bool:
+        started = time.monotonic()
+        try:
+            return expression.match(name, timeout=max(self._seconds, 0.001)) is not None
+        except TimeoutError as error:
+            raise InputError(
+                f"{self._what} is {key[:80]!r}, a regular expression that takes too long on {name[:80]}; simplify it"
+            ) from error
+        finally:
+            self._seconds -= time.monotonic() - started

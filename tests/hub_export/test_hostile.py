@@ -26,7 +26,7 @@ from helpers_checkpoints import (
 from dylora_moe import cli
 from dylora_moe.hub_export import export
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.readers import patterns
+from dylora_moe.hub_export.readers import peft_fields
 
 
 TOKENIZER = (
@@ -413,7 +413,7 @@ NO_EXPRESSIONS = ("(", "(" * 5000, "*", "a{2,1}", "(?P<1>x)")
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_expressions_that_take_too_long_are_refused(foundation, tmp_path, field, monkeypatch):
-    monkeypatch.setattr(patterns, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(peft_fields, "TIME_LIMIT", 0.5)
     source = save_adapter(tmp_path / "source", foundation)
     for pattern in (ENDLESS[1], r"(?:(?:\w|[a-z])|\.|(?:\w\w))+(?<!j)"):
         change_json(source / "adapter_config.json", **{field: {pattern: 4}})

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dylora_moe.hub_export import InputError, export
-from dylora_moe.hub_export.readers.patterns import NamePatterns
+from dylora_moe.hub_export.readers.peft_fields import NamePatterns
 from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.hub_export.tensors.tensor_files import TensorFile
 
