@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .batches import Example, pad
+from .fitting import Example, pad
 
 
 ROWS = 32

@@ -21,8 +21,7 @@ from dylora_moe.hub_export.extras import check_packages
 
 from .checkpoint import save_final_checkpoint, save_foundation
 from .problems import FAMILIES, load_problems, write_dataset
-from .report import build_table, caption, summarise
-from .scoring import folder_name, score_strategies
+from .scoring import build_table, caption, folder_name, score_strategies, summarise
 from .training import ADAPTERS, Recipe, TrainedParts, train
 
 

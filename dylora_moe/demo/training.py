@@ -14,13 +14,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from .batches import encode
 from .experts import train_expert, with_experts
-from .foundation import new_foundation, train_foundation
+from .fitting import encode
+from .foundation import new_foundation, train_foundation, train_tokenizer
 from .problems import FAMILIES
 from .router import train_gate
 from .texts import TOPICS, family_texts, training_texts
-from .tokenizer import train_tokenizer
 
 
 # Called with the stage's name, the steps done and the steps in all.
