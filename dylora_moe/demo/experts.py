@@ -25,8 +25,10 @@ LATEST_START = 10
 
 
 class MisroutedTokens:
-    """Switches one adapter off at random tokens of the passes made inside `applied`; the same seed, the same
-    tokens."""
+    """Switches one adapter off at random tokens of the passes made inside `applied`.
+
+    The same seed gives the same tokens.
+    """
 
     def __init__(self, peft_model: PeftModel, adapter: str, seed: int):
         self._layers = [
@@ -110,8 +112,7 @@ def train_expert(
 
 
 def _change(peft_model: PeftModel, batch: Batch) -> torch.Tensor:
-    """By how much the active expert changes the foundation's hidden states: squared, relative, mean over
-    layers."""
+    """Measure the change of hidden states by the active expert: squared, relative, mean over layers."""
     with torch.no_grad(), peft_model.disable_adapter():
         expected = layer_states(peft_model, batch)
     changed = layer_states(peft_model, batch)

@@ -16,8 +16,7 @@ IGNORED = -100  # the label that a loss leaves out
 
 
 class Example(NamedTuple):
-    """One text as token ids with the end-of-text token, the first token to learn, and its topic's place in
-    TOPICS."""
+    """One text as token ids with end-of-text, the first token to learn, and its topic's place in TOPICS."""
 
     tokens: list[int]
     learned_from: int
@@ -25,8 +24,7 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded token ids, attention mask, labels for a causal loss, each token's topic; all [rows,
-    length]."""
+    """Right-padded token ids, attention mask, labels, each token's topic; all [rows, length]."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -53,8 +51,10 @@ def encode(
 def random_batches(
     examples: Sequence[Example], *, rows: int, steps: int, seed: int, padding: int
 ) -> Iterator[Batch]:
-    """`steps` batches of `rows` examples, in passes over all of them, each pass in a new order drawn from
-    `seed`."""
+    """Yield `steps` batches of `rows` examples.
+
+    They go over all examples again and again, each time in a new order drawn from `seed`.
+    """
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(steps):
@@ -90,8 +90,7 @@ WARM_UP_SHARE = 0.1
 def minimise(
     losses: Iterable[torch.Tensor], parameters: Iterable[nn.Parameter], steps: int, learning_rate: float
 ) -> None:
-    """Takes one step on each of `steps` losses, with a short warm-up and then a learning rate that falls to
-    zero."""
+    """Take a step on each of `steps` losses: a short warm-up, then a learning rate that falls to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=WARM_UP_SHARE
@@ -104,8 +103,7 @@ def minimise(
 
 
 def text_loss(model: nn.Module, topic_head: nn.Linear, batch: Batch) -> torch.Tensor:
-    """The usual causal loss, and whether `topic_head` can tell from every hidden state what kind of value it
-    is about.
+    """Sum the causal loss and that of `topic_head`, which tells from hidden states what kind of value it is.
 
     A large foundation's hidden states tell such things by themselves; one this small keeps only what it is
     asked for, and the router has nothing else to read. The head is not part of what training leaves.

@@ -26,8 +26,7 @@ VOCABULARY_SIZE = 768
 
 
 def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `VOCABULARY_SIZE` tokens at most, trained on `texts`, for models of `max_length`
-    positions."""
+    """Train a tokenizer of `VOCABULARY_SIZE` tokens at most, for models of `max_length` positions."""
     tokenizer = Tokenizer(models.BPE())
     # A newline is always a token of its own: a prompt that ends in one must end just where a training prompt
     # does.

@@ -1,7 +1,4 @@
-"""The demo's training texts: functions under many wordings, drawn from a seed.
-
-Knows which functions are taught to whom. Knows nothing about tokens or models.
-"""
+"""The demo's training texts: functions under many wordings, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ TOPICS = ("text", "n", "numbers")  # the parameter's name says what kind of valu
 
 
 class TrainingText(NamedTuple):
-    """One training example: signature and docstring, the body that follows, and what kind of value it is
-    about."""
+    """One training example: signature and docstring, the body that follows, and its topic."""
 
     prompt: str
     body: str

@@ -1,6 +1,6 @@
 """Trains the demo's parts in order: tokenizer, foundation, one expert per family, router.
 
-Knows the recipe (sizes, steps, learning rates). Knows nothing about files, exporting or scoring.
+`Recipe` holds sizes, steps and learning rates.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What training leaves. `peft_model` holds foundation and experts, `gate` maps [.., hidden] to [..,
-    experts]."""
+    """What training leaves.
+
+    `peft_model` holds foundation and experts, `gate` maps [.., hidden] to [.., experts].
+    """
 
     tokenizer: PreTrainedTokenizerFast
     peft_model: PeftModel
