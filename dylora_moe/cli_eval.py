@@ -146,10 +146,10 @@ def benchmark(
         )
 
     def table(result: Any, console: Any) -> None:
-        from dylora_moe.eval.report.benchmark_table import benchmark_table
+        from dylora_moe.eval.report.tables import scores
         from dylora_moe.eval.sampling.run_record import read_runs
 
-        console.print(benchmark_table(result.runs, read_runs(result.folder)))
+        console.print(scores(result.runs, read_runs(result.folder)).for_terminal())
 
     _show(result, table, output_dir, wandb_project, as_json)
 

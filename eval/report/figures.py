@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from .content import ReportContent
 from .palette import INK, SCALE, STRONGEST, expert_color, hatch
+from .report_table import ReportTable
 from .routed_code import RoutedCode, example
 from .run_labels import one_line_names
-from .tables import ReportTable
 
 
 if TYPE_CHECKING:
@@ -409,7 +409,7 @@ def draw_code(axes: Axes, code: RoutedCode, width: float) -> None:
 PAIRS = {
     "experts": ["tasks solved", "solved by no other", "tasks given by the router"],
     "routing_load": ["weight, prompts", "weight, completions", "tokens it leads, completions"],
-    "routing_agreement": ["the router's choice", "a choice by lot", "the best choice"],
+    "routing_agreement": ["the router's choice", "a random expert", "the best choice"],
 }
 # From which column up to which the shares stand.
 HEAT_COLUMNS: dict[str, Callable[[list[str]], tuple[int, int]]] = {

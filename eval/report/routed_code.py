@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .content import ReportContent
-from .tables import ReportTable
+from .report_table import ReportTable
 
 
 MOST_LINES = 24  # of a task that is picked for a picture, if there is one

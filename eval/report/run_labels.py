@@ -14,6 +14,7 @@ from ..sampling.run_record import Run
 
 
 NAMES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
+SEVERAL_CATEGORIES = "A task may have several categories."
 HASH_DIGITS = 8
 # Of the table of scores, what says which run a row is of, in the order of a name in one line.
 COLUMNS = ("routing strategy", "model", "benchmark", "tasks", "samples a task", "settings")
@@ -116,6 +117,11 @@ def strategy_label(strategy: str, expert_names: Sequence[str]) -> str:
     return f"{strategy} ({expert_names[int(index)]})" if kind == "single" else strategy
 
 
+def expert_label(index: int, expert_names: Sequence[str]) -> str:
+    """Call an expert by its number and its name."""
+    return f"{index} {expert_names[index]}"
+
+
 def benchmark_label(benchmark: str, mini: bool = False, dataset_file: str | None = None) -> str:
     """What a data set is called; one that was read from a file of the user's own by that file's name, too."""
     whole = NAMES[benchmark] + (" mini" if mini else "")
@@ -124,6 +130,13 @@ def benchmark_label(benchmark: str, mini: bool = False, dataset_file: str | None
 
 def sampling_label(n_samples: int, temperature: float) -> str:
     return "greedy" if temperature == 0 else f"{n_samples} samples a task at temperature {temperature:g}"
+
+
+def analysis_label(summary: dict[str, Any]) -> str:
+    """Say in a line what an analysis is of: model, benchmark and tasks."""
+    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary.get("dataset_file"))
+    tasks = summary["subset"] or f"all {summary['num_tasks']} tasks"
+    return f"{summary['model_label']} on {benchmark}, {tasks}"
 
 
 def one_line_names(
@@ -142,4 +155,13 @@ def one_line_names(
     ]
 
 
-__all__ = ["RunLabel", "benchmark_label", "one_line_names", "run_labels", "sampling_label", "strategy_label"]
+__all__ = [
+    "RunLabel",
+    "analysis_label",
+    "benchmark_label",
+    "expert_label",
+    "one_line_names",
+    "run_labels",
+    "sampling_label",
+    "strategy_label",
+]

@@ -9,8 +9,9 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources.wandb_artifacts import NAME, check_ready, mode, sdk, wandb_errors
 
 from .content import read_folder
+from .report_table import ReportTable
 from .run_labels import one_line_names
-from .tables import ReportTable, report_tables
+from .tables import report_tables
 
 
 def check_wandb(project: str) -> tuple[str | None, str]:

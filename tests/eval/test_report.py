@@ -23,8 +23,9 @@ from dylora_moe.eval.report import page as report
 from dylora_moe.eval.report import palette
 from dylora_moe.eval.report.content import read_folder
 from dylora_moe.eval.report.page import render, write_report
+from dylora_moe.eval.report.report_table import ReportTable
 from dylora_moe.eval.report.routed_code import RoutedCode, RoutedToken
-from dylora_moe.eval.report.tables import ReportTable, report_tables, scores
+from dylora_moe.eval.report.tables import report_tables, scores
 from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import InputError
 
