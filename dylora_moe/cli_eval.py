@@ -149,7 +149,7 @@ def benchmark(
         from dylora_moe.eval.report.tables import scores
         from dylora_moe.eval.sampling.run_record import read_runs
 
-        console.print(scores(result.runs, read_runs(result.folder)).for_terminal())
+        scores(result.runs, read_runs(result.folder)).print(console)
 
     _show(result, table, output_dir, wandb_project, as_json)
 

@@ -44,7 +44,7 @@ def print_expert_analysis(analysis: ExpertAnalysis, console: Console) -> None:
     summary = analysis.summary
     console.print(describe_experts(summary), markup=False)
     for table in [_strategies(summary), *expert_tables(summary, MOST_COLUMNS)]:
-        console.print(table.for_terminal())
+        table.print(console)
     if summary["has_router"]:
         console.print(summary["verdict"]["text"], markup=False)
     else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 
 SHARE = "share"
@@ -107,31 +107,23 @@ class ReportTable:
         low, high = row[column.place + 1 : column.place + 3]
         return Cell(value, text, low, high, f"{_text(low, column.format)} to {_text(high, column.format)}")
 
-    def for_terminal(self) -> Table:
-        """Return the table for rich to print."""
+    def print(self, console: Console) -> None:
+        """Print the table on a terminal, with its note below."""
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(
-            title=escape(self.title),
-            title_justify="left",
-            caption=escape(self.note) or None,
-            caption_justify="left",
-        )
+        table = Table(title=escape(self.title), title_justify="left")
         columns = self.shown_columns()
         for column in columns:
             is_text = all(isinstance(row[column.place], str) for row in self.rows)
-            table.add_column(
-                escape(column.heading),
-                justify="left" if is_text else "right",
-                overflow="fold" if is_text else "ellipsis",
-            )
+            table.add_column(escape(column.heading), justify="left" if is_text else "right", overflow="fold")
         for row in self.rows:
             cells = [self.cell(row, column) for column in columns]
-            table.add_row(
-                *(escape(f"{cell.text} ({cell.interval})" if cell.interval else cell.text) for cell in cells)
-            )
-        return table
+            texts = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells]
+            table.add_row(*map(escape, texts))
+        console.print(table)
+        if self.note:
+            console.print(self.note, markup=False)
 
 
 def _text(value: Any, format: str) -> str:

@@ -34,7 +34,7 @@ def print_routing_analysis(analysis: RoutingAnalysis, console: Console) -> None:
     console.print(describe_routing(summary), markup=False)
     tables = [table for table in routing_tables(summary) if table.name in PRINTED]
     for table in [_tokens(summary), *tables]:
-        console.print(table.for_terminal())
+        table.print(console)
     reason = why_no_agreement(summary)
     if reason is not None:
         console.print(reason, markup=False)

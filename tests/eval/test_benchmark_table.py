@@ -42,7 +42,7 @@ def test_every_figure_has_its_interval_and_a_part_of_a_set_its_label(tmp_path):
     sampled = scored(tmp_path, "sampled", [10, 10, 10, 10], 10, mini=True)
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(scores([greedy, sampled]).for_terminal())
+        scores([greedy, sampled]).print(console)
     header, first, second = [line for line in capture.get().splitlines() if line[:1] in "┃│"]
     assert [cell.strip() for cell in header.split("┃")[6:10]] == [
         "pass@1",

@@ -82,7 +82,7 @@ def texts(runs, monkeypatch) -> dict[str, list]:
     _draw_scores(axes, table)
     console = Console(width=400)
     with console.capture() as capture:
-        console.print(table.for_terminal())
+        table.print(console)
     return {
         "cells": [label.cells() for label in run_labels(runs)],
         "table": [tuple(row[:6]) for row in table.rows],
@@ -123,7 +123,7 @@ def test_a_commands_table_tells_its_runs_from_those_that_the_folder_held(monkeyp
     for shown, words in ((greedy, "greedy"), (sampled, "temperature 2")):
         console = Console(width=200)
         with console.capture() as capture:
-            console.print(scores([shown], [greedy, sampled]).for_terminal())
+            scores([shown], [greedy, sampled]).print(console)
         (line,) = [line for line in capture.get().splitlines() if line.startswith("│")]
         assert f" {words} " in line
 
