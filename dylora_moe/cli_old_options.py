@@ -45,12 +45,12 @@ def translate(arguments: Sequence[str]) -> list[str]:
     """
     if not arguments or arguments[0] != "benchmark":
         return list(arguments)
-    names = [_name(argument) for argument in arguments]
+    names = [option_name(argument) for argument in arguments]
     translated: list[str] = []
     left = list(arguments)
     while left:
         argument = left.pop(0)
-        name, separator, value = _name(argument), *argument.partition("=")[1:]
+        name, separator, value = option_name(argument), *argument.partition("=")[1:]
         if name in GONE:
             raise typer.BadParameter(GONE[name], param_hint=name)
         if name == "--hf_token":
@@ -72,13 +72,15 @@ def translate(arguments: Sequence[str]) -> list[str]:
     return translated
 
 
-def _name(argument: str) -> str:
-    """`--max-samples=5` as `--max_samples`; what is no option as nothing."""
-    return "--" + argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
+def option_name(argument: str) -> str:
+    """Return the name of `--max-samples=5` as `--max_samples`, and nothing for what is no option."""
+    if not argument.startswith("--"):
+        return ""
+    return "--" + argument[2:].partition("=")[0].replace("-", "_")
 
 
 def _warn(name: str, what: str) -> None:
     warnings.warn(f"{name}: {what}", DyloraMoeWarning, stacklevel=3)
 
 
-__all__ = ["translate"]
+__all__ = ["option_name", "translate"]

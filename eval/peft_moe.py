@@ -25,9 +25,10 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources.hub_and_folders import ARTIFACT
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
-from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, benchmark, check_temperature, score_run
+from .benchmark import benchmark, score_run
 from .evalplus_bridge.data import canonical_benchmark, load_benchmark
 from .evalplus_bridge.decoder import PromptDecoder, check_chat_template
+from .options import DEFAULT_FOLDER, BenchmarkOptions, check_temperature
 from .sampling.loading import find_model
 from .sampling.run_record import Run, find_run, read_runs
 from .scoring.scoring import pass_at_k, score_samples

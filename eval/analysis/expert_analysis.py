@@ -20,9 +20,10 @@ from accelerate import PartialState
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.extras import check_packages
 
-from ..benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
+from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import canonical_benchmark, load_benchmark
 from ..evalplus_bridge.stock import TaskResult, read_results
+from ..options import DEFAULT_FOLDER, BenchmarkOptions
 from ..sampling.loading import find_model
 from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned, replace_text
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
@@ -30,8 +31,6 @@ from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
 from .task_categories import categories_of
 
 
-# What says where the model is, of the options of `benchmark`.
-WHERE = ("adapter_path", "backend", "revision", "subfolder", "lora_alpha", "trust_remote_code")
 # What is the same in all runs that may be compared.
 SAME = (*(name for name in DECISIVE if name != "routing_strategy"), "mini")
 DESCRIBED = (
@@ -168,8 +167,7 @@ def _runs_of(
     source: str | None, dataset: str, folder: Path, options: dict[str, Any], progress: Progress | None
 ) -> dict[str, Run]:
     """Every strategy's run; what is missing is made."""
-    where = {name: options[name] for name in ("base_model", *WHERE) if name in options}
-    found = find_model(source, **where)
+    found = find_model(source, **BenchmarkOptions(**options).of_source)
     if not found.is_mixture:
         raise InputError(
             f"{found.source} is an ordinary model without experts, so there is nothing to analyse"

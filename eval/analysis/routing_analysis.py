@@ -22,8 +22,9 @@ from accelerate import PartialState
 from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.extras import check_packages
 
-from ..benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
+from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import Benchmark, load_benchmark
+from ..options import DEFAULT_FOLDER, BenchmarkOptions
 from ..sampling.loading import FoundModel, LoadedModel, find_model
 from ..sampling.run_record import Run, file_sha256, replace_text
 from .files import ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
@@ -34,15 +35,6 @@ from .task_categories import categories_of
 
 
 DIGITS = 4
-SOURCE_OPTIONS = (
-    "base_model",
-    "adapter_path",
-    "backend",
-    "revision",
-    "subfolder",
-    "lora_alpha",
-    "trust_remote_code",
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ def routing_analysis(
     chosen = BenchmarkOptions.of(options, routing_analysis)
     tell = progress or (lambda what, done, total: None)
     folder = Path(output_dir)
-    found = find_model(model, **{name: getattr(chosen, name) for name in SOURCE_OPTIONS})
+    found = find_model(model, **chosen.of_source)
     if not (found.is_mixture and found.config.has_router):
         raise InputError(f"{found.source} has no router, so there is no routing to analyse")
     tasks = load_benchmark(dataset, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
