@@ -1,7 +1,4 @@
-"""The commands that score and analyse: `benchmark`, `expert-analysis` and `routing-analysis`.
-
-Reads options, calls `dylora_moe.eval`, prints what it returns. It knows nothing about how anything is done.
-"""
+"""The commands that score and analyse: `benchmark`, `expert-analysis` and `routing-analysis`."""
 
 from __future__ import annotations
 
@@ -114,8 +111,7 @@ def expert_analysis(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Say what each expert is good at, and whether the router is worth having; generates only what is
-    missing."""
+    """Say what each expert is good at, and if the router is worth having; generates only what is missing."""
     _check_needs(wandb_project)
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis

@@ -1,7 +1,6 @@
-"""Options of DyLoRA-MoE's old benchmark script: those that still work, with a warning, and what became of the
-others.
+"""The options of DyLoRA-MoE's old benchmark script: what still works, with a warning, and what replaced it.
 
-Knows spellings alone. docs/migration.md has them all.
+docs/migration.md has them all.
 """
 
 from __future__ import annotations

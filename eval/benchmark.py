@@ -1,7 +1,7 @@
 """Scores models with EvalPlus: every model x strategy x benchmark, each model loaded once.
 
-Knows the order of the work and what is recorded of it. Prompts, stops, trimming and scoring are EvalPlus's
-own; how samples come about and how they are scored are other files'.
+Prompts, stops, trimming and scoring are EvalPlus's own. `sampling` makes the samples, `scoring` scores them;
+here is the order of the work.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def benchmark(
     progress: Progress | None = None,
     **options: Any,
 ) -> BenchmarkResult:
-    """Make and score the samples of every model x strategy x benchmark. What the folder holds already is not
-    made again.
+    """Make and score the samples of every model x strategy x benchmark, those that the folder lacks.
 
     Under `accelerate launch` the processes share the tasks, and the first one scores.
 
@@ -154,8 +153,7 @@ def _runs_of(
     state: Any,
     progress: Progress | None,
 ) -> Iterator[Run]:
-    """The samples of one model, which is loaded when the first of them is missing, and forgotten at the
-    end."""
+    """Make the samples of one model, which is loaded when the first of them is missing."""
 
     @cache
     def load() -> LoadedModel:
@@ -237,8 +235,7 @@ def score_run(
     sandbox: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Score a run's samples and record it, unless that was done and neither samples nor results have changed
-    since.
+    """Score a run's samples and record it, unless that was done and nothing has changed since.
 
     Results in which checks had no verdict are never final: they are made again.
 

@@ -2,8 +2,7 @@
 
     expert_analysis.json    every figure, from pass@1 to the verdict in words: see `docs/evaluation.md`
 
-Reads what `benchmark` left in its folder, and has it make what is missing. Knows which files lie where. Knows
-nothing about how samples are made or what is computed from their results.
+Reads what `benchmark` left in its folder, and has it make what is missing. `expert_statistics` computes.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ DESCRIBED = (
 
 @dataclass(frozen=True)
 class ExpertAnalysis:
-    """What was written, and where. `summary` is the content of `expert_analysis.json`: see
-    `docs/evaluation.md`."""
+    """What was written, and where; `summary` is the content of `expert_analysis.json`."""
 
     output_dir: Path
     summary: dict[str, Any]
@@ -64,8 +62,7 @@ def expert_analysis(
     progress: Progress | None = None,
     **benchmark_options: Any,
 ) -> ExpertAnalysis:
-    """Compare every expert alone, `base`, `uniform`, `ensemble` and, where there is a router, `router` and
-    `best`.
+    """Compare every expert alone, `base`, `uniform`, `ensemble`, and with a router `router` and `best`.
 
     What `benchmark` left in `output_dir` with the same options is used, and what is missing is made. Under
     `accelerate launch` the processes share that work; the first one analyses, and the others return an empty
@@ -256,8 +253,7 @@ def _categories(run: Run) -> dict[str, list[str]]:
 
 
 def _router_choices(run: Run, folder: Path, trace: Callable[[str], Any] | None) -> dict[str, Any] | None:
-    """`chosen`, by task, and `expert_shares`, from the routing analysis of this run's samples; made if it is
-    missing.
+    """Return `chosen` and `expert_shares` by task, from the routing analysis of this run's samples.
 
     Args:
         trace: makes the routing analysis of a samples file; None if that cannot be, and then neither may be
@@ -308,8 +304,7 @@ def _trace_router(
 def _count_choices(
     choices: Mapping[str, Any], run: Run, categories: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """For every expert, in their order: how many tasks are mostly its own, and its mean share of the
-    weights."""
+    """Count, for every expert, the tasks that are mostly its own, and average its share of the weights."""
     experts = range(len(run.expert_names))
 
     def counts(task_ids: list[str]) -> list[int]:

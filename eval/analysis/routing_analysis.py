@@ -1,11 +1,10 @@
-"""What the router of a mixture does on a benchmark: which experts act at which tokens, how surely, how
-evenly, how well.
+"""What the router of a mixture does on a benchmark: which experts act where, how surely and how evenly.
 
     routing_tasks.jsonl     a line a task: its tokens, the weights at each of them, what follows from these
-    routing_analysis.json   the whole set: shares, categories, load balance, agreement; the tasks without their tokens
+    routing_analysis.json   the whole set: shares, categories, load balance, agreement; tasks without tokens
 
-Reads the completions that `benchmark` left in its folder, or has it make them. Knows which files lie where.
-Knows nothing about how weights come about or what is computed from them.
+Reads the completions that `benchmark` left in its folder, or has it make them. `routing_trace` traces,
+`routing_summary` computes.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ DIGITS = 4
 
 @dataclass(frozen=True)
 class RoutingAnalysis:
-    """What was written, and where. `summary` is the content of `routing_analysis.json`: see
-    `docs/evaluation.md`."""
+    """What was written, and where; `summary` is the content of `routing_analysis.json`."""
 
     output_dir: Path
     summary: dict[str, Any]
@@ -169,8 +167,7 @@ def _trace(
 
 
 def task_line(known: dict[str, Any], trace: Trace) -> dict[str, Any]:
-    """A line of `routing_tasks.jsonl`: what is known of the task, and every token; numbers of `DIGITS`
-    digits."""
+    """Make a line of `routing_tasks.jsonl`: what is known of the task, and every token."""
     return {
         **_rounded(known),
         "num_prompt_tokens": trace.num_prompt_tokens,

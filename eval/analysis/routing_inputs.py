@@ -1,8 +1,4 @@
-"""What a routing analysis reads in a benchmark's folder: the router's completions, and what each expert can
-do alone.
-
-Knows the folder's runs and EvalPlus's files. Knows nothing about models or routing weights.
-"""
+"""What a routing analysis reads in a benchmark's folder: the router's completions, and experts' results."""
 
 from __future__ import annotations
 
@@ -36,8 +32,7 @@ def runs_of(found: FoundModel, tasks: Benchmark, folder: Path) -> list[Run]:
 
 
 def run_of_router(runs: list[Run], tasks: Benchmark) -> Run | None:
-    """The one to analyse: all the tasks that were asked for, or, if all were, as many as there are; greedy,
-    if any is."""
+    """Choose the run to analyse: of all tasks asked for, or as many as there are; greedy, if any is."""
     candidates = [
         run
         for run in runs
@@ -49,8 +44,7 @@ def run_of_router(runs: list[Run], tasks: Benchmark) -> Run | None:
 
 
 def read_texts(run: Run, tasks: Benchmark, task_ids: list[str], tokenizer: Any) -> Iterator[Text]:
-    """The prompt of each task, as the model was given it, and its first completion, in the order of the
-    samples' file.
+    """Read each task's prompt, as the model was given it, and first completion, in the samples' order.
 
     Raises:
         InputError: the raw samples are missing, damaged, not those that were recorded, or do not begin with

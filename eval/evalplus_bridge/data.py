@@ -1,6 +1,6 @@
 """EvalPlus's data sets as this package uses them: which tasks, of which version, under which name.
 
-Everything is read by EvalPlus's own functions. Knows nothing about models or samples.
+Everything is read by EvalPlus's own functions.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ def load_benchmark(
 
 
 def _own_file(name: str) -> str | None:
-    """The file that EvalPlus reads in place of its own, which need not hold what the benchmark's name
-    says."""
+    """Return the file that EvalPlus reads in place of its own, which may hold other tasks."""
     from evalplus.data import humaneval, mbpp
 
     path = {"humaneval": humaneval.HUMANEVAL_OVERRIDE_PATH, "mbpp": mbpp.MBPP_OVERRIDE_PATH}[name]
@@ -153,15 +152,13 @@ def _stretch(
 
 
 def _number(task_id: str) -> int | None:
-    """The number that a task's id ends in, `HumanEval/53`; None where it has another end,
-    `HumanEval/53_v2`."""
+    """Return the number that a task's id ends in, `HumanEval/53`; None for another end, `HumanEval/53_v2`."""
     end = task_id.rpartition("/")[2]
     return int(end) if end.isascii() and end.isdigit() else None
 
 
 def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
-    """EvalPlus's expected outputs of (at least) a benchmark's tasks: task id to outputs and times, base and
-    plus.
+    """Return EvalPlus's expected outputs and times, base and plus, of (at least) a benchmark's tasks, by id.
 
     Those of a whole set are kept for the next time, which HumanEval+ and MBPP+ take a minute each and
     hundreds of megabytes for. Those of a stretch are kept by nobody, unless the whole set's are there.

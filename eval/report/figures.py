@@ -1,10 +1,9 @@
-"""Pictures of a report's tables, each with its data as CSV and JSON beside it, and one that shows the whole
-at a glance.
+"""Pictures of a report's tables, each with its data as CSV and JSON beside it, and one for a README.
 
     figures/<name>.png, .csv, .json    for every table
-    overview.png                       scores, categories and one task's code, for a README
+    overview.png                       scores, categories and one task's code
 
-Drawn by matplotlib without a display. Knows tables and colours. Knows nothing about runs or models.
+Drawn by matplotlib without a display.
 """
 
 from __future__ import annotations

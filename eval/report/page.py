@@ -1,8 +1,7 @@
 """Makes a folder's `report.html`: one file that shows everything in it and asks nothing of the network.
 
 Whatever comes from data is escaped where it is text and encoded where it is data, and the page's own policy
-allows no script and no style but the two that are in it, by their hashes. Knows what goes where on the page.
-Knows nothing about how figures come about.
+allows no script and no style but the two that are in it, by their hashes.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ RECORDED = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` and `figures/` from whatever a benchmark's folder holds, and return the page's
-    path.
+    """Write `report.html` and `figures/` from whatever a benchmark's folder holds; return the page's path.
 
     Raises:
         InputError: the folder holds nothing to report on, or a damaged file; or a package that the report
@@ -73,8 +71,11 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render(content: ReportContent, tables: dict[str, ReportTable], most: int = MOST_PANEL_CHARACTERS) -> str:
-    """The page. `most` characters of tokens are in it at most; further tasks have no panel, and the page says
-    so."""
+    """Make the page.
+
+    Args:
+        most: characters of tokens in it; further tasks have no panel, and the page says so.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -115,8 +116,7 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
 
 
 def policy(script: str, style: str) -> str:
-    """A content security policy under which this script and this style alone are used, and nothing is
-    fetched."""
+    """Make a content security policy that allows this script and this style alone, and no network."""
     hashes = {
         kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for kind, text in (("script", script), ("style", style))

@@ -1,6 +1,6 @@
 """What tables, pictures and pages call the runs of a folder, so that no two look the same.
 
-What tells a run apart is shown only where runs differ in it.
+What distinguishes a run is shown only where runs differ in it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
 def _add(
     runs: Sequence[Run], labels: list[RunLabel], part: str, words: dict[str, Callable[[Any], str]]
 ) -> None:
-    """Put what tells models, or benchmarks, of one name apart in brackets behind that name."""
+    """Put what distinguishes models, or benchmarks, of one name in brackets behind that name."""
     names = [getattr(label, part) for label in labels]
     for name in set(names):
         of_name = [(run, label) for run, label, own in zip(runs, labels, names, strict=True) if own == name]
@@ -142,8 +142,7 @@ def analysis_label(summary: dict[str, Any]) -> str:
 def one_line_names(
     records: Sequence[dict[str, Any]], always: Sequence[str] = (), columns: Sequence[str] = COLUMNS
 ) -> list[str]:
-    """One text for each row of the table of scores: of these columns, those of `always`, and those in which
-    rows differ."""
+    """Name each row of the table of scores by the columns `always` and those in which rows differ."""
     spelt = {
         "tasks": lambda tasks: f"{tasks} tasks" if tasks.isdecimal() else tasks,
         "samples a task": lambda count: f"{count} sample{'s' if count != 1 else ''} a task",

@@ -1,5 +1,4 @@
-"""Logs a report's tables to Weights & Biases, as one run. Knows tables and the SDK, and nothing of what is in
-them."""
+"""Logs a report's tables to Weights & Biases, as one run."""
 
 from __future__ import annotations
 
@@ -71,8 +70,7 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
 
 
 def scores_summary(scores: ReportTable) -> dict[str, float]:
-    """Every score under `model/strategy/benchmark/measure`, with what else tells runs apart before the
-    measure."""
+    """Return every score under `model/strategy/benchmark/measure`, with what else distinguishes its run."""
     records = scores.records()
     others = one_line_names(records, columns=("tasks", "samples a task", "settings"))
     summary = {}

@@ -2,7 +2,7 @@
 
 A decoding loop for `model.generate(custom_generate=…)`, so that caches, masks, positions and logits
 processors are those of transformers. Rows that are done leave the batch, unless fast decoding runs it, whose
-steps are recorded for a number of rows. Knows nothing about EvalPlus, files or routing strategies.
+steps are recorded for a number of rows.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ def decode_rows(
     seed: int = 0,
     **arguments: Any,
 ) -> int:
-    """Generate for every row, batch by batch, and tell each as soon as it is done. Returns the batch size at
-    the end.
+    """Generate for every row, batch by batch, and report each when it is done; return the last batch size.
 
     Longest prompts first: rows of like length share a batch, and too large a batch shows at once. Where the
     memory does not suffice the batch is halved and its unfinished rows begin anew.
@@ -179,17 +178,18 @@ def _warn_of_positions(
 
 
 def _padding_takes_positions(end: LastPosition | None, longest: Row, max_new_tokens: int) -> bool:
-    """Whether rows of unlike length cannot share a batch, since padding would move the shorter ones, or end
-    them early."""
+    """Return whether rows of different lengths must not share a batch, since padding would change them."""
     if end is None:
         return False
     return end.shifts or (end.counts_padding and len(longest.input_ids) + max_new_tokens - 1 > end.positions)
 
 
 def _padding_gives_nan(model: Any) -> bool:
-    """Whether rows of unlike length cannot share a batch: the eager attention of transformers takes its
-    softmax in float32, in which the mask value of float64 is -inf, so that padding, which sees nothing,
-    becomes NaN."""
+    """Return whether rows of different lengths must not share a batch because of float64.
+
+    The eager attention of transformers takes its softmax in float32, in which the mask value of float64 is
+    -inf, so that padding, which sees nothing, becomes NaN.
+    """
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     return model.dtype == torch.float64 and attention == "eager"
 
@@ -228,9 +228,11 @@ def _decode_batch(
 
 
 def visible(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
-    """The attention mask that transformers makes of a prompt that comes alone and without a mask, as
-    EvalPlus's do: the padding token, here the tokenizer's end of sequence, which chat templates write, is
-    hidden unless the model ends with it, too."""
+    """Return the attention mask that transformers makes of a prompt that comes alone and without a mask.
+
+    EvalPlus's prompts do. The padding token, here the tokenizer's end of sequence, which chat templates
+    write, is hidden unless the model ends with it, too.
+    """
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     hidden = None if tokenizer.eos_token_id in ends else tokenizer.eos_token_id
@@ -238,8 +240,7 @@ def visible(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
 
 
 class _Loop:
-    """One batch's decoding loop, in the form that `generate` calls: see `GenerationMixin._sample`, its
-    model."""
+    """One batch's decoding loop, in the form that `generate` calls, after `GenerationMixin._sample`."""
 
     def __init__(
         self,
@@ -372,8 +373,7 @@ def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
 
 
 class StopStrings:
-    """Whether new tokens spell one of some strings, as EvalPlus asks: anywhere in the text of all of them,
-    special tokens included.
+    """Return whether new tokens spell one of some strings, anywhere in their text, as EvalPlus asks.
 
     A string that was not there a token ago ends in the last tokens, so their text is looked at first. (A
     string with tokens without text in it may be missed, and its row goes on; trimming cuts its text at the

@@ -1,7 +1,6 @@
 """Checks many programs at once: keeps checking processes at work, and replaces those that end.
 
-Knows how `guarded_check` is started, asked and ended, inside a sandbox or not. Knows nothing about samples
-files, and does not import evalplus.
+`guarded_check` is such a process, inside a sandbox or not. evalplus is not imported here.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ class Check(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What EvalPlus says of a program: "pass", "fail" or "timeout", and for each input that was run whether
-    it passed.
+    """EvalPlus's verdict on a program: "pass", "fail" or "timeout", and whether it passed each input.
 
     `plus_status` is None without the plus tests. `lost` says why EvalPlus could not say it, and then the
     program counts as failed.
@@ -111,8 +109,7 @@ class Answer(NamedTuple):
     early: bool = False
 
     def is_doubtful(self, troubles: Iterable[float]) -> bool:
-        """Whether this may say more about the machine than about the program, after troubles at these
-        times."""
+        """Return whether this may say more about the machine, with troubles then, than about the program."""
         if self.verdict.has_passed:
             return False
         near = any(abs(self.when - trouble) < TROUBLE_SECONDS for trouble in troubles)
@@ -210,8 +207,7 @@ class _Pool:
                         progress(len(answers), len(checks))
 
     def answer_alone(self, check: Check) -> Answer:
-        """The answer to a check that is made while no other is, and again if it is doubtful and the machine
-        is not.
+        """Check a program while no other is checked, and again if only the answer is doubtful.
 
         Raises:
             FailureError: it cannot be set up, and that is not the program's doing.
@@ -255,8 +251,10 @@ class _Pool:
         )
 
     def _wait(self, selector: selectors.BaseSelector) -> set[_Worker]:
-        """The workers that answer or end, after a second at most. Much longer means that all stood still
-        meanwhile."""
+        """Return the workers that answer or end, after a second at most.
+
+        Much longer means that all stood still meanwhile.
+        """
         asked = time.monotonic()
         ready = {key.data for key, _ in selector.select(POLL_SECONDS)}
         if time.monotonic() - asked > POLL_SECONDS + STANDSTILL_SECONDS:
@@ -297,8 +295,9 @@ class _Worker:
             self.process.stdin.flush()
 
     def answer(self, is_ready: bool) -> Answer:
-        """What it says of what it was asked. If it has ended or is overdue, that is said; then the next one
-        is started.
+        """Return what it says of what it was asked.
+
+        If it has ended or is overdue, that is said; then the next one is started.
 
         Args:
             is_ready: whether there is something to read. An answer that came in time is read, however late.
@@ -327,8 +326,9 @@ class _Worker:
         )
 
     def end(self) -> None:
-        """End it and all that it started. It does that itself once nobody asks; what does not listen is
-        killed.
+        """End it and all that it started.
+
+        It does that itself once nothing asks it; what does not listen is killed.
 
         Its folder is removed here if it could not do that.
         """

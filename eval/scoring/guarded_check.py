@@ -1,14 +1,13 @@
-"""The process that checks samples: EvalPlus is imported once, and each sample is checked in a fork of its
-own.
+"""The process that checks samples: EvalPlus is imported once, and each sample is checked in its own fork.
 
     checking process    (this file's `serve`; adopts orphans, ends whatever a sample leaves behind)
-      guard             (one a sample: own session, empty folder and environment; calls EvalPlus's check_correctness)
-        program         (EvalPlus's own child, once for the base and once for the plus tests; restricted as it is forked)
+      guard             (one a sample: own session, empty folder and environment; calls check_correctness)
+        program         (EvalPlus's own child, once for base and once for plus tests; restricted when forked)
 
 It is started in an environment and, with a sandbox, in a file system without this package: from here it
 imports `restrictions` and `folder_removal` only. Questions come pickled on stdin, from the process that
 started it; answers go to stdout as a line of JSON each, since nothing that a program may have touched is ever
-unpickled. Knows nothing about samples files.
+unpickled.
 """
 
 from __future__ import annotations
@@ -120,8 +119,7 @@ class _Folder:
 
 
 def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
-    """Answer questions from stdin until it ends, or until a program has changed what the next one would run
-    in.
+    """Answer questions from stdin until it ends, or until a program has changed the place of the next.
 
     What is said on stdout and stderr before the line `READY` is why it does not start, if it does not.
 
@@ -226,8 +224,7 @@ def _unset(error: BaseException) -> dict[str, Any]:
 
 
 def _read(descriptor: int, deadline: float) -> bytes | None:
-    """All that is written to a pipe until its last writer ends; None if that has not happened by the
-    deadline."""
+    """Read a pipe until its last writer ends; return None if that has not happened by the deadline."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     poll.register(sys.stdin.fileno(), 0)  # the end of that comes unasked
@@ -245,8 +242,7 @@ def _read(descriptor: int, deadline: float) -> bytes | None:
 
 
 def _end_all(guard: int) -> None:
-    """End the guard, its session, and what has left that: each is this process's child by now, or a child's
-    child."""
+    """End the guard, its session, and what has left that: this process's children and theirs."""
     if os.getpid() == 1:  # in a sandbox: all but this one, at one stroke, so that no fork gets away
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)

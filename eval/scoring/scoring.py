@@ -2,7 +2,7 @@
 
 Data, expected outputs, checks and estimates are EvalPlus's own functions. Unlike `evalplus.evaluate` it can
 score a part of a data set, never takes old results for new ones, and runs the programs as `check_workers`
-guards them. Knows nothing about models.
+guards them.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def score_samples(
     sandbox: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Score the samples in an EvalPlus samples file, and write `<samples>_eval_results.json` beside it at one
-    stroke.
+    """Score an EvalPlus samples file, and write `<samples>_eval_results.json` beside it atomically.
 
     The verdicts and the file are those of `evalplus.evaluate --samples`. The file of a part of a set has one
     key more, `"subset": {"tasks": 10, "of": 164}`. A sample whose checks end without a verdict, although
@@ -109,8 +108,7 @@ def score_samples(
 
 
 def lost_checks(results: str | Path) -> int:
-    """How many samples in a result file of `score_samples` count as failed because their checks had no
-    verdict."""
+    """Count the samples in a result file of `score_samples` that failed as their checks had no verdict."""
     return json.loads(Path(results).read_text(encoding="utf-8")).get("lost", 0)
 
 
@@ -208,8 +206,7 @@ def _part(benchmark: Benchmark, task_ids: Sequence[str] | None) -> Benchmark:
 
 
 def _read_samples(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
-    """Each task's whole programs, in the order of the file, after a check that all are there and no
-    others."""
+    """Read each task's programs, in the order of the file, and check that all are there and no others."""
     from evalplus.data import load_solutions
 
     programs: dict[str, list[str]] = {}
