@@ -410,7 +410,7 @@ def _print_export(result: Any) -> None:
         )
         out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
-        out.print("not checked: logits, because the foundation is not at hand")
+        out.print("not checked: logits, because the foundation is not on this machine")
 
 
 def _quiet() -> None:

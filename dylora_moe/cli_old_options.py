@@ -53,7 +53,9 @@ def translate(arguments: Sequence[str]) -> list[str]:
         if name in GONE:
             raise typer.BadParameter(GONE[name], param_hint=name)
         if name == "--hf_token":
-            os.environ["HF_TOKEN"] = value if separator else (left.pop(0) if left else "")
+            if not separator:
+                value = left.pop(0) if left else ""
+            os.environ["HF_TOKEN"] = value
             _warn(name, "set HF_TOKEN instead: others on this machine can read a command line")
         elif name == "--bf16":
             if "--dtype" in names:
@@ -61,9 +63,8 @@ def translate(arguments: Sequence[str]) -> list[str]:
             _warn(name, "it is --dtype bfloat16 now, and the default")
             translated += ["--dtype", "bfloat16"]
         elif name in RENAMED or name == "--model_name":
-            today = RENAMED.get(name) or (
-                "--base_model" if any(model in names for model in MODELS) else "--model"
-            )
+            beside_a_model = any(model in names for model in MODELS)
+            today = RENAMED.get(name) or ("--base_model" if beside_a_model else "--model")
             _warn(name, f"it is {today} now")
             translated.append(f"{today}{separator}{value}")
         else:

@@ -24,7 +24,7 @@ from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
 from .front_door import run_command
 from .options import DEFAULT_FOLDER, BenchmarkOptions
 from .sampling.generation_options import refuse_options
-from .sampling.loading import FoundModel, LoadedModel, find_model, tell_apart
+from .sampling.loading import FoundModel, LoadedModel, distinct_labels, find_model
 from .sampling.make_samples import make_samples, samples_name
 from .sampling.run_record import Run, file_sha256, write_run
 from .scoring.sanitizing import sanitize_programs
@@ -80,16 +80,15 @@ def benchmark(
     folder = Path(output_dir)
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     state = _processes()
-    with (
-        state.local_main_process_first()
-    ):  # what EvalPlus downloads is written in place: nobody may read half of it
+    # What EvalPlus downloads is written in place: no process may read half of it.
+    with state.local_main_process_first():
         sets = [
             load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
             for name in dict.fromkeys(map(canonical_benchmark, names))
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
     # Everything that may be wrong is looked at before anything long begins.
-    found = tell_apart([find_model(model, **chosen.of_source) for model in _as_list(models)])
+    found = distinct_labels([find_model(model, **chosen.of_source) for model in _as_list(models)])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [

@@ -58,9 +58,7 @@ def _draw(functions: Sequence[Function], count: int, seed: str) -> list[Training
     chooser = random.Random(seed)  # a string seed is hashed the same way in every process
     drawn = []
     for index in range(count):
-        function = functions[
-            index % len(functions)
-        ]  # in turn, so that every function is taught equally often
+        function = functions[index % len(functions)]  # in turn, so that all are taught equally often
         drawn.append(TrainingText(function.sample_prompt(chooser), function.body, function.parameter))
     chooser.shuffle(drawn)
     return drawn

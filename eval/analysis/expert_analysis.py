@@ -33,9 +33,24 @@ from .task_categories import categories_of
 # What is the same in all runs that may be compared.
 SAME = (*(name for name in DECISIVE if name != "routing_strategy"), "mini")
 DESCRIBED = (
-    "model", "model_label", "model_sha256", "model_revision", "model_format", "expert_names", "benchmark", "mini", "subset",
-    "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
-)  # fmt: skip
+    "model",
+    "model_label",
+    "model_sha256",
+    "model_revision",
+    "model_format",
+    "expert_names",
+    "benchmark",
+    "mini",
+    "subset",
+    "dataset_hash",
+    "dataset_file",
+    "n_samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_new_tokens",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -246,7 +261,7 @@ def _categories(run: Run) -> dict[str, list[str]]:
     data = load_benchmark(run.benchmark, mini=run.mini)
     if data.dataset_hash != run.dataset_hash:
         raise InputError(
-            f"the runs are of a {run.benchmark} data set with hash {run.dataset_hash}, and the one at hand has "
+            f"the runs are of a {run.benchmark} data set with hash {run.dataset_hash}, and the one on this machine has "
             f"{data.dataset_hash}; name that file in {run.benchmark.upper()}_OVERRIDE_PATH"
         )
     return {task_id: categories_of(data.tasks[task_id]) for task_id in run.task_ids}
@@ -314,11 +329,12 @@ def _count_choices(
     shares = [choices["expert_shares"][task_id] for task_id in run.task_ids]
     shares = [of_task for of_task in shares if of_task is not None]
     names = dict.fromkeys(category for task_id in run.task_ids for category in categories[task_id])
+    mean_shares = None
+    if shares:
+        mean_shares = [sum(of_task[expert] for of_task in shares) / len(shares) for expert in experts]
     return {
         "counts": counts(run.task_ids),
-        "mean_expert_shares": [sum(of_task[i] for of_task in shares) / len(shares) for i in experts]
-        if shares
-        else None,
+        "mean_expert_shares": mean_shares,
         "categories": [
             {"category": name, "counts": counts([task for task in run.task_ids if name in categories[task]])}
             for name in names

@@ -88,6 +88,7 @@ def possible_gain(shares: Shares, experts: Sequence[str], best: str) -> dict[str
     reached |= {strategy: _mean(shares[strategy]) for strategy in shares if strategy not in experts}
     gain = oracle - floor
     defined = gain > 0
+    note = "no task is solved by another expert and not by the best one, so no share is defined"
     return {
         "oracle": _pass_at_1(table.max(axis=0)),
         "gain": gain,
@@ -95,9 +96,7 @@ def possible_gain(shares: Shares, experts: Sequence[str], best: str) -> dict[str
             {"strategy": strategy, "pass@1": value, "share": (value - floor) / gain if defined else None}
             for strategy, value in reached.items()
         ],
-        "note": None
-        if defined
-        else "no task is solved by another expert and not by the best one, so no share is defined",
+        "note": None if defined else note,
     }
 
 

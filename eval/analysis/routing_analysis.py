@@ -34,6 +34,18 @@ from .task_categories import categories_of
 
 
 DIGITS = 4
+DESCRIBED = (
+    "model",
+    "model_label",
+    "benchmark",
+    "mini",
+    "dataset_file",
+    "samples",
+    "samples_sha256",
+    "n_samples",
+    "temperature",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -180,9 +192,8 @@ def task_line(known: dict[str, Any], trace: Trace) -> dict[str, Any]:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         rounded = round(value, DIGITS)
-        return (
-            int(rounded) if rounded.is_integer() else rounded
-        )  # 0 and not 0.0: most weights of a sparse router
+        # 0 and not 0.0, as most weights of a sparse router are
+        return int(rounded) if rounded.is_integer() else rounded
     if isinstance(value, list):
         return [_rounded(entry) for entry in value]
     if isinstance(value, dict):
@@ -194,13 +205,9 @@ def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """Which samples were traced, and how the model that was loaded turns logits into weights."""
     dense = loaded.model.routes_densely
     config = loaded.model.config
-    named = (
-        "model", "model_label", "benchmark", "mini", "dataset_file", "samples", "samples_sha256", "n_samples",
-        "temperature", "dtype",
-    )  # fmt: skip
     return {
         "format_version": ROUTING_VERSION,
-        **{name: getattr(run, name) for name in named},
+        **{name: getattr(run, name) for name in DESCRIBED},
         "expert_names": loaded.expert_names,
         "routing": {
             "mode": "dense" if dense else "sparse",

@@ -70,7 +70,7 @@ def read_texts(run: Run, tasks: Benchmark, task_ids: list[str], tokenizer: Any) 
         # EvalPlus notes what follows a prompt with it, and what follows a chat prompt without.
         yield Text(task_id, prompt, solution.removeprefix(prompt) if direct else solution)
     if waiting:
-        raise InputError(f"{run.raw_samples_path} holds no sample of {min(waiting)}; benchmark it anew")
+        raise InputError(f"{run.raw_samples_path} holds no sample of {min(waiting)}; benchmark it again")
 
 
 def _raw_samples(path: Path) -> Iterator[tuple[str, str]]:
@@ -81,7 +81,7 @@ def _raw_samples(path: Path) -> Iterator[tuple[str, str]]:
                 yield sample["task_id"], sample["solution"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} holds no samples ({type(error).__name__}: {error}); benchmark it anew"
+            f"{path} holds no samples ({type(error).__name__}: {error}); benchmark it again"
         ) from error
 
 
@@ -94,15 +94,11 @@ class Results:
     """
 
     def __init__(self, router: Run, runs: list[Run], expert_names: list[str]):
-        alike = [
+        comparable = [
             run for run in runs if all(getattr(run, name) == getattr(router, name) for name in SAME_QUESTIONS)
         ]
-        singles = [
-            next(
-                (run for run in alike if run.routing_strategy == f"single:{index}" and run.has_results), None
-            )
-            for index in range(len(expert_names))
-        ]
+        scored = {run.routing_strategy: run for run in reversed(comparable) if run.has_results}
+        singles = [scored.get(f"single:{index}") for index in range(len(expert_names))]
         read = [
             read_results(run.results_path) if run and run.has_results else None for run in (router, *singles)
         ]
@@ -111,7 +107,9 @@ class Results:
             tasks and {task_id: result.plus if plus else result.base for task_id, result in tasks.items()}
             for tasks in read
         ]
-        self.tests = ("plus" if plus else "base") if any(shares) else None
+        self.tests = None
+        if any(shares):
+            self.tests = "plus" if plus else "base"
         self._router, self._experts = shares[0], shares[1:]
 
     def passed(self, task_id: str) -> float | None:

@@ -23,7 +23,7 @@ KEPT = ("num_tokens", "confidence", "entropy", "gate_confidence", "gate_entropy"
 
 
 class RoutingTotals:
-    """Sums over tokens, in float64, of as many stretches of tokens as are added."""
+    """Sums over tokens, in float64, of as many parts of texts as are added."""
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
@@ -176,7 +176,7 @@ def agreement(tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
     Only tasks count on which it matters whom one asks: those that some experts solve and others do not (with
     several samples a task: on which the experts' shares differ). `chosen` is how often the router's choice
-    alone solves them, `uniform` what a choice by lot would give in expectation, `best` what the best choice
+    alone solves them, `uniform` what a random expert would give in expectation, `best` what the best choice
     would give.
     """
     if not tasks or any(task["experts_passed"] is None for task in tasks):

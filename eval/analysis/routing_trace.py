@@ -75,7 +75,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """A stretch of tokens. `weights` and `probabilities` are of shape `[tokens, num_experts]`."""
+    """A part of a text. `weights` and `probabilities` are of shape `[tokens, num_experts]`."""
 
     weights: torch.Tensor
     probabilities: torch.Tensor

@@ -29,7 +29,7 @@ BENCHMARKS = {"humaneval": "humaneval", "humanevalplus": "humaneval", "mbpp": "m
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set of EvalPlus, or a stretch of it.
+    """A data set of EvalPlus, or a part of it.
 
     Attributes:
         name: "humaneval" or "mbpp".
@@ -107,7 +107,7 @@ def load_benchmark(
     if not every or not all(isinstance(task_id, str) for task_id in every):
         wrong = "holds no task" if not every else "has ids that are no text, which EvalPlus cannot score"
         raise InputError(f"{_own_file(name) or name} {wrong}")
-    tasks, chosen = _stretch(every, id_range, limit)
+    tasks, chosen = _part(every, id_range, limit)
     subset = None
     if len(tasks) < len(every):
         which = "the first" if chosen is None else f"tasks {chosen[0]} to {chosen[1] - 1},"
@@ -123,7 +123,7 @@ def _own_file(name: str) -> str | None:
     return Path(path).name if path else None
 
 
-def _stretch(
+def _part(
     every: dict[str, dict], id_range: Sequence[int] | None, limit: int | None
 ) -> tuple[dict[str, dict], tuple[int, int] | None]:
     """The wanted tasks, and their range of numbers where all have one."""
@@ -161,7 +161,7 @@ def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
     """Return EvalPlus's expected outputs and times, base and plus, of (at least) a benchmark's tasks, by id.
 
     Those of a whole set are kept for the next time, which HumanEval+ and MBPP+ take a minute each and
-    hundreds of megabytes for. Those of a stretch are kept by nobody, unless the whole set's are there.
+    hundreds of megabytes for. Those of a part are not kept, unless the whole set's are there.
 
     Raises:
         InputError: the kept file is damaged.

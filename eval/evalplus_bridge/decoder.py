@@ -125,7 +125,7 @@ def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Ques
     prompts = _decoder(benchmark, note, tokenizer, batch_size=1, **decoder)
     with tempfile.TemporaryDirectory() as folder:
         _run_loop(Path(folder) / "questions.jsonl", benchmark, prompts, 1, lambda code, entrypoint: code)
-    ours = {"num_return_sequences", "pad_token_id", "stop_strings", "tokenizer"}  # decided anew for a batch
+    ours = {"num_return_sequences", "pad_token_id", "stop_strings", "tokenizer"}  # decided again for a batch
     questions = [
         Question(task_id, input_ids, {name: value for name, value in arguments.items() if name not in ours})
         for task_id, (input_ids, arguments) in zip(benchmark.task_ids, asked, strict=True)
@@ -142,7 +142,7 @@ def write_samples(
     sanitize: Sanitize,
     **decoder: Any,
 ) -> None:
-    """Write EvalPlus's two files, `path` and the same with `.raw.jsonl`, by its own code; each at one stroke.
+    """Write EvalPlus's two files, `path` and the same with `.raw.jsonl`, by its own code; each atomically.
 
     Args:
         completions: the new tokens of every sample, by task id and number.

@@ -86,13 +86,13 @@ def read_folder(folder: str | Path) -> ReportContent:
 
 
 def _why(run: Run) -> str:
+    if run.samples_sha256 is None:
+        return "its samples are not complete"
     if not run.has_samples:
-        return (
-            "its samples are not complete"
-            if run.samples_sha256 is None
-            else "its samples changed after they were made"
-        )
-    return "it is not scored" if run.results is None else "its results changed after they were scored"
+        return "its samples changed after they were made"
+    if run.results is None:
+        return "it is not scored"
+    return "its results changed after they were scored"
 
 
 def _read(path: Path, version: int, command: str) -> dict[str, Any] | None:

@@ -41,17 +41,55 @@ VERDICTS = {
     "no evidence": ("■", "No evidence that the router helps or hurts"),
 }
 THEMES = {
-    "light": {"muted": "#5c6268", "line": "#dfe2e6", "card": "#f6f7f9", "hover": "#eef3f8", "accent": "#0b62a0",
-              "good": "#00704f", "bad": "#b04a00", "warn": "#e69f00"},
-    "dark": {"muted": "#a4abb3", "line": "#33383f", "card": "#1e2126", "hover": "#232a33", "accent": "#6fc0f0",
-             "good": "#3ecf9f", "bad": "#f59a5b", "warn": "#e69f00"},
-}  # fmt: skip
+    "light": {
+        "muted": "#5c6268",
+        "line": "#dfe2e6",
+        "card": "#f6f7f9",
+        "hover": "#eef3f8",
+        "accent": "#0b62a0",
+        "good": "#00704f",
+        "bad": "#b04a00",
+        "warn": "#e69f00",
+    },
+    "dark": {
+        "muted": "#a4abb3",
+        "line": "#33383f",
+        "card": "#1e2126",
+        "hover": "#232a33",
+        "accent": "#6fc0f0",
+        "good": "#3ecf9f",
+        "bad": "#f59a5b",
+        "warn": "#e69f00",
+    },
+}
 RECORDED = (
-    "model", "model_format", "model_revision", "model_sha256", "base_model", "backend", "routing_strategy", "benchmark",
-    "mini", "subset", "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "model",
+    "model_format",
+    "model_revision",
+    "model_sha256",
+    "base_model",
+    "backend",
+    "routing_strategy",
+    "benchmark",
+    "mini",
+    "subset",
+    "dataset_hash",
+    "dataset_file",
+    "n_samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_new_tokens",
+    "dtype",
     "attn_implementation",
-    "force_base_prompt", "batch_size", "device", "seconds", "samples", "samples_sha256", "results",
-)  # fmt: skip
+    "force_base_prompt",
+    "batch_size",
+    "device",
+    "seconds",
+    "samples",
+    "samples_sha256",
+    "results",
+)
 
 
 def write_report(folder: str | Path) -> Path:

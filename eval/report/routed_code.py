@@ -106,9 +106,8 @@ def routed_code(line: dict[str, Any], routing: dict[str, Any]) -> RoutedCode:
         probability = line["gate_probabilities"][place][expert]
         strength = probability if gate else weights[expert]
         in_prompt = place < line["num_prompt_tokens"]
-        text = text.encode("utf-8", errors="replace").decode(
-            "utf-8"
-        )  # half of a surrogate pair cannot be written
+        # half of a surrogate pair cannot be written
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
         tokens.append(RoutedToken(text, expert, weights[expert], probability, in_prompt, strength))
     label = "the gate is surer" if gate else "it has more weight"
     return RoutedCode(line["task_id"], tokens, routing["expert_names"], label)

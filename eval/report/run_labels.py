@@ -20,7 +20,7 @@ HASH_DIGITS = 8
 COLUMNS = ("routing strategy", "model", "benchmark", "tasks", "samples a task", "settings")
 
 # Fields of a run and their words, by the part of the label that they belong to. Those of `MODEL` are shown
-# where they tell models of one name apart, those of `DATA` benchmarks of one name, those of `SETTINGS` where
+# where they distinguish models of one name, those of `DATA` benchmarks of one name, those of `SETTINGS` where
 # any two runs differ.
 MODEL: dict[str, Callable[[Any], str]] = {
     "backend": str,
@@ -71,8 +71,10 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
         )
         for run in runs
     ]
-    for part, words in (("model", MODEL), ("benchmark", DATA)):
-        _add(runs, labels, part, words)
+    models = _distinguished(runs, [label.model for label in labels], MODEL)
+    benchmarks = _distinguished(runs, [label.benchmark for label in labels], DATA)
+    for label, model, benchmark in zip(labels, models, benchmarks, strict=True):
+        label.model, label.benchmark = model, benchmark
     shown = [name for name in SETTINGS if _differs(runs, name)]
     for run, label in zip(runs, labels, strict=True):
         label.settings = ", ".join(filter(None, (SETTINGS[name](getattr(run, name)) for name in shown)))
@@ -84,24 +86,26 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
     return labels
 
 
-def _add(
-    runs: Sequence[Run], labels: list[RunLabel], part: str, words: dict[str, Callable[[Any], str]]
-) -> None:
-    """Put what distinguishes models, or benchmarks, of one name in brackets behind that name."""
-    names = [getattr(label, part) for label in labels]
+def _distinguished(
+    runs: Sequence[Run], names: Sequence[str], words: dict[str, Callable[[Any], str]]
+) -> list[str]:
+    """Put behind names that several runs have, in brackets, what distinguishes the runs."""
+    shown: dict[str, list[str]] = {}
     for name in set(names):
-        of_name = [(run, label) for run, label, own in zip(runs, labels, names, strict=True) if own == name]
-        shown: list[str] = []
-        for field in words:  # only those that tell apart what the ones before do not
-            if len(_values(of_name, [*shown, field])) > len(_values(of_name, shown)):
-                shown.append(field)
-        for run, label in of_name:
-            told = ", ".join(filter(None, (words[field](getattr(run, field)) for field in shown)))
-            setattr(label, part, f"{name} ({told})" if told else name)
+        namesakes = [run for run, own in zip(runs, names, strict=True) if own == name]
+        shown[name] = []
+        for field in words:  # only those that distinguish what the ones before do not
+            if len(_values(namesakes, [*shown[name], field])) > len(_values(namesakes, shown[name])):
+                shown[name].append(field)
+    distinguished = []
+    for run, name in zip(runs, names, strict=True):
+        told = ", ".join(filter(None, (words[field](getattr(run, field)) for field in shown[name])))
+        distinguished.append(f"{name} ({told})" if told else name)
+    return distinguished
 
 
-def _values(of_name: list[tuple[Run, RunLabel]], fields: Sequence[str]) -> set[tuple[Any, ...]]:
-    return {tuple(getattr(run, field) for field in fields) for run, _ in of_name}
+def _values(runs: Sequence[Run], fields: Sequence[str]) -> set[tuple[Any, ...]]:
+    return {tuple(getattr(run, field) for field in fields) for run in runs}
 
 
 def _differs(runs: Sequence[Run], field: str) -> bool:

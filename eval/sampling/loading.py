@@ -288,7 +288,7 @@ def load_model(
     )
 
 
-def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
+def distinct_labels(models: list[FoundModel]) -> list[FoundModel]:
     """The same models, each once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
 
     Raises:
@@ -416,4 +416,4 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "dylora_moe" / "exports")
 
 
-__all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model", "tell_apart"]
+__all__ = ["FoundModel", "LoadedModel", "cache_folder", "distinct_labels", "find_model", "load_model"]

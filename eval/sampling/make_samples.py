@@ -101,7 +101,7 @@ def _make(
     questions, stop_strings = ask(benchmark, tokenizer, **decoder)
     there = journal.read()
     rows = _missing(run, questions, there)[process::processes]
-    _wait(state)  # nobody adds a sample before all have seen which are missing
+    _wait(state)  # no process adds a sample before all have seen which are missing
     seconds = 0.0
     if rows:
         loaded = load()
@@ -168,7 +168,7 @@ def _claim(run: Run, journal: SampleJournal, overwrite: bool) -> Run:
     differences = [] if before is None else before.differences(run)
     problem = None
     if not run.samples_path.exists() and not journal.paths():
-        pass  # a run that was begun, and ended before its first sample, binds nobody
+        pass  # a run that was begun, and ended before its first sample, binds no other
     elif before is None:
         problem = "which no benchmark recorded"
     elif differences:

@@ -213,7 +213,7 @@ def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
 
 
 def write_run(run: Run) -> None:
-    """Put one run into its folder's `run.json`, at one stroke; other processes may do the same for theirs."""
+    """Put one run into its folder's `run.json`, atomically; other processes may do the same for theirs."""
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / RUN_FILE
     with FileLock(str(path) + ".lock"):
@@ -254,7 +254,7 @@ def _digest(file: Any) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file under a name of its own first, so that nobody ever sees half of it."""
+    """Write a file under a name of its own first, so that no reader sees half of it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[Samples, int]:
             samples[entry["task_id"], int(entry["sample"])] = Sample(tokens, entry.get("stop"))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: line {number} is damaged; remove the file to make its samples anew"
+                f"{path}: line {number} is damaged; remove the file to make its samples again"
             ) from error
         whole += len(line)
     return samples, whole

@@ -36,9 +36,9 @@ from .restrictions import (
     become_user,
     confine,
     drop_privileges,
-    end_first,
     end_with_parent,
     limit_resources,
+    prefer_oom_kill,
 )
 
 
@@ -79,7 +79,7 @@ class _Folder:
     """Where programs write to, one after the other: made for the first, and emptied after each.
 
     A folder that Landlock let a program write to takes room for a while after it was removed: with one for
-    each program there would have to be room for two. It is made anew only where a program has changed the
+    each program there would have to be room for two. It is made again only where a program has changed the
     folder itself.
     """
 
@@ -111,9 +111,8 @@ class _Folder:
     def _state(self) -> list[Any]:
         """What the next program could notice. On some file systems a folder stays as large as it ever was."""
         found = os.stat(self.path)
-        names = (
-            os.listxattr(self.path) if sys.platform == "linux" else []
-        )  # access control lists are there, too
+        # access control lists are there, too
+        names = os.listxattr(self.path) if sys.platform == "linux" else []
         attributes = {name: os.getxattr(self.path, name) for name in names}
         return [os.listdir(self.path), found.st_mode, found.st_gid, found.st_size, attributes]
 
@@ -133,11 +132,11 @@ def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, pr
 
     Args:
         folder: where this process makes the folder for its samples; `prefix`: how that one's name begins.
-        private: folders that nobody else writes to, in a sandbox; then shared memory is nobody else's either.
+        private: folders that no other process writes to, in a sandbox; then shared memory is its own, too.
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
     """
-    end_first()
+    prefer_oom_kill()
     if user is not None:
         become_user(user)
     adopt_orphans()
@@ -243,7 +242,7 @@ def _read(descriptor: int, deadline: float) -> bytes | None:
 
 def _end_all(guard: int) -> None:
     """End the guard, its session, and what has left that: this process's children and theirs."""
-    if os.getpid() == 1:  # in a sandbox: all but this one, at one stroke, so that no fork gets away
+    if os.getpid() == 1:  # in a sandbox: all but this one in one call, so that no fork gets away
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
     else:
@@ -311,7 +310,7 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
 def _state(private: Sequence[str], place: _Folder) -> list[Any]:
     """What a program can change that outlives it and that the next one would be checked under.
 
-    Whoever has the same user id may set the limits and the priority of another process.
+    A process of the same user id may set the limits and the priority of another process.
     """
     state: list[Any] = [[resource.getrlimit(limit) for limit in LIMITS], os.getpriority(os.PRIO_PROCESS, 0)]
     if sys.platform == "linux":

@@ -208,7 +208,7 @@ def _key(program: Program) -> str:
 
 
 def _read(kept: Path) -> dict[str, Sanitized]:
-    """What a file of kept texts holds; a line that was cut off is nobody's, and its text is made again."""
+    """What a file of kept texts holds; a line that was cut off is left out, and its text made again."""
     done: dict[str, Sanitized] = {}
     if kept.exists():
         for line in kept.read_bytes().splitlines():

@@ -181,9 +181,8 @@ def check_settings(sandbox: bool) -> None:
         return
     memory = min((limit for name, limit in short.items() if name != "STACK"), default=None)
     if memory is None or short.get("STACK", memory) < memory:
-        memory = (
-            -1
-        )  # EvalPlus has one number for all three: the stack's would leave programs too little memory
+        # EvalPlus has one number for all three: the stack's would leave programs too little memory
+        memory = -1
     said = ", ".join(f"{limit} of RLIMIT_{name}" for name, limit in short.items())
     raise InputError(
         f"EvalPlus gives each program {wanted} bytes of memory and of stack, and this process may have less ({said}); "
