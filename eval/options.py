@@ -17,6 +17,7 @@ from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknow
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
+# What says where a model is, and what its source does not say itself.
 OF_SOURCE = (
     "base_model",
     "adapter_path",
@@ -119,4 +120,4 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-__all__ = ["DEFAULT_FOLDER", "DTYPES", "BenchmarkOptions", "check_temperature"]
+__all__ = ["DEFAULT_FOLDER", "DTYPES", "OF_SOURCE", "BenchmarkOptions", "check_temperature"]

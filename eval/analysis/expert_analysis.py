@@ -22,7 +22,7 @@ from dylora_moe.hub_export.extras import check_packages
 from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import canonical_benchmark, load_benchmark
 from ..evalplus_bridge.stock import TaskResult, read_results
-from ..options import DEFAULT_FOLDER, BenchmarkOptions
+from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
 from ..sampling.loading import find_model
 from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned, replace_text
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
@@ -179,7 +179,7 @@ def _runs_of(
     source: str | None, dataset: str, folder: Path, options: dict[str, Any], progress: Progress | None
 ) -> dict[str, Run]:
     """Every strategy's run; what is missing is made."""
-    found = find_model(source, **BenchmarkOptions(**options).of_source)
+    found = find_model(source, **{name: options[name] for name in OF_SOURCE if name in options})
     if not found.is_mixture:
         raise InputError(
             f"{found.source} is an ordinary model without experts, so there is nothing to analyse"
