@@ -50,7 +50,10 @@ DESCRIBED = (
 
 @dataclass(frozen=True)
 class RoutingAnalysis:
-    """What was written, and where; `summary` is the content of `routing_analysis.json`."""
+    """What was written, and where; `summary` is the content of `routing_analysis.json`.
+
+    docs/report-files.md lists its fields.
+    """
 
     output_dir: Path
     summary: dict[str, Any]
