@@ -26,7 +26,8 @@ from dylora_moe.hub_export.extras import check_packages
 
 from ..evalplus_bridge.data import Benchmark, expected_outputs, load_benchmark
 from ..evalplus_bridge.stock import PASS, read_results
-from .check_workers import Check, Verdict, run_checks
+from .check_workers import run_checks
+from .checking_process import Check, Verdict
 from .guarded_check import Task
 from .sandbox import find_bubblewrap
 

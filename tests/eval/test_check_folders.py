@@ -6,7 +6,8 @@ import tempfile
 import pytest
 
 from dylora_moe.eval.scoring import checking_process
-from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring.check_workers import run_checks
+from dylora_moe.eval.scoring.checking_process import Check
 from dylora_moe.eval.scoring.guarded_check import Task
 
 

@@ -16,7 +16,8 @@ import pytest
 from dylora_moe.demo.problems import load_problems
 from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.scoring import check_workers, checking_process
-from dylora_moe.eval.scoring.check_workers import Check, check_start, run_checks
+from dylora_moe.eval.scoring.check_workers import check_start, run_checks
+from dylora_moe.eval.scoring.checking_process import Check
 from dylora_moe.eval.scoring.guarded_check import Task
 from dylora_moe.eval.scoring.scoring import score_samples
 from dylora_moe.eval.scoring.shortage import remedy
