@@ -31,12 +31,12 @@ from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOpti
 from dylora_moe.hub_export.tensors.mixture import Mixture
 from dylora_moe.version import __version__
 
+from ..options import DTYPES
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
 BACKENDS = ("hf", "peft_moe")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 LONGEST_LABEL = 120  # bytes
 
 

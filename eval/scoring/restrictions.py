@@ -143,7 +143,7 @@ def _allow(rules: int, path: str | Path, allowed: int) -> None:
         os.close(descriptor)
 
 
-def end_first() -> None:
+def prefer_oom_kill() -> None:
     """Have the kernel end this process, and what it starts, before all others when the machine's memory runs
     out.
 
