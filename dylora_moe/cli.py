@@ -21,14 +21,16 @@ from dylora_moe.cli_common import (
     Json,
     Overwrite,
     err,
+    given,
     out,
     print_json,
     progress,
     size,
     span,
-    split,
-    whole,
+    takes_options_of,
 )
+from dylora_moe.hub_export.repo.options import ExportOptions
+from dylora_moe.hub_export.sources.source_options import SourceOptions
 
 
 # typer brings its own click or uses the installed one, by its version; these are the classes of the one in
@@ -46,10 +48,20 @@ app = typer.Typer(
 )
 
 SOURCE = "A folder, a Hub id or wandb:entity/project/name:version."
-Subfolder = Annotated[
-    str | None, typer.Option("--subfolder", help="Which checkpoint, where the source holds several.")
-]
-Revision = Annotated[str | None, typer.Option("--revision", help="The source's revision on the Hub.")]
+# What `verify` has to know of an export to compare its repo with the source.
+CHOSEN_IN_EXPORT = (
+    "base_model",
+    "base_revision",
+    "router_input",
+    "router_mode",
+    "num_experts_per_tok",
+    "router_temperature",
+    "router_prompts",
+    "lora_alpha",
+    "expert_names",
+    "tokenizer",
+    "dtype",
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,30 +94,17 @@ def demo(
 
 
 @app.command()
+@takes_options_of(SourceOptions)
 def inspect(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help=SOURCE)],
-    base_model: Annotated[
-        str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
-    ] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")
-    ] = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
     with progress() as tell:
         from dylora_moe import hub_export
 
-        result = hub_export.inspect(
-            sources,
-            progress=tell,
-            base_model=base_model,
-            lora_alpha=whole(lora_alpha),
-            subfolder=subfolder,
-            revision=revision,
-        )
+        result = hub_export.inspect(sources, progress=tell, **given(options))
     if as_json:
         print_json(result.to_dict())
     else:
@@ -113,6 +112,7 @@ def inspect(
 
 
 @app.command()
+@takes_options_of(ExportOptions, [name for name in ExportOptions.names() if name != "verify"])
 def export(
     sources: Annotated[
         list[str],
@@ -122,91 +122,17 @@ def export(
         ),
     ],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
-    base_model: Annotated[
-        str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option("--base_revision", help="The foundation's revision.")
-    ] = None,
-    layout: Annotated[
-        str, typer.Option("--layout", help="full, or adapter: the foundation stays where it is.")
-    ] = "full",
-    routing_strategy: Annotated[
-        str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
-    ] = None,
-    router_input: Annotated[
-        str | None, typer.Option("--router_input", help="base, experts_sum, or none: no router.")
-    ] = None,
-    router_mode: Annotated[str | None, typer.Option("--router_mode", help="auto, dense or sparse.")] = None,
-    num_experts_per_tok: Annotated[
-        int | None, typer.Option("--num_experts_per_tok", help="How many experts act on a token, if sparse.")
-    ] = None,
-    router_temperature: Annotated[
-        float | None, typer.Option("--router_temperature", help="Divides the gate's logits, if dense.")
-    ] = None,
-    router_prompts: Annotated[
-        Path | None,
-        typer.Option("--router_prompts", help="YAML, expert to prompts: a router without training."),
-    ] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")
-    ] = None,
-    expert_names: Annotated[
-        list[str] | None,
-        typer.Option("--expert_names", help="Names for the experts: one,two or the option repeated."),
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder or a Hub id.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="Convert to float32, bfloat16 or float16; otherwise as stored."),
-    ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max_shard_size", help="Split weights beyond this size.")
-    ] = "5GB",
-    results: Annotated[
-        list[str] | None,
-        typer.Option("--results", help="STRATEGY=FILE of EvalPlus's results, for the card; repeatable."),
-    ] = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
-    overwrite: Overwrite = False,
     no_verify: Annotated[
         bool, typer.Option("--no_verify", help="Leave out the check against the source.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust_remote_code", help="Let a tokenizer run code of its own.")
-    ] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Write a source as a repo that stock transformers loads, and check it against the source."""
     with progress() as tell:
         from dylora_moe import hub_export
 
-        result = hub_export.export(
-            sources,
-            output_dir,
-            progress=tell,
-            base_model=base_model,
-            base_revision=base_revision,
-            layout=layout,
-            routing_strategy=routing_strategy,
-            router_mode=router_mode,
-            router_input=router_input,
-            num_experts_per_tok=num_experts_per_tok,
-            router_temperature=router_temperature,
-            router_prompts=router_prompts,
-            lora_alpha=whole(lora_alpha),
-            expert_names=split(expert_names),
-            tokenizer=tokenizer,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            results=results or [],
-            subfolder=subfolder,
-            revision=revision,
-            overwrite=overwrite,
-            verify=not no_verify,
-            trust_remote_code=trust_remote_code,
-        )
+        result = hub_export.export(sources, output_dir, progress=tell, verify=not no_verify, **given(options))
     if as_json:
         print_json(result.to_dict())
     else:
@@ -249,40 +175,20 @@ def variant(
 
 
 @app.command()
+@takes_options_of(SourceOptions, ["subfolder", "revision"])
+@takes_options_of(ExportOptions, CHOSEN_IN_EXPORT, help="As given to export.")
 def verify(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     against: Annotated[
         list[str] | None,
         typer.Option("--against", help="What it was exported from; repeatable for several adapters."),
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base_model", help="The foundation, as given to export.")
-    ] = None,
-    base_revision: Annotated[str | None, typer.Option("--base_revision", help="As given to export.")] = None,
-    router_input: Annotated[str | None, typer.Option("--router_input", help="As given to export.")] = None,
-    router_mode: Annotated[str | None, typer.Option("--router_mode", help="As given to export.")] = None,
-    num_experts_per_tok: Annotated[
-        int | None, typer.Option("--num_experts_per_tok", help="As given to export.")
-    ] = None,
-    router_temperature: Annotated[
-        float | None, typer.Option("--router_temperature", help="As given to export.")
-    ] = None,
-    router_prompts: Annotated[
-        Path | None, typer.Option("--router_prompts", help="As given to export.")
-    ] = None,
-    lora_alpha: Annotated[float | None, typer.Option("--lora_alpha", help="As given to export.")] = None,
-    expert_names: Annotated[
-        list[str] | None, typer.Option("--expert_names", help="As given to export.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="As given to export.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="As given to export.")] = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust_remote_code", help="Run the repo's code even where it is not this package's."),
     ] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Look at a repo's files, checksums, code and tokenizer, and compare it with its source."""
     with progress() as tell:
@@ -293,19 +199,7 @@ def verify(
             progress=tell,
             against=against or None,
             trust_remote_code=trust_remote_code,
-            base_model=base_model,
-            base_revision=base_revision,
-            router_input=router_input,
-            router_mode=router_mode,
-            num_experts_per_tok=num_experts_per_tok,
-            router_temperature=router_temperature,
-            router_prompts=router_prompts,
-            lora_alpha=whole(lora_alpha),
-            expert_names=split(expert_names),
-            tokenizer=tokenizer,
-            dtype=dtype,
-            subfolder=subfolder,
-            revision=revision,
+            **given(options),
         )
     if as_json:
         print_json(result.to_dict())

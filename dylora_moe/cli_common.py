@@ -66,6 +66,16 @@ def takes_options_of(
     return with_options
 
 
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that have a value, as the package's functions take them."""
+    values = {name: value for name, value in options.items() if value is not None and value != []}
+    if "lora_alpha" in values:
+        values["lora_alpha"] = whole(values["lora_alpha"])
+    if "expert_names" in values:
+        values["expert_names"] = split(values["expert_names"])
+    return values
+
+
 def whole(number: float | None) -> float | int | None:
     """16 and not 16.0, as it would stand in a config."""
     if number is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, err, out, print_json, split, takes_options_of, whole
+from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
 from dylora_moe.cli_old_options import option_name, translate
 from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions
 
@@ -89,7 +89,7 @@ def benchmark(
             strategies=split(routing_strategy),
             output_dir=output_dir,
             progress=progress,
-            **_values(options),
+            **given(options),
         )
 
     def table(result: Any, console: Any) -> None:
@@ -146,15 +146,7 @@ def _analyse(
         raise typer.BadParameter("takes one model", param_hint="--model")
     model = models[0] if models else None
     with steps() as progress:
-        return analyse(model, dataset=dataset, output_dir=folder, progress=progress, **_values(options))
-
-
-def _values(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **options,
-        "adapter_path": options["adapter_path"] or None,
-        "lora_alpha": whole(options["lora_alpha"]),
-    }
+        return analyse(model, dataset=dataset, output_dir=folder, progress=progress, **given(options))
 
 
 def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:

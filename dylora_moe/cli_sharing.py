@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import CONTEXT_SETTINGS, Json, Overwrite, out, print_json, progress, whole
+from dylora_moe.cli_common import (
+    CONTEXT_SETTINGS,
+    Json,
+    Overwrite,
+    given,
+    out,
+    print_json,
+    progress,
+    takes_options_of,
+)
+from dylora_moe.hub_export.repo.options import ExportOptions
 
 
 Repo = Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")]
@@ -75,48 +85,32 @@ def mirror_push(
     _print_notes(result.notes)
 
 
+@takes_options_of(
+    ExportOptions, ["base_model", "base_revision", "routing_strategy", "lora_alpha", "tokenizer"]
+)
 def mirror_pull(
     artifact: Annotated[str, typer.Argument(metavar="ENTITY/PROJECT/NAME:VERSION", help="The artifact.")],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The repo's folder.")],
     subfolder: Annotated[
         str | None, typer.Option("--subfolder", help="Which folder of the artifact.")
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base_model", help="The foundation: a folder or a Hub id.")
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option("--base_revision", help="The foundation's revision.")
-    ] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="full or adapter.")] = None,
-    routing_strategy: Annotated[
-        str | None, typer.Option("--routing_strategy", help="The repo's default strategy.")
-    ] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option("--lora_alpha", help="Alpha, where it is not stored.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder or a Hub id.")] = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[
         bool, typer.Option("--no_verify", help="Leave out the check against the source.")
     ] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Fetch a W&B artifact as a repo; what training left is exported on the way, with these options."""
-    options: dict[str, Any] = {
-        "base_model": base_model,
-        "base_revision": base_revision,
-        "layout": layout,
-        "routing_strategy": routing_strategy,
-        "lora_alpha": whole(lora_alpha),
-        "tokenizer": tokenizer,
-        "verify": False if no_verify else None,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    options |= {"layout": layout, "verify": False if no_verify else None}
     with progress() as tell:
         _quiet_sdk()
         from dylora_moe.hub_export.mirror import mirror_pull as fetch
 
-        result = fetch(artifact, output_dir, overwrite=overwrite, subfolder=subfolder, progress=tell, **given)
+        result = fetch(
+            artifact, output_dir, overwrite=overwrite, subfolder=subfolder, progress=tell, **given(options)
+        )
     if as_json:
         return print_json(result.to_dict())
     how = "an exported repo, as it was" if result.export is None else f"exported ({result.export.format})"

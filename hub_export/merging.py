@@ -17,7 +17,7 @@ from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
 from .repo.model_card import foundation_licence
-from .repo.options import DTYPES
+from .repo.options import DTYPES, torch_dtype
 from .repo.repo_config import foundation_of, load_config
 from .repo.tokenizer import open_tokenizer, write_tokenizer
 from .repo.tokenizer_files import has_tokenizer
@@ -97,7 +97,7 @@ def merge(
         "the merged model's logits", expected, _logits(merged, rows), moved["expert"], effect
     )
     _judge(sum_of_both, name)
-    stored = DTYPES.get(dtype) or config.dtype or torch.float32
+    stored = torch_dtype(dtype) or config.dtype or torch.float32
     merged.to(stored)
     merged.config.dtype = stored
     merged.config.name_or_path = ""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import InputError
 from ..sources.source_options import ReadOptions
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("full", "adapter")
 
 
@@ -25,20 +26,22 @@ class ExportOptions(ReadOptions):
         InputError: a value that is none of those there are.
     """
 
-    base_revision: str | None = None
-    layout: str = "full"
-    routing_strategy: str | None = None
-    router_mode: str | None = None
-    router_input: str | None = None
-    router_prompts: str | Path | None = None
-    expert_names: list[str] | None = None
-    tokenizer: str | None = None
-    dtype: str | None = None
-    max_shard_size: str = "5GB"
-    results: list[str] = field(default_factory=list)
-    overwrite: bool = False
-    verify: bool = True
-    trust_remote_code: bool = False
+    base_revision: Annotated[str | None, "The foundation's revision."] = None
+    layout: Annotated[str, "full, or adapter: the foundation stays where it is."] = "full"
+    routing_strategy: Annotated[str | None, "The repo's default strategy."] = None
+    router_mode: Annotated[str | None, "auto, dense or sparse."] = None
+    router_input: Annotated[str | None, "base, experts_sum, or none: no router."] = None
+    router_prompts: Annotated[Path | None, "YAML, expert to prompts: a router without training."] = None
+    expert_names: Annotated[list[str] | None, "Names for the experts: one,two or the option repeated."] = None
+    tokenizer: Annotated[str | None, "A folder or a Hub id."] = None
+    dtype: Annotated[str | None, "Convert to float32, bfloat16 or float16; otherwise as stored."] = None
+    max_shard_size: Annotated[str, "Split weights beyond this size."] = "5GB"
+    results: Annotated[list[str] | None, "STRATEGY=FILE of EvalPlus's results, for the card; repeatable."] = (
+        field(default_factory=list)
+    )
+    overwrite: Annotated[bool, "Replace an exported repo, atomically."] = False
+    verify: Annotated[bool, "Check the repo against the source."] = True
+    trust_remote_code: Annotated[bool, "Let a tokenizer run code of its own."] = False
 
     def __post_init__(self):
         if self.dtype not in (None, "auto", *DTYPES):
@@ -66,7 +69,14 @@ class ExportOptions(ReadOptions):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        return DTYPES.get(self.dtype)
+        return torch_dtype(self.dtype)
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of one of the names `DTYPES`; None for any other."""
+    import torch  # not above: the command line reads the options without it
+
+    return getattr(torch, name) if name in DTYPES else None
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from ..unknown_options import refuse_unknown
 
@@ -13,17 +13,14 @@ from ..unknown_options import refuse_unknown
 class SourceOptions:
     """What every command takes that reads a source. None leaves what the source says.
 
-    Attributes:
-        base_model: the base model (a folder or a Hub id), where the source names none or not the right one.
-        lora_alpha: alpha of all experts, for training checkpoints that do not store it.
-        revision: the source's revision on the Hub; of the first one, where there are several.
-        subfolder: which of several checkpoints in the source; in the first one, where there are several.
+    Every field is annotated with its help; the command line makes its options from these. `revision` and `subfolder`
+    are of the first source, where there are several.
     """
 
-    base_model: str | None = None
-    lora_alpha: float | None = None
-    revision: str | None = None
-    subfolder: str | None = None
+    base_model: Annotated[str | None, "The foundation: a folder or a Hub id."] = None
+    lora_alpha: Annotated[float | None, "Alpha, where it is not stored."] = None
+    revision: Annotated[str | None, "The source's revision on the Hub."] = None
+    subfolder: Annotated[str | None, "Which checkpoint, where the source holds several."] = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -45,5 +42,5 @@ class SourceOptions:
 class ReadOptions(SourceOptions):
     """What a reader takes besides: settings of the router, which some training checkpoints do not store."""
 
-    num_experts_per_tok: int | None = None
-    router_temperature: float | None = None
+    num_experts_per_tok: Annotated[int | None, "How many experts act on a token, if sparse."] = None
+    router_temperature: Annotated[float | None, "Divides the gate's logits, if dense."] = None
