@@ -1,8 +1,18 @@
 """The check after an export catches what it is there to catch, and says which expert is wrong."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from helpers_checkpoints import change_json, final_checkpoint_tensors, save_final_checkpoint, snapshot
+from helpers_checkpoints import (
+    change_json,
+    final_checkpoint_tensors,
+    save_final_checkpoint,
+    snapshot,
+)
 from safetensors.torch import load_file, save_file
 
 from dylora_moe.hub_export import FailureError, export, exporter
@@ -161,3 +171,18 @@ def test_a_checkpoint_of_eleven_experts_with_unequal_ranks_passes(quick_check, t
     assert result.check.passed
     ranks = [expert["r"] for expert in read_json(tmp_path / "out" / "config.json")["expert_configs"]]
     assert ranks == [4, 4, 4, 2, 4, 4, 4, 4, 4, 4, 7]
+
+
+@pytest.mark.slow
+def test_the_check_works_where_torch_is_on_the_python_path(checkpoint, tmp_path):
+    """As with packages of a user or a cluster: the repo's side is another process, which must find them too."""
+    site = Path(torch.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "dylora_moe", "export", str(checkpoint), "-o", str(tmp_path / "repo")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checked" in done.stdout

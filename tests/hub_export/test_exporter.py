@@ -21,7 +21,13 @@ from helpers_checkpoints import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from dylora_moe.hub_export import FailureError, InputError, export, exporter
+from dylora_moe.hub_export import (
+    FailureError,
+    InputError,
+    export,
+    exporter,
+    merge,
+)
 from dylora_moe.hub_export.tensors.tensor_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -311,3 +317,20 @@ def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path, foundation, plac
     with pytest.raises(InputError, match=message):
         export(source, tmp_path / "repo", dtype="float16", verify=False)
     assert export(source, tmp_path / "repo", dtype="bfloat16").check.passed is not False
+
+
+def test_no_folder_of_this_machine_in_base_config(repo):
+    config = json.loads((repo / "config.json").read_text())
+    assert not config["base_config"].get("_name_or_path")
+
+
+def test_experts_of_one_name_are_refused_whatever_its_case(tmp_path, checkpoint):
+    with pytest.raises(InputError, match="two experts are named"):
+        export(checkpoint, tmp_path / "out", expert_names=["a", "b", "A"])
+
+
+def test_an_output_inside_the_repo_that_is_read_is_refused(tmp_path, checked):
+    copy = shutil.copytree(checked[0], tmp_path / "copy")
+    for write in (lambda: export(copy, copy / "in"), lambda: merge(copy, expert=0, output_dir=copy / "in")):
+        with pytest.raises(InputError, match="lies in the repo"):
+            write()

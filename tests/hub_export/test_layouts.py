@@ -260,3 +260,12 @@ def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypa
         export(plain, tmp_path / layout, tokenizer=tokenizer, layout=layout, verify=False)
         config = json.loads((tmp_path / layout / "config.json").read_text())
         assert config["base_model_name_or_path"] == str(foundation)
+
+
+def test_generation_settings_survive_both_layouts(tmp_path, repo):
+    change_json(repo / "generation_config.json", temperature=0.25, do_sample=True, max_new_tokens=77)
+    mine = json.loads((repo / "generation_config.json").read_text())
+    export(repo, tmp_path / "light", layout="adapter", verify=False)
+    export(tmp_path / "light", tmp_path / "full", verify=False)
+    for folder in ("light", "full"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text()) == mine

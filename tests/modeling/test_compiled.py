@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_models import build, random_rows
+from helpers_models import STRATEGIES, build, random_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,3 +94,39 @@ def test_compiled_training_has_the_same_gradients(recompilations):
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def logits(model, strategy):
+    with torch.no_grad():
+        return model(torch.tensor(random_rows((7, 7), seed=3)), routing_strategy=strategy).logits
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layers_compiled_one_by_one_apply_the_experts(strategy):
+    torch._dynamo.reset()
+    expected = logits(build(), strategy)
+    model = build()
+    for layer in model.foundation.model.layers:
+        layer.compile(backend="eager")
+    torch.testing.assert_close(logits(model, strategy), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single:1", "router", "uniform"])
+def test_graph_breaks_and_uncompiled_layers_apply_the_experts(strategy):
+    expected = logits(build(), strategy)
+    for disturb in ("break", "disable"):
+        torch._dynamo.reset()
+        model = build()
+        layer = model.foundation.model.layers[1]
+        forward = layer.forward
+        if disturb == "disable":
+            layer.forward = torch.compiler.disable(forward)
+        else:
+
+            def broken(*args, forward=forward, **kwargs):
+                torch._dynamo.graph_break()
+                return forward(*args, **kwargs)
+
+            layer.forward = broken
+        torch.testing.assert_close(logits(torch.compile(model, backend="eager"), strategy), expected)

@@ -341,3 +341,12 @@ def test_threads_do_not_see_each_others_experts(mixture, expected):
         thread.join()
     for strategy in strategies:
         assert found[strategy] == [expected[strategy]] * 5
+
+
+def test_guidance_uses_the_calls_strategy():
+    model = build()
+    ids = torch.tensor(random_rows((7,), seed=3))
+    arguments = {"guidance_scale": 2.0, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    called = model.generate(ids, routing_strategy="single:1", **arguments)
+    model.generation_config.routing_strategy = "single:1"
+    assert called.tolist() == model.generate(ids, **arguments).tolist()

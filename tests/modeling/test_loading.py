@@ -199,3 +199,11 @@ def test_bitsandbytes_of_the_foundation_alone(tmp_path, bits):
     assert (found - expected).norm() < 0.5 * (expected - expected_plain).norm()
     assert (found - plain).abs().max() > 1
     loaded.generate(**batch, routing_strategy="router", **GREEDY)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.float16])
+def test_a_subset_in_any_spelling_of_a_dtype(tmp_path, dtype):
+    build().save_pretrained(tmp_path)
+    part = DyloraMoeForCausalLM.from_pretrained(tmp_path, experts=[0], dtype=dtype)
+    expected = {"auto": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    assert part.dtype == expected
