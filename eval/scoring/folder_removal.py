@@ -21,6 +21,14 @@ def remove_folder(folder: str | Path) -> None:
 
     Nothing else may be at work in it.
     """
+    empty_folder(folder)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def empty_folder(folder: str | Path) -> None:
+    """Remove all that is in a folder, as `remove_folder` does. The folder itself is this user's alone
+    then."""
     with contextlib.suppress(OSError):
         here = _open(os.fspath(folder), None)
         names: list[str] = []  # the way down from `folder`
@@ -38,7 +46,15 @@ def remove_folder(folder: str | Path) -> None:
                 with contextlib.suppress(OSError):
                     os.rmdir(names.pop(), dir_fd=here)
         os.close(here)
-        os.rmdir(folder)
+
+
+def remove_folders(parent: str | Path, prefix: str) -> None:
+    """Remove this user's folders in `parent` whose names begin so. What another user made there is left
+    alone."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in [entry for entry in entries if entry.name.startswith(prefix)]:
+            if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                remove_folder(entry.path)
 
 
 def _open(path: str, folder: int | None) -> int:
