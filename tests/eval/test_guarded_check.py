@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers_slow import slow_but
 
 from dylora_moe.eval.scoring import check_workers, sandbox
 from dylora_moe.eval.scoring.check_workers import Check, Verdict, run_checks
@@ -181,7 +182,7 @@ def test_what_a_program_leaves_running_is_ended(sandboxed):
     assert [verdict.base_status for verdict in run([ORPHAN, RIGHT], sandbox=sandboxed)] == ["pass", "pass"]
 
 
-@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+@pytest.mark.parametrize("limit", slow_but(resource.RLIMIT_AS, of=[resource.RLIMIT_AS, resource.RLIMIT_DATA]))
 def test_a_checker_that_was_changed_checks_no_other(sandboxed, limit):
     changes = LIMITS_ITS_CHECKER.replace("RLIMIT", str(limit))
     verdicts = run_checks(

@@ -67,7 +67,7 @@ def test_a_right_export_passes_with_every_quantity_compared(checked):
     assert all(comparison.positions == 24 for comparison in report.comparisons)
 
 
-def test_a_corrupted_alpha_is_caught(repo, checkpoint):
+def test_a_corrupted_alpha_is_caught(quick_check, repo, checkpoint):
     experts = read_json(repo / "config.json")["expert_configs"]
     experts[1]["lora_alpha"] *= 1.01
     change_json(repo / "config.json", expert_configs=experts)
@@ -78,7 +78,7 @@ def test_a_corrupted_alpha_is_caught(repo, checkpoint):
     assert "the settings of expert expert_1" in differing_tensor(repo, checkpoint)
 
 
-def test_two_swapped_experts_are_caught(repo, checkpoint):
+def test_two_swapped_experts_are_caught(quick_check, repo, checkpoint):
     def swap(tensors):
         for name in tensors:
             if name.endswith((".lora_A", ".lora_B")):  # three experts of rank 4
@@ -92,7 +92,7 @@ def test_two_swapped_experts_are_caught(repo, checkpoint):
     assert "lora_A of expert expert_0" in differing_tensor(repo, checkpoint)
 
 
-def test_a_gate_whose_bias_is_zero_is_caught(repo, checkpoint):
+def test_a_gate_whose_bias_is_zero_is_caught(quick_check, repo, checkpoint):
     change_tensors(repo, lambda tensors: tensors["router.gate.bias"].zero_())
     report = check(repo, checkpoint)
     assert "router logits" in failed(report)
@@ -101,6 +101,7 @@ def test_a_gate_whose_bias_is_zero_is_caught(repo, checkpoint):
     assert "the gate's bias" in differing_tensor(repo, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_gate_without_its_bias_is_caught(repo, checkpoint):
     change_tensors(repo, lambda tensors: tensors.pop("router.gate.bias"))
     with pytest.raises(FailureError, match=r"missing keys when loading: router\.gate\.bias"):
@@ -123,7 +124,7 @@ def test_a_failed_check_leaves_nothing_behind(monkeypatch, quick_check, checkpoi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_temperature_is_caught(repo, checkpoint):
+def test_another_temperature_is_caught(quick_check, repo, checkpoint):
     """Sparse routing does without it, and training does not."""
     change_json(repo / "config.json", router_temperature=0.5)
     assert failed(check(repo, checkpoint)) == {"router, dense"}

@@ -305,7 +305,7 @@ def test_a_router_can_be_left_out(tmp_path, checkpoint, checked):
 
 
 @pytest.mark.parametrize("place", ["foundation", "expert"])
-def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path, foundation, place):
+def test_a_dtype_that_cannot_hold_a_number_is_refused(quick_check, tmp_path, foundation, place):
     base = shutil.copytree(foundation, tmp_path / "base")
     source = save_adapter(tmp_path / "adapter", base)
     path = base / "model.safetensors" if place == "foundation" else source / "adapter_model.safetensors"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers_models import STRATEGIES, build, random_rows
+from helpers_slow import slow_but
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +32,7 @@ def recompilations():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("strategy", ["router", "best", "single:1"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "best", "single:1"]))
 def test_one_graph_and_few_recompilations_over_fifty_tokens(recompilations, strategy):
     backend, count = recompilations
     model = build()
@@ -44,7 +45,9 @@ def test_one_graph_and_few_recompilations_over_fifty_tokens(recompilations, stra
     assert count() <= 2
 
 
-@pytest.mark.parametrize("strategy", ["router", "best", "single:1", "uniform", "ensemble"])
+@pytest.mark.parametrize(
+    "strategy", slow_but("single:1", of=["router", "best", "single:1", "uniform", "ensemble"])
+)
 def test_a_compiled_forward_equals_an_eager_one(recompilations, strategy):
     backend, _ = recompilations
     model = build()
@@ -55,6 +58,7 @@ def test_a_compiled_forward_equals_an_eager_one(recompilations, strategy):
         torch.testing.assert_close(found, model(ids, routing_strategy=strategy).logits)
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_without_a_strategy_takes_the_models(recompilations):
     backend, _ = recompilations
     model = build()
@@ -66,6 +70,7 @@ def test_a_compiled_forward_without_a_strategy_takes_the_models(recompilations):
         torch.testing.assert_close(compiled(ids).logits, model(ids, routing_strategy="single:1").logits)
 
 
+@pytest.mark.slow
 def test_compiled_guidance_uses_the_calls_strategy(recompilations):
     backend, _ = recompilations
     model = build()
@@ -101,7 +106,7 @@ def logits(model, strategy):
         return model(torch.tensor(random_rows((7, 7), seed=3)), routing_strategy=strategy).logits
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but("router", of=STRATEGIES))
 def test_layers_compiled_one_by_one_apply_the_experts(strategy):
     torch._dynamo.reset()
     expected = logits(build(), strategy)

@@ -380,7 +380,7 @@ def attention_experts() -> list[dict]:
 @pytest.mark.parametrize("where", ["prompt", "stacks", "step"])
 @pytest.mark.parametrize("strategy", ["uniform", "single:1", "router"])
 def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, where):
-    def out_of_memory(*args):
+    def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("as a GPU says it")
 
     model = build(experts=attention_experts(), seed=7)
