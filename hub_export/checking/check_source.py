@@ -4,8 +4,9 @@ files.
 It opens the files itself and shares no code with the readers or with the model, so that a mistake there
 cannot hide hide here; the foundation is loaded by transformers. Slow and plain: one adapter after the other,
 and for weights that differ from token to token a hook on each adapter's `lora_B`, or where that is no module,
-as in AdaLoRA, on what goes into the adapter. Stacked experts with adapters on their parameters are run by the
-foundation's own code, token by token, with PEFT's delta added to the token's experts.
+as in AdaLoRA, on what goes into the adapter. Stacked experts with adapters on their parameters, and gates,
+are run by the foundation's own code, token by token, with PEFT's delta added to the token's experts, or to
+the gate's weight.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class Reference:
         handles = []
         wrapped = [module for path, module in self.model.named_modules() if _is_outermost(path, module)]
         for module in wrapped:
-            module.forward = partial(_token_by_token, module, weights.flatten(0, 1), self.names)
+            compute = _gate_by_token if module.parameter_name == "weight" else _token_by_token
+            module.forward = partial(compute, module, weights.flatten(0, 1), self.names)
         for path, module in self.model.named_modules():
             for index, name in enumerate(self.names):
                 if path.endswith(f".lora_B.{name}"):
@@ -152,7 +154,42 @@ def _token_by_token(
     """Stacked experts, adapter i times `weights[:, i]`, which is [tokens, adapters]; the others are [tokens,
     ..]."""
     experts = wrapper.get_base_layer()
-    deltas = {
+    deltas = _deltas(wrapper, names)
+    outputs = []
+    for token, index in enumerate(top_k_index):
+        chosen = {name: parameter[index] for name, parameter in experts.named_parameters(recurse=False)}
+        for name, of_adapters in deltas.items():
+            chosen[name] = chosen[name] + sum(weights[token, i] * delta[index] for i, delta in of_adapters)
+        place = torch.arange(len(index))[None]  # of the token's own experts among those chosen
+        inputs = hidden[token, None], place, top_k_weights[token, None]
+        outputs.append(torch.func.functional_call(experts, chosen, inputs))
+    return torch.cat(outputs)
+
+
+def _gate_by_token(
+    wrapper: ParamWrapper,
+    weights: torch.Tensor,
+    names: list[str],
+    hidden: torch.Tensor,
+    *others: torch.Tensor,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The gate of a mixture-of-experts layer, as `_token_by_token`; of `others`, whole numbers belong to the
+    tokens."""
+    gate, deltas = wrapper.get_base_layer(), _deltas(wrapper, names)["weight"]
+    outputs = []
+    for token, inputs in enumerate(hidden.flatten(0, -2)):
+        changed = gate.weight + sum(weights[token, i] * delta for i, delta in deltas)
+        of_token = (other if other.is_floating_point() else other.flatten()[token, None] for other in others)
+        outputs.append(torch.func.functional_call(gate, {"weight": changed}, (inputs[None], *of_token)))
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def _deltas(wrapper: ParamWrapper, names: list[str]) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Parameter -> an adapter's number and its delta, in the parameter's shape, for every adapter that is on
+    it."""
+    return {
         layer.parameter_name: [
             (
                 i,
@@ -163,15 +200,6 @@ def _token_by_token(
         ]
         for layer in _nested_wrappers(wrapper)
     }
-    outputs = []
-    for token, index in enumerate(top_k_index):
-        chosen = {name: parameter[index] for name, parameter in experts.named_parameters(recurse=False)}
-        for name, of_adapters in deltas.items():
-            chosen[name] = chosen[name] + sum(weights[token, i] * delta[index] for i, delta in of_adapters)
-        place = torch.arange(len(index))[None]  # of the token's own experts among those chosen
-        inputs = hidden[token, None], place, top_k_weights[token, None]
-        outputs.append(torch.func.functional_call(experts, chosen, inputs))
-    return torch.cat(outputs)
 
 
 def _nested_wrappers(module: torch.nn.Module) -> Iterator[ParamWrapper]:
@@ -479,7 +507,7 @@ def _parameter(
 
 def _stacks(foundation: torch.nn.Module) -> dict[str, dict[str, int]]:
     """The modules with stacked experts, the names of their parameters in order, and how many experts each
-    holds."""
+    holds; and the gates, whose weight is one matrix."""
     stacks: dict[str, dict[str, int]] = {}
     for path, parameter in foundation.named_parameters():
         if parameter.dim() == 3 and path.endswith(
@@ -487,7 +515,17 @@ def _stacks(foundation: torch.nn.Module) -> dict[str, dict[str, int]]:
         ):  # the weight of a convolution has three dimensions, too
             module, _, name = path.replace(".base_layer", "").rpartition(".")
             stacks.setdefault(module, {})[name] = len(parameter)
-    return stacks
+    gates = [
+        path.replace(".base_layer", "") for path, module in foundation.named_modules() if _is_gate(module)
+    ]
+    return {**stacks, **{gate: {"weight": 1} for gate in gates}}
+
+
+def _is_gate(module: torch.nn.Module) -> bool:
+    """Transformers calls their classes MixtralTopKRouter, HunYuanMoEV1Gate and so on; others have a linear
+    layer inside."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.dim() == 2 and type(module).__name__.endswith(("Router", "Gate"))
 
 
 @contextmanager

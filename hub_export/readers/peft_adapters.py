@@ -200,6 +200,7 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
             origin=folder,
             lora_dropout=config.get("lora_dropout") or 0.0,
             whole_weights=whole,
+            is_adalora=True,
         )
     parameters = _parameters(file, keys, config)
     keys = {parameters.get(module, module): matrices for module, matrices in keys.items()}

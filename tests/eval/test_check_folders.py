@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 
-from dylora_moe.eval import check_workers
+from dylora_moe.eval.scoring import check_workers
 from dylora_moe.eval.scoring.check_workers import Check, run_checks
 from dylora_moe.eval.scoring.guarded_check import Task
 
