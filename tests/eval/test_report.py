@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import tomllib
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -135,10 +136,12 @@ def test_the_page_is_one_file_whose_policy_allows_its_own_script_and_style_alone
 
 
 def test_what_the_page_is_made_of_is_part_of_the_package():
-    root = Path(report.__file__).parents[1]
-    listed = re.search(r'"dylora_moe.eval" = (\[.*jinja.*\])', (root / "pyproject.toml").read_text())[1]
-    others = {path.name for path in (root / "eval").iterdir() if path.is_file() and path.suffix != ".py"}
-    assert set(json.loads(listed)) == others == {report.TEMPLATE, report.STYLE, report.SCRIPT}
+    root = Path(__file__).parents[2]
+    pyproject = tomllib.loads((root / "pyproject.toml").read_text())
+    listed = pyproject["tool"]["setuptools"]["package-data"]["dylora_moe.eval.report"]
+    folder = root / "eval" / "report"
+    others = {path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert set(listed) == others == {report.TEMPLATE, report.STYLE, report.SCRIPT}
 
 
 def test_tables_have_headings_and_controls_have_labels(page):

@@ -90,11 +90,16 @@ def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "token", "message"),
     [
-        (["guild/run"], "hf_write", "config.json is not valid JSON"),
+        pytest.param(["guild/run"], "hf_write", "config.json is not valid JSON", marks=pytest.mark.slow),
         (["guild/run", "--revision", "none"], "hf_write", "at revision none"),
-        (["guild/run", "--revision", "good", "--subfolder", "last"], "hf_write", "last"),
-        (["guild/run"], None, "guild/run"),
-        (["guild/nothing"], "hf_write", "guild/nothing"),
+        pytest.param(
+            ["guild/run", "--revision", "good", "--subfolder", "last"],
+            "hf_write",
+            "last",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["guild/run"], None, "guild/run", marks=pytest.mark.slow),
+        pytest.param(["guild/nothing"], "hf_write", "guild/nothing", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_had_is_one_line(hub, tmp_path, arguments, token, message):

@@ -14,6 +14,7 @@ from helpers_models import (
     random_rows,
     text_of,
 )
+from helpers_slow import slow_but
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextStreamer
 
 
@@ -95,7 +96,7 @@ def naive_beams(loop, strategy: str, num_beams: int) -> list[int]:
     return beams[0][0]
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", slow_but("dynamic", "none", of=CACHES))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_beam_search(mixture, loop, strategy, cache):
     mixture.reset_round_robin()
