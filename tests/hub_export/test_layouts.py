@@ -82,7 +82,7 @@ def test_one_layout_to_the_other_and_back_is_bit_exact(tmp_path, light, checked)
             assert json.loads((left / name).read_text()) == json.loads((right / name).read_text())
 
 
-def test_a_checked_conversion(tmp_path, light):
+def test_a_checked_conversion(quick_check, tmp_path, light):
     result = export(light[0], tmp_path / "full", routing_strategy="uniform")
     assert result.check.passed and result.check.compared_logits and result.routing_strategy == "uniform"
 
@@ -119,7 +119,7 @@ def test_several_dtypes_and_gpt2s_transposed_layers(tmp_path):
     assert_same_weights(tmp_path / "full", tmp_path / "back")
 
 
-def test_without_the_foundation_at_hand(tmp_path, checkpoint, foundation):
+def test_without_the_foundation_at_hand(quick_check, tmp_path, checkpoint, foundation):
     """Tensors are compared, logits are not, and it is said; loading finds what was missing."""
     away = shutil.copytree(checkpoint, tmp_path / "away")
     change_json(away / "config.json", base_model_name_or_path="nobody/small-llama")

@@ -15,6 +15,7 @@ from helpers_checkpoints import (
     save_final_checkpoint,
     save_foundation,
 )
+from helpers_slow import slow_but
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +27,7 @@ def findings(result):
     return {finding.what: (finding.passed, finding.detail) for finding in result.findings}
 
 
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("full", of=["full", "adapter"]))
 def test_a_whole_repo_passes(tmp_path, checkpoint, checked, layout):
     repo = checked[0] if layout == "full" else tmp_path / "repo"
     if layout == "adapter":
@@ -223,7 +224,7 @@ def test_an_expert_means_one_thing_to_peft_and_to_the_model(checkpoint, tmp_path
         export(repo, tmp_path / "out")
 
 
-def test_other_numbers_than_the_sources(repo, checked, checkpoint):
+def test_other_numbers_than_the_sources(quick_check, repo, checked, checkpoint):
     change_weights(repo, "model.safetensors", lambda tensors: tensors["router.gate.bias"].add_(1))
     found = findings(verify(repo, against=checkpoint))
     assert found["tensors"] == (False, "the gate's bias is not the source's")
