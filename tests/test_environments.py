@@ -81,6 +81,7 @@ def installed(tmp_path_factory):
     return make_environment(folder / "environment", REQUIRED, wheel=build_wheel(folder / "wheel"))
 
 
+@pytest.mark.slow
 def test_a_wheel_can_export_in_a_clean_environment(checkpoint, installed, tmp_path):
     code = "import sys; from dylora_moe.cli import main; sys.argv = ['dylora-moe', *sys.argv[1:]]; main()"
     output = run_python(
