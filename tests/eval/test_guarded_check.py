@@ -355,6 +355,7 @@ def f(x):
     assert verdicts[1] == ("pass", [1, 1], "pass", [1], None)
 
 
+@pytest.mark.slow
 def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(check_workers, "CHECK_SECONDS", 3)  # EvalPlus would take 7
     monkeypatch.setattr(check_workers, "TRIES", 1)

@@ -448,6 +448,7 @@ def test_any_text_comes_back_from_csv(tmp_path):
         assert [row[0] for row in csv.reader(file)] == ["token", *cells]
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_for_the_same_data(made, folder):
     write_report(folder)
     for path in sorted((made / "figures").iterdir()):

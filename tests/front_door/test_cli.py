@@ -94,6 +94,7 @@ def test_the_package_and_the_command_line_import_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_exporting_never_imports_what_lies_above(checkpoint):
     code = (
         "import sys, dylora_moe.hub_export as h\n"

@@ -228,7 +228,7 @@ def older(damaged):
     return damaged
 
 
-def test_a_router_beside_the_folder_is_read_and_told(checked, older, tmp_path):
+def test_a_router_beside_the_folder_is_read_and_told(quick_check, checked, older, tmp_path):
     found = inspect(older)
     assert found.missing == [] and found.router["num_experts"] == 3
     assert any(str(older.parent / "dylo_moe_state" / "router.pt") in note for note in found.notes)

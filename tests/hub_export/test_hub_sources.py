@@ -52,6 +52,13 @@ def python(hub, home, *arguments, token="hf_write"):
     )
 
 
+def test_a_checkpoint_of_a_revision_is_inspected(hub, tmp_path):
+    done = command(hub, tmp_path, "inspect", "guild/run", "--revision", "good", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["format"] == "final checkpoint" and len(found["experts"]) == 3
+
+
 @pytest.mark.slow
 def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
     repo = tmp_path / "repo"
@@ -109,6 +116,7 @@ def test_what_cannot_be_had_is_one_line(hub, tmp_path, arguments, token, message
     assert not (tmp_path / "repo").exists() and "hf_write" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_every_format_is_read_from_the_hub(hub, foundation, checkpoint, adapters, checked, tmp_path):
     """Where its files are links into the client's own cache."""
     light = command(

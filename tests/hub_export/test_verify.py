@@ -163,6 +163,7 @@ trainer.save_model(out + "/trained")
 """
 
 
+@pytest.mark.slow
 def test_a_model_saved_again_passes(tmp_path, repo, checkpoint):
     """By stock transformers, which imports the code from its own cache, where there is no `__init__.py` of
     the repo's."""

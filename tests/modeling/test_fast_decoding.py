@@ -448,7 +448,7 @@ def memory_of(model) -> list[StorageWeakRef]:
     return [StorageWeakRef(stretch.untyped_storage()) for stretch in stretches]
 
 
-@pytest.mark.parametrize("strategy", ["router", "best", "ensemble"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "best", "ensemble"]))
 def test_smaller_buffers_go_when_larger_ones_come(monkeypatch, no_collection, strategy):
     model = build(seed=7)
     one = {name: rows[:1] for name, rows in BATCH.items()}

@@ -4,6 +4,7 @@ there is one."""
 import pytest
 import torch
 from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows, save_layouts
+from helpers_slow import slow_but
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -52,7 +53,7 @@ LAYER_ON_DISK = {
 ENDS_ON_DISK = {**LAYER_ON_DISK, "foundation.model.embed_tokens": "disk", "router": "disk"}
 
 
-@pytest.mark.parametrize("layout", ["full", "sharded", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("full", "adapter", of=["full", "sharded", "adapter"]))
 @pytest.mark.parametrize(
     "device_map",
     ["auto", {"": "cpu"}, LAYER_ON_DISK, ENDS_ON_DISK],

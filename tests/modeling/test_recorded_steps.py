@@ -49,6 +49,7 @@ def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments
     assert RecordedGraph.replays >= 2 * 11
 
 
+@pytest.mark.slow
 def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
     monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
     model = build(seed=7)
