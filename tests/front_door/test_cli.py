@@ -128,6 +128,7 @@ def test_inspect_prints_text_or_json(run, checkpoint):
     assert [expert["name"] for expert in json.loads(out)["experts"]] == ["expert_0", "expert_1", "expert_2"]
 
 
+@pytest.mark.slow
 def test_verify_says_on_stderr_what_it_does_and_on_stdout_what_it_found(run, repo, checkpoint):
     code, out, err = run("verify", repo, "--against", checkpoint, "--json")
     assert code == 0 and json.loads(out)["passed"]

@@ -87,6 +87,7 @@ def test_compiled_guidance_uses_the_calls_strategy(recompilations):
     torch.testing.assert_close(model.generate(ids, **arguments).scores[0], expected)
 
 
+@pytest.mark.slow
 def test_compiled_training_has_the_same_gradients(recompilations):
     backend, _ = recompilations
     ids = torch.tensor(random_rows((7, 7)))

@@ -65,6 +65,7 @@ def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
         assert found.tolist() == ordinary.tolist()
 
 
+@pytest.mark.slow
 def test_a_router_that_changes_its_mind_in_recorded_steps():
     model = build(seed=7)
     with torch.no_grad():
