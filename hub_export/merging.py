@@ -77,7 +77,7 @@ def merge(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from dylora_moe.modeling import DyloraMoeForCausalLM
-    from dylora_moe.modeling.layouts_dylora_moe import FoundationError
+    from dylora_moe.modeling.loading_dylora_moe import FoundationError
 
     tell = progress or (lambda message: None)
     if dtype is not None and dtype not in DTYPES:

@@ -135,7 +135,7 @@ class FoundModel:
         Raises:
             InputError: it is damaged.
         """
-        from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+        from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
         try:
             found = read_generation_config(str(self.folder), {})
@@ -172,7 +172,7 @@ class FoundModel:
 
         from dylora_moe.modeling import DyloraMoeForCausalLM
         from dylora_moe.modeling.configuration_dylora_moe import read_config
-        from dylora_moe.modeling.layouts_dylora_moe import FoundationError, read_generation_config
+        from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
         if dtype not in DTYPES:
             raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")

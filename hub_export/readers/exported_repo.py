@@ -151,7 +151,7 @@ def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTens
 def _stored_keys(config: Any, index: int) -> dict[str, str]:
     """What an expert adapts -> the name of its tensors, with {} for A and B: in layout `full` those of all
     experts."""
-    from dylora_moe.modeling.layouts_dylora_moe import peft_keys
+    from dylora_moe.modeling.saving_dylora_moe import peft_keys
 
     keys = peft_keys(config.expert_configs[index])
     if config.weights_layout == "full":
@@ -176,7 +176,7 @@ def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
     """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout
     `full`."""
-    from dylora_moe.modeling.layouts_dylora_moe import peft_config
+    from dylora_moe.modeling.saving_dylora_moe import peft_config
 
     weights = {}
     for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
