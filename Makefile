@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-clients lint format clean
+# Both ends of the declared ranges: the Pythons that `make test-versions` runs the lowest and the newest packages on.
+LOWEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+
+.PHONY: demo test test-slow test-clients test-versions lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
@@ -23,6 +27,12 @@ test-slow: $(INSTALLED)
 test-clients: $(INSTALLED)
 	$(BIN)/python -m pytest -m clients tests/clients
 
+# What `make test` runs, with the lowest and with the newest packages that `pyproject.toml` allows, each in an
+# environment of its own below .versions/.
+test-versions:
+	$(LOWEST_PYTHON) tests/versions.py lowest
+	$(NEWEST_PYTHON) tests/versions.py newest
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +49,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build dist *.egg-info
+	rm -rf $(VENV) .versions demo_output build dist *.egg-info

@@ -3,6 +3,7 @@ require."""
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -75,8 +76,13 @@ def python_path() -> str:
 
 
 def build_wheel(directory: Path) -> Path:
-    """A wheel of this repository."""
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(directory), str(root)]
+    """Build a wheel from a copy of what makes it up, where no earlier build left files behind."""
+    root, copy = Path(__file__).parents[1], directory / "source"
+    copy.mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    for name in ("dylora_moe", "eval", "hub_export", "modeling"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(directory), str(copy)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return next(directory.glob("*.whl"))

@@ -126,6 +126,13 @@ def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+def labelled_batch() -> dict[str, torch.Tensor]:
+    """Two rows to train on, left-padded; padding counts for no loss."""
+    batch = left_padded(random_rows((9, 6), seed=6))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return {**batch, "labels": labels}
+
+
 def random_rows(lengths: tuple[int, ...], seed: int = 0, vocabulary: int = VOCABULARY) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]

@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_repo_loads_where_nothing_of_this_project_is_installed(checkpoint, tmp_path):
-    export([checkpoint], tmp_path / "repo")
+    export([checkpoint], tmp_path / "repo", verify=False)
     python = make_environment(tmp_path / "environment", ("torch", "transformers"))
     assert "loaded" in run_python(python, LOAD, str(tmp_path / "repo"), home=tmp_path)
 
@@ -81,6 +81,7 @@ def installed(tmp_path_factory):
     return make_environment(folder / "environment", REQUIRED, wheel=build_wheel(folder / "wheel"))
 
 
+@pytest.mark.slow
 def test_a_wheel_can_export_in_a_clean_environment(checkpoint, installed, tmp_path):
     code = "import sys; from dylora_moe.cli import main; sys.argv = ['dylora-moe', *sys.argv[1:]]; main()"
     output = run_python(
@@ -99,6 +100,7 @@ def test_a_wheel_can_export_in_a_clean_environment(checkpoint, installed, tmp_pa
     assert "loaded" in run_python(stock, LOAD, str(tmp_path / "repo"), home=tmp_path)
 
 
+@pytest.mark.slow
 def test_without_extras_every_way_in_says_what_to_install(installed, tmp_path):
     lines = run_python(installed, WITHOUT_EXTRAS, home=tmp_path, stderr=False).splitlines()
     assert [

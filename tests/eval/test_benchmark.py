@@ -77,6 +77,7 @@ print(codegen.run_codegen(
 """
 
 
+@pytest.mark.slow
 def test_the_files_are_those_of_stock_evalplus(repo, tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", STOCK, str(repo), str(tmp_path / "stock")],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_graphs import RecordedGraph, record_on_a_cpu
 from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows, visible_character_tokenizer
+from helpers_slow import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -366,8 +367,8 @@ def graphs(monkeypatch):
     return RecordedGraph
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sampled", slow_but(False, of=[False, True]))
+@pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
 def test_recorded_steps_give_every_row_what_it_would_get_alone(tokenizer, graphs, strategy, sampled):
     model = build(seed=3)
     asked = rows(expert_id=1) if strategy == "round_robin" else rows()

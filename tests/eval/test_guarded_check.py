@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers_slow import slow_but
 
 from dylora_moe.eval.scoring import check_workers, checking_process, sandbox
 from dylora_moe.eval.scoring.check_workers import run_checks
@@ -182,7 +183,7 @@ def test_what_a_program_leaves_running_is_ended(sandboxed):
     assert [verdict.base_status for verdict in run([ORPHAN, RIGHT], sandbox=sandboxed)] == ["pass", "pass"]
 
 
-@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+@pytest.mark.parametrize("limit", slow_but(resource.RLIMIT_AS, of=[resource.RLIMIT_AS, resource.RLIMIT_DATA]))
 def test_a_checker_that_was_changed_checks_no_other(sandboxed, limit):
     changes = LIMITS_ITS_CHECKER.replace("RLIMIT", str(limit))
     verdicts = run_checks(
@@ -355,6 +356,7 @@ def f(x):
     assert verdicts[1] == ("pass", [1, 1], "pass", [1], None)
 
 
+@pytest.mark.slow
 def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(checking_process, "CHECK_SECONDS", 3)  # EvalPlus would take 7
     monkeypatch.setattr(check_workers, "TRIES", 1)

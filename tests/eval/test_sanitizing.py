@@ -66,6 +66,7 @@ def test_processes_give_the_same_texts_and_a_bar(long_ones):
     assert not _servers()
 
 
+@pytest.mark.slow
 def test_what_was_sanitized_before_an_interruption_is_not_again(long_ones, tmp_path, monkeypatch):
     kept, asked = tmp_path / "folder" / "kept.jsonl", []
     expected = [sanitize(code, entrypoint=name) for code, name in long_ones]
@@ -92,6 +93,7 @@ def test_what_was_sanitized_before_an_interruption_is_not_again(long_ones, tmp_p
     assert sanitize_programs(long_ones, kept=kept) == expected and not asked
 
 
+@pytest.mark.slow
 def test_a_program_that_evalplus_fails_at_stays_as_it_is_in_processes_too(long_ones, tmp_path):
     deep = Program("x = 1" + "+1" * 5000, "deep")
     for _ in range(2):  # the second time it is read

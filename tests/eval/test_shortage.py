@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers_slow import slow_but
 
 from dylora_moe.demo.problems import load_problems
 from dylora_moe.eval.benchmark import benchmark
@@ -81,9 +82,11 @@ def statuses(programs, workers=1, **options):
     ("name", "said"),
     [
         ("ENOSPC", r"No space left on device.* has room for \d+ KB.*; make room there; TMPDIR"),
-        ("EMFILE", r"Too many open files.*ulimit -n"),
-        ("EAGAIN", r"Resource temporarily unavailable.*ulimit -u.*--parallel"),
-        ("ENOMEM", r"Cannot allocate memory.*lower --parallel"),
+        pytest.param("EMFILE", r"Too many open files.*ulimit -n", marks=pytest.mark.slow),
+        pytest.param(
+            "EAGAIN", r"Resource temporarily unavailable.*ulimit -u.*--parallel", marks=pytest.mark.slow
+        ),
+        pytest.param("ENOMEM", r"Cannot allocate memory.*lower --parallel", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_short_is_said_and_what_to_do(fault, name, said):
@@ -92,7 +95,7 @@ def test_what_is_short_is_said_and_what_to_do(fault, name, said):
         statuses([RIGHT, RIGHT], workers=2)
 
 
-@pytest.mark.parametrize("condition", ["dir is not None", "dir is None"])
+@pytest.mark.parametrize("condition", slow_but("dir is None", of=["dir is not None", "dir is None"]))
 def test_a_program_that_finds_no_room_for_its_folder_has_no_verdict(fault, condition):
     """Neither where the checking process makes the folder nor where EvalPlus does, which calls the program
     timed out."""
@@ -156,6 +159,7 @@ print(*verdict[:4])
 """
 
 
+@pytest.mark.slow
 def test_a_machine_that_stands_still_costs_no_verdict():
     """As a suspended container: its clock goes on, and a program's time limit runs out."""
     process = subprocess.Popen(

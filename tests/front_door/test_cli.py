@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers_checkpoints import save_final_checkpoint, save_foundation, snapshot
+from helpers_checkpoints import save_adapter, save_final_checkpoint, save_foundation, snapshot
 from huggingface_hub import constants
 
 from dylora_moe import __version__
@@ -23,9 +23,13 @@ def no_network():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    return save_final_checkpoint(folder / "final", save_foundation(folder / "base"))
+def foundation(tmp_path_factory):
+    return save_foundation(tmp_path_factory.mktemp("foundation") / "base")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, foundation):
+    return save_final_checkpoint(tmp_path_factory.mktemp("training") / "final", foundation)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,7 @@ def test_the_package_and_the_command_line_import_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_exporting_never_imports_what_lies_above(checkpoint):
     code = (
         "import sys, dylora_moe.hub_export as h\n"
@@ -123,6 +128,7 @@ def test_inspect_prints_text_or_json(run, checkpoint):
     assert [expert["name"] for expert in json.loads(out)["experts"]] == ["expert_0", "expert_1", "expert_2"]
 
 
+@pytest.mark.slow
 def test_verify_says_on_stderr_what_it_does_and_on_stdout_what_it_found(run, repo, checkpoint):
     code, out, err = run("verify", repo, "--against", checkpoint, "--json")
     assert code == 0 and json.loads(out)["passed"]
@@ -224,3 +230,40 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ends:
         main(["inspect", "somewhere"])
     assert ends.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--lora_alpha", "0"),
+        ("--lora_alpha", "-4"),
+        ("--lora_alpha", "nan"),
+        ("--lora_alpha", "1e400"),
+        ("--router_temperature", "nan"),
+        ("--router_temperature", "inf"),
+    ],
+)
+def test_nonsense_options_are_one_line_and_exit_code_2(run, checkpoint, tmp_path, options):
+    result = run("export", checkpoint, "-o", tmp_path / "repo", "--no_verify", *options)
+    assert result[0] == 2 and error_line(result)
+    assert not (tmp_path / "repo").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank_pattern", {"(": 3}),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("base_model_name_or_path", 5),
+        ("lora_alpha", 0),
+        ("lora_dropout", "x"),
+    ],
+)
+def test_malformed_adapter_configs_are_bad_input(run, foundation, tmp_path, field, value):
+    adapter = save_adapter(tmp_path / "adapter", foundation)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    result = run("export", adapter, "-o", tmp_path / "repo", "--no_verify")
+    assert result[0] == 2 and error_line(result)
+    assert not (tmp_path / "repo").exists()

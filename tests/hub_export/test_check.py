@@ -1,8 +1,18 @@
 """The check after an export catches what it is there to catch, and says which expert is wrong."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from helpers_checkpoints import change_json, final_checkpoint_tensors, save_final_checkpoint, snapshot
+from helpers_checkpoints import (
+    change_json,
+    final_checkpoint_tensors,
+    save_final_checkpoint,
+    snapshot,
+)
 from safetensors.torch import load_file, save_file
 
 from dylora_moe.hub_export import FailureError, export, exporter
@@ -56,7 +66,7 @@ def test_a_right_export_passes_with_every_quantity_compared(checked):
     assert all(comparison.positions == 24 for comparison in report.comparisons)
 
 
-def test_a_corrupted_alpha_is_caught(repo, checkpoint):
+def test_a_corrupted_alpha_is_caught(quick_check, repo, checkpoint):
     experts = read_json(repo / "config.json")["expert_configs"]
     experts[1]["lora_alpha"] *= 1.01
     change_json(repo / "config.json", expert_configs=experts)
@@ -67,7 +77,7 @@ def test_a_corrupted_alpha_is_caught(repo, checkpoint):
     assert "the settings of expert expert_1" in differing_tensor(repo, checkpoint)
 
 
-def test_two_swapped_experts_are_caught(repo, checkpoint):
+def test_two_swapped_experts_are_caught(quick_check, repo, checkpoint):
     def swap(tensors):
         for name in tensors:
             if name.endswith((".lora_A", ".lora_B")):  # three experts of rank 4
@@ -81,7 +91,7 @@ def test_two_swapped_experts_are_caught(repo, checkpoint):
     assert "lora_A of expert expert_0" in differing_tensor(repo, checkpoint)
 
 
-def test_a_gate_whose_bias_is_zero_is_caught(repo, checkpoint):
+def test_a_gate_whose_bias_is_zero_is_caught(quick_check, repo, checkpoint):
     change_tensors(repo, lambda tensors: tensors["router.gate.bias"].zero_())
     report = check(repo, checkpoint)
     assert "router logits" in failed(report)
@@ -90,6 +100,7 @@ def test_a_gate_whose_bias_is_zero_is_caught(repo, checkpoint):
     assert "the gate's bias" in differing_tensor(repo, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_gate_without_its_bias_is_caught(repo, checkpoint):
     change_tensors(repo, lambda tensors: tensors.pop("router.gate.bias"))
     with pytest.raises(FailureError, match=r"missing keys when loading: router\.gate\.bias"):
@@ -112,7 +123,7 @@ def test_a_failed_check_leaves_nothing_behind(monkeypatch, quick_check, checkpoi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_temperature_is_caught(repo, checkpoint):
+def test_another_temperature_is_caught(quick_check, repo, checkpoint):
     """Sparse routing does without it, and training does not."""
     change_json(repo / "config.json", router_temperature=0.5)
     assert failed(check(repo, checkpoint)) == {"router, dense"}
@@ -160,3 +171,18 @@ def test_a_checkpoint_of_eleven_experts_with_unequal_ranks_passes(quick_check, t
     assert result.check.passed
     ranks = [expert["r"] for expert in read_json(tmp_path / "out" / "config.json")["expert_configs"]]
     assert ranks == [4, 4, 4, 2, 4, 4, 4, 4, 4, 4, 7]
+
+
+@pytest.mark.slow
+def test_the_check_works_where_torch_is_on_the_python_path(checkpoint, tmp_path):
+    """As with packages of a user or a cluster: the repo's side is another process, which must find them too."""
+    site = Path(torch.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "dylora_moe", "export", str(checkpoint), "-o", str(tmp_path / "repo")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checked" in done.stdout

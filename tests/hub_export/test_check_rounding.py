@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers_checkpoints import save_adapter, save_final_checkpoint, save_tokenizer, write_json
 from helpers_mixtures import CORRUPTIONS, ROWS, random_mixture, repo_side, report, source_side
+from helpers_slow import slow_but
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,13 +50,13 @@ def outcomes(
     return found
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", slow_but(0, 1, of=range(8)))
 def test_right_repos_pass_and_wrong_ones_do_not(seed):
     found = outcomes(seed, torch.float64, (2, 3, 6), list(CORRUPTIONS))
     assert found.pop("right") == "passed" and set(found.values()) == {"caught"}
 
 
-@pytest.mark.parametrize("seed", range(8, 12))
+@pytest.mark.parametrize("seed", slow_but(8, of=range(8, 12)))
 def test_where_there_is_no_memory_for_float64(seed):
     outcomes(seed, torch.float32, (2, 3, 6), ["alpha is twice as large", "alpha is 5 % larger"])
 
@@ -69,7 +70,7 @@ def merged_sum(seed: int, layers: tuple[int, ...]) -> Comparison:
     return compared("merged", values["expert"], merging._logits(merged, ROWS), moved["expert"], effect)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", slow_but(0, of=range(4)))
 def test_right_sums_are_not_refused(seed):
     assert merged_sum(seed, (2, 3, 6)).passed is not False
 
@@ -157,7 +158,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("full", of=["full", "adapter"]))
 @pytest.mark.parametrize("source_format", FORMATS)
 def test_a_steep_foundation_is_exported_from_every_format(
     quick_check, steep, tmp_path, source_format, layout

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers_checkpoints import change_json, save_adapter, save_foundation, save_whole_model
+from helpers_slow import slow_but
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import hub_kernels
 
@@ -85,7 +86,7 @@ def ask_in_a_repo(repo, asking):
     change_json(repo / "config.json", **{**asking, "base_config": {**config["base_config"], **asking}})
 
 
-@pytest.mark.parametrize("case", ASKING)
+@pytest.mark.parametrize("case", slow_but("attention", "code", of=ASKING))
 def test_a_foundations_config(foundation, tmp_path, quick_check, fetched, monkeypatch, case):
     own = shutil.copytree(foundation, tmp_path / "foundation")
     change_json(own / "config.json", **ASKING[case])
@@ -103,7 +104,7 @@ def test_a_foundations_config(foundation, tmp_path, quick_check, fetched, monkey
         DyloraMoeForCausalLM.from_pretrained(tmp_path / "adapter")(torch.arange(3, 9)[None])
 
 
-@pytest.mark.parametrize("case", ASKING)
+@pytest.mark.parametrize("case", slow_but("experts as they are kept", "code", of=ASKING))
 def test_a_whole_models_config(foundation, tmp_path, quick_check, fetched, case):
     source = save_whole_model(tmp_path / "source", foundation)
     change_json(source / "config.json", **ASKING[case])
@@ -111,7 +112,7 @@ def test_a_whole_models_config(foundation, tmp_path, quick_check, fetched, case)
     check_repo_asks_for_nothing(export(source, tmp_path / "repo").output_dir)
 
 
-@pytest.mark.parametrize("case", ASKING)
+@pytest.mark.parametrize("case", slow_but("attention by parts", "code", of=ASKING))
 def test_a_repos_config(checkpoint, checked, tmp_path, quick_check, fetched, case):
     export(checkpoint, tmp_path / "adapter", layout="adapter", verify=False)
     for repo in (shutil.copytree(checked[0], tmp_path / "full"), tmp_path / "adapter"):

@@ -21,7 +21,7 @@ from helpers_checkpoints import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from dylora_moe.hub_export import FailureError, InputError, export, exporter
+from dylora_moe.hub_export import FailureError, InputError, export, exporter, merge
 from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -299,7 +299,7 @@ def test_a_router_can_be_left_out(tmp_path, checkpoint, checked):
 
 
 @pytest.mark.parametrize("place", ["foundation", "expert"])
-def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path, foundation, place):
+def test_a_dtype_that_cannot_hold_a_number_is_refused(quick_check, tmp_path, foundation, place):
     base = shutil.copytree(foundation, tmp_path / "base")
     source = save_adapter(tmp_path / "adapter", base)
     path = base / "model.safetensors" if place == "foundation" else source / "adapter_model.safetensors"
@@ -311,3 +311,20 @@ def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path, foundation, plac
     with pytest.raises(InputError, match=message):
         export(source, tmp_path / "repo", dtype="float16", verify=False)
     assert export(source, tmp_path / "repo", dtype="bfloat16").check.passed is not False
+
+
+def test_no_folder_of_this_machine_in_base_config(repo):
+    config = json.loads((repo / "config.json").read_text())
+    assert not config["base_config"].get("_name_or_path")
+
+
+def test_experts_of_one_name_are_refused_whatever_its_case(tmp_path, checkpoint):
+    with pytest.raises(InputError, match="two experts are named"):
+        export(checkpoint, tmp_path / "out", expert_names=["a", "b", "A"])
+
+
+def test_an_output_inside_the_repo_that_is_read_is_refused(tmp_path, checked):
+    copy = shutil.copytree(checked[0], tmp_path / "copy")
+    for write in (lambda: export(copy, copy / "in"), lambda: merge(copy, expert=0, output_dir=copy / "in")):
+        with pytest.raises(InputError, match="lies in the repo"):
+            write()

@@ -10,6 +10,7 @@ from helpers_checkpoints import (
     change_json,
     final_checkpoint_tensors,
     save_final_checkpoint,
+    save_foundation,
     save_router,
     snapshot,
 )
@@ -227,7 +228,7 @@ def older(damaged):
     return damaged
 
 
-def test_a_router_beside_the_folder_is_read_and_told(checked, older, tmp_path):
+def test_a_router_beside_the_folder_is_read_and_told(quick_check, checked, older, tmp_path):
     found = inspect(older)
     assert found.missing == [] and found.router["num_experts"] == 3
     assert any(str(older.parent / "dylo_moe_state" / "router.pt") in note for note in found.notes)
@@ -259,3 +260,16 @@ def test_the_end_of_a_run_is_no_router_of_a_step(older, tmp_path):
 def test_a_router_beside_the_folder_of_another_number_of_experts(older, tmp_path):
     save_router(older.parent, 4)
     assert "there are 3 experts" in export_error(older, tmp_path)
+
+
+def test_nan_is_refused_by_name(tmp_path):
+    foundation = save_foundation(tmp_path / "foundation")
+    checkpoint = save_final_checkpoint(tmp_path / "checkpoint", foundation)
+    file = checkpoint / "peft_adapters" / "expert_2.pt"
+    tensors = torch.load(file)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    torch.save(tensors, file)
+    with pytest.raises(InputError, match=r"expert_2.*NaN.*q_proj"):
+        export([checkpoint], tmp_path / "repo", verify=False)
+    assert not (tmp_path / "repo").exists()

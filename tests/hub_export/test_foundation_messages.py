@@ -68,6 +68,7 @@ def test_one_that_moved_is_named_anew(moved, tmp_path, monkeypatch, quick_check)
     assert result.passed and result.findings[-1].what == "logits"
 
 
+@pytest.mark.slow
 def test_a_merge_that_needs_no_other_foundation(checked, foundation, tmp_path):
     with pytest.raises(InputError, match="holds its own foundation, so that --base_model would do nothing"):
         merge(checked[0], expert=0, output_dir=tmp_path / "merged", base_model=str(foundation))

@@ -13,6 +13,7 @@ import transformers
 from helpers_checkpoints import VOCABULARY, save_adapter, save_tokenizer, snapshot
 from helpers_memory import rise_of_peak_memory
 from helpers_reading import assert_same, read, read_error
+from helpers_slow import slow_but
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, conversion_mapping, core_model_loading
@@ -121,7 +122,7 @@ def change_file(path, change):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("max_shard_size", slow_but("20KB", of=["5GB", "20KB"]))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tensors_are_those_that_transformers_loads(name, max_shard_size, tmp_path, recwarn):
     folder = save_model(tmp_path / "base", name, max_shard_size)

@@ -22,6 +22,7 @@ from helpers_checkpoints import (
     save_whole_model,
     snapshot,
 )
+from helpers_slow import slow_but
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -321,7 +322,7 @@ FUZZED = settings(
 )
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", slow_but("final", of=SOURCES))
 @FUZZED
 @given(data=st.data())
 def test_damage_is_harmless_or_one_clear_error(name, sources, data):
@@ -454,7 +455,7 @@ def be_wrong_json(data, root, layout):
     path.write_text(data.draw(st.sampled_from(kinds)))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", slow_but("adapters", of=SOURCES))
 @FUZZED
 @given(data=st.data())
 def test_what_cannot_be_exported_is_always_an_error(name, sources, data):

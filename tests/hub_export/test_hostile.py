@@ -151,7 +151,8 @@ def hostile_repo(repo: Path, ran: Path, way: str) -> None:
 WAYS = ("its own files", "custom_generate", "a sub-folder", "another repo", "a path")
 
 
-@pytest.mark.parametrize("ways", [pytest.param(WAYS[:2], marks=pytest.mark.slow), WAYS[3:4]])
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [WAYS[:2], WAYS[3:4]])
 def test_code_of_an_exported_repo_never_runs_in_an_export(checked, tmp_path, ran, ways):
     """The check included, which compares with what the repo computes by this package's code."""
     repo = shutil.copytree(checked[0], tmp_path / "repo")

@@ -52,6 +52,13 @@ def python(hub, home, *arguments, token="hf_write"):
     )
 
 
+def test_a_checkpoint_of_a_revision_is_inspected(hub, tmp_path):
+    done = command(hub, tmp_path, "inspect", "guild/run", "--revision", "good", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["format"] == "final checkpoint" and len(found["experts"]) == 3
+
+
 @pytest.mark.slow
 def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
     repo = tmp_path / "repo"
@@ -90,11 +97,16 @@ def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "token", "message"),
     [
-        (["guild/run"], "hf_write", "config.json is not valid JSON"),
+        pytest.param(["guild/run"], "hf_write", "config.json is not valid JSON", marks=pytest.mark.slow),
         (["guild/run", "--revision", "none"], "hf_write", "at revision none"),
-        (["guild/run", "--revision", "good", "--subfolder", "last"], "hf_write", "last"),
-        (["guild/run"], None, "guild/run"),
-        (["guild/nothing"], "hf_write", "guild/nothing"),
+        pytest.param(
+            ["guild/run", "--revision", "good", "--subfolder", "last"],
+            "hf_write",
+            "last",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["guild/run"], None, "guild/run", marks=pytest.mark.slow),
+        pytest.param(["guild/nothing"], "hf_write", "guild/nothing", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_had_is_one_line(hub, tmp_path, arguments, token, message):
@@ -104,6 +116,7 @@ def test_what_cannot_be_had_is_one_line(hub, tmp_path, arguments, token, message
     assert not (tmp_path / "repo").exists() and "hf_write" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_every_format_is_read_from_the_hub(hub, foundation, checkpoint, adapters, checked, tmp_path):
     """Where its files are links into the client's own cache."""
     light = command(

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 from helpers_checkpoints import snapshot
+from helpers_slow import slow_but
 
 
 # asks for {"arguments", "after": seconds or null, "at": number of a call or null}; answers {"status",
@@ -93,7 +94,7 @@ def run():
     not sys.platform.startswith("linux"), reason="needs fork, and the exchange of two folders is Linux's"
 )
 @pytest.mark.parametrize("layout", ["full", "adapter"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", slow_but(True, of=[False, True]))
 def test_killed_at_any_moment(run, checkpoint, tmp_path, layout, overwrite):
     """Six moments for each layout, with and without an old repo. The check against the source is left out,
     which writes nothing beside the repo and takes seconds; one moment of it is below."""
@@ -126,6 +127,7 @@ def test_killed_at_any_moment(run, checkpoint, tmp_path, layout, overwrite):
     assert killed >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork")
 def test_killed_while_the_repo_is_checked(run, checkpoint, tmp_path):
     output = tmp_path / "repo"

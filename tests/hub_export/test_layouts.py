@@ -82,7 +82,7 @@ def test_one_layout_to_the_other_and_back_is_bit_exact(tmp_path, light, checked)
             assert json.loads((left / name).read_text()) == json.loads((right / name).read_text())
 
 
-def test_a_checked_conversion(tmp_path, light):
+def test_a_checked_conversion(quick_check, tmp_path, light):
     result = export(light[0], tmp_path / "full", routing_strategy="uniform")
     assert result.check.passed and result.check.compared_logits and result.routing_strategy == "uniform"
 
@@ -119,7 +119,7 @@ def test_several_dtypes_and_gpt2s_transposed_layers(tmp_path):
     assert_same_weights(tmp_path / "full", tmp_path / "back")
 
 
-def test_without_the_foundation_at_hand(tmp_path, checkpoint, foundation):
+def test_without_the_foundation_at_hand(quick_check, tmp_path, checkpoint, foundation):
     """Tensors are compared, logits are not, and it is said; loading finds what was missing."""
     away = shutil.copytree(checkpoint, tmp_path / "away")
     change_json(away / "config.json", base_model_name_or_path="nobody/small-llama")
@@ -260,3 +260,12 @@ def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypa
         export(plain, tmp_path / layout, tokenizer=tokenizer, layout=layout, verify=False)
         config = json.loads((tmp_path / layout / "config.json").read_text())
         assert config["base_model_name_or_path"] == str(foundation)
+
+
+def test_generation_settings_survive_both_layouts(tmp_path, repo):
+    change_json(repo / "generation_config.json", temperature=0.25, do_sample=True, max_new_tokens=77)
+    mine = json.loads((repo / "generation_config.json").read_text())
+    export(repo, tmp_path / "light", layout="adapter", verify=False)
+    export(tmp_path / "light", tmp_path / "full", verify=False)
+    for folder in ("light", "full"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text()) == mine

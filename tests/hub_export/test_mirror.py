@@ -191,6 +191,7 @@ def test_pull_gives_the_repo_or_exports_what_training_left(server, repo, tmp_pat
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_cached_artifact_that_was_damaged_is_fetched_again(server, tmp_path):
     environment = server.environment(tmp_path / "home")
     action = {"call": "download", "artifact": "guild/moe/training:v0"}

@@ -7,7 +7,11 @@ import shlex
 
 import pytest
 import yaml
-from helpers_checkpoints import save_adapters, save_final_checkpoint, save_foundation
+from helpers_checkpoints import (
+    save_adapters,
+    save_final_checkpoint,
+    save_foundation,
+)
 from huggingface_hub import ModelCard
 
 from dylora_moe.hub_export import InputError, export, make_variant
@@ -167,3 +171,55 @@ def test_older_whole_models_say_that_routing_differs(tmp_path, foundation):
     source = save_whole_model(tmp_path / "run" / "model", foundation)
     export(source, tmp_path / "repo", verify=False)
     assert "differ" in card_of(tmp_path / "repo").text.split("## Limits")[1]
+
+
+def test_metadata_that_a_person_wrote_is_told_from_what_was_generated(tmp_path):
+    places = {}
+    for name, licence in (("gemma", "gemma"), ("plain", None)):
+        foundation = save_foundation(tmp_path / name / "foundation")
+        if licence is not None:
+            (foundation / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        places[name] = save_adapters(tmp_path / name, foundation)
+    repo = tmp_path / "repo"
+    export(places["gemma"], repo, verify=False)
+    assert ModelCard.load(repo / "README.md").data.license == "gemma"
+    export(places["plain"], repo, overwrite=True, verify=False)
+    assert ModelCard.load(repo / "README.md").data.license is None
+
+    front, _, body = (repo / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
+    fields = {
+        **yaml.safe_load(front),
+        "base_model": "org/real",
+        "license": "mit",
+        "pipeline_tag": "text2text-generation",
+    }
+    (repo / "README.md").write_text(f"---\n{yaml.safe_dump(fields)}---\n{body}")
+    export(places["gemma"], repo, overwrite=True, verify=False)
+    data = ModelCard.load(repo / "README.md").data
+    assert (data.base_model, data.license, data.pipeline_tag) == ("org/real", "mit", "text2text-generation")
+
+    export(places["gemma"], tmp_path / "again", verify=False)
+    (tmp_path / "gemma" / "foundation" / "README.md").unlink()
+    export(tmp_path / "again", tmp_path / "later", verify=False)
+    assert ModelCard.load(tmp_path / "later" / "README.md").data.license == "gemma"
+
+
+def test_marks_in_the_wrong_order_make_a_card_a_persons_own(repo, checkpoint):
+    (repo / "README.md").write_text(f"{END}\nmine\n{BEGIN}\n")
+    export(checkpoint, repo, overwrite=True, verify=False)
+    assert "mine" in (repo / "README.md").read_text()
+
+
+def test_results_of_a_strategy_that_the_repo_cannot_do(tmp_path, checkpoint):
+    entry = {"HumanEval/0": [{"base_status": "pass", "plus_status": "pass"}]}
+    (tmp_path / "results.json").write_text(json.dumps({"eval": entry}))
+    with pytest.raises(InputError, match="nonsense"):
+        export(checkpoint, tmp_path / "out", results=[f"nonsense={tmp_path / 'results.json'}"], verify=False)
+
+
+def test_commands_of_a_card_quote_a_folder_with_a_space(tmp_path, checkpoint):
+    spaced = export(checkpoint, tmp_path / "my mix", verify=False).output_dir
+    assert "--model 'my mix' --dataset" in (spaced / "README.md").read_text()
+    make_variant(spaced, routing_strategy="base", output_dir=tmp_path / "other one")
+    assert "--model 'other one' --dataset" in (tmp_path / "other one" / "README.md").read_text()
+    assert "--model org/name --dataset" in restate((spaced / "README.md").read_text(), "org/name")

@@ -40,7 +40,7 @@ def export_error(sources, tmp_path, **options) -> str:
     return str(caught.value)
 
 
-def test_three_adapters_of_unequal_ranks_and_targets_equal_peft(adapters, tmp_path):
+def test_three_adapters_of_unequal_ranks_and_targets_equal_peft(quick_check, adapters, tmp_path):
     """Patterns, rsLoRA, a regular expression and all-linear; the reference is PEFT's own loading."""
     result = export(adapters, tmp_path / "out")
     assert result.check.passed

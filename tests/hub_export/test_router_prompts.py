@@ -2,11 +2,16 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 import yaml
-from helpers_checkpoints import save_adapter, save_tokenizer
+from helpers_checkpoints import (
+    save_adapter,
+    save_foundation,
+    save_tokenizer,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -206,3 +211,17 @@ def _wide(tmp_path):
     from helpers_checkpoints import save_foundation
 
     return save_foundation(tmp_path / "wide_foundation", hidden_size=64)
+
+
+@pytest.mark.slow
+def test_adapters_of_another_foundation_are_not_appended(tmp_path, checked):
+    other = save_foundation(tmp_path / "other")
+    adapter = save_adapter(tmp_path / "adapter", other)
+    with pytest.raises(InputError, match=r"was trained on .*other"):
+        export([checked[0], adapter], tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DyloraMoeWarning)
+        result = export(
+            [checked[0], adapter], tmp_path / "out", base_model=str(other)
+        )  # bit for bit the same
+    assert result.check.passed and result.foundation == str(other)

@@ -189,3 +189,10 @@ def test_what_is_no_repo_and_outputs_that_would_hurt_the_repo(repo, checkpoint, 
     for output in (repo, repo.parent):
         with pytest.raises(InputError, match=r"the repo itself|would be replaced"):
             make_variant(repo, routing_strategy="base", output_dir=output, overwrite=True)
+
+
+def test_no_variant_of_half_a_repo(repo, tmp_path):
+    (repo / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"not a complete repo: model\.safetensors is missing"):
+        make_variant(repo, routing_strategy="best", output_dir=tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()

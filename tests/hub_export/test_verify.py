@@ -9,11 +9,17 @@ import sys
 import pytest
 import torch
 from environments import make_environment, run_python
-from helpers_checkpoints import change_json, save_adapter, save_foundation
+from helpers_checkpoints import (
+    change_json,
+    save_adapter,
+    save_final_checkpoint,
+    save_foundation,
+)
+from helpers_slow import slow_but
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dylora_moe.hub_export import InputError, export, merge, verify
+from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -21,7 +27,7 @@ def findings(result):
     return {finding.what: (finding.passed, finding.detail) for finding in result.findings}
 
 
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("full", of=["full", "adapter"]))
 def test_a_whole_repo_passes(tmp_path, checkpoint, checked, layout):
     repo = checked[0] if layout == "full" else tmp_path / "repo"
     if layout == "adapter":
@@ -157,6 +163,7 @@ trainer.save_model(out + "/trained")
 """
 
 
+@pytest.mark.slow
 def test_a_model_saved_again_passes(tmp_path, repo, checkpoint):
     """By stock transformers, which imports the code from its own cache, where there is no `__init__.py` of
     the repo's."""
@@ -218,7 +225,7 @@ def test_an_expert_means_one_thing_to_peft_and_to_the_model(checkpoint, tmp_path
         export(repo, tmp_path / "out")
 
 
-def test_other_numbers_than_the_sources(repo, checked, checkpoint):
+def test_other_numbers_than_the_sources(quick_check, repo, checked, checkpoint):
     change_weights(repo, "model.safetensors", lambda tensors: tensors["router.gate.bias"].add_(1))
     found = findings(verify(repo, against=checkpoint))
     assert found["tensors"] == (False, "the gate's bias is not the source's")
@@ -309,3 +316,40 @@ def test_what_cannot_be_merged(tmp_path, checked, checkpoint):
     shutil.copytree(checked[0], tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):
         merge(checked[0], expert="expert_0", output_dir=tmp_path / "out")
+
+
+def test_merging_says_what_rounding_costs(tmp_path):
+    foundation = save_foundation(tmp_path / "foundation", dtype=torch.bfloat16)
+    export(save_adapter(tmp_path / "adapter", foundation), tmp_path / "repo", verify=False)
+    rounded = merge(tmp_path / "repo", expert=0, output_dir=tmp_path / "rounded")
+    exact = merge(tmp_path / "repo", expert=0, output_dir=tmp_path / "exact", dtype="float32")
+    assert rounded.difference < 1e-4 < rounded.rounding and exact.rounding < 1e-4
+
+
+@pytest.mark.slow
+def test_verifying_with_the_options_of_the_export(tmp_path, checkpoint, adapters):
+    chosen = {"dtype": "bfloat16", "router_mode": "dense", "router_temperature": 0.5}
+    export(checkpoint, tmp_path / "chosen", verify=False, **chosen)
+    assert verify(tmp_path / "chosen", against=checkpoint, **chosen).passed
+    assert not verify(tmp_path / "chosen", against=checkpoint).passed
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("plain: a\nstabilised: b\neverywhere: c\n")
+    result = export(adapters, tmp_path / "prompted", router_prompts=prompts, verify=False)
+    assert result.routing_strategy == "router"
+    assert verify(tmp_path / "prompted", against=adapters, router_prompts=prompts).passed
+    export(adapters, tmp_path / "plain", verify=False)
+    again = export(tmp_path / "plain", tmp_path / "routed", router_prompts=prompts, verify=False)
+    assert again.routing_strategy == "router"
+
+
+def test_what_export_warns_of_is_no_error_to_verify(tmp_path):
+    source = save_final_checkpoint(tmp_path / "final", "nobody/small-llama", tokenizer=False)
+    with pytest.warns(DyloraMoeWarning, match="no tokenizer"):
+        export(source, tmp_path / "light", layout="adapter")
+    result = verify(tmp_path / "light")
+    assert result.passed and findings(result)["tokenizer"][0] is None
+
+
+def test_a_list_of_checksums_must_be_whole(repo):
+    (repo / "SHA256SUMS").write_text("")
+    assert findings(verify(repo))["checksums"][0] is False

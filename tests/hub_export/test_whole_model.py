@@ -20,7 +20,7 @@ from helpers_reading import assert_same, read, read_error
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from dylora_moe.hub_export import detect
+from dylora_moe.hub_export import InputError, detect, export
 
 
 INSIDE = "foundation_model.base_model.model."
@@ -406,3 +406,16 @@ def test_the_helpers_keys_are_those_of_the_format(foundation):
     tensors = whole_model_tensors(foundation, 2, 4, "as it is")
     assert f"{LAYER}.base_layer.weight" in tensors and f"{LAYER}.lora_A.expert_1.weight" in tensors
     assert {"router.gate.weight", "router.gate.bias"} < set(tensors)
+
+
+def test_a_trained_foundation_is_remembered_by_the_repo(tmp_path):
+    foundation = save_foundation(tmp_path / "foundation", tie_word_embeddings=True)
+    source = save_whole_model(tmp_path / "run" / "model", foundation, head="trained")
+    change_json(source / "config.json", base_model_name_or_path="nobody/small-llama")
+    export(source, tmp_path / "full", tokenizer=str(foundation), verify=False)
+    with pytest.raises(InputError, match="training changed the source's own foundation"):
+        export(tmp_path / "full", tmp_path / "light", layout="adapter", verify=False)
+    export(tmp_path / "full", tmp_path / "again", verify=False)
+    for repo in ("full", "again"):
+        limits = (tmp_path / repo / "README.md").read_text().split("## Limits")[1]
+        assert "was trained" in limits and "differ" in limits

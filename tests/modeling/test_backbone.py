@@ -171,6 +171,7 @@ def test_a_loss_from_logits_is_told_of_the_balance_loss_once(messages):
     assert len(messages) == 1 and "router_aux_loss_coef" in messages[0]
 
 
+@pytest.mark.slow
 def test_a_training_backbone_compiles_in_one_graph():
     model = build().train()
     compiled = torch.compile(model.base_model, backend="eager", fullgraph=True)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_models import build, random_rows
+from helpers_models import STRATEGIES, build, random_rows
+from helpers_slow import slow_but
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +32,7 @@ def recompilations():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("strategy", ["router", "best", "single:1"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "best", "single:1"]))
 def test_one_graph_and_few_recompilations_over_fifty_tokens(recompilations, strategy):
     backend, count = recompilations
     model = build()
@@ -44,7 +45,9 @@ def test_one_graph_and_few_recompilations_over_fifty_tokens(recompilations, stra
     assert count() <= 2
 
 
-@pytest.mark.parametrize("strategy", ["router", "best", "single:1", "uniform", "ensemble"])
+@pytest.mark.parametrize(
+    "strategy", slow_but("single:1", of=["router", "best", "single:1", "uniform", "ensemble"])
+)
 def test_a_compiled_forward_equals_an_eager_one(recompilations, strategy):
     backend, _ = recompilations
     model = build()
@@ -55,6 +58,7 @@ def test_a_compiled_forward_equals_an_eager_one(recompilations, strategy):
         torch.testing.assert_close(found, model(ids, routing_strategy=strategy).logits)
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_without_a_strategy_takes_the_models(recompilations):
     backend, _ = recompilations
     model = build()
@@ -66,6 +70,7 @@ def test_a_compiled_forward_without_a_strategy_takes_the_models(recompilations):
         torch.testing.assert_close(compiled(ids).logits, model(ids, routing_strategy="single:1").logits)
 
 
+@pytest.mark.slow
 def test_compiled_guidance_uses_the_calls_strategy(recompilations):
     backend, _ = recompilations
     model = build()
@@ -82,6 +87,7 @@ def test_compiled_guidance_uses_the_calls_strategy(recompilations):
     torch.testing.assert_close(model.generate(ids, **arguments).scores[0], expected)
 
 
+@pytest.mark.slow
 def test_compiled_training_has_the_same_gradients(recompilations):
     backend, _ = recompilations
     ids = torch.tensor(random_rows((7, 7)))
@@ -94,3 +100,39 @@ def test_compiled_training_has_the_same_gradients(recompilations):
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def logits(model, strategy):
+    with torch.no_grad():
+        return model(torch.tensor(random_rows((7, 7), seed=3)), routing_strategy=strategy).logits
+
+
+@pytest.mark.parametrize("strategy", slow_but("router", of=STRATEGIES))
+def test_layers_compiled_one_by_one_apply_the_experts(strategy):
+    torch._dynamo.reset()
+    expected = logits(build(), strategy)
+    model = build()
+    for layer in model.foundation.model.layers:
+        layer.compile(backend="eager")
+    torch.testing.assert_close(logits(model, strategy), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single:1", "router", "uniform"])
+def test_graph_breaks_and_uncompiled_layers_apply_the_experts(strategy):
+    expected = logits(build(), strategy)
+    for disturb in ("break", "disable"):
+        torch._dynamo.reset()
+        model = build()
+        layer = model.foundation.model.layers[1]
+        forward = layer.forward
+        if disturb == "disable":
+            layer.forward = torch.compiler.disable(forward)
+        else:
+
+            def broken(*args, forward=forward, **kwargs):
+                torch._dynamo.graph_break()
+                return forward(*args, **kwargs)
+
+            layer.forward = broken
+        torch.testing.assert_close(logits(torch.compile(model, backend="eager"), strategy), expected)

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from helpers_models import build, llama_config, random_rows
-from transformers import GPT2Config
+from transformers import (
+    GPT2Config,
+)
 
 from dylora_moe.modeling import DyloraMoeConfig
 
@@ -115,3 +117,26 @@ def test_files_have_target_parameters_only_where_an_expert_has_some(tmp_path):
     assert [entry.get("target_parameters") for entry in stored] == [None, [parameter]]
     assert config.expert_configs[0]["target_parameters"] == []
     assert DyloraMoeConfig.from_pretrained(tmp_path).expert_configs == config.expert_configs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": 0}, "alpha"),
+        ({"lora_alpha": float("nan")}, "alpha"),
+        ({"alpha_pattern": {"model.layers.0.self_attn.q_proj": -1}}, "alpha"),
+        ({"lora_dropout": 7}, "dropout"),
+        ({"lora_dropout": "x"}, "dropout"),
+    ],
+)
+def test_nonsense_numbers_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(experts=[{"target_modules": ["model.layers.0.self_attn.q_proj"], **fields}])
+    for temperature in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            build(router_temperature=temperature)
+
+
+def test_no_config_field_is_named_like_an_argument_of_from_pretrained():
+    """AutoConfig would swallow `experts=` before the model sees it."""
+    assert "experts" not in DyloraMoeConfig().to_dict()

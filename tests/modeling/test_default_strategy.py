@@ -1,14 +1,19 @@
-"""`routing_strategy` as an argument of `from_pretrained`: the loaded model's default."""
+"""Where a call's strategy comes from: its arguments, a generation config, `from_pretrained`, the model's default."""
 
 import pytest
 import torch
 from helpers_models import build, random_rows, save_layouts
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
 
 from dylora_moe.modeling import DyloraMoeForCausalLM, DyloraMoeModel
 
 
 IDS = torch.tensor(random_rows((6,)))
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +90,59 @@ def test_a_repo_default_that_the_loaded_experts_leave_out_may_be_replaced(saved,
     loaded = DyloraMoeForCausalLM.from_pretrained(tmp_path, experts=["first"], routing_strategy="single:0")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS, routing_strategy="single:0").logits)
+
+
+def test_the_strategy_is_the_arguments_then_a_handed_configs_then_the_models():
+    model = build()
+    ids = torch.tensor(random_rows((6,)))
+
+    def tokens(**arguments):
+        return model.generate(ids, max_new_tokens=6, **arguments)[0].tolist()
+
+    expected = {
+        s: tokens(routing_strategy=s, **GREEDY) for s in ("router", "single:0", "single:1", "single:2")
+    }
+    assert len({tuple(value) for value in expected.values()}) == 4
+    assert tokens(**GREEDY) == expected["router"]  # the default
+    model.generation_config.routing_strategy = "single:0"
+    handed = GenerationConfig(routing_strategy="single:1", max_new_tokens=6, **GREEDY)
+    assert tokens(**GREEDY) == expected["single:0"]
+    assert model.generate(ids, generation_config=handed)[0].tolist() == expected["single:1"]
+    chosen = model.generate(ids, generation_config=handed, routing_strategy="single:2")
+    assert chosen[0].tolist() == expected["single:2"]
+    assert tokens(routing_strategy="single:2", **GREEDY) == expected["single:2"]
+    assert torch.equal(model(ids).logits, model(ids, routing_strategy="single:first").logits)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["nope", "single", "single:", "single:7", "single:other", "router:1", "single:-1", ""]
+)
+def test_a_wrong_strategy_lists_the_valid_ones_and_the_experts(wrong):
+    model = build()
+    ids = torch.tensor(random_rows((4,)))
+    for call in (model.generate, model.forward):
+        with pytest.raises(ValueError) as raised:
+            call(ids, routing_strategy=wrong)
+        message = str(raised.value)
+        assert "\n" not in message
+        for part in (
+            "router",
+            "best",
+            "single:",
+            "ensemble",
+            "round_robin",
+            "base",
+            "uniform",
+            "first",
+            "third",
+        ):
+            assert part in message
+
+
+def test_defaults_without_a_router_and_with_one_expert():
+    experts = build().config.expert_configs
+    assert str(build().routing_strategy()) == "router"
+    assert str(build(router_input=None).routing_strategy()) == "uniform"
+    assert str(build(experts=experts[:1]).routing_strategy()) == "single:0"
+    with pytest.raises(ValueError, match="needs a router"):
+        build(router_input=None).routing_strategy("best")

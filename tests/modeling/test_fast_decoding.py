@@ -20,6 +20,7 @@ from helpers_models import (
     random_rows,
     text_of,
 )
+from helpers_slow import slow_but
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     GPT2Config,
@@ -174,7 +175,7 @@ def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, cop
 
 
 @pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
 def test_prompts_that_run_a_few_at_a_time(steps, monkeypatch, strategy, arguments):
     model, passes = build(seed=7), []
     wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "output_router_logits": True}
@@ -232,7 +233,7 @@ def test_guessing_begins_by_itself_where_it_would_have_been_right(steps, monkeyp
 
 
 @pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
 def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, strategy, arguments):
     model, passes = build(seed=7), []
     inputs = left_padded(random_rows((19, 18, 7, 9, 2, 1), seed=2))
@@ -301,7 +302,7 @@ def test_wrong_experts_are_refused_however_many_prompts_run_at_a_time(monkeypatc
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
 def test_experts_on_the_head(steps, strategy, tied):
     """It sees a prompt's last token alone, and the router has weights for all of them."""
     names = [*(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)), "lm_head"]
@@ -378,9 +379,9 @@ def attention_experts() -> list[dict]:
 
 
 @pytest.mark.parametrize("where", ["prompt", "stacks", "step"])
-@pytest.mark.parametrize("strategy", ["uniform", "single:1", "router"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["uniform", "single:1", "router"]))
 def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, where):
-    def out_of_memory(*args):
+    def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("as a GPU says it")
 
     model = build(experts=attention_experts(), seed=7)
@@ -447,7 +448,7 @@ def memory_of(model) -> list[StorageWeakRef]:
     return [StorageWeakRef(stretch.untyped_storage()) for stretch in stretches]
 
 
-@pytest.mark.parametrize("strategy", ["router", "best", "ensemble"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "best", "ensemble"]))
 def test_smaller_buffers_go_when_larger_ones_come(monkeypatch, no_collection, strategy):
     model = build(seed=7)
     one = {name: rows[:1] for name, rows in BATCH.items()}

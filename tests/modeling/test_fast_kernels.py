@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ def copies(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton.language", language)
     modules = []
     for number in (1, 2):
-        folder = norms.__file__.rsplit("fast_norms", 1)[0]
+        file = Path(norms.__file__).with_name("fast_kernels_dylora_moe.py")
         name = f"{norms.__package__}.copy_{number}_of_fast_kernels"
-        spec = importlib.util.spec_from_file_location(name, f"{folder}fast_kernels_dylora_moe.py")
+        spec = importlib.util.spec_from_file_location(name, file)
         modules.append(importlib.util.module_from_spec(spec))
         spec.loader.exec_module(modules[-1])
         monkeypatch.setattr(modules[-1], "_rotates_halves", lambda *args: True)

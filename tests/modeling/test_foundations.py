@@ -14,6 +14,7 @@ from helpers_models import (
     random_rows,
     save_layouts,
 )
+from helpers_slow import slow_but
 from peft import PeftModel
 
 from dylora_moe.modeling import DyloraMoeForCausalLM, DyloraMoeModel
@@ -124,6 +125,10 @@ FOUNDATIONS = {
 }
 
 
+# Tied, Conv1D, sliding, scaled and soft-capped, and one with experts of its own.
+QUICK = ("qwen2 tied", "gpt2, Conv1D", "mistral, sliding window", "gemma2, soft-capped", "mixtral")
+
+
 def mixture(name: str) -> DyloraMoeForCausalLM:
     config_name, fields, (first, second) = FOUNDATIONS[name]
     experts = [
@@ -134,7 +139,7 @@ def mixture(name: str) -> DyloraMoeForCausalLM:
     return build(getattr(transformers, config_name)(**fields), experts)
 
 
-@pytest.mark.parametrize("name", FOUNDATIONS)
+@pytest.mark.parametrize("name", slow_but(*QUICK, of=FOUNDATIONS))
 def test_foundation(name, tmp_path):
     model = mixture(name)
     loop = PeftLoop(model)
@@ -159,7 +164,7 @@ def test_foundation(name, tmp_path):
     assert cached[0, 9:].tolist() == loop.greedy(rows[0], "router", 0, 5)
 
 
-@pytest.mark.parametrize("name", FOUNDATIONS)
+@pytest.mark.parametrize("name", slow_but(*QUICK, of=FOUNDATIONS))
 def test_every_strategy_generates_and_experts_go_back_to_peft_and_to_plain_models(name, tmp_path):
     model = mixture(name)
     loop = PeftLoop(model)
@@ -178,7 +183,7 @@ def test_every_strategy_generates_and_experts_go_back_to_peft_and_to_plain_model
         torch.testing.assert_close(peft(ids).logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", FOUNDATIONS)
+@pytest.mark.parametrize("name", slow_but(*QUICK, of=FOUNDATIONS))
 def test_layout_adapter_and_a_subset(name, tmp_path):
     """The foundation's weights under the names of its own files, which mixtures of experts change on
     loading."""

@@ -14,6 +14,7 @@ from helpers_models import (
     random_rows,
     text_of,
 )
+from helpers_slow import slow_but
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextStreamer
 
 
@@ -95,7 +96,7 @@ def naive_beams(loop, strategy: str, num_beams: int) -> list[int]:
     return beams[0][0]
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", slow_but("dynamic", "none", of=CACHES))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_beam_search(mixture, loop, strategy, cache):
     mixture.reset_round_robin()
@@ -341,3 +342,12 @@ def test_threads_do_not_see_each_others_experts(mixture, expected):
         thread.join()
     for strategy in strategies:
         assert found[strategy] == [expected[strategy]] * 5
+
+
+def test_guidance_uses_the_calls_strategy():
+    model = build()
+    ids = torch.tensor(random_rows((7,), seed=3))
+    arguments = {"guidance_scale": 2.0, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    called = model.generate(ids, routing_strategy="single:1", **arguments)
+    model.generation_config.routing_strategy = "single:1"
+    assert called.tolist() == model.generate(ids, **arguments).tolist()

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from helpers_models import SIZES, STRATEGIES, build, llama_config, random_rows
+from helpers_slow import slow_but
 from torch._dynamo.exc import Unsupported
 from transformers import Cache, DynamicCache, EncoderDecoderCache, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -157,7 +158,7 @@ def exportable(base=None, strategy: str | None = None):
     return model
 
 
-@pytest.mark.parametrize("strategy", ONE_STREAM)
+@pytest.mark.parametrize("strategy", slow_but("single:1", of=ONE_STREAM))
 def test_exported_with_a_static_cache(strategy):
     model, row = exportable(strategy=strategy), IDS[:1]
     program = convert_and_export_with_cache(model).module()
@@ -167,7 +168,9 @@ def test_exported_with_a_static_cache(strategy):
     assert_close(torch.cat(steps, dim=1), model(row).logits)
 
 
-@pytest.mark.parametrize("base", [llama_config, lambda: MistralConfig(**SIZES)])
+@pytest.mark.parametrize(
+    "base", [llama_config, pytest.param(lambda: MistralConfig(**SIZES), marks=pytest.mark.slow)]
+)
 def test_exported_for_any_length(base):
     model, row = exportable(base(), "single:second"), IDS[:1]
     length = torch.export.Dim("length", max=15)

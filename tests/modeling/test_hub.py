@@ -111,7 +111,7 @@ def test_both_layouts_are_pushed_whole(hub, pushed):
 @pytest.mark.parametrize(
     "repo",
     [
-        ("guild/full",),
+        pytest.param(("guild/full",), marks=pytest.mark.slow),
         ("ada/adapter",),
         pytest.param(("guild/full", "sharded"), marks=pytest.mark.slow),
         pytest.param(("ada/saved_full",), marks=pytest.mark.slow),
@@ -121,6 +121,7 @@ def test_what_was_pushed_loads_from_the_hub_and_computes_the_same(hub, pushed, t
     assert run(hub, tmp_path, LOAD, *repo) == pushed
 
 
+@pytest.mark.slow
 def test_a_foundation_on_this_machine_alone_is_not_pushed(hub, tmp_path):
     code = """
 import sys

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers_models import build, llama_config
+from helpers_peft import needs_peft_of_transformers
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -219,6 +220,7 @@ def test_files_that_a_larger_model_left_behind_are_not_read(saved, tmp_path):
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in subset.state_dict().items())
 
 
+@needs_peft_of_transformers
 def test_an_adapter_that_peft_loads_onto_a_model_leaves_the_stacks_alone(saved, tmp_path):
     adapted = DyloraMoeForCausalLM.from_pretrained(saved / "whole")
     adapted.add_adapter(IA3Config(target_modules=["k_proj"], feedforward_modules=[]))

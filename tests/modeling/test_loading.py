@@ -4,6 +4,7 @@ there is one."""
 import pytest
 import torch
 from helpers_models import STRATEGIES, PeftLoop, build, left_padded, llama_config, random_rows, save_layouts
+from helpers_slow import slow_but
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -52,7 +53,7 @@ LAYER_ON_DISK = {
 ENDS_ON_DISK = {**LAYER_ON_DISK, "foundation.model.embed_tokens": "disk", "router": "disk"}
 
 
-@pytest.mark.parametrize("layout", ["full", "sharded", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("full", "adapter", of=["full", "sharded", "adapter"]))
 @pytest.mark.parametrize(
     "device_map",
     ["auto", {"": "cpu"}, LAYER_ON_DISK, ENDS_ON_DISK],
@@ -199,3 +200,11 @@ def test_bitsandbytes_of_the_foundation_alone(tmp_path, bits):
     assert (found - expected).norm() < 0.5 * (expected - expected_plain).norm()
     assert (found - plain).abs().max() > 1
     loaded.generate(**batch, routing_strategy="router", **GREEDY)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.float16])
+def test_a_subset_in_any_spelling_of_a_dtype(tmp_path, dtype):
+    build().save_pretrained(tmp_path)
+    part = DyloraMoeForCausalLM.from_pretrained(tmp_path, experts=[0], dtype=dtype)
+    expected = {"auto": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    assert part.dtype == expected

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from helpers_models import STRATEGIES, build, left_padded, llama_config, random_rows, save_layouts
+from helpers_peft import needs_peft_of_transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -301,6 +302,7 @@ def with_prompt(model, method: str, like=None):
     return top
 
 
+@needs_peft_of_transformers
 @pytest.mark.parametrize("method", PROMPTS)
 def test_prompts_and_prefixes(method):
     model = build()
@@ -337,6 +339,7 @@ def test_prompts_and_prefixes(method):
         assert torch.equal(top.generate(**BATCH, **GREEDY, routing_strategy=strategy), expected)
 
 
+@needs_peft_of_transformers
 @pytest.mark.parametrize("strategy", ["uniform", "ensemble"])
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
 def test_generating_after_a_prompt_is_what_a_pass_over_all_tokens_says(method, strategy):

@@ -20,6 +20,7 @@ from helpers_models import (
     left_padded,
     random_rows,
 )
+from helpers_slow import slow_but
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import FalconConfig, LogitsProcessorList, MixtralConfig
 
@@ -38,7 +39,7 @@ def graphs_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str
 )
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+@pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
 def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments):
     model = build(seed=7)
     for seed in range(2):  # the second call replays what the first has recorded, for other prompts
@@ -48,6 +49,7 @@ def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments
     assert RecordedGraph.replays >= 2 * 11
 
 
+@pytest.mark.slow
 def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
     monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
     model = build(seed=7)
@@ -63,6 +65,7 @@ def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
         assert found.tolist() == ordinary.tolist()
 
 
+@pytest.mark.slow
 def test_a_router_that_changes_its_mind_in_recorded_steps():
     model = build(seed=7)
     with torch.no_grad():
@@ -94,7 +97,7 @@ def swap_class(model):
     )
 
 
-@pytest.mark.parametrize("strategy", ["router", "single:0"])
+@pytest.mark.parametrize("strategy", slow_but("single:0", of=["router", "single:0"]))
 def test_modules_that_somebody_patches_between_two_calls(strategy):
     model = build(seed=7)
     with torch.no_grad():  # so much that it shows
@@ -232,7 +235,7 @@ def experts_on_all_layers() -> list[dict]:
     return [{"name": name, "r": 3, "target_modules": names} for name in ("one", "two")]
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+@pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
 def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
     """A mixture as the foundation, whose experts run one by one: the host asks which of them act."""
     config = MixtralConfig(**SIZES, num_local_experts=4)
@@ -258,7 +261,7 @@ def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
     assert found.tolist() == ordinary.tolist() and RecordedGraph.replays >= 11
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+@pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
 def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch, strategy):
     """A foundation that takes another way in the middle of a text, shortly before its graphs are recorded
     anew."""
@@ -295,7 +298,7 @@ def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch
     assert model._decoding_sessions.refused and RecordedGraph.replays >= 2
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+@pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
 def test_a_foundation_that_reads_its_mask_goes_the_ordinary_way(monkeypatch, strategy):
     """Falcon's ALiBi counts the tokens of a mask `[batch, sequence]`; steps in buffers give another."""
     warned = []
@@ -454,7 +457,7 @@ def test_a_recording_that_fails_leaves_the_thread_on_its_stream_of_before(monkey
     assert found.tolist() == ordinary.tolist() and RecordedGraph.replays == 11
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0"])
+@pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
 def test_experts_on_a_layer_that_runs_over_all_past_tokens(strategy):
     model = build_on_latent_attention()
     for lengths in ((7,), (7, 4)):

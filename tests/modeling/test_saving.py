@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers_models import STRATEGIES, build, left_padded, llama_config, random_rows
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -115,3 +116,59 @@ def test_loaded_models_train_experts_and_gate_alone(tmp_path):
     for name, parameter in again.named_parameters():
         trainable = name.endswith((".lora_A", ".lora_B")) or name.startswith("router.")
         assert parameter.requires_grad == trainable, name
+
+
+def logits(model, strategy):
+    with torch.no_grad():
+        return model(torch.tensor(random_rows((7, 7), seed=3)), routing_strategy=strategy).logits
+
+
+def test_router_settings_act_at_once_and_are_what_is_saved(tmp_path):
+    model = build(router_mode="dense")
+    before = logits(model, "router")
+    model.config.router_temperature = 0.2
+    assert (logits(model, "router") - before).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits(DyloraMoeForCausalLM.from_pretrained(tmp_path), "router"), logits(model, "router")
+    )
+    model.config.expert_configs[0]["lora_alpha"] = 99
+    with pytest.raises(ValueError, match="changed on a live model"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_modules_that_a_live_config_gained_or_lost_are_not_saved(tmp_path, layout):
+    model = build()
+    model.config.base_model_name_or_path = "somewhere"
+    targets = model.config.expert_configs[0]["target_modules"]
+    targets.append("model.layers.0.mlp.gate_proj")
+    with pytest.raises(
+        ValueError, match=r"gate_proj' computes with ranks and scales of no expert, and the config says"
+    ):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+    targets.pop()
+    model.save_pretrained(tmp_path / layout, layout=layout)
+    for expert in model.config.expert_configs:
+        expert["target_modules"] = [name for name in expert["target_modules"] if "down_proj" not in name]
+    with pytest.raises(ValueError, match=r"down_proj' computes with .*, and the config says none"):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+
+
+def test_an_adapter_layout_saves_the_weights_that_it_is_given(tmp_path):
+    model = build()
+    model.config.base_model_name_or_path = "somewhere"
+    given = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", layout="adapter", state_dict=given)
+    files = list((tmp_path / "given").rglob("*.safetensors"))
+    assert len(files) == 4
+    assert not any(tensor.any() for file in files for tensor in load_file(file).values())
+    model.save_pretrained(tmp_path / "other", layout="adapter", is_main_process=False)
+    assert not list((tmp_path / "other").rglob("*.safetensors"))
+
+
+def test_no_folder_of_this_machine_is_saved(tmp_path):
+    model = build()
+    model.config.base_config.name_or_path = "/somebodys/home/foundation"
+    model.save_pretrained(tmp_path)
+    assert "somebody" not in (tmp_path / "config.json").read_text()

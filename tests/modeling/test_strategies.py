@@ -188,3 +188,17 @@ def test_a_bare_forward_moves_no_turn():
     model = build()
     model(torch.tensor(random_rows((5, 5))), routing_strategy="round_robin")
     assert model._next_round_robin == 0
+
+
+def test_expert_ids_are_checked():
+    model = build()
+    ids = torch.tensor(random_rows((7, 7), seed=3))
+    for strategy in ("best", "round_robin"):
+        for wrong in ([7, 0], [-1, 0], [0]):
+            with pytest.raises(ValueError, match="expert_ids"):
+                model(ids, routing_strategy=strategy, expert_ids=torch.tensor(wrong))
+        cache = model(ids, routing_strategy=strategy, expert_ids=torch.tensor([0, 1])).past_key_values
+        with pytest.raises(ValueError, match="keeps its expert"):
+            model(
+                ids[:, :1], routing_strategy=strategy, expert_ids=torch.tensor([2, 1]), past_key_values=cache
+            )

@@ -1,5 +1,6 @@
 """Trainer and a plain accelerate loop: what learns, what stays, accumulation, autocast, resuming."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,18 @@ def test_the_example_runs(tmp_path):
     assert done.stdout.count("training loss") == 2
     model = DyloraMoeForCausalLM.from_pretrained(tmp_path)
     assert model.config.expert_names == ["low", "high", "third"]
+
+
+def test_frozen_experts_stay_frozen_in_a_copy_and_whatever_was_trainable_before():
+    for prepare in (copy.deepcopy, lambda model: model):
+        model = build()
+        model.requires_grad_(False)
+        model.freeze_expert(0)
+        model.freeze_foundation()
+        model = prepare(model)
+        ids = torch.tensor(random_rows((7, 7), seed=3))
+        model(ids, labels=ids, routing_strategy="uniform").loss.backward()
+        for layer in model.expert_layers().values():
+            for stack in (layer.lora_A, layer.lora_B):
+                assert not stack.grad[layer.rows(0)].any()
+                assert stack.grad[layer.rows(1)].any() or layer.layout[1][0] == 0
