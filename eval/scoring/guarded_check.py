@@ -37,7 +37,7 @@ from .restrictions import (
     become_user,
     confine,
     drop_privileges,
-    end_first,
+    prefer_oom_kill,
     end_with_parent,
     limit_resources,
 )
@@ -91,7 +91,7 @@ def serve(folder: str, private: Sequence[str], user: int | None, processes: int 
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
     """
-    end_first()
+    prefer_oom_kill()
     if user is not None:
         become_user(user)
     adopt_orphans()

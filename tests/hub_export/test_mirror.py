@@ -21,7 +21,7 @@ from wandb_server import API_KEY, Artifact, WandbServer, md5
 # each line of stdout: what one call returned or how it failed, its traceback included
 CALLS = """
 import json, os, pathlib, sys, traceback
-from dylora_moe.hub_export.artifacts import download_artifact
+from dylora_moe.hub_export.sources.wandb_artifacts import download_artifact
 from dylora_moe.hub_export.mirror import mirror_pull, mirror_push
 
 class Exported:
