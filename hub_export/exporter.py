@@ -27,7 +27,7 @@ from .repo.options import ExportOptions, ExportResult
 from .repo.plan import Plan
 from .repo.repo_config import is_exported_repo
 from .repo.repo_files import is_replaceable
-from .repo.results import read_results
+from .repo.results import Score, read_scores
 from .repo.tokenizer import (
     FoundTokenizer,
     warn_about_older_transformers,
@@ -89,7 +89,7 @@ def export(
             `output_dir` then that was not there before.
     """
     chosen = ExportOptions.of(options)
-    read_results(chosen.results)  # before anything else, since it may be wrong
+    scores = read_scores(chosen.results)  # before anything else, since it may be wrong
     tell = progress or (lambda message: None)
     output = check_output(Path(output_dir), chosen.overwrite, is_replaceable)
     tell("reading the source")
@@ -106,8 +106,8 @@ def export(
         warn_about_older_transformers(tokenizer)
     _warn_about_idle_experts(mixture)
     strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
-    for scored in read_results(chosen.results):
-        _routing_strategy(scored.routing_strategy, plan.config)
+    for score in scores:
+        _routing_strategy(score.routing_strategy, plan.config)
     result = ExportResult(
         output_dir=output,
         format=mixture.format,
@@ -122,7 +122,7 @@ def export(
     )
     with staged_folder(output, chosen.overwrite, is_replaceable) as folder:
         tell("writing the repo")
-        _write(folder, output, mixture, plan, tokenizer, strategy, chosen)
+        _write(folder, output, mixture, plan, tokenizer, strategy, scores, chosen)
         if chosen.verify:
             tell("checking the repo against the source")
             result.check = _check(folder, mixture, resolved, plan, chosen)
@@ -163,6 +163,7 @@ def _write(
     plan: Plan,
     tokenizer: FoundTokenizer | None,
     strategy: str,
+    scores: list[Score],
     options: ExportOptions,
 ) -> None:
     """Everything an exported repo holds.
@@ -188,7 +189,7 @@ def _write(
         mixture,
         num_foundation_parameters=plan.num_foundation_parameters,
         licence=foundation_licence(plan.foundation) or stored_licence(mixture),
-        results=read_results(options.results),
+        results=scores,
     )
     (folder / "README.md").write_text(keep_edits(card, output / "README.md"), encoding="utf-8")
     write_checksums(folder)

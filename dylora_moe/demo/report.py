@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from dylora_moe.eval.evalplus_bridge.stock import TaskResult, pass_at_1
+from dylora_moe.hub_export.repo.results import TaskResult, pass_at_1
 
 from .problems import FAMILIES, family_of
 

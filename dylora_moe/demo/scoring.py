@@ -9,12 +9,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from dylora_moe.eval.evalplus_bridge.stock import (
-    TaskResult,
-    prepare_ground_truth,
-    read_results,
-    run_stock_evalplus,
-)
+from dylora_moe.eval.evalplus_bridge.stock import prepare_ground_truth, run_stock_evalplus
+from dylora_moe.hub_export.repo.results import TaskResult, read_results
 
 
 PROCESSES = 2

@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..analysis.statistics import interval
-from ..evalplus_bridge.stock import read_results
 from ..sampling.run_record import Run
 from ..scoring.scoring import pass_at_k_of_tasks
 from .run_labels import run_labels
@@ -34,16 +33,15 @@ def benchmark_table(runs: Sequence[Run], others: Sequence[Run] = ()) -> Table:
     return table
 
 
-def pass_at_1_interval(run: Run, plus: bool = False) -> tuple[float, float]:
-    """95 % interval of a scored run's pass@1, fractions; see `interval`."""
-    results = read_results(run.results_path)
-    return interval([result.plus if plus else result.base for result in results.values()])
+def score_interval(run: Run, name: str) -> tuple[float, float]:
+    """Compute the 95 % interval of one of a run's scores (`pass@1`, `plus_pass@10`), fractions."""
+    return interval(pass_at_k_of_tasks(run.results_path)[name])
 
 
 def _cell(run: Run, column: str) -> str:
     if column not in run.scores:
         return ""
-    low, high = interval(pass_at_k_of_tasks(run.results_path)[column])
+    low, high = score_interval(run, column)
     return f"{100 * run.scores[column]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -51,4 +49,4 @@ def _order(name: str) -> tuple[int, bool]:
     return int(name.partition("@")[2]), name.startswith("plus")
 
 
-__all__ = ["benchmark_table", "pass_at_1_interval"]
+__all__ = ["benchmark_table", "score_interval"]

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.routing_summary import HISTOGRAM_BINS
-from ..analysis.statistics import interval
-from ..evalplus_bridge.stock import read_results
 from ..sampling.run_record import Run
-from .benchmark_table import pass_at_1_interval
+from .benchmark_table import score_interval
 from .content import ReportContent
 from .run_labels import run_labels, strategy_label
 
@@ -75,7 +73,9 @@ def scores(runs: list[Run]) -> ReportTable:
     for run, label in zip(runs, run_labels(runs), strict=True):
         row = list(label.cells())
         for name in measured:
-            row += [run.scores[name], *_interval(run, name)] if name in run.scores else [None, None, None]
+            row += (
+                [run.scores[name], *score_interval(run, name)] if name in run.scores else [None, None, None]
+            )
         rows.append(row)
     note = (
         "Shares of tasks, with 95 % intervals over tasks. pass counts the samples that pass the base tests, plus_pass (+) "
@@ -86,17 +86,6 @@ def scores(runs: list[Run]) -> ReportTable:
 
 def _order(name: str) -> tuple[int, bool]:
     return int(name.partition("@")[2]), name.startswith("plus")
-
-
-def _interval(run: Run, name: str) -> tuple[float, float]:
-    k, plus = _order(name)
-    if k == 1:
-        return pass_at_1_interval(run, plus)
-    from evalplus.eval import estimate_pass_at_k
-
-    shares = [result.plus if plus else result.base for result in read_results(run.results_path).values()]
-    counts = [round(share * run.n_samples) for share in shares]
-    return interval(estimate_pass_at_k(run.n_samples, counts, k).clip(0.0, 1.0))
 
 
 def expert_tables(experts: dict[str, Any]) -> list[ReportTable]:

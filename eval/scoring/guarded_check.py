@@ -37,9 +37,9 @@ from .restrictions import (
     become_user,
     confine,
     drop_privileges,
-    prefer_oom_kill,
     end_with_parent,
     limit_resources,
+    prefer_oom_kill,
 )
 
 

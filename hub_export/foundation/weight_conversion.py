@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,15 +64,6 @@ class Parts:
 
         others = self.converter.operations[1:]
         return self.is_stack and all(isinstance(each, Concatenate) and each.dim == 1 for each in others)
-
-    def rows(self, start: int, stop: int) -> Parts:
-        """Those of some rows of a stack."""
-        of_pattern: dict[str, list[tuple[str, str, StoredTensor]]] = {}
-        for member in self.members:
-            of_pattern.setdefault(member[0], []).append(member)
-        return replace(
-            self, members=[member for group in of_pattern.values() for member in group[start:stop]]
-        )
 
     def describe(self) -> str:
         keys = [key for _, key, _ in self.members]
@@ -226,9 +217,7 @@ def _outcome(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _stored(parts: Parts, model: nn.Module, name: str, made: torch.Tensor) -> StoredTensor:
     """What comes out under a name. `made` is of the same shape and dtype."""
-    read = lambda: _converted(parts, model)[name]  # noqa: E731
-    read_rows = lambda start, stop: _converted(parts.rows(start, stop), model)[name]  # noqa: E731
-    return StoredTensor(tuple(made.shape), made.dtype, read, read_rows if parts.is_stack else None)
+    return StoredTensor(tuple(made.shape), made.dtype, lambda: _converted(parts, model)[name])
 
 
 def _converted(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:

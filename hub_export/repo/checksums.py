@@ -19,11 +19,9 @@ LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    """Hash a file's content."""
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def covered_files(folder: Path) -> list[str]:

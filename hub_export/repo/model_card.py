@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..foundation.reference import is_hub_id, is_local
 from ..tensors.mixture import Expert, FoundationReference, Mixture
-from .results import BenchmarkResult
+from .results import Score
 
 
 BEGIN = "<!-- dylora-moe: generated from here; what stands outside these two marks is yours and is kept -->"
@@ -47,7 +47,7 @@ def model_card(
     *,
     num_foundation_parameters: int | None = None,
     licence: Licence | None = None,
-    results: Sequence[BenchmarkResult] = (),
+    results: Sequence[Score] = (),
 ) -> str:
     """The text of README.md.
 
@@ -144,9 +144,7 @@ def restate(card: str, name: str, routing_strategy: str | None = None, config: A
     return before + mark + generated + end + after
 
 
-def _metadata(
-    name: str, config: Any, licence: Licence | None, results: Sequence[BenchmarkResult]
-) -> ModelCardData:
+def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence[Score]) -> ModelCardData:
     evaluations = [
         EvalResult(
             task_type="text-generation",
@@ -290,7 +288,7 @@ EvalPlus knows a model by its path and names its files after it, so each strateg
 own: `dylora-moe variant` makes one that shares the weights on disk."""
 
 
-def _results(results: Sequence[BenchmarkResult]) -> str:
+def _results(results: Sequence[Score]) -> str:
     rows = ["## Results", "", "| benchmark | strategy | pass@1 | tasks |", "|---|---|---|---|"]
     rows += [
         f"| {result.benchmark} | `{result.routing_strategy}` | {result.value:.1%} | {result.num_tasks} |"

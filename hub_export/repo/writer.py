@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,7 @@ def _converted(tensor: StoredTensor, name: str, dtype: torch.dtype | None) -> St
         )
         return converted
 
-    return replace(tensor.through(convert), dtype=target)
+    return StoredTensor(tensor.shape, target, lambda: convert(tensor.read()))
 
 
 def write_config_and_code(folder: Path, config: Any) -> None:
