@@ -23,10 +23,10 @@ from filelock import FileLock
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.foundation.quantised import check_needs_no_kernels
 from dylora_moe.hub_export.foundation.reference import not_loaded, resolve_foundation
-from dylora_moe.hub_export.readers import detect as formats
-from dylora_moe.hub_export.readers import exported_repo, merged_model, training_run
+from dylora_moe.hub_export.readers import detect, exported_repo, merged_model, open_source, training_run
 from dylora_moe.hub_export.repo import repo_config, tokenizer
 from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.hub_export.tensors.mixture import ReadOptions
 from dylora_moe.version import __version__
 
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
@@ -245,8 +245,8 @@ def find_model(
         sources, given = [str(source)], str(source)
     else:
         raise InputError("no model is given; name one with --model, --adapter_path or --wandb_artifact")
-    resolved = formats.open_sources(sources, revision=revision, subfolder=subfolder)
-    reader = formats.detect(resolved[0].folder).reader
+    resolved = open_source.open_sources(sources, revision=revision, subfolder=subfolder)
+    reader = detect.detect(resolved[0].folder).reader
     label = _label(sources, [found.name for found in resolved])
     common = {
         "source": given,
@@ -359,8 +359,8 @@ def _exported(
     new."""
     from dylora_moe import hub_export
 
-    mixture = formats.read_sources(
-        resolved, formats.ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
+    mixture = open_source.read_sources(
+        resolved, ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
     )
     # What a checkpoint does not say itself may be in its run's best model and state, beside it.
     content = [

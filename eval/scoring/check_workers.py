@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pickle
+import secrets
 import selectors
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from typing import NamedTuple, TypeVar
 
 from dylora_moe.hub_export.errors import FailureError, one_line
 
-from .folder_removal import remove_folder
-from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, Task
+from .folder_removal import remove_folders
+from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, READY, Task
 from .sandbox import PROCESSES, WRITABLE, sandbox_user, sandboxed
 from .shortage import remedy
 
@@ -140,7 +141,7 @@ def check_start(sandbox: bool = False) -> None:
 def run_checks(
     checks: Sequence[Check], *, workers: int, sandbox: bool = False, progress: Progress | None = None
 ) -> list[Verdict]:
-    """The verdict of every check, in order. When this returns or raises, no process that it started is left.
+    """The verdict of every check, in order. When this returns or raises, no process or folder of it is left.
 
     A program may fail because the machine is short of something: room in the temporary folder, files,
     processes, memory. So a verdict that is not to be trusted (`Answer.is_doubtful`) is made again, with
@@ -156,8 +157,7 @@ def run_checks(
         FailureError: the process that checks cannot be started, or checks cannot be set up.
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(_insist(lambda: tempfile.mkdtemp(prefix="dylora-moe-checks-")))
-        stack.callback(remove_folder, folder)
+        folder = Path(_insist(tempfile.gettempdir))
         pool = _Pool([_Worker(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))])
         answers: dict[int, Answer] = {}
         while len(answers) < len(checks):
@@ -165,7 +165,7 @@ def run_checks(
             unset = pool.answer(checks, waiting, answers, progress)
             if unset is not None:
                 pool.prove(checks[unset].task)
-                del pool.workers[max(1, len(pool.workers) // 2) :]
+                del pool.workers[: -max(1, len(pool.workers) // 2)]  # they rest by now
         for number in [number for number, answer in answers.items() if answer.is_doubtful(pool.troubles)]:
             answers[number] = pool.answer_alone(checks[number])
     return [answers[number].verdict for number in range(len(checks))]
@@ -238,6 +238,8 @@ class _Pool:
 
     def _repeat(self, check: Check, is_enough: Callable[[Answer], bool]) -> Answer:
         """The answer to a check that is made alone; again and again for a while, until it is good enough."""
+        for worker in self.workers[:-1]:  # `answer` asks the last
+            worker.rest()
         for seconds in PAUSES:
             time.sleep(seconds)
             answers: dict[int, Answer] = {}
@@ -249,7 +251,7 @@ class _Pool:
     def _failure(self, answer: Answer) -> FailureError:
         why = answer.verdict.lost or "a program that fails at once was not run to its end"
         return FailureError(
-            f"programs cannot be checked: {why}; {remedy(answer.errno, self.workers[0].folder.parent)}"
+            f"programs cannot be checked: {why}; {remedy(answer.errno, self.workers[0].folder)}"
         )
 
     def _wait(self, selector: selectors.BaseSelector) -> set[_Worker]:
@@ -263,13 +265,15 @@ class _Pool:
 
 
 class _Worker:
-    """A checking process, and the next one once that has ended."""
+    """A checking process, and the next one once that has ended.
+
+    It takes room for one folder in the temporary folder, and during a check EvalPlus for another in that.
+    """
 
     def __init__(self, folder: Path, number: int, sandbox: bool, stack: contextlib.ExitStack):
-        self.log = folder / f"checks-{number}.log"
         self.what = "the sandbox" if sandbox else "the process that checks programs"
-        self.command = _command(folder, number, sandbox)
-        self.folder = folder
+        self.folder, self.prefix = folder, f"dylora-moe-checks-{secrets.token_hex(8)}-"
+        self.command = _command(folder, self.prefix, number, sandbox)
         self._start()
         stack.callback(self.end)
 
@@ -279,14 +283,17 @@ class _Worker:
 
     def ask(self, check: Check) -> None:
         if not self.is_ready:
-            if not self.process.stdout.readline():
-                self.end()  # then all that it says is in its log
-                raise FailureError(f"{self.what} does not start: {_cause(self.log)}")
-            self.is_ready = True
+            self._wait_until_ready()
         given = None if check.task is self.task else tuple(check.task)
         self.task, self.asked = check.task, time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # it has just ended, as `answer` will find
             pickle.dump((given, check.program), self.process.stdin, pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.flush()
+
+    def rest(self) -> None:
+        """Have it take no room in the temporary folder until it is asked again."""
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump((None, None), self.process.stdin)
             self.process.stdin.flush()
 
     def answer(self, is_ready: bool) -> Answer:
@@ -321,7 +328,10 @@ class _Worker:
 
     def end(self) -> None:
         """End it and all that it started. It does that itself once nobody asks; what does not listen is
-        killed."""
+        killed.
+
+        Its folder is removed here if it could not do that.
+        """
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -330,22 +340,31 @@ class _Worker:
             _kill_tree(self.process.pid)
             self.process.wait()
         self.process.stdout.close()
+        remove_folders(self.folder, self.prefix)
+
+    def _wait_until_ready(self) -> None:
+        said = []
+        for line in self.process.stdout:
+            if line.endswith(READY):
+                self.is_ready = True
+                return
+            said.append(line)
+        raise FailureError(f"{self.what} does not start: {_cause(b''.join(said).decode(errors='replace'))}")
 
     def _start(self) -> None:
         self.is_ready, self.task, self.asked = False, None, None
         self.process = _insist(self._popen)
 
     def _popen(self) -> subprocess.Popen:
-        with open(self.log, "wb") as log:
-            return subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env=_environment(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,  # an interrupt from the terminal is for the process that asks
-            )
+        return subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # until it is ready
+            start_new_session=True,  # an interrupt from the terminal is for the process that asks
+        )
 
 
 def _insist(action: Callable[[], T]) -> T:
@@ -364,7 +383,7 @@ def _insist(action: Callable[[], T]) -> T:
     raise FailureError(f"programs cannot be checked: {one_line(refused)}; {advice}") from refused
 
 
-def _command(folder: Path, number: int, sandbox: bool) -> list[str]:
+def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]:
     code = str(Path(__file__).resolve().parent)
     evalplus = _package_folder("evalplus")
     paths = [os.path.abspath(path) for path in sys.path]
@@ -374,6 +393,7 @@ def _command(folder: Path, number: int, sandbox: bool) -> list[str]:
     settings = {
         "packages": packages,
         "folder": WRITABLE[0] if sandbox else str(folder),
+        "prefix": prefix,
         "private": WRITABLE if sandbox else [],
         "user": sandbox_user(number) if sandbox else None,
         "processes": PROCESSES if sandbox else None,
@@ -409,9 +429,8 @@ def _kill_tree(process_id: int) -> None:
                 each.kill()
 
 
-def _cause(log: Path) -> str:
-    """What a process ended with: the exception of a traceback, else its last line."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+def _cause(text: str) -> str:
+    """What a process ended with that said this: the exception of a traceback, else its last line."""
     *_, after = text.rpartition("Traceback (most recent call last):\n")
     lines = [line for line in after.splitlines() if line.strip()]
     exceptions = [line for line in lines if not line[0].isspace()] if after != text else []

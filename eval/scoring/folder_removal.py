@@ -1,6 +1,7 @@
-"""Removes a folder in which untrusted programs could do as they liked: any depth, any permissions, links.
+"""Removes folders in which untrusted programs could do as they liked: any depth, any permissions, links.
 
-Imports the standard library only, so that a bare interpreter in a sandbox can use it.
+What cannot be removed stays, without an error, and no link is followed. Nothing else may be at work in the
+folder. Imports the standard library only, so that a bare interpreter in a sandbox can use it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,39 @@ from pathlib import Path
 
 
 def remove_folder(folder: str | Path) -> None:
-    """Remove a folder with all that is in it. What cannot be removed stays, without an error.
-
-    No link is followed. Nothing else may be at work in the folder.
-    """
+    """Remove a folder with all that is in it."""
     with contextlib.suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
     # What is left is nested deeper than Python's recursion goes, or locked; the system's commands are neither
     # bound by depth nor follow links below the folder that they are given.
-    if os.path.isdir(folder) and not os.path.islink(folder):
+    if _is_folder(folder):
         for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
             with contextlib.suppress(OSError):
                 subprocess.run([*command, "--", os.fspath(folder)], check=False, stderr=subprocess.DEVNULL)
+
+
+def empty_folder(folder: str | Path) -> None:
+    """Remove all that is in a folder. The folder itself is this user's alone then."""
+    if not _is_folder(folder):
+        return
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if _is_folder(path):
+                remove_folder(path)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+
+def remove_folders(parent: str | Path, prefix: str) -> None:
+    """Remove this user's folders in `parent` whose names begin with `prefix`, and no other user's."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in [entry for entry in entries if entry.name.startswith(prefix)]:
+            if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                remove_folder(entry.path)
+
+
+def _is_folder(path: str | Path) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)

@@ -2,7 +2,7 @@
 own.
 
     checking process    (this file's `serve`; adopts orphans, ends whatever a sample leaves behind)
-      guard             (one a sample: own session, folder and empty environment; calls EvalPlus's check_correctness)
+      guard             (one a sample: own session, empty folder and environment; calls EvalPlus's check_correctness)
         program         (EvalPlus's own child, once for the base and once for the plus tests; restricted as it is forked)
 
 It is started in an environment and, with a sandbox, in a file system without this package: from here it
@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .folder_removal import remove_folder
+from .folder_removal import empty_folder, remove_folder
 from .restrictions import (
     adopt_orphans,
     become_user,
@@ -57,6 +57,8 @@ LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("
 LASTING = [Path("/proc/sysvipc", kind) for kind in ("shm", "msg", "sem")]
 
 
+# The line with which the checking process ends what it says before the first answer.
+READY = b'{"ready": true}\n'
 # What a program's process notes of itself when all that remains is to run the program.
 RUNS = {"runs": True}
 
@@ -74,19 +76,65 @@ class AskerGone(Exception):
     """The process that asks has ended."""
 
 
-def serve(folder: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
+class _Folder:
+    """Where programs write to, one after the other: made for the first, and emptied after each.
+
+    A folder that Landlock let a program write to takes room for a while after it was removed: with one for
+    each program there would have to be room for two. It is made anew only where a program has changed the
+    folder itself.
+    """
+
+    def __init__(self, parent: str, prefix: str):
+        self.parent, self.prefix = parent, prefix
+        self.path: str | None = None
+        self.state: list[Any] = []
+
+    def make(self) -> str:
+        if self.path is None:
+            self.path = tempfile.mkdtemp(prefix=self.prefix, dir=self.parent)
+            self.state = self._state()
+        return self.path
+
+    def empty(self) -> None:
+        empty_folder(self.path)
+        try:
+            is_new = self._state() == self.state
+        except OSError:
+            is_new = False
+        if not is_new:
+            self.close()
+
+    def close(self) -> None:
+        if self.path is not None:
+            remove_folder(self.path)
+            self.path = None
+
+    def _state(self) -> list[Any]:
+        """What the next program could notice. On some file systems a folder stays as large as it ever was."""
+        found = os.stat(self.path)
+        names = (
+            os.listxattr(self.path) if sys.platform == "linux" else []
+        )  # access control lists are there, too
+        attributes = {name: os.getxattr(self.path, name) for name in names}
+        return [os.listdir(self.path), found.st_mode, found.st_gid, found.st_size, attributes]
+
+
+def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
     """Answer questions from stdin until it ends, or until a program has changed what the next one would run
     in.
 
-    A question is pickled: (the fields of a Task, or None for the one before; the program's text). An answer
-    is what `check_correctness` says of it, `{"base": [status, details], "plus": [status, details]}`, with
-    `"early": true` if a program that EvalPlus calls timed out ended before its time; or `{"lost": status,
-    "reason": text}`; or `{"unset": reason, "errno": number or null, "has_run": …}` where the check could not
-    be set up, with whether the program has run for the base tests at least. With `"last": true` this process
-    ends with it.
+    What is said on stdout and stderr before the line `READY` is why it does not start, if it does not.
+
+    A question is pickled: (the fields of a Task, or None for the one before; the program's text, or None to
+    have the folder removed until the next question, which is not answered). An answer is what
+    `check_correctness` says of it, `{"base": [status, details], "plus": [status, details]}`, with `"early":
+    true` if a program that EvalPlus calls timed out ended before its time; or `{"lost": status, "reason":
+    text}`; or `{"unset": reason, "errno": number or null, "has_run": …}` where the check could not be set up,
+    with whether the program has run for the base tests at least. With `"last": true` this process ends with
+    it.
 
     Args:
-        folder: where samples get folders of their own.
+        folder: where this process makes the folder for its samples; `prefix`: how that one's name begins.
         private: folders that nobody else writes to, in a sandbox; then shared memory is nobody else's either.
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
@@ -96,24 +144,30 @@ def serve(folder: str, private: Sequence[str], user: int | None, processes: int 
         become_user(user)
     adopt_orphans()
     multiprocessing.set_start_method("fork")
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+    place = _Folder(folder, prefix)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers, contextlib.closing(place):
         _redirect(1)  # nothing that EvalPlus prints is an answer
         import evalplus.evaluate  # noqa: F401
 
-        task, state = None, _state(private)
-        answer: dict = {"ready": True}
+        task, state = None, _state(private, place)
+        _redirect(2)
+        answers.write(READY.decode())
+        answers.flush()
         while True:
-            if _state(private) != state:
+            try:
+                given, program = pickle.load(sys.stdin.buffer)
+                if program is None:
+                    place.close()
+                    continue
+                task = Task(*given) if given else task
+                answer = _check(task, program, place, processes)
+            except (EOFError, AskerGone):
+                return
+            if _state(private, place) != state:
                 answer["last"] = True
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
             if "last" in answer:
-                return
-            try:
-                given, program = pickle.load(sys.stdin.buffer)
-                task = Task(*given) if given else task
-                answer = _check(task, program, folder, processes)
-            except (EOFError, AskerGone):
                 return
 
 
@@ -125,15 +179,15 @@ def limit_seconds(times: Sequence[float]) -> float:
     return min(EVALPLUS_SECONDS, sum(limits))
 
 
-def _check(task: Task, program: str, folder: str, processes: int | None) -> dict[str, Any]:
-    """One answer. When it returns, nothing that the program started is left, and neither is its folder."""
+def _check(task: Task, program: str, place: _Folder, processes: int | None) -> dict[str, Any]:
+    """One answer. When it returns, nothing that the program started is left, and nothing in its folder."""
     kinds = ("base",) if task.base_only else ("base", "plus")
     limits = [limit_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
     seconds = [limit + ENDING_SECONDS for limit in limits]
     with contextlib.ExitStack() as stack:
         try:
-            own = tempfile.mkdtemp(dir=folder)
-            stack.callback(remove_folder, own)
+            own = place.make()
+            stack.callback(place.empty)
             reading, writing = os.pipe()
             stack.callback(os.close, reading)
             with contextlib.closing(os.fdopen(writing, "wb")):
@@ -258,7 +312,7 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
         os._exit(0)
 
 
-def _state(private: Sequence[str]) -> list[Any]:
+def _state(private: Sequence[str], place: _Folder) -> list[Any]:
     """What a program can change that outlives it and that the next one would be checked under.
 
     Whoever has the same user id may set the limits and the priority of another process.
@@ -268,7 +322,8 @@ def _state(private: Sequence[str]) -> list[Any]:
         state += [os.sched_getaffinity(0), os.sched_getscheduler(0)]
     if private:
         state += [path.read_text() for path in LASTING if path.exists()]
-        state += [sorted(os.listdir(folder)) for folder in private]
+        paths = {os.path.join(folder, name) for folder in private for name in os.listdir(folder)}
+        state.append(paths - {place.path})
     return state
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -118,12 +119,18 @@ def sandboxed(request):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
-    """Every process of a test can be told by its command line, which forks keep. None may outlive the
-    test."""
+    """Every process of a test can be told by its command line, which forks keep. None may outlive the test.
+
+    Neither may anything in the temporary folder.
+    """
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1))
     monkeypatch.setattr(check_workers, "_START", f"# {tmp_path}\n{check_workers._START}")
     yield
     assert processes(str(tmp_path)) == []
+    assert list(temporary.iterdir()) == []
 
 
 def processes(mark: str) -> list[psutil.Process]:
@@ -272,8 +279,8 @@ def f(x):
 """
 SPIED_ON = f"""
 import json, sys
-from dylora_moe.eval.check_workers import Check, run_checks
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
 from evalplus.evaluate import check_correctness
 task, sandboxed = Task(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
 stock = check_correctness(task.dataset, 0, task.problem, {SPY!r}, task.expected_output, base_only=True)
@@ -370,7 +377,7 @@ def test_when_scoring_is_ended_so_is_all_that_it_started(sandboxed, ending, tmp_
     code = f"""
 import json, signal, sys
 from dylora_moe.eval import check_workers
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.guarded_check import Task
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 check_workers._START = "# {tmp_path}\\n" + check_workers._START
 check = check_workers.Check(Task(**json.loads(sys.argv[1])), "while True: pass")
@@ -378,7 +385,7 @@ check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2])
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(SHORT._asdict()), json.dumps(sandboxed)],
-        env={**os.environ, "TMPDIR": str(tmp_path)},  # a killed process leaves its folder
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -388,7 +395,7 @@ check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2])
     process.send_signal(ending)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -ending if ending == signal.SIGKILL else "KeyboardInterrupt" in errors
-    wait_until(lambda: not processes(f"# {tmp_path}"))
+    wait_until(lambda: not processes(f"# {tmp_path}"))  # and nothing in the temporary folder
 
 
 def wait_until(condition, seconds=20):
@@ -418,8 +425,8 @@ def check_correctness(*args, **kwargs):
 """
 ASKS = """
 import json, sys
-from dylora_moe.eval.check_workers import Check, run_checks
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
 task, sandboxed = Task(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
 (verdict,) = run_checks([Check(task, "def f(x):\\n    return None\\n")], workers=1, sandbox=sandboxed)
 print(verdict.base_status)

@@ -44,7 +44,8 @@ WRONG = "def f(x):\n    return None\n"
 FAULT = """
 import errno, os, tempfile
 import checking.guarded_check
-make, calls = tempfile.mkdtemp, []
+make, calls, checks, checker = tempfile.mkdtemp, [], [], os.getpid()
+os.register_at_fork(before=lambda: os.getpid() == checker and checks.append(len(checks)))
 def mkdtemp(suffix=None, prefix=None, dir=None):
     calls.append(dir)
     {}
@@ -100,7 +101,7 @@ def test_a_program_that_finds_no_room_for_its_folder_has_no_verdict(fault, condi
 
 
 def test_a_shortage_that_passes_costs_nothing(fault):
-    fault(refuse("dir is not None and len(calls) in (2, 3, 5)"))
+    fault(refuse("dir is None and len(checks) in (2, 3, 5)"))
     assert statuses([RIGHT] * 4 + [WRONG]) == [("pass", "pass")] * 4 + [("fail", "fail")]
 
 
@@ -122,10 +123,14 @@ def test_failures_in_the_minute_of_a_failed_set_up_are_checked_again(tmp_path, f
     short.touch()
     # The first program fails for what the second cannot be set up for, until that is over.
     hit = f"import os\ndef f(x):\n    return None if os.path.exists({str(short)!r}) else x\n"
-    fault(
-        f"if dir is not None and len(calls) == 2: os.unlink({str(short)!r}); raise OSError(errno.ENOSPC, '')"
-    )
-    assert statuses([hit, RIGHT, WRONG]) == [("pass", "pass"), ("pass", "pass"), ("fail", "fail")]
+    fault(refuse("dir is None and len(checks) == 2"))
+    until = {2: short.unlink}
+    progress = lambda done, total: until.pop(done, bool)()  # noqa: E731
+    assert statuses([hit, RIGHT, WRONG], progress=progress) == [
+        ("pass", "pass"),
+        ("pass", "pass"),
+        ("fail", "fail"),
+    ]
 
 
 def test_a_program_that_makes_its_own_shortage_counts_as_failed(fault, tmp_path):
@@ -142,7 +147,7 @@ def test_a_program_that_makes_its_own_shortage_counts_as_failed(fault, tmp_path)
 STOPPED = """
 import json, sys
 from dylora_moe.eval import check_workers
-from dylora_moe.eval.guarded_check import Task
+from dylora_moe.eval.scoring.guarded_check import Task
 check_workers.STANDSTILL_SECONDS = 1
 waits = "import time\\ndef f(x):\\n    time.sleep(0.7)\\n    return x\\n"
 (verdict,) = check_workers.run_checks([check_workers.Check(Task(**json.loads(sys.argv[1])), waits)], workers=1)
@@ -173,7 +178,7 @@ def test_a_machine_that_stands_still_costs_no_verdict():
 SCORES = """
 import json, os, sys
 from dylora_moe.eval import check_workers
-from dylora_moe.eval.scoring import pass_at_k, score_samples
+from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
 check_workers.PAUSES = (0, 0.2, 0.5)
 samples, *task_ids = sys.argv[1:]
 print(json.dumps(pass_at_k(score_samples(samples, "humaneval", parallel=2, task_ids=task_ids))))
@@ -268,12 +273,12 @@ def test_a_right_program_that_does_not_pass_is_noticed(monkeypatch):
         check_start()
 
 
-def test_a_temporary_folder_that_cannot_be_made_is_said(monkeypatch):
-    def refused(**options):
+def test_a_temporary_folder_that_cannot_be_used_is_said(monkeypatch):
+    def refused():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "folder")
 
     monkeypatch.setattr(check_workers, "PAUSES", (0, 0))
-    monkeypatch.setattr(check_workers.tempfile, "mkdtemp", refused)
+    monkeypatch.setattr(check_workers.tempfile, "gettempdir", refused)
     with pytest.raises(FailureError, match=r"No space left on device.*TMPDIR"):
         statuses([RIGHT])
 

@@ -19,7 +19,7 @@ from dylora_moe.hub_export.errors import InputError
 
 CODE = """
 import sys
-from dylora_moe.eval.wandb_tables import log_to_wandb
+from dylora_moe.eval.report.wandb_tables import log_to_wandb
 from dylora_moe.hub_export.errors import DyloraMoeError
 try:
     log_to_wandb(sys.argv[1], sys.argv[2])

@@ -90,9 +90,9 @@ def test_one_on_the_hub_without_a_network(moved, tmp_path):
 
 ON_THE_HUB = """
 import json, sys
-from dylora_moe.eval.loading import find_model
+from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import export, inspect, merge
-from dylora_moe.hub_export.tensor_files import read_json
+from dylora_moe.hub_export.tensors.tensor_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 adapter, repo, *names = sys.argv[1:]

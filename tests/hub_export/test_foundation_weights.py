@@ -332,7 +332,7 @@ def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
 PICKLES = """
 import sys
 from pathlib import Path
-from dylora_moe.hub_export.tensor_files import TensorFile
+from dylora_moe.hub_export.tensors.tensor_files import TensorFile
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
