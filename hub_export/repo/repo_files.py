@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, few
 from ..tensors.tensor_files import read_json
 from .repo_config import check_is_exported_repo, is_exported_repo
 
@@ -102,8 +102,7 @@ class RepoFiles:
         """What stays here, in words."""
         if not self.left_out:
             return None
-        more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
-        return f"not part of the repo, so not sent: {', '.join(self.left_out[:8])}{more}"
+        return f"not part of the repo, so not sent: {few(self.left_out)}"
 
 
 def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
@@ -258,10 +257,9 @@ def is_replaceable(folder: Path) -> bool:
         return False
     others = foreign_files(folder)
     if others:
-        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         raise InputError(
-            f"{folder} is an exported repo that holds other things too ({', '.join(others[:4])}{more}), which would be "
-            "lost; move them, or choose another output folder"
+            f"{folder} is an exported repo that holds other things too ({few(others, 4)}), which would be lost; move "
+            "them, or choose another output folder"
         )
     return True
 
