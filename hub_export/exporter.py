@@ -26,7 +26,7 @@ from .repo.model_card import foundation_licence, keep_edits, model_card, stored_
 from .repo.options import ExportOptions, ExportResult
 from .repo.plan import Plan
 from .repo.repo_config import is_exported_repo
-from .repo.repo_files import is_replaceable
+from .repo.repo_files import KEPT_FILES, is_replaceable
 from .repo.results import Score, read_scores
 from .repo.tokenizer import (
     FoundTokenizer,
@@ -43,10 +43,6 @@ from .repo.writer import (
 from .sources.hub_and_folders import Source
 from .staging import check_output, staged_folder
 from .tensors.mixture import Mixture, idle_experts
-
-
-# What a person may have put into a repo, or added lines to: overwriting keeps it.
-KEPT_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "requirements.txt", ".gitattributes")
 
 
 def export(

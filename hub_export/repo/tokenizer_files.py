@@ -234,16 +234,7 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
     from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
 
     network_errors = getattr(errors, "HTTPError", OSError)
-    patterns = [
-        "*.json",
-        "*.model",
-        "*.txt",
-        "*.bpe",
-        "*.tiktoken",
-        "*.jinja",
-        f"{TEMPLATE_FOLDER}/*",
-        "*.py",
-    ]
+    patterns = [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), f"{TEMPLATE_FOLDER}/*", "*.py"]
     try:
         fetched = snapshot_download(
             name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.index.json", "*/*.json"]
