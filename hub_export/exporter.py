@@ -1,13 +1,12 @@
-"""Export: any source a reader knows becomes a Hub repo that stock transformers loads.
+"""Exports any source that a reader knows as a Hub repo that stock transformers loads.
 
 The order is: look at everything that is cheap to look at, write to a hidden folder tensor by tensor, check,
-and only then let the repo appear under its name. It knows nothing about the formats of sources.
+and only then let the repo appear under its name.
 
 Dtypes: the foundation is saved as it is stored and the gate in float32. The experts are saved in their own
-    stored
-dtype (the finest one, where they differ), because rounding float32 adapters to a bfloat16 foundation's dtype
-would change what they compute; on loading, `dtype` decides for both, as for any model. An explicit `dtype`
-converts foundation and experts.
+stored dtype (the finest one, where they differ), because rounding float32 adapters to a bfloat16 foundation's
+dtype would change what they compute; on loading, `dtype` decides for both, as for any model. An explicit
+`dtype` converts foundation and experts.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .preparation import prepare
-from .readers.open_source import open_sources
+from .readers.open_source import open_source
 from .repo.checksums import write_checksums
 from .repo.model_card import foundation_licence, keep_edits, model_card, stored_licence
 from .repo.options import ExportOptions, ExportResult
@@ -28,11 +27,7 @@ from .repo.plan import Plan
 from .repo.repo_config import is_exported_repo
 from .repo.repo_files import KEPT_FILES, is_replaceable
 from .repo.results import Score, read_scores
-from .repo.tokenizer import (
-    FoundTokenizer,
-    warn_about_older_transformers,
-    write_tokenizer,
-)
+from .repo.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 from .repo.writer import (
     make_readable,
     write_adapter,
@@ -40,13 +35,12 @@ from .repo.writer import (
     write_full,
     write_generation_config,
 )
-from .sources.hub_and_folders import Source
 from .staging import check_output, staged_folder
 from .tensors.mixture import Mixture, idle_experts
 
 
 def export(
-    sources: str | Path | list[str | Path],
+    sources: str | Path | list[str | Path] | Mixture,
     output_dir: str | Path,
     *,
     progress: Callable[[str], None] | None = None,
@@ -56,7 +50,8 @@ def export(
 
     Args:
         sources: a folder, a Hub id or `wandb:entity/project/name:version`; several PEFT adapters become
-            several experts, in this order, and after an exported repo they are appended to its experts.
+            several experts, in this order, and after an exported repo they are appended to its experts. A
+            mixture that `open_source` gave is not read again.
         output_dir: the repo's folder. It must be missing or empty, or with `overwrite` an exported repo.
         progress: is told in a few words what happens next.
         base_model, base_revision: the foundation, where the source names none or not the right one.
@@ -75,7 +70,7 @@ def export(
             stored.
         max_shard_size: weights beyond it are split over several files.
         results: `STRATEGY=FILE` for each file of EvalPlus's results, to be stated in the card.
-        overwrite: replace an exported repo, at one stroke; what was written by hand in its card is kept.
+        overwrite: replace an exported repo, atomically; what was written by hand in its card is kept.
         verify: check the written repo against the source before it appears.
         trust_remote_code: let a tokenizer run code of its own.
 
@@ -89,14 +84,9 @@ def export(
     tell = progress or (lambda message: None)
     output = check_output(Path(output_dir), chosen.overwrite, is_replaceable)
     tell("reading the source")
-    resolved = open_sources(sources, revision=chosen.revision, subfolder=chosen.subfolder)
-    _refuse_inside(output, [source.folder for source in resolved])
-    for source in resolved:
-        if is_exported_repo(source.folder) and source.folder.resolve() in output.parents:
-            raise InputError(
-                f"{output} lies in the repo {source.folder}, which is the source; choose another folder"
-            )
-    mixture, plan, tokenizer = prepare(resolved, chosen, tell)
+    mixture = sources if isinstance(sources, Mixture) else open_source(sources, chosen)
+    _check_apart(output, mixture)
+    plan, tokenizer = prepare(mixture, chosen, tell)
     _refuse_inside(output, [Path(name) for name in (plan.foundation.name, chosen.tokenizer) if name])
     if tokenizer is not None:
         warn_about_older_transformers(tokenizer)
@@ -121,9 +111,20 @@ def export(
         _write(folder, output, mixture, plan, tokenizer, strategy, scores, chosen)
         if chosen.verify:
             tell("checking the repo against the source")
-            result.check = _check(folder, mixture, resolved, plan, chosen)
+            result.check = _check(folder, mixture, plan, chosen)
         tell("putting the repo in its place")
     return result
+
+
+def _check_apart(output: Path, mixture: Mixture) -> None:
+    """Raise InputError if one of sources and output lies in the other."""
+    folders = [source.path for source in mixture.sources]
+    _refuse_inside(output, folders)
+    for folder in folders:
+        if is_exported_repo(folder) and folder.resolve() in output.parents:
+            raise InputError(
+                f"{output} lies in the repo {folder}, which is the source; choose another folder"
+            )
 
 
 def _refuse_inside(output: Path, folders: list[Path]) -> None:
@@ -133,7 +134,7 @@ def _refuse_inside(output: Path, folders: list[Path]) -> None:
 
 
 def _routing_strategy(strategy: str | None, config: Any) -> str:
-    """The strategy in canonical form, or the default.
+    """Give the strategy in canonical form, or the default.
 
     Raises:
         InputError: the mixture cannot do it.
@@ -162,7 +163,7 @@ def _write(
     scores: list[Score],
     options: ExportOptions,
 ) -> None:
-    """Everything an exported repo holds.
+    """Write everything an exported repo holds.
 
     Raises:
         OSError: the disk is full, or the file system refuses.
@@ -192,13 +193,13 @@ def _write(
     make_readable(folder)
 
 
-def _check(folder: Path, mixture: Mixture, sources: list[Source], plan: Plan, options: ExportOptions) -> Any:
+def _check(folder: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> Any:
     from .checking.check import check_export
 
     report = check_export(folder, mixture, plan, options)
     if report.passed is False:
         raise FailureError(
-            f"the exported repo does not compute what {sources[0].folder} does: {report.describe_failures()}"
+            f"the exported repo does not compute what {mixture.sources[0]} does: {report.describe_failures()}"
         )
     if report.passed is None:
         warnings.warn(report.describe_unclear(), DyloraMoeWarning, stacklevel=3)

@@ -17,9 +17,9 @@ from .errors import InputError, one_line
 from .repo.model_card import restate
 from .repo.repo_config import MODEL_TYPE
 from .repo.repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_files
-from .sources.hub_and_folders import HUB_ID
+from .sources.hub_and_folders import is_hub_id
 from .sources.hub_errors import find_token, hub_errors
-from .tensors.tensor_files import read_json
+from .sources.json_files import read_json
 
 
 Progress = Callable[[str], None]
@@ -148,16 +148,6 @@ def _check_card(path: Path) -> None:
         raise InputError(
             f"{path}: the metadata between the two --- lines is not valid YAML: {one_line(error)}"
         ) from error
-
-
-def is_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return HUB_ID.fullmatch(name) is not None
 
 
 def _check_names(hub_id: str, revision: str | None) -> None:

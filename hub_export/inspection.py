@@ -1,5 +1,4 @@
-"""Inspect: what a source holds, and what it lacks to be exported. It loads no model and knows nothing about
-formats."""
+"""Inspects a source: what it holds, and what it lacks to be exported. No model is loaded."""
 
 from __future__ import annotations
 
@@ -10,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .foundation.reference import in_hub_cache, is_local, load_foundation_config, resolve_foundation
-from .foundation.weights import WEIGHT_NAMES, foundation_weights, skeleton, tied_head, weight_files
+from .foundation.reference import load_foundation_config, local_folder, resolve_foundation
+from .foundation.weights import foundation_weights, skeleton, tied_head
 from .foundation.whole_weights import check_whole_weights
-from .readers.open_source import open_sources, read_sources
+from .readers.open_source import open_source
 from .repo.plan import check_fit
 from .repo.tokenizer_files import has_tokenizer
 from .sources.hub_and_folders import is_elsewhere
-from .tensors.mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, idle_experts
-from .tensors.tensor_files import TensorFile
+from .sources.source_folder import SourceFolder
+from .sources.source_options import ReadOptions, SourceOptions
+from .tensors.mixture import Expert, FoundationReference, Mixture, Router, idle_experts
+from .tensors.weight_files import stored_tensors, weight_files
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -76,40 +77,37 @@ class Inspection:
 def inspect(
     sources: str | Path | list[str | Path],
     *,
-    base_model: str | None = None,
-    lora_alpha: float | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
     progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Inspection:
     """Look at one or several sources without loading a model.
 
     Args:
         sources: a folder, a Hub id or `wandb:entity/project/name:version`; several only for PEFT adapters,
             which may follow an exported repo.
-        base_model, lora_alpha, revision, subfolder: as for `export`, to see whether an export would still
-            lack something.
         progress: is told when a source has to be fetched first, which may take long.
+        options: `base_model`, `lora_alpha`, `revision` and `subfolder`, as for `export`, to see whether an
+            export would still lack something; see `SourceOptions`.
 
     Raises:
         InputError: of no known format, or damaged. What is merely missing is listed.
     """
+    chosen = SourceOptions.of(options)
     asked = [sources] if isinstance(sources, str | Path) else sources
     elsewhere = [str(source) for source in asked if is_elsewhere(source)]
     if elsewhere and progress is not None:
         progress(f"fetching {', '.join(elsewhere)}")
-    resolved = open_sources(sources, revision=revision, subfolder=subfolder)
-    mixture = read_sources(resolved, ReadOptions(lora_alpha=lora_alpha, base_model=base_model))
+    mixture = open_source(sources, ReadOptions(**vars(chosen)))
     missing = list(mixture.problems)
     notes = list(mixture.notes)
-    foundation = _foundation(mixture, base_model, missing)
+    foundation = _foundation(mixture, chosen.base_model, missing)
     _compare(mixture, foundation, missing, notes)
     idle = idle_experts(mixture)
     if idle is not None:
         notes.append(idle)
-    tokenizer = _tokenizer(mixture, base_model, missing)
+    tokenizer = _tokenizer(mixture, chosen.base_model, missing)
     return Inspection(
-        sources=[str(source.folder) for source in resolved],
+        sources=[str(source) for source in mixture.sources],
         format=mixture.format,
         reason=mixture.reason,
         foundation=foundation,
@@ -142,10 +140,14 @@ def _expert(expert: Expert) -> ExpertSummary:
 
 
 def _router(router: Router) -> dict[str, Any]:
-    names = (
-        "num_experts", "hidden_size", "router_input", "router_mode", "num_experts_per_tok", "router_temperature",
-    )  # fmt: skip
-    return {name: getattr(router, name) for name in names}
+    return {
+        "num_experts": router.num_experts,
+        "hidden_size": router.hidden_size,
+        "router_input": router.router_input,
+        "router_mode": router.router_mode,
+        "num_experts_per_tok": router.num_experts_per_tok,
+        "router_temperature": router.router_temperature,
+    }
 
 
 def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) -> FoundationSummary:
@@ -163,8 +165,8 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
             f"the foundation {found.name} is not on this machine; an export downloads it, or takes --base_model"
         )
         return FoundationSummary(found.name, found.revision, None, None)
-    files = next((files for name in WEIGHT_NAMES if (files := weight_files(folder, name))), [])
-    count = sum(_num_parameters(path) for path in files) if files else None
+    tensors = stored_tensors(weight_files(folder))
+    count = sum(tensor.num_parameters for tensor in tensors.values()) if tensors else None
     return FoundationSummary(found.name, found.revision, str(folder), count)
 
 
@@ -192,10 +194,12 @@ def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str]
         )
 
 
-def _place(reference: FoundationReference, base_model: str | None) -> tuple[FoundationReference, Path | None]:
-    """Where the foundation is named to be, and its folder on this machine, where there is one."""
+def _place(
+    reference: FoundationReference, base_model: str | None
+) -> tuple[FoundationReference, SourceFolder | None]:
+    """Find where the foundation is named to be, and open its folder on this machine, if there is one."""
     found = resolve_foundation(reference, base_model, None)
-    return found, Path(found.name) if is_local(found) else in_hub_cache(found)
+    return found, local_folder(found)
 
 
 def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> str | None:
@@ -213,24 +217,13 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     return None if found is None else str(found)
 
 
-def _num_parameters(path: Path) -> int:
-    file = TensorFile(path)
-    count = 0
-    for key in file.keys():  # noqa: SIM118
-        size = 1
-        for extent in file.shape(key):
-            size *= extent
-        count += size
-    return count
-
-
 def _gate_parameters(mixture: Mixture) -> int:
     return 0 if mixture.router is None else mixture.router.num_experts * (mixture.router.hidden_size + 1)
 
 
 def _memory(mixture: Mixture, foundation: FoundationSummary) -> dict[str, dict[str, int | None]]:
     """Bytes of the loaded parameters by dtype; the gate is float32 in each. None where the foundation is not
-    at hand."""
+    on this machine."""
     experts, gate = sum(expert.num_parameters for expert in mixture.experts), 4 * _gate_parameters(mixture)
     memory: dict[str, dict[str, int | None]] = {}
     for dtype, size in BYTES_PER_PARAMETER.items():

@@ -1,8 +1,4 @@
-"""Merge: one expert folded into the foundation, W + s B A. What comes out is an ordinary model that any
-server loads.
-
-It knows how a merged folder is written, and nothing about how experts are stored.
-"""
+"""Merges one expert into the foundation, W + s B A: an ordinary model that any server loads."""
 
 from __future__ import annotations
 
@@ -19,14 +15,15 @@ from .checking import rounding
 from .checking.check import Comparison, compared
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
-from .foundation.reference import is_hub_id, is_local, not_loaded, resolve_foundation
+from .foundation.reference import is_local, not_loaded, resolve_foundation
 from .repo.model_card import foundation_licence
 from .repo.options import DTYPES
 from .repo.repo_config import foundation_of, load_config
 from .repo.tokenizer import open_tokenizer, write_tokenizer
 from .repo.tokenizer_files import has_tokenizer
 from .repo.writer import make_readable, write_generation_config
-from .sources.hub_and_folders import resolve_sources
+from .sources.hub_and_folders import is_on_hub, open_source_folder
+from .sources.source_folder import SourceFolder
 from .staging import check_output, staged_folder
 from .tensors.mixture import FoundationReference
 
@@ -83,9 +80,9 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is not known; it can be {', '.join(DTYPES)}")
     check_output(Path(output_dir), False, _is_replaceable)
-    folder = resolve_sources(repo)[0].folder
+    folder = open_source_folder(repo)
     config = load_config(folder)
-    if folder.resolve() in Path(output_dir).resolve().parents:
+    if folder.path.resolve() in Path(output_dir).resolve().parents:
         raise InputError(f"{output_dir} lies in the repo {folder}; choose another output folder")
     try:
         index = config.expert_index(expert)
@@ -96,12 +93,10 @@ def merge(
     tell("loading the repo")
     stored = DTYPES.get(dtype) or config.dtype or torch.float32
     try:
-        where = (
-            {"base_model": foundation.name}
-            if config.weights_layout == "adapter" and is_local(foundation)
-            else {}
-        )
-        model = DyloraMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+        where = {}
+        if config.weights_layout == "adapter" and is_local(foundation):
+            where["base_model"] = foundation.name
+        model = DyloraMoeForCausalLM.from_pretrained(folder.path, dtype=torch.float32, **where)
         merged = model.merge_expert(index)
     except FoundationError as error:
         raise InputError(not_loaded(foundation, error)) from error
@@ -126,7 +121,7 @@ def merge(
         merged.save_pretrained(place)
         write_generation_config(place, fields, None)
         if has_tokenizer(folder):
-            found = open_tokenizer(str(folder), folder, merged.config, foundation.name)
+            found = open_tokenizer(str(folder), folder.path, merged.config, foundation.name)
             write_tokenizer(found, place, merged.config)
         (place / "README.md").write_text(
             _card(Path(output_dir).resolve().name, name, config, foundation), encoding="utf-8"
@@ -207,7 +202,7 @@ def _check_same(written: torch.nn.Module, merged: torch.nn.Module) -> None:
             raise FailureError(f"{name} was not written as the merged model has it")
 
 
-def _foundation(folder: Path, config: Any, base_model: str | None) -> FoundationReference:
+def _foundation(folder: SourceFolder, config: Any, base_model: str | None) -> FoundationReference:
     """Where the foundation is; of a repo that holds it, what it is called.
 
     Raises:
@@ -226,7 +221,7 @@ def _foundation(folder: Path, config: Any, base_model: str | None) -> Foundation
 def _card(name: str, expert: str, config: Any, foundation: FoundationReference) -> str:
     from huggingface_hub import ModelCardData
 
-    base_model = foundation.name if is_hub_id(foundation.name) else None
+    base_model = foundation.name if is_on_hub(foundation.name) else None
     licence = foundation_licence(foundation)
     data = ModelCardData(
         base_model=base_model,

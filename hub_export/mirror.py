@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, few
-from .hub_push import is_hub_id
 from .readers.exported_repo import FORMAT
 from .repo.checksums import sha256
 from .repo.options import ExportOptions
 from .repo.repo_config import is_exported_repo
 from .repo.repo_files import RepoFiles, is_replaceable, repo_files
+from .sources.hub_and_folders import is_on_hub
 from .sources.wandb_artifacts import (
     ArtifactName,
     cached,
@@ -186,7 +186,7 @@ def _metadata(folder: Path, content: RepoFiles) -> dict[str, Any]:
 
     config = content.config
     foundation = config.get("base_model_name_or_path")
-    is_local = foundation is None or Path(foundation).exists() or not is_hub_id(foundation)
+    is_local = not is_on_hub(foundation)
     return {
         "format": FORMAT,
         "dylora_moe": __version__,

@@ -1,8 +1,7 @@
 """A second folder of an exported repo with another default strategy or router mode, sharing the weights on
 disk.
 
-Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode. It
-knows nothing about sources or weights.
+Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from .repo.model_card import restate
 from .repo.repo_config import load_config
 from .repo.repo_files import is_replaceable, repo_files
 from .repo.writer import write_generation_config
+from .sources.source_folder import SourceFolder, open_folder
 from .staging import staged_folder
-from .tensors.containment import contained
-from .tensors.tensor_files import read_json
 
 
 @dataclass
@@ -56,7 +54,7 @@ def make_variant(
 
     Args:
         repo: a local folder that this package exported.
-        output_dir: missing or empty, or with `overwrite` an exported repo, which is replaced at one stroke.
+        output_dir: missing or empty, or with `overwrite` an exported repo, which is replaced atomically.
         routing_strategy: the default strategy, in any form the model knows; experts by number or by name.
         router_mode: `"dense"`, `"sparse"` or `"auto"`: see `DyloraMoeConfig`.
 
@@ -65,41 +63,36 @@ def make_variant(
             (lists those it does), or an output folder that is not empty.
         FailureError: the disk is full, or the file system refuses.
     """
-    repo = Path(repo)
-    if not repo.is_dir():
-        raise InputError(
-            f"{repo} is a file; give the folder it is in" if repo.exists() else f"{repo} does not exist"
-        )
+    source = open_folder(repo)
+    repo = source.path
     if routing_strategy is None and router_mode is None:
         raise InputError("a variant differs in something: pass --routing_strategy, --router_mode or both")
-    config = load_config(repo)
-    generation_config = contained(repo, repo / "generation_config.json")
-    fields = read_json(generation_config) if generation_config.is_file() else {}
-    strategy = _strategy(
-        fields.get("routing_strategy") if routing_strategy is None else routing_strategy, config
-    )
+    config = load_config(source)
+    fields = source.read_json("generation_config.json", required=False)
+    if routing_strategy is None:
+        strategy = _strategy(fields.get("routing_strategy"), config)
+    else:
+        strategy = _strategy(routing_strategy, config)
     if router_mode is not None:
         _check_mode(router_mode, config)
         config.router_mode = router_mode
-    files = repo_files(
-        repo, follow_links=True
-    ).files  # in the Hub's cache, and in a variant, files may be links
+    # In the Hub's cache, and in a variant, files may be links.
+    files = repo_files(repo, follow_links=True).files
     if repo.resolve() == Path(output_dir).resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
     if Path(output_dir).resolve() in repo.resolve().parents:
         raise InputError(f"{repo} lies in the output folder {output_dir}, which would be replaced")
     with staged_folder(Path(output_dir), overwrite, is_replaceable) as folder:
-        shared = _copy(repo.resolve(), folder, files, Path(output_dir).resolve())
+        shared = _copy(source, folder, files, Path(output_dir).resolve())
         if routing_strategy is not None:
             write_generation_config(folder, fields, strategy)
         if router_mode is not None:
-            stored = {**read_json(folder / "config.json"), "router_mode": router_mode}
+            stored = {**source.read_json("config.json"), "router_mode": router_mode}
             replace_covered(folder, "config.json", json.dumps(stored, indent=2, sort_keys=True) + "\n")
         card = folder / "README.md"
         if card.is_file():
-            old = card.read_text(
-                encoding="utf-8", errors="surrogateescape"
-            )  # it may be written in another encoding
+            # It may be written in another encoding.
+            old = card.read_text(encoding="utf-8", errors="surrogateescape")
             text = restate(old, Path(output_dir).resolve().name, strategy, config)
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":
@@ -132,21 +125,21 @@ def _check_mode(router_mode: str, config: Any) -> None:
         raise InputError("--router_mode is for mixtures with a router, which this one does not have")
 
 
-def _copy(repo: Path, folder: Path, files: list[str], final: Path) -> str:
-    """The repo's files; weights are linked. Returns how."""
+def _copy(repo: SourceFolder, folder: Path, files: list[str], final: Path) -> str:
+    """Copy the repo's files; weights are linked. Returns how."""
     shared = "hard links"
     for name in files:
-        path, target = repo / name, folder / name
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            shared = _share(path.resolve(), target, final / Path(name).parent)
+        if name.endswith(".safetensors"):
+            shared = _share((repo.path / name).resolve(), target, final / Path(name).parent)
         else:
-            shutil.copyfile(contained(repo, path), target)
+            shutil.copyfile(repo / name, target)
     return shared
 
 
 def _share(source: Path, target: Path, place: Path) -> str:
-    """Makes `target`, which will be moved to the folder `place`, another name of `source`."""
+    """Make `target`, which will be moved to the folder `place`, another name of `source`."""
     source.open("rb").close()  # a file can be linked that may not be read
     try:
         os.link(source, target)

@@ -9,16 +9,19 @@ from transformers import AutoModelForCausalLM
 
 from dylora_moe.hub_export import InputError
 from dylora_moe.hub_export.checking.check_source import reference
+from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import read_sources
-from dylora_moe.hub_export.sources.hub_and_folders import Source
-from dylora_moe.hub_export.tensors.mixture import Mixture, ReadOptions
+from dylora_moe.hub_export.sources.source_folder import open_folder
+from dylora_moe.hub_export.sources.source_options import ReadOptions
+from dylora_moe.hub_export.tensors.mixture import Mixture
 
 
 ROWS = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(11))
 
 
 def read(*folders: Path, **options) -> Mixture:
-    return read_sources([Source(folder, folder.name) for folder in folders], ReadOptions(**options))
+    sources = [FoundSource(open_folder(folder)) for folder in folders]
+    return read_sources(sources, ReadOptions(**options))
 
 
 def read_error(*folders: Path, **options) -> str:
@@ -31,7 +34,8 @@ def read_error(*folders: Path, **options) -> str:
 
 def source_quantities(mixture: Mixture, base_model: Path | None, lora_alpha: float | None = None) -> dict:
     base = None if base_model is None else str(base_model)
-    return reference(mixture.format, mixture.folders, base, None, lora_alpha, {}, None).quantities(ROWS)
+    folders = [folder.path for folder in mixture.folders]
+    return reference(mixture.format, folders, base, None, lora_alpha, {}, None).quantities(ROWS)
 
 
 def foundation_of(mixture: Mixture, base_model: Path | None) -> torch.nn.Module:

@@ -1,8 +1,7 @@
-"""Any source that can be scored: where it is, what it is, and, once it is needed, the model itself.
+"""Finds any source that can be scored: where it is, what it is, and, once it is needed, the model itself.
 
 Exported repos and ordinary models are loaded as they are. Anything else that `export` reads (training
 checkpoints, adapters) is exported to a cache first, so that what is scored is what would be published.
-Knows nothing about benchmarks.
 """
 
 from __future__ import annotations
@@ -23,10 +22,13 @@ from filelock import FileLock
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.foundation.quantised import check_needs_no_kernels
 from dylora_moe.hub_export.foundation.reference import not_loaded, resolve_foundation
-from dylora_moe.hub_export.readers import detect, exported_repo, merged_model, open_source, training_run
+from dylora_moe.hub_export.readers import exported_repo, merged_model, training_run
+from dylora_moe.hub_export.readers.choice import FoundSource
+from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
 from dylora_moe.hub_export.repo import repo_config, tokenizer
 from dylora_moe.hub_export.repo.checksums import sha256
-from dylora_moe.hub_export.tensors.mixture import ReadOptions
+from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOptions
+from dylora_moe.hub_export.tensors.mixture import Mixture
 from dylora_moe.version import __version__
 
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
@@ -214,62 +216,59 @@ class FoundModel:
 def find_model(
     source: str | Path | None = None,
     *,
-    base_model: str | None = None,
     adapter_path: str | Path | Sequence[str | Path] | None = None,
     backend: str | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    lora_alpha: float | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> FoundModel:
     """Find a source, and export it to the cache if it is not yet what transformers loads.
 
     Args:
         source: a folder, a Hub id or `wandb:entity/project/name:version`.
-        base_model: the foundation, where the source names none or not the right one.
         adapter_path: adapter folders, one expert each; `source` is then the foundation unless `base_model`
             is.
         backend: "hf" refuses what needs an export, "peft_moe" an ordinary model; None takes both.
-        lora_alpha: as for `export`.
+        options: `base_model`, `lora_alpha`, `revision` and `subfolder`; see `SourceOptions`.
 
     Raises:
         InputError: there is no such source, or it cannot be exported as it is.
     """
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"--backend is {backend!r}; there are {', '.join(BACKENDS)}")
+    chosen = SourceOptions.of(options)
     if adapter_path is not None:
         adapters = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
-        sources, base_model = [str(adapter) for adapter in adapters], base_model or (source and str(source))
+        sources = [str(adapter) for adapter in adapters]
         given = "+".join(sources)
+        if not chosen.base_model and source is not None:
+            chosen.base_model = str(source)
     elif source is not None:
         sources, given = [str(source)], str(source)
     else:
         raise InputError("no model is given; name one with --model, --adapter_path or --wandb_artifact")
-    resolved = open_source.open_sources(sources, revision=revision, subfolder=subfolder)
-    reader = detect.detect(resolved[0].folder).reader
-    label = _label(sources, [found.name for found in resolved])
-    common = {
-        "source": given,
-        "label": label,
-        "format": reader.FORMAT,
-        "trust_remote_code": trust_remote_code,
-    }
-    commit = commit_in(resolved[0].folder)
-    if (
-        len(sources) == 1
-        and reader in (exported_repo, merged_model)
-        and not (reader is exported_repo and base_model)
-    ):
-        if backend == "peft_moe" and reader is merged_model:
+    found = find_sources(sources, chosen)
+    reader = found[0].detection.reader
+    model = FoundModel(
+        source=given,
+        label=_label(sources, [each.folder.name for each in found]),
+        folder=found[0].folder.path,
+        format=reader.FORMAT,
+        backend=backend or "hf",
+        revision=commit_in(found[0].folder.path),
+        trust_remote_code=trust_remote_code,
+    )
+    if len(found) == 1 and reader is merged_model:
+        if backend == "peft_moe":
             raise InputError(f"{given} is an ordinary model without experts; leave out --backend, or use hf")
-        return FoundModel(folder=resolved[0].folder, backend=backend or "hf", revision=commit, **common)
+        return model
+    if len(found) == 1 and reader is exported_repo and not chosen.base_model:
+        return model
     if backend == "hf":
         raise InputError(
             f"{given} is a {reader.FORMAT}, which transformers cannot load; use --backend peft_moe"
         )
-    options = {"base_model": base_model, "lora_alpha": lora_alpha, "trust_remote_code": trust_remote_code}
-    folder = _exported(sources, resolved, options, revision, subfolder)
-    return FoundModel(folder=folder, backend="peft_moe", revision=commit, **common)
+    model.folder, model.backend = _exported(found, chosen, trust_remote_code), "peft_moe"
+    return model
 
 
 def load_model(
@@ -348,35 +347,31 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name)
 
 
-def _exported(
-    sources: list[str],
-    resolved: list[Any],
-    options: dict[str, Any],
-    revision: str | None,
-    subfolder: str | None,
-) -> Path:
-    """The cached export of a source; made now if the source, the options or this package's version are
-    new."""
+def _exported(found: list[FoundSource], options: SourceOptions, trust_remote_code: bool) -> Path:
+    """Give the cached export of a source; made now if source, options or this package's version are new."""
     from dylora_moe import hub_export
 
-    mixture = open_source.read_sources(
-        resolved, ReadOptions(lora_alpha=options["lora_alpha"], base_model=options["base_model"])
-    )
+    mixture = read_sources(found, ReadOptions(**vars(options)))
     # What a checkpoint does not say itself may be in its run's best model and state, beside it.
     content = [
         (
-            file_hashes(found.folder),
-            training_run.best_model_config(found.folder)[1],
-            [sha256(path) for path in training_run.state_files(found.folder)],
+            file_hashes(source.folder.path),
+            training_run.best_model_config(source.folder)[1],
+            [sha256(path) for path in training_run.state_files(source.folder)],
         )
-        for found in resolved
+        for source in found
     ]
+    export_options = {
+        "base_model": options.base_model,
+        "lora_alpha": options.lora_alpha,
+        "trust_remote_code": trust_remote_code,
+    }
     made_from = [
         __version__,
         transformers.__version__,
         content,
-        _foundation(mixture, options["base_model"]),
-        options,
+        _foundation(mixture, options.base_model),
+        export_options,
     ]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
     folder = cache_folder() / key[:32]
@@ -385,13 +380,11 @@ def _exported(
         if not repo_config.is_exported_repo(folder):
             # A foundation that lies in the source may be one that training changed.
             layout = "adapter" if mixture.foundation_weights is None else "full"
-            hub_export.export(
-                sources, folder, layout=layout, revision=revision, subfolder=subfolder, **options
-            )
+            hub_export.export(mixture, folder, layout=layout, **export_options)
     return folder
 
 
-def _foundation(mixture: Any, base_model: str | None) -> Any:
+def _foundation(mixture: Mixture, base_model: str | None) -> Any:
     """The foundation that an export takes config and tokenizer from: its name, and what is there under that
     name now.
 

@@ -31,8 +31,9 @@ from ..readers.exported_repo import read as read_repo
 from ..repo.options import ExportOptions
 from ..repo.plan import Plan
 from ..repo.writer import finest_dtype
-from ..tensors.mixture import Mixture, ReadOptions
-from ..tensors.tensor_files import read_json
+from ..sources.source_folder import open_folder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import Mixture
 from .own_code import link_with_own_code
 from .rounding import finest_precision
 
@@ -228,7 +229,7 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
     Raises:
         FailureError: names the first one that differs.
     """
-    written = read_repo([repo], [repo.name], "", ReadOptions())
+    written = read_repo([open_folder(repo)], ReadOptions())
     dtype = dtype or finest_dtype(mixture)
     count = 0
     for expert, copy in zip(mixture.experts, written.experts, strict=True):
@@ -297,7 +298,7 @@ def _own_code_quantities(
     precision: torch.dtype,
 ) -> Computed:
     """What an exported repo computes by this package's code: its own could do anything."""
-    repo = mixture.folders[0].resolve()
+    repo = mixture.folders[0].path.resolve()
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         link_with_own_code(repo, Path(directory))
         base_model = options.base_model
@@ -337,7 +338,7 @@ def _source_quantities(
             warnings.simplefilter("ignore")  # what PEFT has to say about its own files
             source = reference(
                 mixture.format,
-                mixture.folders,
+                [folder.path for folder in mixture.folders],
                 foundation or plan.foundation.name,
                 plan.foundation.revision,
                 options.lora_alpha,
@@ -391,7 +392,7 @@ def _repo_quantities(
                 {
                     "rows": rows.tolist(),
                     "base_model": base_model
-                    if read_json(repo / "config.json")["weights_layout"] == "adapter"
+                    if open_folder(repo).read_json("config.json")["weights_layout"] == "adapter"
                     else None,
                     "precision": str(precision).removeprefix("torch."),
                     "router_settings": settings or {},

@@ -2,7 +2,7 @@
 files.
 
 It opens the files itself and shares no code with the readers or with the model, so that a mistake there
-cannot hide hide here; the foundation is loaded by transformers. Slow and plain: one adapter after the other,
+cannot hide here; the foundation is loaded by transformers. Slow and plain: one adapter after the other,
 and for weights that differ from token to token a hook on each adapter's `lora_B`, or where that is no module,
 as in AdaLoRA, on what goes into the adapter. Stacked experts with adapters on their parameters are run by the
 foundation's own code, token by token, with PEFT's delta added to the token's experts.
@@ -13,17 +13,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +34,8 @@ from . import rounding
 
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0  # of training runs that do not store theirs
 WRAPPER = "foundation_model."
+NAME = re.compile(r"[\w.-]*")  # as a regular expression, it matches in no time
+SECONDS_PER_NAME = 5
 
 
 class Reference:
@@ -292,11 +294,15 @@ def _as_peft_loads(foundation: torch.nn.Module, folders: list[Path], names: list
     """
     model = None
     for name, folder in zip(names, folders, strict=True):
-        config = PeftConfig.from_pretrained(str(folder))
-        if model is None:
-            with suppress(ValueError):  # it targets nothing as PEFT reads it
+        config = _config_with_names(folder)
+        try:
+            if model is None:
                 model = PeftModel(foundation, config, adapter_name=name)
-        whole = model is not None and not config.target_parameters
+            else:
+                model.add_adapter(name, config)
+            whole = not config.target_parameters
+        except ValueError:  # it targets nothing as PEFT reads it
+            whole = False
         if (
             not whole
             or model.load_adapter(str(folder), adapter_name=name, torch_device="cpu").unexpected_keys
@@ -305,6 +311,41 @@ def _as_peft_loads(foundation: torch.nn.Module, folders: list[Path], names: list
                 model.unload()
             return None
     return model
+
+
+def _config_with_names(folder: Path) -> PeftConfig:
+    """Load an adapter's config, with the names of its layers in place of regular expressions.
+
+    PEFT matches them by Python's `re`, which an expression such as `(.*)*x` keeps busy forever.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    patterns = [config.target_modules, config.exclude_modules, config.layers_pattern]
+    is_adalora = config.peft_type == PeftType.ADALORA  # whose rank_pattern holds names
+    patterns += [] if is_adalora else [*config.rank_pattern, *config.alpha_pattern]
+    texts = [text for each in patterns for text in ([each] if isinstance(each, str) else each or ())]
+    if all(NAME.fullmatch(text) for text in texts):
+        return config
+    tensors = load_peft_weights(str(folder), device="cpu")
+    ranks = {
+        key.removeprefix("base_model.model.").rpartition(".lora_A")[0]: len(tensor)
+        for key, tensor in tensors.items()
+        if ".lora_A" in key
+    }
+    config.target_modules = set(ranks)
+    config.exclude_modules = config.layers_pattern = config.layers_to_transform = None
+    if not is_adalora:
+        alphas = {layer: _of_pattern(config.alpha_pattern, layer, config.lora_alpha) for layer in ranks}
+        config.rank_pattern = {re.escape(layer): rank for layer, rank in ranks.items()}
+        config.alpha_pattern = {re.escape(layer): alpha for layer, alpha in alphas.items()}
+    return config
+
+
+def _of_pattern(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
+    """What PEFT finds for a name (`peft.utils.other.get_pattern_key`), within a limited time."""
+    for key, value in patterns.items():
+        if regex.match(rf"(.*\.)?({key})$", name, timeout=SECONDS_PER_NAME):
+            return value
+    return otherwise
 
 
 def _by_names_alone(folder: Path) -> bool:
@@ -327,8 +368,7 @@ def _add_by_names(foundation: torch.nn.Module, model: PeftModel | None, name: st
 
     def alpha(target: str) -> float:
         by_weight = any(f".{target}.weight".endswith(f".{parameter}") for parameter in parameters)
-        pattern = get_pattern_key(patterns.keys(), f"{target}.weight" if by_weight else target)
-        return patterns.get(pattern, fields["lora_alpha"])
+        return _of_pattern(patterns, f"{target}.weight" if by_weight else target, fields["lora_alpha"])
 
     named = {
         f"{key.removesuffix('.weight')}.{name}.weight": value
@@ -347,7 +387,9 @@ def _adapters_of_two_kinds(
     for name, folder in zip(names, folders, strict=True):
         if PeftConfig.from_pretrained(str(folder)).peft_type != PeftType.ADALORA:
             continue
-        alone = PeftModel.from_pretrained(foundation, str(folder), adapter_name=name, torch_device="cpu")
+        alone = PeftModel.from_pretrained(
+            foundation, str(folder), adapter_name=name, config=_config_with_names(folder), torch_device="cpu"
+        )
         rounding.convert(alone, foundation.dtype)
         _round_adapters(alone, dtype)
         deltas[name] = {

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..tensors.containment import contained
-from ..tensors.tensor_files import read_json
+from ..sources.source_folder import open_folder
 
 
 LINKED = (
@@ -33,10 +32,11 @@ def link_with_own_code(repo: Path, folder: Path) -> None:
     from dylora_moe.modeling.configuration_dylora_moe import without_code_elsewhere
     from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP, save_code
 
+    source = open_folder(repo)
     for path in sorted(path for pattern in LINKED for path in repo.glob(pattern)):
-        link = folder / path.relative_to(repo)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(contained(repo, path).resolve())
-    config = without_code_elsewhere(read_json(contained(repo, repo / "config.json")))
+        name = path.relative_to(repo)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to((source / name).resolve())
+    config = without_code_elsewhere(source.read_json("config.json"))
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}), encoding="utf-8")
     save_code(folder)

@@ -19,8 +19,8 @@ from ..foundation.reference import check_experts_fit, check_router_fits
 from ..foundation.weight_conversion import named_as_now
 from ..foundation.weights import skeleton, tied_names
 from ..preparation import prepare
-from ..readers.exported_repo import read, weight_files
-from ..readers.open_source import open_sources
+from ..readers.exported_repo import FULL_WEIGHTS, read
+from ..readers.open_source import open_source
 from ..repo.checksums import FILE, covered_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
@@ -28,11 +28,13 @@ from ..repo.tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabu
 from ..repo.tokenizer_arguments import arguments_that_are_opened
 from ..repo.tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
 from ..repo.tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
-from ..sources.hub_and_folders import resolve_sources
-from ..tensors.containment import contained
-from ..tensors.mixture import FoundationReference, ReadOptions
+from ..sources.hub_and_folders import open_source_folder
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import FoundationReference
 from ..tensors.stored_tensors import StoredTensor, is_finite
-from ..tensors.tensor_files import TensorFile, read_json
+from ..tensors.tensor_files import TensorFile
+from ..tensors.weight_files import weight_files
 from ..unknown_options import refuse_unknown
 from .check import check_export
 
@@ -95,9 +97,9 @@ def verify(
     refuse_unknown(options, OPTIONS)
     tell = progress or (lambda message: None)
     tell("looking at the repo")
-    folder = resolve_sources(repo)[0].folder
+    folder = open_source_folder(repo)
     config = load_config(folder)
-    result = Verification(folder)
+    result = Verification(folder.path)
     for look in (_files, _headers, _checksums, _code, _tokenizer):
         try:
             look(folder, config, result)
@@ -118,7 +120,7 @@ def verify(
     return result
 
 
-def _files(folder: Path, config: Any, result: Verification) -> None:
+def _files(folder: SourceFolder, config: Any, result: Verification) -> None:
     """What every repo needs to be loaded by its own. Saving the model writes neither a card nor a
     tokenizer."""
     needed = [
@@ -127,26 +129,22 @@ def _files(folder: Path, config: Any, result: Verification) -> None:
         *(name for name in _code_files() if name != "__init__.py"),
     ]
     if config.weights_layout == "full":
-        needed += [path.name for path in weight_files(folder)] or ["model.safetensors"]
+        needed += [path.name for path in weight_files(folder, (FULL_WEIGHTS,))] or [FULL_WEIGHTS]
     else:
         names = ("adapter_config.json", "adapter_model.safetensors")
         needed += [f"experts/{expert}/{name}" for expert in config.expert_names for name in names]
         needed += ["router.safetensors"] if config.router_input is not None else []
-    for name in needed:
-        contained(folder, folder / name)
-    missing = [name for name in needed if not (folder / name).is_file()]
+    missing = [name for name in needed if not folder.has(name)]
     strategy = stored_routing_strategy(folder, config)
     detail = f"lacks {', '.join(missing)}" if missing else f"{len(needed)} files; strategy {strategy}"
     result.add("files", not missing, detail)
-    if not (folder / "README.md").is_file():
+    if not folder.has("README.md"):
         result.add("card", None, "there is no README.md")
 
 
-def _headers(folder: Path, config: Any, result: Verification) -> None:
+def _headers(folder: SourceFolder, config: Any, result: Verification) -> None:
     """Names and shapes of all tensors are those that the config asks for, and all numbers are numbers."""
-    mixture = read(
-        [folder], [folder.name], "", ReadOptions()
-    )  # compares experts and gate with the config's ranks
+    mixture = read([folder], ReadOptions())  # compares experts and gate with the config's ranks
     wrong = []
     if config.base_config is not None:
         model = skeleton(config.base_config)
@@ -156,12 +154,13 @@ def _headers(folder: Path, config: Any, result: Verification) -> None:
         if mixture.foundation_weights is not None:
             wrong += _differences(mixture.foundation_weights, model)
     is_full = config.weights_layout == "full"
-    paths = (
-        weight_files(folder)
-        if is_full
-        else [*folder.glob("experts/*/*.safetensors"), *folder.glob("router.*")]
-    )
-    files = [TensorFile(contained(folder, path)) for path in sorted(paths)]
+    if is_full:
+        paths = weight_files(folder, (FULL_WEIGHTS,))
+    else:
+        experts = folder.folder("experts").folders()
+        paths = [place / name for place in experts for name in place.names("*.safetensors")]
+        paths += [folder / name for name in folder.names("router.*")]
+    files = [TensorFile(path) for path in sorted(paths)]
     for file in files:
         for key in file.keys():  # noqa: SIM118
             if file.dtype(key).is_floating_point and not is_finite(_readable(file.read(key))):
@@ -195,18 +194,14 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # 8-bit floats cannot be asked
 
 
-def _checksums(folder: Path, config: Any, result: Verification) -> None:
+def _checksums(folder: SourceFolder, config: Any, result: Verification) -> None:
     stored = read_checksums(folder)
     if stored is None:
         result.add("checksums", None, f"not compared: there is no {FILE}")
         return
-    missing = [name for name in stored if not (folder / name).is_file()]
+    missing = [name for name in stored if not folder.has(name)]
     unlisted = [name for name in covered_files(folder) if name not in stored]
-    changed = [
-        name
-        for name in stored
-        if name not in missing and sha256(contained(folder, folder / name)) != stored[name]
-    ]
+    changed = [name for name in stored if name not in missing and sha256(folder / name) != stored[name]]
     wrong = [f"{name} is missing" for name in missing] + [
         f"{name} is not what was exported" for name in changed
     ]
@@ -222,39 +217,37 @@ def _code_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(Path(dylora_moe.modeling.__file__).parent.glob("*.py"))}
 
 
-def _code(folder: Path, config: Any, result: Verification) -> None:
+def _code(folder: SourceFolder, config: Any, result: Verification) -> None:
     """Every Python file is this package's, and `auto_map` names nothing that lies elsewhere."""
     ours, wrong = _code_files(), []
-    for name in sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} | ours.keys()):
-        contained(folder, folder / name)
-        is_empty = not (folder / name).is_file() or (folder / name).stat().st_size == 0
+    theirs = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*.py")}
+    for name in sorted(theirs | ours.keys()):
+        is_empty = not folder.has(name) or (folder / name).stat().st_size == 0
         if is_empty and (name not in ours or name == "__init__.py"):
             continue  # an optional file that the package was left without; what a model saved again lacks
         if name not in ours:
             wrong.append(f"{name} is no file of this package's")
-        elif not (folder / name).is_file():
+        elif not folder.has(name):
             wrong.append(f"{name} is missing")
         elif (folder / name).read_bytes() != ours[name].read_bytes():
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
     for name in ("config.json", "tokenizer_config.json"):
-        wrong += _code_elsewhere(folder / name)
+        wrong += _code_elsewhere(folder, name)
     result.add(
         "code", not wrong, "; ".join(wrong) if wrong else f"{len(ours)} files are those of this package"
     )
 
 
-def _code_elsewhere(path: Path) -> list[str]:
+def _code_elsewhere(folder: SourceFolder, file: str) -> list[str]:
     from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 
-    entries = (read_json(path).get("auto_map") or {}) if path.is_file() else {}
+    entries = folder.read_json(file, required=False).get("auto_map") or {}
     values = entries.values() if isinstance(entries, dict) else [entries]
     names = [
         str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name
     ]
     return [
-        f"{path.name} takes code from {name.partition('--')[0]}"
-        for name in names
-        if name not in AUTO_MAP.values()
+        f"{file} takes code from {name.partition('--')[0]}" for name in names if name not in AUTO_MAP.values()
     ]
 
 
@@ -265,13 +258,13 @@ def _difference(ours: Path, theirs: Path) -> str:
     return "\n".join(lines[:MOST_DIFFERING_LINES] + more)
 
 
-def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
+def _tokenizer(folder: SourceFolder, config: Any, result: Verification) -> None:
     """The tokenizer has a vocabulary, and gives the ids here that it gives beside the foundation."""
     if not has_tokenizer(folder):
         result.add("tokenizer", None, "there is none")
         return
     for name in FILTERS:
-        opened = arguments_that_are_opened(read_json(folder / name)) if (folder / name).is_file() else []
+        opened = arguments_that_are_opened(folder.read_json(name, required=False))
         if opened:
             detail = f"{name} gives {', '.join(opened)}, which a tokenizer may open as a file of the machine that loads it"
             result.add("tokenizer", False, detail)
@@ -288,7 +281,7 @@ def _tokenizer(folder: Path, config: Any, result: Verification) -> None:
         result.add("tokenizer", False, wrong)
         return
     if config.base_config is not None:
-        beside = open_tokenizer(str(folder), folder, config.base_config, config.base_model_name_or_path)
+        beside = open_tokenizer(str(folder), folder.path, config.base_config, config.base_model_name_or_path)
         names = differences(here, beside.behaviour)
         if names:
             detail = describe(names[0], here, beside.behaviour)
@@ -333,7 +326,7 @@ def _tokenizer_notes(here: dict[str, Any], num_tokens: int, rows: int | None, co
 
 
 def _compare_tokenizers(
-    folder: Path, config: Any, source: FoundTokenizer | None, result: Verification
+    folder: SourceFolder, config: Any, source: FoundTokenizer | None, result: Verification
 ) -> None:
     """The repo's tokenizer gives the ids that the source's gives beside the foundation."""
     if source is None or not has_tokenizer(folder):
@@ -353,7 +346,7 @@ def _compare_tokenizers(
 
 
 def _against(
-    folder: Path,
+    folder: SourceFolder,
     config: Any,
     against: Any,
     options: dict[str, Any],
@@ -362,12 +355,12 @@ def _against(
 ) -> None:
     chosen = ExportOptions(layout=config.weights_layout, **options)
     tell("reading the source")
-    sources = open_sources(against, subfolder=chosen.subfolder, revision=chosen.revision)
-    mixture, plan, tokenizer = prepare(sources, chosen, tell)
+    mixture = open_source(against, chosen)
+    plan, tokenizer = prepare(mixture, chosen, tell)
     _compare_tokenizers(folder, config, tokenizer, result)
     tell("checking the repo against the source")
     try:
-        report = check_export(folder, mixture, plan, chosen)
+        report = check_export(folder.path, mixture, plan, chosen)
     except FailureError as error:
         result.add("tensors", False, str(error))
         return

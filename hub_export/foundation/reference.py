@@ -1,7 +1,4 @@
-"""Finds and loads the frozen model that experts were trained on, and checks that they fit it.
-
-It knows nothing about how experts are stored, nor about the mixture model.
-"""
+"""Finds and loads the frozen model that experts were trained on, and checks that they fit it."""
 
 from __future__ import annotations
 
@@ -12,9 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..sources.hub_and_folders import HUB_ID, is_forbidden
+from ..sources.hub_and_folders import is_hub_id
+from ..sources.source_folder import SourceFolder, is_forbidden, open_folder
 from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Router
-from ..tensors.tensor_files import read_json
+from ..tensors.weight_files import has_all_weights
 from .layer_names import ADAPTABLE, why_missing
 from .stacked_experts import has_exchanged_sizes, shape_in
 
@@ -46,7 +44,7 @@ def resolve_foundation(
     path = _local_folder(name, named_in)
     if path is not None:
         return FoundationReference(str(path), None, named_in, reference.vocab_size)
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         where = "--base_model" if base_model is not None else f"named in {named_in}"
         why = (
             "may not be read by this user (permission denied)"
@@ -73,9 +71,13 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
     return None
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether a foundation's name means something to others."""
-    return name is not None and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+def open_foundation(name: str | Path) -> SourceFolder:
+    """Open a foundation's folder. The user vouches for it: often it consists of links to another disk.
+
+    Raises:
+        InputError: it is gone, or this user may not look into it.
+    """
+    return open_folder(name, may_link_out=True)
 
 
 def is_local(reference: FoundationReference) -> bool:
@@ -84,12 +86,11 @@ def is_local(reference: FoundationReference) -> bool:
 
 def at_hand(reference: FoundationReference) -> bool:
     """Whether the foundation's weights are on this machine, in a folder or in the Hub's cache."""
-    return reference.name is not None and (is_local(reference) or in_hub_cache(reference) is not None)
+    return is_local(reference) or (reference.name is not None and in_hub_cache(reference) is not None)
 
 
-def in_hub_cache(reference: FoundationReference) -> Path | None:
-    """The folder in the Hub's cache that holds config and weights; None where they are not there, or not
-    all."""
+def in_hub_cache(reference: FoundationReference) -> SourceFolder | None:
+    """Open the folder in the Hub's cache that holds config and all weights; None where it does not."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -99,21 +100,15 @@ def in_hub_cache(reference: FoundationReference) -> Path | None:
         return None
     if not isinstance(config, str):  # it is not there, or known not to be on the Hub either
         return None
-    return Path(config).parent if _has_all_weights(Path(config).parent) else None
+    folder = open_foundation(Path(config).parent)
+    return folder if has_all_weights(folder) else None
 
 
-def _has_all_weights(folder: Path) -> bool:
-    """Loading a model takes some of a repo's files only, so that a snapshot need not be whole."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            return isinstance(weight_map, dict) and all(
-                (folder / str(file)).is_file() for file in weight_map.values()
-            )
-        if (folder / name).is_file():
-            return True
-    return False
+def local_folder(reference: FoundationReference) -> SourceFolder | None:
+    """Open the foundation's folder on this machine, its own or that in the Hub's cache; None where there is none."""
+    if reference.name is None:
+        return None
+    return open_foundation(reference.name) if is_local(reference) else in_hub_cache(reference)
 
 
 def load_foundation_config(reference: FoundationReference) -> Any:
@@ -126,6 +121,8 @@ def load_foundation_config(reference: FoundationReference) -> Any:
 
     from dylora_moe.modeling.configuration_dylora_moe import read_config
 
+    if is_local(reference):
+        open_foundation(reference.name)
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         is_mixture = stored.get("model_type") == "dylora_moe"

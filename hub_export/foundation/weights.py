@@ -1,7 +1,7 @@
 """The foundation's tensors by the names that transformers gives them, left on disk until they are written.
 
 Tensors that transformers renames or puts together on loading (mixture-of-experts models, mostly) are put
-together one at a time. It knows nothing about experts or repos.
+together one at a time.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 import re
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DyloraMoeWarning, InputError, one_line
+from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
-from ..tensors.stored_tensors import StoredTensor, of_file, of_tensor, same_bits
-from ..tensors.tensor_files import TensorFile, read_json
-from .reference import is_local, load_foundation, not_loaded
+from ..tensors.stored_tensors import StoredTensor, of_tensor, same_bits
+from ..tensors.weight_files import stored_tensors, weight_files
+from .reference import is_local, load_foundation, not_loaded, open_foundation
 from .weight_conversion import UnknownConversion, by_model_name, named_as_now
 
 
-WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 PATTERNS = ("*.safetensors", "*.json")
 PICKLED = ("*.bin",)
 NOT_READ = ("*/*", "consolidated*")  # the same weights once more, in the form of those who made the model
@@ -57,7 +56,7 @@ def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict
     Raises:
         InputError: its files cannot be had, are damaged, or lack weights.
     """
-    stored = _stored(_folder(reference))
+    stored = stored_tensors(weight_files(_folder(reference)))
     if not stored:
         return _loaded_whole(reference, None)  # whatever transformers finds there, or its error
     try:
@@ -81,7 +80,7 @@ def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict
 
 
 def carried_weights(
-    carried: dict[str, StoredTensor], model: nn.Module, folder: Path
+    carried: dict[str, StoredTensor], model: nn.Module, folder: SourceFolder
 ) -> dict[str, StoredTensor]:
     """The foundation that a source brings, by the model's own names.
 
@@ -145,9 +144,9 @@ def tied_head(model: nn.Module) -> str | None:
     return next((name.rpartition(".")[0] for name in tied_names(model)), None)
 
 
-def _folder(reference: FoundationReference) -> Path:
+def _folder(reference: FoundationReference) -> SourceFolder:
     if is_local(reference):
-        return Path(reference.name)
+        return open_foundation(reference.name)
     from huggingface_hub import errors, snapshot_download
 
     network_errors = getattr(errors, "HTTPError", OSError)
@@ -155,42 +154,9 @@ def _folder(reference: FoundationReference) -> Path:
         fetch = partial(
             snapshot_download, reference.name, revision=reference.revision, ignore_patterns=list(NOT_READ)
         )
-        folder = Path(fetch(allow_patterns=list(PATTERNS)))
-        if not any(folder.glob("*.safetensors")):
+        folder = open_foundation(fetch(allow_patterns=list(PATTERNS)))
+        if not folder.names("*.safetensors"):
             fetch(allow_patterns=list(PICKLED))
         return folder
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
         raise InputError(not_loaded(reference, error)) from error
-
-
-def _stored(folder: Path) -> dict[str, StoredTensor]:
-    """Tensors of the folder's weight files by their names there; none where there are no such files."""
-    for name in WEIGHT_NAMES:
-        files = weight_files(folder, name)
-        if files:
-            return {
-                key: of_file(file, key)
-                for path in files
-                for file in [TensorFile(path)]
-                for key in file.keys()  # noqa: SIM118
-            }
-    return {}
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """One file of weights, or the shards that its index names, in order; none where neither is there.
-
-    Raises:
-        InputError: an index names what is not a file of this folder.
-    """
-    index = folder / f"{name}.index.json"
-    if not index.is_file():
-        return [folder / name] if (folder / name).is_file() else []
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map")
-    shards = set(weight_map.values())
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-            raise InputError(f"{index} names the shard {shard!r}, which is not in {folder}")
-    return [folder / shard for shard in sorted(shards)]

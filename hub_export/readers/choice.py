@@ -1,21 +1,20 @@
-"""Which of several checkpoints in one folder is read.
+"""Chooses the checkpoint to read in a folder that may hold several.
 
     <run>/best_model/, <run>/checkpoint-<step>/     any format
     trainer_state.json                              best_model_checkpoint: a path, often of another machine
 
-A folder that is itself of a known format is taken as it is. It knows how a training run names its folders and
-nothing about what is in them.
+A folder that is itself of a known format is taken as it is.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import InputError
-from ..tensors.containment import contained, is_contained
-from ..tensors.tensor_files import read_json
-from .detect import UnknownFormatError, detect
+from ..sources.source_folder import SourceFolder
+from .detect import Detection, UnknownFormatError, detect
 
 
 BEST = "best_model"
@@ -23,9 +22,40 @@ CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 STATE = "trainer_state.json"
 
 
-def choose_folder(folder: Path, subfolder: str | None) -> tuple[Path, str | None]:
-    """The folder to read, and a sentence that says what was chosen and why; None where nothing had to be
-    chosen.
+@dataclass
+class FoundSource:
+    """A checkpoint that was found, and is not read yet.
+
+    Attributes:
+        folder: what will be read, under the name of the source.
+        note: what was chosen and why; None where nothing had to be chosen.
+    """
+
+    folder: SourceFolder
+    note: str | None = None
+
+    @cached_property
+    def detection(self) -> Detection:
+        """Its format, looked for once.
+
+        Raises:
+            InputError: no reader knows it, or a file that decides is damaged.
+        """
+        return detect(self.folder)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a reader knows it. A damaged one counts as known: reading it says what is wrong."""
+        try:
+            return self.detection is not None
+        except UnknownFormatError:
+            return False
+        except InputError:
+            return True
+
+
+def choose_checkpoint(folder: SourceFolder, subfolder: str | None = None) -> FoundSource:
+    """Find the checkpoint to read: the folder itself, or one of those in it.
 
     `best_model/` wins, then what `trainer_state.json` calls the best, then the highest step.
 
@@ -37,82 +67,72 @@ def choose_folder(folder: Path, subfolder: str | None) -> tuple[Path, str | None
         InputError: `subfolder` is not there or leads out of the folder, or a file that decides is damaged.
     """
     if subfolder is not None:
-        return _explicit(folder, subfolder), None
-    if not folder.is_dir():
-        return folder, None
+        return FoundSource(_named(folder, subfolder))
+    whole = FoundSource(folder)
     try:
-        detect(folder)
-        return folder, None
+        whole.detection  # noqa: B018 (a damaged file in it is an error)
+        return whole
     except UnknownFormatError:
         candidates = _candidates(folder)
     if not candidates:
-        return folder, None  # whoever reads it says what was found instead
+        return whole  # its detection says what was found instead
     chosen, why = _choose(folder, candidates)
-    others = [path.name for path in candidates if path != chosen]
+    others = [candidate.folder.path.name for candidate in candidates if candidate is not chosen]
     beside = f"; also there: {', '.join(others)} (--subfolder chooses)" if others else ""
-    return chosen, f"{folder} holds no checkpoint itself; reading {chosen.name}: {why}{beside}"
+    place = chosen.folder.path.name
+    chosen.note = f"{folder} holds no checkpoint itself; reading {place}: {why}{beside}"
+    return chosen
 
 
-def _explicit(folder: Path, subfolder: str) -> Path:
-    relative = Path(subfolder)
-    leaves = not subfolder or "\0" in subfolder or relative.is_absolute() or ".." in relative.parts
-    if leaves or not is_contained(folder, folder / relative):
-        raise InputError(f"--subfolder {subfolder!r} leads out of {folder}; give a path inside it")
-    if not (folder / relative).is_dir():
-        there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+def _named(folder: SourceFolder, subfolder: str) -> SourceFolder:
+    """Open the folder that the user names."""
+    try:
+        chosen = folder.folder(subfolder or "..")
+    except InputError as error:
+        raise InputError(f"--subfolder {subfolder!r} leads out of {folder}; give a path inside it") from error
+    if not chosen.path.is_dir():
+        there = [name for name in folder.names() if (folder.path / name).is_dir()]
         raise InputError(
             f"{folder} has no folder {subfolder}; there is {', '.join(there[:8]) or 'no folder in it'}"
             + (f" and {len(there) - 8} more" if len(there) > 8 else "")
         )
-    return folder / relative
+    return chosen.called(folder.name)
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """`best_model`, then the checkpoints with the highest step first, as far as they are of a known
-    format."""
-    named = [path for path in folder.iterdir() if path.name == BEST or CHECKPOINT.fullmatch(path.name)]
-    named.sort(key=lambda path: (path.name == BEST, _step(path)), reverse=True)
-    return [path for path in named if path.is_dir() and _is_known(contained(folder, path))]
+def _candidates(folder: SourceFolder) -> list[FoundSource]:
+    """List the checkpoints of known formats: `best_model`, then the others with the highest step first."""
+    steps = [place for place in folder.folders("checkpoint-*") if CHECKPOINT.fullmatch(place.path.name)]
+    steps.sort(key=_step, reverse=True)
+    found = [FoundSource(place.called(folder.name)) for place in [*folder.folders(BEST), *steps]]
+    return [source for source in found if source.is_known]
 
 
-def _step(path: Path) -> int:
-    match = CHECKPOINT.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
+def _step(folder: SourceFolder) -> int:
+    return int(folder.path.name.removeprefix("checkpoint-"))
 
 
-def _is_known(folder: Path) -> bool:
-    try:
-        detect(folder)
-    except UnknownFormatError:
-        return False
-    except InputError:
-        return True  # damaged: if it is chosen, reading it says what is wrong, rather than another being taken silently
-    return True
-
-
-def _choose(folder: Path, candidates: list[Path]) -> tuple[Path, str]:
-    if candidates[0].name == BEST:
-        return candidates[0], "the run's best model"
+def _choose(folder: SourceFolder, candidates: list[FoundSource]) -> tuple[FoundSource, str]:
+    first = candidates[0]
+    if first.folder.path.name == BEST:
+        return first, "the run's best model"
     missing = ""
-    for state in [folder / STATE, candidates[0] / STATE]:
-        name = _best_in(folder, state)
-        if name is None:
+    for place, state in ((folder, STATE), (first.folder, f"{first.folder.path.name}/{STATE}")):
+        best = _best_in(place)
+        if best is None:
             continue
-        found = next((path for path in candidates if path.name == name), None)
-        if found is not None:
-            return found, f"{state.relative_to(folder)} names it as the best"
-        missing = f" ({state.relative_to(folder)} names {name} as the best, which is not there)"
+        for candidate in candidates:
+            if candidate.folder.path.name == best:
+                return candidate, f"{state} names it as the best"
+        missing = f" ({state} names {best} as the best, which is not there)"
         break
     if len(candidates) == 1:
-        return candidates[0], f"the only checkpoint{missing}"
-    return candidates[0], f"the highest step{missing}"
+        return first, f"the only checkpoint{missing}"
+    return first, f"the highest step{missing}"
 
 
-def _best_in(folder: Path, state: Path) -> str | None:
-    """The last part of `best_model_checkpoint`: the path before it is that of the machine that trained."""
-    if not state.is_file():
-        return None
-    stored = read_json(contained(folder, state)).get("best_model_checkpoint")
+def _best_in(folder: SourceFolder) -> str | None:
+    """Give the last part of `best_model_checkpoint`: the path before it is that of the machine that trained."""
+    stored = folder.read_json(STATE, required=False).get("best_model_checkpoint")
     if not isinstance(stored, str):
         return None
     return re.split(r"[/\\]", stored.rstrip("/\\"))[-1] or None

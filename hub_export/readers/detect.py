@@ -1,7 +1,7 @@
-"""Which format a folder is in: one reader per format, asked in turn.
+"""Finds out which format a folder is in: one reader per format, asked in turn.
 
-To add a format, write a file with FORMAT, DESCRIPTION, `recognise(folder)` and `read(folders, names, reason,
-options)` and name it in READERS. This file knows nothing about what any format looks like.
+To add a format, write a file with FORMAT, DESCRIPTION, `recognise(folder)` and `read(folders, options)`, and name
+it in READERS.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import InputError, one_line
+from ..sources.source_folder import SourceFolder, open_folder
 from . import exported_repo, final_checkpoint, merged_model, peft_adapters, trainer_checkpoint, whole_model
 
 
@@ -25,10 +26,18 @@ READERS: tuple[ModuleType, ...] = (
     merged_model,
 )
 
-
+# What Python raises where a file holds another kind of value than its name leads one to expect.
 MALFORMED = (
-    TypeError, AttributeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError, OSError, re.error,
-)  # fmt: skip
+    TypeError,
+    AttributeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+    OSError,
+    re.error,
+)
 
 
 class UnknownFormatError(InputError):
@@ -44,18 +53,14 @@ class Detection:
     reader: ModuleType
 
 
-def detect(folder: str | Path) -> Detection:
-    """The format of a local folder, by the content of its files.
+def detect(folder: str | Path | SourceFolder) -> Detection:
+    """Find out the format of a local folder, by the content of its files.
 
     Raises:
         UnknownFormatError: no reader knows it; the message says what was found there.
         InputError: it does not exist, or the file that would tell is damaged.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the folder it belongs to")
+    folder = open_folder(folder)
     for reader in READERS:
         reason = _recognise(reader, folder)
         if reason is not None:
@@ -64,7 +69,7 @@ def detect(folder: str | Path) -> Detection:
     raise UnknownFormatError(f"{folder} is of no known format: found {_content(folder)}; known are {known}")
 
 
-def _recognise(reader: ModuleType, folder: Path) -> str | None:
+def _recognise(reader: ModuleType, folder: SourceFolder) -> str | None:
     try:
         return reader.recognise(folder)
     except InputError:
@@ -75,8 +80,8 @@ def _recognise(reader: ModuleType, folder: Path) -> str | None:
         ) from error
 
 
-def _content(folder: Path, most: int = 8) -> str:
-    names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
+def _content(folder: SourceFolder, most: int = 8) -> str:
+    names = [name + ("/" if (folder.path / name).is_dir() else "") for name in folder.names()]
     if not names:
         return "nothing (an empty folder)"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

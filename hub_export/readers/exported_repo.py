@@ -1,21 +1,18 @@
 """Reads back a repo that this package exported, either layout, and never runs the repo's code.
 
-    config.json              model_type "dylora_moe", weights_layout, base_config, expert_configs, router_*
-    model.safetensors        full: (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
-                             foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight,
-                             router.gate.bias; of stacked experts
-                             foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B
-    experts/<name>/          adapter: adapter_config.json, adapter_model.safetensors, as PEFT writes them
-    router.safetensors       adapter: gate.weight, gate.bias
-    generation_config.json   routing_strategy
-
-It knows the names of the model's parameters and nothing about other formats.
+config.json              model_type "dylora_moe", weights_layout, base_config, expert_configs, router_*
+model.safetensors        full: (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
+                         foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight,
+                         router.gate.bias; of stacked experts
+                         foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B
+experts/<name>/          adapter: adapter_config.json, adapter_model.safetensors, as PEFT writes them
+router.safetensors       adapter: gate.weight, gate.bias
+generation_config.json   routing_strategy
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,6 @@ import torch
 from ..errors import InputError
 from ..foundation.weight_conversion import renamed
 from ..foundation.weights import skeleton
-from ..foundation.weights import weight_files as shards
 from ..repo.repo_config import (
     MODEL_TYPE,
     foundation_of,
@@ -31,28 +27,32 @@ from ..repo.repo_config import (
     load_config,
     stored_routing_strategy,
 )
-from ..tensors.containment import contained
-from ..tensors.mixture import AdaptedLayer, Expert, Mixture, ReadOptions, Router
-from ..tensors.stored_tensors import StoredTensor, of_file
-from ..tensors.tensor_files import TensorFile, read_json
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import AdaptedLayer, Expert, Mixture, Router
+from ..tensors.stored_tensors import StoredTensor
+from ..tensors.tensor_files import TensorFile
+from ..tensors.weight_files import stored_tensors, weight_files
 
 
 FORMAT = "exported repo"
 DESCRIPTION = "config.json with model_type dylora_moe, model.safetensors or experts/"
 
-PEFT_PREFIX = "base_model.model."
+FULL_WEIGHTS = "model.safetensors"  # of layout `full`
 
 
-def recognise(folder: Path) -> str | None:
-    """Why this folder is an exported repo, or None. Tensor names decide, `model_type` only where there are
-    none."""
-    if not (folder / "config.json").is_file():
+def recognise(folder: SourceFolder) -> str | None:
+    """Say why this folder is an exported repo, or None.
+
+    Tensor names decide, `model_type` only where there are none.
+    """
+    if not folder.has("config.json"):
         return None
-    if is_exported_repo(folder) and (folder / "experts").is_dir() and not weight_files(folder):
-        return f"config.json has model_type {MODEL_TYPE}, and there is experts/"
-    if not weight_files(folder):
-        return None
-    for path in weight_files(folder):
+    files = weight_files(folder, (FULL_WEIGHTS,))
+    if not files:
+        is_light = is_exported_repo(folder) and folder.has_folder("experts")
+        return f"config.json has model_type {MODEL_TYPE}, and there is experts/" if is_light else None
+    for path in files:
         for key in TensorFile(path).keys():  # noqa: SIM118
             if key.startswith("foundation.") and key.endswith(".lora_A"):
                 return f"{path.name} holds {key}"
@@ -61,17 +61,7 @@ def recognise(folder: Path) -> str | None:
     return None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards that the index names, in order.
-
-    Raises:
-        InputError: a file is a link to somewhere else, or the index names what is no file of this folder.
-    """
-    contained(folder, folder / "model.safetensors.index.json")
-    return [contained(folder, path) for path in shards(folder, "model.safetensors")]
-
-
-def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
     """Describe one exported repo; tensors stay on disk.
 
     Raises:
@@ -91,7 +81,6 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     layouts = config.rank_layouts()
     return Mixture(
         format=FORMAT,
-        reason=reason,
         folders=folders,
         experts=[_expert(folder, config, layouts, index, weights) for index in range(config.num_experts)],
         router=_router(folder, config, weights),
@@ -108,9 +97,8 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else []
 
 
-def _full_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
-    files = [TensorFile(path) for path in weight_files(folder)]
-    weights = {key: of_file(file, key) for file in files for key in file.keys()}  # noqa: SIM118
+def _full_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTensor]:
+    weights = stored_tensors(weight_files(folder, (FULL_WEIGHTS,)))
     if not weights:
         raise InputError(f"{folder} has a config.json but no model.safetensors")
     return _with_own_names(weights, config)
@@ -131,7 +119,7 @@ def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, 
     return {now.get(key, key): tensor for key, tensor in weights.items()}
 
 
-def _check_nothing_else(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> None:
+def _check_nothing_else(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor]) -> None:
     """What is not read here would be lost, and what it does is not known.
 
     Raises:
@@ -173,26 +161,28 @@ def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     }
 
 
-def _adapter_weights(folder: Path, config: Any) -> dict[str, StoredTensor]:
+def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTensor]:
     """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout
     `full`."""
     from dylora_moe.modeling.layouts_dylora_moe import peft_config
 
     weights = {}
     for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
-        place = folder / "experts" / name
+        place = f"experts/{name}"
         written = peft_config(config, config.expert_names.index(name), False)
         earlier = {**entry, "target_parameters": entry["target_parameters"] or None}
-        _check_adapter_config(contained(folder, place / "adapter_config.json"), name, (written, earlier))
-        file = TensorFile(contained(folder, place / "adapter_model.safetensors"))
-        weights.update({f"{name}/{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
+        _check_adapter_config(folder, f"{place}/adapter_config.json", name, (written, earlier))
+        tensors = stored_tensors([folder / f"{place}/adapter_model.safetensors"])
+        weights.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
     if config.router_input is not None:
-        file = TensorFile(contained(folder, folder / "router.safetensors"))
-        weights.update({f"router.{key}": of_file(file, key) for key in file.keys()})  # noqa: SIM118
+        tensors = stored_tensors([folder / "router.safetensors"])
+        weights.update({f"router.{key}": tensor for key, tensor in tensors.items()})
     return weights
 
 
-def _check_adapter_config(path: Path, name: str, forms: tuple[dict[str, Any], ...]) -> None:
+def _check_adapter_config(
+    folder: SourceFolder, path: str, name: str, forms: tuple[dict[str, Any], ...]
+) -> None:
     """PEFT goes by this file and the model by `config.json`, which must mean the same expert.
 
     Args:
@@ -201,7 +191,7 @@ def _check_adapter_config(path: Path, name: str, forms: tuple[dict[str, Any], ..
     Raises:
         InputError: it is damaged, or names the field that differs.
     """
-    stored = read_json(path)
+    stored = folder.read_json(path)
     fields = (
         "r",
         "lora_alpha",
@@ -215,12 +205,14 @@ def _check_adapter_config(path: Path, name: str, forms: tuple[dict[str, Any], ..
     if all(differing):
         field, meant = differing[0][0], str(forms[0].get(differing[0][0]))[:80]
         raise InputError(
-            f"{path}: {field} is {str(stored.get(field))[:80]}, config.json has {meant} for {name}; one of the two was "
+            f"{folder / path}: {field} is {str(stored.get(field))[:80]}, config.json has {meant} for {name}; one of the two was "
             "changed"
         )
 
 
-def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]) -> Expert:
+def _expert(
+    folder: SourceFolder, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]
+) -> Expert:
     entry = config.expert_configs[index]
     stored = {
         name: _matrices(folder, config, layouts[name], index, (name, key), weights)
@@ -231,7 +223,7 @@ def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[
         name=entry["name"],
         layers={name: _layer(entry, name, ranks[name], pair) for name, pair in stored.items()},
         read=lambda module: tuple(matrix.read() for matrix in stored[module]),
-        origin=folder,
+        origin=folder.path,
         lora_dropout=entry["lora_dropout"],
         use_rslora=entry["use_rslora"],
         mature=entry["mature"],
@@ -239,7 +231,7 @@ def _expert(folder: Path, config: Any, layouts: dict, index: int, weights: dict[
 
 
 def _matrices(
-    folder: Path,
+    folder: SourceFolder,
     config: Any,
     layout: tuple,
     index: int,
@@ -294,7 +286,7 @@ def _layer(entry: dict, name: str, rank: int, matrices: tuple[StoredTensor, Stor
     )
 
 
-def _router(folder: Path, config: Any, weights: dict[str, StoredTensor]) -> Router | None:
+def _router(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor]) -> Router | None:
     if config.router_input is None:
         return None
     keys = ("router.gate.weight", "router.gate.bias")

@@ -10,7 +10,7 @@
 Training matched names by substring and kept only what required a gradient. So `expert_1.pt` may also hold the
 tensors of expert_10 to expert_19, and a file may be an empty dict. The earlier form of the trainer's
 checkpoints (config.json with num_experts and checkpoint_type "peft_only", no alpha) has the same files and is
-read here, too. It knows nothing about other formats or about the model.
+read here, too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..tensors.containment import contained
-from ..tensors.mixture import Expert, Mixture, ReadOptions, Router, natural_order
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import Expert, Mixture, Router, natural_order
 from ..tensors.stored_tensors import of_file
-from ..tensors.tensor_files import TensorFile, read_json
+from ..tensors.tensor_files import TensorFile
 from .training_run import (
     PARAMETER,
     STATE,
     count_of_experts,
     foundation_reference,
     gate_of_state,
+    hint_other_checkpoint,
     lora_alpha,
     low_rank_layer,
     make_router,
@@ -38,47 +40,46 @@ from .training_run import (
     own_state,
     read_state,
     stored_setting,
-    where_else,
 )
 
 
 FORMAT = "final checkpoint"
+ADAPTERS = "peft_adapters"
 DESCRIPTION = "config.json, peft_adapters/expert_<i>.pt, dylo_moe_state/router.pt"
 
 
-def recognise(folder: Path) -> str | None:
-    """Why this folder is a final checkpoint, or None. Tensor names decide, `model_type` only where there are
-    none."""
-    for path in adapter_files(folder).values():
-        for key in TensorFile(contained(folder, path)).keys():  # noqa: SIM118
+def recognise(folder: SourceFolder) -> str | None:
+    """Say why this folder is a final checkpoint, or None.
+
+    Tensor names decide, `model_type` only where there are none.
+    """
+    files = adapter_files(folder)
+    for path in files.values():
+        for key in TensorFile(path).keys():  # noqa: SIM118
             if PARAMETER.fullmatch(key):
-                return f"peft_adapters/{path.name} holds {key}"
+                return f"{ADAPTERS}/{path.name} holds {key}"
     # A run's own folder may hold dylo_moe_state/ as well, beside the checkpoints that it belongs to.
-    router = folder / STATE
-    is_checkpoint = (folder / "peft_adapters").is_dir() or (folder / "config.json").is_file()
-    if is_checkpoint and router.is_file() and "gate_state_dict" in read_state(contained(folder, router)):
+    is_checkpoint = folder.has_folder(ADAPTERS) or folder.has("config.json")
+    if is_checkpoint and folder.has(STATE) and "gate_state_dict" in read_state(folder / STATE):
         return f"{STATE} holds gate_state_dict"
-    config = folder / "config.json"
-    if (
-        adapter_files(folder)
-        and config.is_file()
-        and read_json(contained(folder, config)).get("model_type") == "dylora-moe"
-    ):
+    if files and folder.read_json("config.json", required=False).get("model_type") == "dylora-moe":
         return "config.json has model_type dylora-moe, and there is peft_adapters/expert_<i>.pt"
     return None
 
 
-def adapter_files(folder: Path) -> dict[int, Path]:
-    """Expert index to file, for every `peft_adapters/expert_<i>.pt`, in the order of the indices."""
+def adapter_files(folder: SourceFolder) -> dict[int, Path]:
+    """Map expert index to file, for every `peft_adapters/expert_<i>.pt`, in the order of the indices."""
+    if not folder.has_folder(ADAPTERS):
+        return {}
     found = {}
-    for path in (folder / "peft_adapters").glob("expert_*.pt"):
-        match = re.fullmatch(r"expert_(0|[1-9][0-9]*)\.pt", path.name)
+    for name in folder.folder(ADAPTERS).names("expert_*.pt"):
+        match = re.fullmatch(r"expert_(0|[1-9][0-9]*)\.pt", name)
         if match:
-            found[int(match.group(1))] = path
+            found[int(match.group(1))] = folder / f"{ADAPTERS}/{name}"
     return dict(sorted(found.items()))
 
 
-def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
     """Describe one checkpoint folder; tensors stay on disk.
 
     Raises:
@@ -90,7 +91,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
             f"{folders[0]} is a final checkpoint, which holds all its experts; export one at a time"
         )
     folder = folders[0]
-    config = read_json(contained(folder, folder / "config.json"))
+    config = folder.read_json("config.json")
     problems: list[str] = []
     notes: list[str] = []
     alpha = lora_alpha(folder, config, options, problems)
@@ -100,7 +101,6 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     ]
     return Mixture(
         format=FORMAT,
-        reason=reason,
         folders=folders,
         experts=experts,
         router=_read_router(folder, len(experts), options, problems, notes),
@@ -110,7 +110,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     )
 
 
-def _complete(folder: Path, config: dict[str, Any]) -> dict[int, Path]:
+def _complete(folder: SourceFolder, config: dict[str, Any]) -> dict[int, Path]:
     files = adapter_files(folder)
     # In a final checkpoint, num_experts can only be a field copied from a foundation that has experts of its
     # own.
@@ -124,7 +124,7 @@ def _complete(folder: Path, config: dict[str, Any]) -> dict[int, Path]:
     if missing:
         raise InputError(
             f"{folder}/peft_adapters lacks {', '.join(missing)}; config.json's {field} is {expected}; "
-            f"{where_else(folder, missing[0].removesuffix('.pt'))}"
+            f"{hint_other_checkpoint(folder, missing[0].removesuffix('.pt'))}"
         )
     if len(files) != expected:
         raise InputError(
@@ -135,10 +135,15 @@ def _complete(folder: Path, config: dict[str, Any]) -> dict[int, Path]:
 
 
 def _read_expert(
-    folder: Path, index: int, path: Path, config: dict[str, Any], alpha: float | None, problems: list[str]
+    folder: SourceFolder,
+    index: int,
+    path: Path,
+    config: dict[str, Any],
+    alpha: float | None,
+    problems: list[str],
 ) -> Expert:
     name = f"expert_{index}"
-    file = TensorFile(contained(folder, path))
+    file = TensorFile(path)
     keys = _own_keys(file, name)
     if not keys:
         problems.append(_empty_expert(folder, name, file))
@@ -171,13 +176,13 @@ def _own_keys(file: TensorFile, name: str) -> dict[str, dict[str, str]]:
     return dict(sorted(own.items(), key=lambda item: natural_order(item[0])))
 
 
-def _empty_expert(folder: Path, name: str, file: TensorFile) -> str:
+def _empty_expert(folder: SourceFolder, name: str, file: TensorFile) -> str:
     what = "is an empty dict" if not len(file) else f"holds no tensor of {name}"
-    return f"{file.path} {what}: training kept only what required a gradient; {where_else(folder, name)}"
+    return f"{file.path} {what}: training kept only what required a gradient; {hint_other_checkpoint(folder, name)}"
 
 
 def _read_router(
-    folder: Path, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
+    folder: SourceFolder, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
 ) -> Router | None:
     path = own_state(folder, problems, notes, f"{folder / STATE} is missing")
     if path is None:

@@ -1,5 +1,4 @@
-"""Knows an ordinary model when it sees one, perhaps with an adapter merged into it: there is nothing to
-export.
+"""Recognises an ordinary model, perhaps with an adapter merged into it: there is nothing to export.
 
 config.json           the model's own, perhaps with base_model_name_or_path
 model.safetensors     (or pytorch_model.bin, or shards with an index) without any adapter in it
@@ -7,13 +6,11 @@ model.safetensors     (or pytorch_model.bin, or shards with an index) without an
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..tensors.containment import contained
-from ..tensors.mixture import FoundationReference, Mixture, ReadOptions
-from ..tensors.stored_tensors import of_file
-from ..tensors.tensor_files import TensorFile, read_json
-from .whole_model import weight_files
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import FoundationReference, Mixture
+from ..tensors.tensor_files import TensorFile
+from ..tensors.weight_files import stored_tensors, weight_files
 
 
 FORMAT = "merged model"
@@ -22,14 +19,15 @@ DESCRIPTION = "config.json and model.safetensors of an ordinary model, which nee
 ADAPTER_PARTS = (".lora_", ".base_layer.", ".modules_to_save.")
 
 
-def recognise(folder: Path) -> str | None:
-    """Why this folder is an ordinary model, or None. Any trace of an adapter in the tensors' names speaks
-    against it."""
-    config = folder / "config.json"
+def recognise(folder: SourceFolder) -> str | None:
+    """Say why this folder is an ordinary model, or None.
+
+    Any trace of an adapter in the tensors' names speaks against it.
+    """
     files = weight_files(folder)
-    if not files or not config.is_file():
+    if not files or not folder.has("config.json"):
         return None
-    model_type = read_json(contained(folder, config)).get("model_type")
+    model_type = folder.read_json("config.json").get("model_type")
     if not isinstance(model_type, str):
         return None
     first = None
@@ -43,14 +41,12 @@ def recognise(folder: Path) -> str | None:
     return f"{first[0]} holds {first[1]} and no adapter, and config.json has model_type {model_type}"
 
 
-def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
-    """The model as it is, without experts; `problems` says that there is nothing to export."""
+def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
+    """Describe the model as it is, without experts; `problems` says that there is nothing to export."""
     folder = folders[0]
-    config = read_json(folder / "config.json")
-    files = [TensorFile(path) for path in weight_files(folder)]
+    config = folder.read_json("config.json")
     return Mixture(
         format=FORMAT,
-        reason=reason,
         folders=folders,
         experts=[],
         router=None,
@@ -58,8 +54,8 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
             name=config.get("base_model_name_or_path") or str(folder), named_in=folder / "config.json"
         ),
         problems=[
-            f"{folder} is an ordinary model, with its adapters merged or without any ({reason}): it needs no export; "
+            f"{folder} is an ordinary model, with its adapters merged or without any: it needs no export; "
             "load it with AutoModelForCausalLM.from_pretrained, or benchmark it as it is"
         ],
-        foundation_weights={key: of_file(file, key) for file in files for key in file.keys()},  # noqa: SIM118
+        foundation_weights=stored_tensors(weight_files(folder)),
     )

@@ -1,97 +1,63 @@
-"""Regular expressions out of a file that somebody else wrote: only those that surely end soon are used.
+"""Matches names of layers with the regular expressions of an adapter's config, for a limited time.
 
-PEFT takes keys of `rank_pattern` and `alpha_pattern`, and `target_modules`, as regular expressions. Python
-tries the ways in which one can match one after the other, and `(a+)+$` has more of them than anybody can wait
-for. So the ways are counted first, from above; the patterns that people write have few.
+The keys of PEFT's `rank_pattern` and `alpha_pattern` are regular expressions, and an expression such as `(.*)*x`
+tries more ways to match a name than there is time for. Python's `re` cannot be stopped; the package `regex` can.
 """
 
 from __future__ import annotations
 
-import re
-from math import comb, inf
+import time
 from typing import Any
+
+import regex
 
 from ..errors import InputError
 
 
-try:
-    from re import _parser as parser
-except ImportError:  # before Python 3.11
-    import sre_parse as parser
-
-LONGEST_NAME = 100  # of a module, in characters
-MOST_WAYS = 1e8
-LONGEST_PATTERN = 20_000
-ONE_CHARACTER = ("LITERAL", "NOT_LITERAL", "IN", "ANY")
+TIME_LIMIT = 5.0  # seconds, for all layers of an adapter; a thousand layers take some milliseconds
 
 
-def check_pattern(pattern: str, what: str, prefixed: bool = False) -> None:
-    """Refuse what may take forever on names of up to `LONGEST_NAME` characters.
+class NamePatterns:
+    """Values by expressions, of which the first that matches the end of a layer's name counts, as in PEFT
+    (`peft.utils.get_pattern_key`).
 
     Args:
-        what: where it stands.
-        prefixed: whether anything may stand before it, as in PEFT's `rank_pattern`.
+        values: expression to value, or None for none.
+        what: where the expressions stand, for error messages.
 
     Raises:
-        InputError: it is no regular expression, or one of too many ways.
+        InputError: one is no regular expression.
     """
-    try:
-        steps, runs = _ways(parser.parse(pattern)) if len(pattern) <= LONGEST_PATTERN else (inf, 0)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"{what} is no regular expression: {error}") from error
-    runs += prefixed
-    if (
-        steps * comb(LONGEST_NAME + runs, runs) > MOST_WAYS
-    ):  # where the runs end is a choice of places in order
-        raise InputError(
-            f"{what} is {pattern[:80]!r}, a regular expression that may take forever; simplify it"
-        )
 
+    def __init__(self, values: dict[str, Any] | None, what: str):
+        self._what = what
+        self._seconds = TIME_LIMIT
+        self._values = [(key, self._compiled(key), value) for key, value in (values or {}).items()]
 
-def _ways(tokens: Any) -> tuple[float, int]:
-    """How many ways there are at most apart from the lengths of runs such as `.*`, and how many of these
-    follow each other."""
-    steps, runs = 1.0, 0
-    for kind, value in tokens:
-        more, further = _ways_of(str(kind), value)
-        steps, runs = steps * more, runs + further
-    return steps, runs
+    def find(self, name: str, otherwise: Any) -> Any:
+        """Give the value for a layer's name.
 
+        Raises:
+            InputError: matching takes too long.
+        """
+        for key, expression, value in self._values:
+            if self._matches(key, expression, name):
+                return value
+        return otherwise
 
-def _ways_of(kind: str, value: Any) -> tuple[float, int]:
-    if kind in (*ONE_CHARACTER, "AT"):
-        return 1, 0
-    if kind == "SUBPATTERN":
-        return _ways(value[-1])
-    if kind == "BRANCH":
-        parts = [_ways(branch) for branch in value[1]]
-        return _alternatives(value[1], [steps for steps, _ in parts]), max(runs for _, runs in parts)
-    if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-        _, most, inside = value
-        steps, runs = _ways(inside)
-        if most <= 1:
-            return 1 + steps, runs
-        if len(inside) == 1 and str(inside[0][0]) in ONE_CHARACTER:
-            return 1, 1
-    if kind in ("ASSERT", "ASSERT_NOT"):
-        return _ways(value[1])
-    return inf, 0  # a repeated group, a reference back
+    def _compiled(self, key: str) -> regex.Pattern:
+        try:
+            return regex.compile(rf"(.*\.)?({key})$")
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise InputError(f"{self._what} is no regular expression: {error}") from error
 
-
-def _alternatives(branches: list[Any], steps: list[float]) -> float:
-    """Of alternatives that start with different characters, one at most can match."""
-    by_start: dict[Any, float] = {}
-    for branch, count in zip(branches, steps, strict=True):
-        literal = len(branch) > 0 and str(branch[0][0]) == "LITERAL"
-        start = (
-            tuple(token[1] for token in branch) if _is_text(branch) else (branch[0][1],) if literal else ()
-        )
-        by_start[start] = by_start.get(start, 0) + count
-    # texts that another one is the beginning of can both match
-    return max(
-        sum(count for other, count in by_start.items() if start[: len(other)] == other) for start in by_start
-    )
-
-
-def _is_text(branch: Any) -> bool:
-    return len(branch) > 0 and all(str(kind) == "LITERAL" for kind, _ in branch)
+    def _matches(self, key: str, expression: regex.Pattern, name: str) -> bool:
+        started = time.monotonic()
+        try:
+            return expression.match(name, timeout=max(self._seconds, 0.001)) is not None
+        except TimeoutError as error:
+            raise InputError(
+                f"{self._what} is {key[:80]!r}, a regular expression that takes too long on {name[:80]}; simplify it"
+            ) from error
+        finally:
+            self._seconds -= time.monotonic() - started

@@ -7,15 +7,13 @@
 An adapter that was trained on a quantised foundation (QLoRA) is such a folder, too; what AdaLoRA (peft_type
 ADALORA) stores, adalora makes the same of. Which layers are adapted and with which rank is read from the
 tensors, so every way of writing `target_modules` works.
-What is more than a plain low-rank sum is refused by name. It knows nothing about other formats or about the
-model.
+What is more than a plain low-rank sum is refused by name.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ import torch
 from ..errors import InputError
 from ..foundation.layer_names import PREFIX, why_unreadable
 from ..foundation.stacked_experts import parameters_of
-from ..tensors.containment import contained
-from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Mixture, ReadOptions, natural_order
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Mixture, natural_order
 from ..tensors.stored_tensors import StoredTensor, of_file
-from ..tensors.tensor_files import TensorFile, read_json
+from ..tensors.tensor_files import TensorFile
 from . import adalora
-from .patterns import LONGEST_NAME, check_pattern
+from .patterns import NamePatterns
 from .peft_fields import check_fields
 from .training_run import number
 
@@ -49,20 +48,24 @@ BACKWARD_ALONE = ".lora_velora_embed"  # what VeLoRA's backward pass needs
 MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 
 
-def recognise(folder: Path) -> str | None:
-    """Why this folder holds LoRA adapters, or None. Tensor names decide, `peft_type` only where there are
-    none."""
-    for place in adapter_folders(folder):
-        weights = weight_file(place)
-        if weights is None:
-            return f"{_within(place, folder)}adapter_config.json is there"
-        key = holds_matrices(contained(folder, weights))
-        if key is not None:
-            return f"{_within(place, folder)}{weights.name} holds {key}"
-        return f"{_within(place, folder)}adapter_config.json lies beside {weights.name}"
-    if weight_file(folder) is not None:
-        return f"{weight_file(folder).name} is there"
-    return None
+def recognise(folder: SourceFolder) -> str | None:
+    """Say why this folder holds LoRA adapters, or None.
+
+    Tensor names decide, `peft_type` only where there are none.
+    """
+    places = adapter_folders(folder)
+    if not places:
+        weights = weight_file(folder)
+        return None if weights is None else f"{weights.name} is there"
+    first = places[0]
+    within = "" if first is folder else f"{first.path.name}/"
+    weights = weight_file(first)
+    if weights is None:
+        return f"{within}adapter_config.json is there"
+    key = holds_matrices(weights)
+    if key is None:
+        return f"{within}adapter_config.json lies beside {weights.name}"
+    return f"{within}{weights.name} holds {key}"
 
 
 def holds_matrices(path: Path) -> str | None:
@@ -70,84 +73,70 @@ def holds_matrices(path: Path) -> str | None:
     return next((key for key in TensorFile(path).keys() if ".lora_" in key), None)  # noqa: SIM118
 
 
-def adapter_folders(folder: Path) -> list[Path]:
-    """The folder itself if it is an adapter, else those of its direct sub-folders that are.
+def adapter_folders(folder: SourceFolder) -> list[SourceFolder]:
+    """Find the adapters: the folder itself if it is one, else those of its direct sub-folders that are.
 
     The checkpoints of one training run are states of one adapter, not several adapters.
     """
-    if (folder / "adapter_config.json").is_file():
+    if folder.has("adapter_config.json"):
         return [folder]
     found = [
-        path.parent
-        for path in folder.glob("*/adapter_config.json")
-        if not CHECKPOINT.fullmatch(path.parent.name)
+        place
+        for place in folder.folders(holding="adapter_config.json")
+        if not CHECKPOINT.fullmatch(place.path.name)
     ]
-    return sorted(found, key=lambda path: natural_order(path.name))
+    return sorted(found, key=lambda place: natural_order(place.path.name))
 
 
-def weight_file(folder: Path) -> Path | None:
-    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+def weight_file(folder: SourceFolder) -> Path | None:
+    """Give the file of an adapter's tensors; None where there is none."""
+    return next((folder / name for name in WEIGHT_FILES if folder.has(name)), None)
 
 
-def _within(place: Path, folder: Path) -> str:
-    return "" if place == folder else f"{place.name}/"
-
-
-def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
-    """Describe one or several adapter folders; tensors stay on disk.
-
-    Args:
-        names: what the folders are called, one per folder; a folder of several adapters gives its
-            sub-folders' names.
+def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
+    """Describe one or several adapter folders, or folders of several adapters; tensors stay on disk.
 
     Raises:
-        InputError: an adapter is damaged, is of a kind that is refused, or names clash.
+        InputError: an adapter is damaged, or is of a kind that is refused.
     """
-    places: list[tuple[str, Path]] = []
-    for name, folder in zip(names, folders, strict=True):
+    places: list[SourceFolder] = []
+    for folder in folders:
         inside = adapter_folders(folder)
         if not inside:
             raise InputError(
                 f"{folder} has {weight_file(folder).name} but no adapter_config.json, which holds lora_alpha"
             )
-        places += [(name, folder)] if inside == [folder] else [(path.name, path) for path in inside]
+        places += inside
     if options.lora_alpha is not None:
         raise InputError("PEFT adapters state their alpha in adapter_config.json; leave out --lora_alpha")
     problems: list[str] = []
-    configs = [read_config(path) for _, path in places]
-    experts = [read_expert(name, path, config) for (name, path), config in zip(places, configs, strict=True)]
+    configs = [(place, read_config(place)) for place in places]
+    experts = [read_expert(place.name, place, config) for place, config in configs]
     return Mixture(
         format=FORMAT,
-        reason=reason,
-        folders=[path for _, path in places],
+        folders=places,
         experts=experts,
         router=None,
-        foundation=same_foundation([path for _, path in places], configs, options, problems),
+        foundation=same_foundation(configs, options, problems),
         problems=problems,
-        notes=_notes([path for _, path in places]),
+        notes=_notes(places),
     )
 
 
-def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
-    """`adapter_config.json`, once it is certain that it describes a low-rank sum.
-
-    Args:
-        root: the folder that files must lie in, where that is not the adapter's own.
+def read_config(folder: SourceFolder) -> dict[str, Any]:
+    """Read `adapter_config.json`, and make certain that it describes a low-rank sum.
 
     Raises:
         InputError: it is damaged, or names what cannot be an expert.
     """
     path = folder / "adapter_config.json"
-    config = read_json(contained(root or folder, path))
+    config = folder.read_json(path.name)
     if config.get("peft_type") not in ("LORA", "ADALORA"):
         raise InputError(
             f"{path}: peft_type is {config.get('peft_type')!r}; only LORA and ADALORA adapters can be exported"
         )
     check_fields(path, config)
     number(config.get("lora_dropout") or 0.0, f"{path}: lora_dropout")
-    for field in ("target_modules", "exclude_modules", "layers_pattern"):
-        for pattern in _texts(config.get(field), field):  # not used here, but by PEFT in the check
-            check_pattern(pattern, f"{path}: {field}")
     if _is_adalora(config):
         adalora.check_config(path, config)
         return config
@@ -156,28 +145,19 @@ def read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
     for field in ("rank_pattern", "alpha_pattern"):
         for key, value in (config.get(field) or {}).items():
             number(value, f"{path}: {field} of {key}")
-            check_pattern(key, f"{path}: a key of {field}", prefixed=True)
     return config
-
-
-def _texts(value: Any, field: str) -> list[str]:
-    """What PEFT takes as regular expressions: a text, and of the fields that may be lists only
-    `layers_pattern`'s."""
-    if isinstance(value, str):
-        return [value]
-    return [text for text in value or () if isinstance(text, str)] if field == "layers_pattern" else []
 
 
 def _is_adalora(config: dict[str, Any]) -> bool:
     return config["peft_type"] == "ADALORA"
 
 
-def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | None = None) -> Expert:
-    """One adapter folder as an expert; tensors stay on disk.
+def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nested: bool = False) -> Expert:
+    """Describe one adapter folder as an expert; tensors stay on disk.
 
     Args:
         config: what `read_config` gave.
-        root: the folder that files must lie in, where that is not the adapter's own.
+        is_nested: whether it is one of a trainer's checkpoint, whose files may hold other experts' tensors, too.
 
     Raises:
         InputError: the tensors are damaged, no plain low-rank sum, or not those of the config.
@@ -187,35 +167,36 @@ def read_expert(name: str, folder: Path, config: dict[str, Any], root: Path | No
         raise InputError(
             f"{folder} has adapter_config.json but neither {WEIGHT_FILES[0]} nor {WEIGHT_FILES[1]}"
         )
-    file = TensorFile(contained(root or folder, path))
+    file = TensorFile(path)
     pattern = adalora.MATRIX if _is_adalora(config) else MATRIX
-    keys, whole = _sorted(file, pattern, None if root is None else OTHER_ADAPTER)
+    keys, whole = _sorted(file, pattern, OTHER_ADAPTER if is_nested else None)
     if not keys:
         raise InputError(f"{path} holds no LoRA matrices; the adapter was saved empty")
     if _is_adalora(config):
         return Expert(
             name=name,
-            layers=adalora.layers(file, keys, config, folder),
+            layers=adalora.layers(file, keys, config, folder.path),
             read=lambda module: adalora.read(file, keys[module]),
-            origin=folder,
+            origin=folder.path,
             lora_dropout=config.get("lora_dropout") or 0.0,
             whole_weights=whole,
         )
-    parameters = _parameters(file, keys, config)
+    scales = _Scales(folder, config)
+    parameters = _parameters(file, keys, config, scales)
     keys = {parameters.get(module, module): matrices for module, matrices in keys.items()}
     stacked = set(parameters.values())
     return Expert(
         name=name,
         layers={
-            module: _layer(file, module, matrices, config, folder, module in stacked)
+            module: _layer(file, module, matrices, scales, module in stacked)
             for module, matrices in keys.items()
         },
         read=lambda module: (file.read(keys[module]["A"]), file.read(keys[module]["B"])),
-        origin=folder,
+        origin=folder.path,
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
         whole_weights=whole,
-        alpha_of=partial(_alpha, config),
+        alpha_of=scales.alpha,
         peft_version=str(config.get("peft_version") or ""),
     )
 
@@ -253,12 +234,14 @@ def _sorted(
     return keys, whole
 
 
-def _parameters(file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any]) -> dict[str, str]:
-    """Names of layers on stacked experts, as the keys have them, and the parameters that they are for."""
+def _parameters(
+    file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any], scales: _Scales
+) -> dict[str, str]:
+    """Map names of layers on stacked experts, as the keys have them, to the parameters that they are for."""
 
     def is_linear(name: str) -> bool:
         matrices = keys[name]
-        return "A" in matrices and file.shape(matrices["A"])[:1] == (_rank(config, name),)
+        return "A" in matrices and file.shape(matrices["A"])[:1] == (scales.rank(name),)
 
     targets = config.get("target_parameters") or ()
     try:
@@ -287,8 +270,7 @@ def _layer(
     file: TensorFile,
     module: str,
     matrices: dict[str, str],
-    config: dict[str, Any],
-    folder: Path,
+    scales: _Scales,
     is_stacked: bool,
 ) -> AdaptedLayer:
     if set(matrices) != {"A", "B"}:
@@ -303,15 +285,15 @@ def _layer(
             f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
             "expected [rank, in] and [out, rank] of one rank"
         )
-    rank = _rank(config, module)
+    rank = scales.rank(module)
     if shape_a[0] != rank and not (is_stacked and rank > 0 and shape_a[0] % rank == 0):
         raise InputError(
-            f"{file.path}: {module} has rank {shape_a[0]}, {folder}/adapter_config.json says {rank}; "
+            f"{file.path}: {module} has rank {shape_a[0]}, {scales.path} says {rank}; "
             "the two do not belong together"
         )
     return AdaptedLayer(
         rank=rank,
-        lora_alpha=_alpha(config, module),
+        lora_alpha=scales.alpha(module),
         in_features=shape_a[1],
         out_features=shape_b[0],
         dtype=torch.promote_types(file.dtype(matrices["A"]), file.dtype(matrices["B"])),
@@ -319,54 +301,51 @@ def _layer(
     )
 
 
-def _rank(config: dict[str, Any], module: str) -> int:
-    target = _target(module, config.get("target_parameters") or ())
-    return _by_pattern(config.get("rank_pattern") or {}, target, config["r"])
+class _Scales:
+    """Ranks and alphas of one adapter's layers, by `rank_pattern` and `alpha_pattern` as PEFT reads them."""
 
+    def __init__(self, folder: SourceFolder, config: dict[str, Any]):
+        self.path = folder / "adapter_config.json"
+        self._config = config
+        self._ranks = NamePatterns(config.get("rank_pattern"), f"{self.path}: a key of rank_pattern")
+        self._alphas = NamePatterns(config.get("alpha_pattern"), f"{self.path}: a key of alpha_pattern")
 
-def _alpha(config: dict[str, Any], module: str) -> float:
-    target = _target(module, config.get("target_parameters") or ())
-    return _by_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
+    def rank(self, module: str) -> int:
+        """Give the rank of a layer."""
+        return self._ranks.find(self._target(module), self._config["r"])
 
+    def alpha(self, module: str) -> float:
+        """Give the alpha of a layer."""
+        return self._alphas.find(self._target(module), self._config["lora_alpha"])
 
-def _target(module: str, parameters: Iterable[str]) -> str:
-    """What PEFT looks up in `rank_pattern` and `alpha_pattern`: the layer, or its weight where that is what
-    it adapts."""
-    weight = f"{module}.weight"
-    return weight if any(weight == name or weight.endswith(f".{name}") for name in parameters) else module
-
-
-def _by_pattern(pattern: dict[str, Any], module: str, otherwise: Any) -> Any:
-    """A layer's rank or alpha: the first key that, as a regular expression, matches the end of the module's
-    name.
-
-    That is how PEFT reads `rank_pattern` and `alpha_pattern` (`peft.utils.get_pattern_key`).
-    """
-    if pattern and len(module) > LONGEST_NAME:
-        raise InputError(f"{module[:LONGEST_NAME]}… is too long a name for rank_pattern and alpha_pattern")
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return otherwise
+    def _target(self, module: str) -> str:
+        """Give what PEFT looks up: the layer, or its weight where that is what it adapts."""
+        weight = f"{module}.weight"
+        parameters = self._config.get("target_parameters") or ()
+        is_target = any(weight == name or weight.endswith(f".{name}") for name in parameters)
+        return weight if is_target else module
 
 
 def same_foundation(
-    folders: list[Path], configs: list[dict[str, Any]], options: ReadOptions, problems: list[str]
+    configs: list[tuple[SourceFolder, dict[str, Any]]], options: ReadOptions, problems: list[str]
 ) -> FoundationReference:
-    """The foundation that the adapters name; a problem where they name several."""
-    named = {
-        folder: (config.get("base_model_name_or_path"), config.get("revision"))
-        for folder, config in zip(folders, configs, strict=True)
-    }
-    first = folders[0]
-    for folder, reference in named.items():
-        if reference != named[first] and options.base_model is None:
+    """Give the foundation that the adapters name; a problem where they name several.
+
+    Args:
+        configs: of each adapter its folder and `adapter_config.json`.
+    """
+    named = [
+        (folder, (config.get("base_model_name_or_path"), config.get("revision")))
+        for folder, config in configs
+    ]
+    first, (name, revision) = named[0]
+    for folder, reference in named:
+        if reference != (name, revision) and options.base_model is None:
             problems.append(
-                f"the adapters name different foundations: {_called(named[first])} in {first}, {_called(reference)} in "
+                f"the adapters name different foundations: {_called((name, revision))} in {first}, {_called(reference)} in "
                 f"{folder}; if they are the same model, say which with --base_model"
             )
             break
-    name, revision = named[first]
     return FoundationReference(name=name or None, revision=revision, named_in=first / "adapter_config.json")
 
 
@@ -375,10 +354,10 @@ def _called(reference: tuple[str | None, str | None]) -> str:
     return f"{name!r}" if revision is None else f"{name!r} at revision {revision!r}"
 
 
-def _notes(folders: Iterable[Path]) -> list[str]:
+def _notes(folders: Iterable[SourceFolder]) -> list[str]:
     notes = []
     for folder in folders:
-        others = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        others = [place.path.name for place in folder.folders(holding="adapter_config.json")]
         if others:
             notes.append(
                 f"{folder} has further adapters in {', '.join(others)}; give those folders as sources to include them"

@@ -7,8 +7,7 @@ folders.
 
 The adapters are nested twice because PEFT's save_pretrained gives a named adapter a folder of its own. The
 earlier form, with peft_adapters/expert_<i>.pt, is read as a final checkpoint. Optimizer states, training
-arguments and random states are never opened. It knows how a checkpoint is laid out; what an adapter is,
-peft_adapters knows.
+arguments and random states are never opened.
 """
 
 from __future__ import annotations
@@ -20,22 +19,23 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..tensors.containment import contained
-from ..tensors.mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, natural_order
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import Expert, FoundationReference, Mixture, Router, natural_order
 from ..tensors.stored_tensors import StoredTensor, of_file, of_tensor
-from ..tensors.tensor_files import TensorFile, read_json
-from .final_checkpoint import adapter_files
+from ..tensors.tensor_files import TensorFile
+from .final_checkpoint import ADAPTERS, adapter_files
 from .peft_adapters import holds_matrices, read_config, read_expert, same_foundation, weight_file
 from .training_run import (
     best_model_config,
     count_of_experts,
     gate_of_state,
+    hint_other_checkpoint,
     make_router,
     maturity_note,
     own_state,
     read_state,
     settings_or_defaults,
-    where_else,
 )
 
 
@@ -48,43 +48,45 @@ GATE = {"weight": "gate.weight", "bias": "gate.bias"}
 ROUTER_SETTINGS = ("expert_maturity", "top_k", "temperature", "num_experts", "input_size")
 
 
-def recognise(folder: Path) -> str | None:
-    """Why this folder is a trainer checkpoint, or None. Tensor names decide, config fields only where there
-    are none."""
+def recognise(folder: SourceFolder) -> str | None:
+    """Say why this folder is a trainer checkpoint, or None.
+
+    Tensor names decide, config fields only where there are none.
+    """
     for place in expert_folders(folder).values():
         weights = weight_file(place)
-        if weights is None:
-            continue
-        key = holds_matrices(contained(folder, weights))
+        key = None if weights is None else holds_matrices(weights)
         if key is not None:
-            return f"{weights.relative_to(folder)} holds {key}"
-    config = folder / "config.json"
-    if not config.is_file() or adapter_files(folder):
+            return f"{weights.relative_to(folder.path)} holds {key}"
+    if adapter_files(folder):
         return None
-    if read_json(contained(folder, config)).get("checkpoint_type") == "peft_only":
+    if folder.read_json("config.json", required=False).get("checkpoint_type") == "peft_only":
         return 'config.json has checkpoint_type "peft_only"'
     return None
 
 
-def expert_folders(folder: Path) -> dict[int, Path]:
-    """Expert index to the folder of its adapter, as PEFT nests it or one level up, in the order of the
-    indices."""
+def expert_folders(folder: SourceFolder) -> dict[int, SourceFolder]:
+    """Map expert index to the folder of its adapter, as PEFT nests it or one level up, in the order of the indices."""
+    if not folder.has_folder(ADAPTERS):
+        return {}
     found = {}
-    for path in (folder / "peft_adapters").glob("expert_*"):
-        match = re.fullmatch(r"expert_(0|[1-9][0-9]*)", path.name)
-        if match is None or not path.is_dir():
+    for place in folder.folder(ADAPTERS).folders("expert_*"):
+        match = re.fullmatch(r"expert_(0|[1-9][0-9]*)", place.path.name)
+        if match is None:
             continue
-        places = [place for place in (path / path.name, path) if _is_adapter(place)]
-        if places:
-            found[int(match.group(1))] = places[0]
+        nested = place.folder(place.path.name)
+        if _is_adapter(nested):
+            found[int(match.group(1))] = nested
+        elif _is_adapter(place):
+            found[int(match.group(1))] = place
     return dict(sorted(found.items()))
 
 
-def _is_adapter(place: Path) -> bool:
-    return (place / "adapter_config.json").is_file() or weight_file(place) is not None
+def _is_adapter(place: SourceFolder) -> bool:
+    return place.has("adapter_config.json") or weight_file(place) is not None
 
 
-def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
     """Describe one checkpoint folder; tensors stay on disk.
 
     Raises:
@@ -101,7 +103,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
             "the adapters of a trainer checkpoint state their alpha in adapter_config.json; leave out --lora_alpha"
         )
     path = folder / "config.json"
-    config = read_json(contained(folder, path)) if path.is_file() else {}
+    config = folder.read_json("config.json", required=False)
     problems: list[str] = []
     notes: list[str] = []
     places = expert_folders(folder)
@@ -113,11 +115,10 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
             f"{folder}/peft_adapters holds {surplus[0]}, but config.json's {stated[1]} is {expected}; "
             "correct whichever is wrong"
         )
-    configs: dict[Path, dict[str, Any]] = {}
+    configs: list[tuple[SourceFolder, dict[str, Any]]] = []
     experts = [_read_expert(folder, index, places.get(index), configs, problems) for index in range(expected)]
     return Mixture(
         format=FORMAT,
-        reason=reason,
         folders=folders,
         experts=[expert for expert in experts if expert is not None],
         router=_read_router(folder, expected, options, problems, notes),
@@ -128,29 +129,36 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
 
 
 def _read_expert(
-    folder: Path, index: int, place: Path | None, configs: dict[Path, dict[str, Any]], problems: list[str]
+    folder: SourceFolder,
+    index: int,
+    place: SourceFolder | None,
+    configs: list[tuple[SourceFolder, dict[str, Any]]],
+    problems: list[str],
 ) -> Expert | None:
-    """The expert, or None and a problem where the checkpoint has nothing of it."""
+    """Read an expert and its config; None and a problem where the checkpoint has nothing of it."""
     name = f"expert_{index}"
-    nested = folder / "peft_adapters" / name / name
     if place is None:
-        problems.append(f"{nested} is missing; {where_else(folder, name)}")
+        nested = folder / f"{ADAPTERS}/{name}/{name}"
+        problems.append(f"{nested} is missing; {hint_other_checkpoint(folder, name)}")
         return None
     weights = weight_file(place)
-    if weights is None or not len(TensorFile(contained(folder, weights))):
-        what = (
-            f"{place} has no adapter_model.safetensors" if weights is None else f"{weights} holds no tensor"
-        )
-        problems.append(f"{what}, so {name} is empty; {where_else(folder, name)}")
+    what = None
+    if weights is None:
+        what = f"{place} has no adapter_model.safetensors"
+    elif not len(TensorFile(weights)):
+        what = f"{weights} holds no tensor"
+    if what is not None:
+        problems.append(f"{what}, so {name} is empty; {hint_other_checkpoint(folder, name)}")
         return None
-    configs[place] = read_config(place, folder)
-    return read_expert(name, place, configs[place], folder)
+    config = read_config(place)
+    configs.append((place, config))
+    return read_expert(name, place, config, is_nested=True)
 
 
 def _foundation(
-    folder: Path,
+    folder: SourceFolder,
     config: dict[str, Any],
-    configs: dict[Path, dict[str, Any]],
+    configs: list[tuple[SourceFolder, dict[str, Any]]],
     options: ReadOptions,
     problems: list[str],
 ) -> FoundationReference:
@@ -161,7 +169,7 @@ def _foundation(
             config["base_model_name_or_path"], named_in=folder / "config.json", vocab_size=vocab_size
         )
     if configs:
-        reference = same_foundation(list(configs), list(configs.values()), options, problems)
+        reference = same_foundation(configs, options, problems)
         if reference.name:
             reference.vocab_size = vocab_size
             return reference
@@ -173,11 +181,9 @@ def _foundation(
 
 
 def _read_router(
-    folder: Path, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
+    folder: SourceFolder, num_experts: int, options: ReadOptions, problems: list[str], notes: list[str]
 ) -> Router | None:
-    path = next(
-        (contained(folder, folder / name) for name in ROUTER_FILES if (folder / name).is_file()), None
-    )
+    path = next((folder / name for name in ROUTER_FILES if folder.has(name)), None)
     if path is None:
         path = own_state(folder, problems, notes, f"{folder} has neither {' nor '.join(ROUTER_FILES)}")
     if path is None:

@@ -4,8 +4,6 @@ and where else in the run the same expert lies.
     <run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
     <run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
     <run>/checkpoint-<step>/                   earlier and later states of the same experts
-
-It knows what training stores and nothing about the layout of any one format.
 """
 
 from __future__ import annotations
@@ -18,17 +16,18 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..tensors.containment import contained
-from ..tensors.mixture import AdaptedLayer, FoundationReference, ReadOptions, Router, natural_order
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import AdaptedLayer, FoundationReference, Router, natural_order
 from ..tensors.stored_tensors import StoredTensor, of_tensor
-from ..tensors.tensor_files import TensorFile, load_torch_file, read_json
+from ..tensors.tensor_files import TensorFile, load_torch_file
 
 
 PARAMETER = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.(?P<expert>[^.]+)\.weight"
 )
 
-STATE = Path("dylo_moe_state") / "router.pt"
+STATE = "dylo_moe_state/router.pt"
 STEP = re.compile(r"checkpoint-\d+")
 # of training runs that do not store theirs, as its documentation gives them
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0
@@ -60,14 +59,14 @@ def count_of_experts(config: dict[str, Any], fields: tuple[str, ...], path: Path
     return None
 
 
-def best_model_config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """`config.json` of the run's best model, which lies beside `folder`; empty where there is none."""
-    path = folder.resolve().parent / "best_model" / "config.json"
-    return path, read_json(path) if path.is_file() else {}
+def best_model_config(folder: SourceFolder) -> tuple[Path, dict[str, Any]]:
+    """Read `config.json` of the run's best model, which lies beside `folder`; empty where there is none."""
+    run, name = folder.parent(), "best_model/config.json"
+    return run / name, run.read_json(name, required=False)
 
 
 def lora_alpha(
-    folder: Path, config: dict[str, Any], options: ReadOptions, problems: list[str]
+    folder: SourceFolder, config: dict[str, Any], options: ReadOptions, problems: list[str]
 ) -> float | None:
     """Alpha as given, as stored, or as a sibling `best_model` of the same training run stored it. Never
     guessed."""
@@ -83,7 +82,7 @@ def lora_alpha(
     return None
 
 
-def foundation_reference(folder: Path, config: dict[str, Any]) -> FoundationReference:
+def foundation_reference(folder: SourceFolder, config: dict[str, Any]) -> FoundationReference:
     """The foundation that the checkpoint's config names, else the one that the run's best model names."""
     path, name = folder / "config.json", config.get("base_model_name_or_path")
     if not name:
@@ -133,31 +132,31 @@ def low_rank_layer(
     )
 
 
-def where_else(folder: Path, name: str) -> str:
-    """The end of a sentence about an expert that a checkpoint lacks: which other checkpoint of the run has
-    it."""
-    siblings = [sibling for sibling in _siblings(folder) if _holds(sibling, name)]
-    if siblings:
-        return f"{siblings[0]} has {name}: export that folder instead"
+def hint_other_checkpoint(folder: SourceFolder, name: str) -> str:
+    """End a sentence about an expert that a checkpoint lacks: say which other checkpoint of the run has it."""
+    for other in _other_checkpoints(folder):
+        if _holds(other, name):
+            return f"{other} has {name}: export that folder instead"
     return f"no checkpoint-* folder or best_model beside {folder} has {name}, so it cannot be exported"
 
 
-def _siblings(folder: Path) -> list[Path]:
-    """The run's `checkpoint-<step>` folders beside or inside this one, the latest first, then its
-    `best_model`."""
-    places = [folder.resolve().parent, folder.resolve()]
-    found = [path for place in places for path in place.glob("checkpoint-*")]
-    found.sort(key=lambda path: natural_order(path.name), reverse=True)
-    found += [place / "best_model" for place in places]
-    return [path for path in found if path != folder.resolve()]
+def _other_checkpoints(folder: SourceFolder) -> list[SourceFolder]:
+    """List the run's `checkpoint-<step>` folders beside or inside this one, the latest first, then `best_model`."""
+    run = folder.parent()
+    own = run.folder(folder.path.resolve().name)
+    found = [place for parent in (run, own) for place in parent.folders("checkpoint-*")]
+    found.sort(key=lambda place: natural_order(place.path.name), reverse=True)
+    found += [parent.folder("best_model") for parent in (run, own)]
+    return [place for place in found if place.path != own.path]
 
 
-def _holds(checkpoint: Path, name: str) -> bool:
-    for path in [
-        checkpoint / "peft_adapters" / f"{name}.pt",
-        checkpoint / "peft_adapters" / name / name / "adapter_model.safetensors",
-        checkpoint / "peft_adapters" / name / "adapter_model.safetensors",
-    ]:
+def _holds(checkpoint: SourceFolder, name: str) -> bool:
+    for file in (
+        f"{name}.pt",
+        f"{name}/{name}/adapter_model.safetensors",
+        f"{name}/adapter_model.safetensors",
+    ):
+        path = checkpoint / f"peft_adapters/{file}"
         if not path.is_file():
             continue
         try:
@@ -261,7 +260,7 @@ def stored_setting(state: dict[str, Any], key: str, path: Path) -> float | None:
 
 
 def settings_or_defaults(
-    folder: Path, own: tuple[Path, dict[str, Any]] | None, options: ReadOptions, notes: list[str]
+    folder: SourceFolder, own: tuple[Path, dict[str, Any]] | None, options: ReadOptions, notes: list[str]
 ) -> tuple[int, float]:
     """top_k and temperature as given, as the router's own file has them, as the run's `dylo_moe_state` has
     them, or training's defaults, which a note then says.
@@ -296,14 +295,14 @@ def settings_or_defaults(
     return found
 
 
-def state_files(folder: Path) -> list[Path]:
-    """`dylo_moe_state/router.pt` of the checkpoint, of the folder it lies in, and of the run's best model."""
-    own, run = folder / STATE, folder.resolve().parent
-    found = [contained(folder, own)] if own.is_file() else []
-    return found + [path for path in (run / STATE, run / "best_model" / STATE) if path.is_file()]
+def state_files(folder: SourceFolder) -> list[Path]:
+    """List `dylo_moe_state/router.pt` of the checkpoint, of the folder it lies in, and of the run's best model."""
+    run = folder.parent()
+    paths = [folder / STATE, run / STATE, run / f"best_model/{STATE}"]
+    return [path for path in paths if path.is_file()]
 
 
-def own_state(folder: Path, problems: list[str], notes: list[str], needed: str) -> Path | None:
+def own_state(folder: SourceFolder, problems: list[str], notes: list[str], needed: str) -> Path | None:
     """The `dylo_moe_state/router.pt` with the checkpoint's own gate: in its folder, or beside it, where older
     runs left the last one.
 
@@ -311,13 +310,13 @@ def own_state(folder: Path, problems: list[str], notes: list[str], needed: str) 
         problems, notes: get what there is to say: that there is none, where `needed` says what else was
             looked for, or that it was taken from beside the folder.
     """
-    own, beside = folder / STATE, folder.resolve().parent / STATE
+    own, beside = folder / STATE, folder.parent() / STATE
     if own.is_file():
-        return contained(folder, own)
+        return own
     if not beside.is_file():
         problems.append(f"{needed}, so there is no router; copy it from the training run's output")
         return None
-    if STEP.fullmatch(folder.resolve().name):
+    if STEP.fullmatch(folder.path.resolve().name):
         problems.append(
             f"{needed}; {beside} is that of the run's end, not of this step. Export the run's best_model or last checkpoint, "
             f"or copy the file to {own} if it belongs to this one"

@@ -1,22 +1,21 @@
 """The foundation inside a training wrapper's state dict: its config, and which of its tensors are its own.
 
-It asks transformers, on the meta device, which tensors a model of that config has. It reads no weights but
-those it has to compare, and those in pieces.
+transformers says, on the meta device, which tensors a model of that config has.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..errors import InputError, one_line
 from ..foundation.layer_names import PREFIX, why_unreadable
 from ..foundation.reference import load_foundation_config, resolve_foundation
 from ..foundation.weight_conversion import named_as_now
-from ..tensors.mixture import FoundationReference, ReadOptions
+from ..foundation.weights import skeleton
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import FoundationReference
 from ..tensors.stored_tensors import StoredTensor, same_bits
 
 
@@ -27,7 +26,7 @@ COMPUTED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 def foundation_config(
-    folder: Path,
+    folder: SourceFolder,
     config: dict[str, Any],
     reference: FoundationReference,
     options: ReadOptions,
@@ -73,7 +72,7 @@ def foundation_config(
 
 
 def foundation_weights(
-    folder: Path, config: Any, tensors: dict[str, StoredTensor], notes: list[str]
+    folder: SourceFolder, config: Any, tensors: dict[str, StoredTensor], notes: list[str]
 ) -> dict[str, StoredTensor]:
     """The tensors that a model of this config has, by its own names, tied ones left out.
 
@@ -83,7 +82,7 @@ def foundation_weights(
     Raises:
         InputError: a tensor is missing, unknown, or of another shape than the config says.
     """
-    model = _on_meta(folder, config)
+    model = skeleton(config)
     names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), COMPUTED.pattern]
     tensors = {
@@ -111,16 +110,6 @@ def foundation_weights(
                 f"{folder}: {name} of the foundation is {list(tensor.shape)}, its config says {list(names[name])}"
             )
     return found
-
-
-def _on_meta(folder: Path, config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # any wrong field may make the model class fail in its own way
-        raise InputError(f"{folder}: its config makes no causal language model: {one_line(error)}") from error
 
 
 def _tie(config: Any, tied: dict[str, str], found: dict[str, StoredTensor], notes: list[str]) -> None:

@@ -9,25 +9,27 @@
     dylo_moe_state/router.pt  top_k, temperature; in the folder, beside it, or nowhere
 
 Every tensor must have a place in the foundation, in an expert or in the gate: what is left over would change
-what the model computes. It knows nothing about other formats.
+what the model computes.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..foundation.layer_names import why_unreadable
-from ..tensors.containment import contained
-from ..tensors.mixture import Expert, FoundationReference, Mixture, ReadOptions, Router, natural_order
+from ..sources.source_folder import SourceFolder
+from ..sources.source_options import ReadOptions
+from ..tensors.mixture import Expert, FoundationReference, Mixture, Router, natural_order
 from ..tensors.stored_tensors import StoredTensor, of_file
-from ..tensors.tensor_files import TensorFile, read_json
+from ..tensors.tensor_files import TensorFile
+from ..tensors.weight_files import WEIGHT_NAMES, weight_files, weight_map
 from .training_run import (
     PARAMETER,
     count_of_experts,
     foundation_reference,
+    hint_other_checkpoint,
     lora_alpha,
     low_rank_layer,
     make_router,
@@ -36,7 +38,6 @@ from .training_run import (
     read_state,
     settings_or_defaults,
     state_files,
-    where_else,
 )
 from .whole_foundation import foundation_config, foundation_weights
 
@@ -46,7 +47,6 @@ DESCRIPTION = (
     "model.safetensors or pytorch_model.bin with foundation_model.base_model.model.….lora_A.expert_<i>.weight"
 )
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PREFIX, FOUNDATION_PREFIX = "foundation_model.", "foundation_model.base_model.model."
 GATE = {"weight": "router.gate.weight", "bias": "router.gate.bias"}
 MATURITY = "router.expert_maturity"
@@ -56,8 +56,8 @@ ROUTED_OTHERWISE = (
 )
 
 
-def recognise(folder: Path) -> str | None:
-    """Why this folder is the training wrapper's state dict, or None. The tensors' names alone decide.
+def recognise(folder: SourceFolder) -> str | None:
+    """Say why this folder is the training wrapper's state dict, or None. The tensors' names alone decide.
 
     Raises:
         InputError: it is one, and its names begin with what another wrapper left.
@@ -74,33 +74,7 @@ def recognise(folder: Path) -> str | None:
     return None if found is None else f"{found[0].name} holds {found[1]}"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors` or `pytorch_model.bin`, or the shards that the index of either names, in order.
-
-    Raises:
-        InputError: the index is malformed, or names a file that is not in the folder.
-    """
-    for name in WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return [contained(folder, path) for path in _shards(folder, index)]
-        if (folder / name).is_file():
-            return [contained(folder, folder / name)]
-    return []
-
-
-def _shards(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(contained(folder, index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} has no weight_map of names to files")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or "\0" in name or not (folder / name).is_file():
-            raise InputError(f"{index} names the shard {name!r}, which is not in {folder}")
-    return [folder / name for name in names]
-
-
-def read(folders: list[Path], names: list[str], reason: str, options: ReadOptions) -> Mixture:
+def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
     """Describe one state dict; tensors stay on disk.
 
     Raises:
@@ -112,8 +86,7 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
             f"{folders[0]} is a whole-model state dict, which holds all its experts; export one at a time"
         )
     folder = folders[0]
-    path = folder / "config.json"
-    config = read_json(contained(folder, path)) if path.is_file() else {}
+    config = folder.read_json("config.json", required=False)
     problems: list[str] = []
     notes = [ROUTED_OTHERWISE]
     tensors = _tensors(folder)
@@ -127,7 +100,6 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     limits = list(notes)  # up to here, all that is told is of what the model computes
     return Mixture(
         format=FORMAT,
-        reason=reason,
         folders=folders,
         experts=experts,
         router=_router(folder, gate, len(expert_names), options, problems, notes),
@@ -141,35 +113,31 @@ def read(folders: list[Path], names: list[str], reason: str, options: ReadOption
     )
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of every file.
+def _tensors(folder: SourceFolder) -> dict[str, StoredTensor]:
+    """Describe every tensor of every file.
 
     Raises:
         InputError: two files hold the same one, or the index promises one that its file does not have.
     """
     found: dict[str, StoredTensor] = {}
-    files = {}
+    files: dict[str, TensorFile] = {}
     for path in weight_files(folder):
         file = files[path.name] = TensorFile(path)
         for key in file.keys():  # noqa: SIM118
             if key in found:
                 raise InputError(f"{path} holds {key}, which another shard of {folder} holds, too")
             found[key] = of_file(file, key)
-    for name in WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if not index.is_file():
-            continue
-        for key, shard in read_json(index)["weight_map"].items():
+    for name in WEIGHT_NAMES:
+        for key, shard in (weight_map(folder, name) or {}).items():
             if shard in files and key not in files[shard]:
                 raise InputError(
-                    f"{folder / shard} lacks {key}, which {index.name} says it holds; copy it again"
+                    f"{folder / shard} lacks {key}, which {name}.index.json says it holds; copy it again"
                 )
-        break
     return found
 
 
 def _sorted(
-    folder: Path, tensors: dict[str, StoredTensor]
+    folder: SourceFolder, tensors: dict[str, StoredTensor]
 ) -> tuple[dict[str, dict[str, dict[str, StoredTensor]]], dict[str, StoredTensor], dict[str, StoredTensor]]:
     """Expert to module to its "A" and "B", the router's tensors by their keys, and the foundation's by their
     names there.
@@ -191,7 +159,7 @@ def _sorted(
     return experts, gate, foundation
 
 
-def _foundation_name(folder: Path, key: str) -> str:
+def _foundation_name(folder: SourceFolder, key: str) -> str:
     name = key.removeprefix(FOUNDATION_PREFIX)
     if not key.startswith(FOUNDATION_PREFIX):
         raise InputError(
@@ -211,7 +179,7 @@ def _foundation_name(folder: Path, key: str) -> str:
     return re.sub(r"\.base_layer(?=\.)", "", name)
 
 
-def _expert_names(folder: Path, matrices: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _expert_names(folder: SourceFolder, matrices: dict[str, Any], config: dict[str, Any]) -> list[str]:
     stated = count_of_experts(config, ("_dylora_num_experts",), folder / "config.json")
     expected = stated[0] if stated is not None else len(matrices)
     names = [f"expert_{index}" for index in range(expected)]
@@ -228,7 +196,7 @@ def _expert_names(folder: Path, matrices: dict[str, Any], config: dict[str, Any]
 
 
 def _experts(
-    folder: Path,
+    folder: SourceFolder,
     names: list[str],
     matrices: dict[str, dict[str, dict[str, StoredTensor]]],
     config: dict[str, Any],
@@ -236,7 +204,7 @@ def _experts(
     problems: list[str],
 ) -> list[Expert]:
     problems += [
-        f"{folder} holds no tensor of {name}; {where_else(folder, name)}"
+        f"{folder} holds no tensor of {name}; {hint_other_checkpoint(folder, name)}"
         for name in names
         if name not in matrices
     ]
@@ -250,7 +218,7 @@ def _experts(
 
 
 def _expert(
-    folder: Path,
+    folder: SourceFolder,
     name: str,
     matrices: dict[str, dict[str, StoredTensor]],
     alpha: float | None,
@@ -264,12 +232,12 @@ def _expert(
             for module, pair in matrices.items()
         },
         read=lambda module: (matrices[module]["A"].read(), matrices[module]["B"].read()),
-        origin=folder,
+        origin=folder.path,
         lora_dropout=dropout,
     )
 
 
-def _check_modules(folder: Path, experts: list[Expert], foundation: dict[str, StoredTensor]) -> None:
+def _check_modules(folder: SourceFolder, experts: list[Expert], foundation: dict[str, StoredTensor]) -> None:
     for expert in experts:
         for module in expert.layers:
             if f"{module}.weight" not in foundation:
@@ -277,7 +245,7 @@ def _check_modules(folder: Path, experts: list[Expert], foundation: dict[str, St
 
 
 def _router(
-    folder: Path,
+    folder: SourceFolder,
     gate: dict[str, StoredTensor],
     num_experts: int,
     options: ReadOptions,

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..foundation.reference import is_hub_id, is_local
+from ..foundation.reference import is_local
+from ..sources.hub_and_folders import is_on_hub
 from ..tensors.mixture import Expert, FoundationReference, Mixture
 from .results import Score
 
@@ -158,7 +159,7 @@ def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence
     ]
     base_model = config.base_model_name_or_path
     return ModelCardData(
-        base_model=base_model if is_hub_id(base_model) else None,
+        base_model=base_model if is_on_hub(base_model) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license=None if licence is None else licence.license,
@@ -172,7 +173,7 @@ def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence
 def _introduction(config: Any, licence: Licence | None) -> str:
     name = config.base_model_name_or_path
     foundation = (
-        f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{Path(name or 'unnamed').name}`"
+        f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{Path(name or 'unnamed').name}`"
     )
     kind = "" if config.base_config is None else f"{config.base_config.model_type} model "
     revision = f" at revision `{config.base_model_revision}`" if config.base_model_revision else ""

@@ -1,16 +1,15 @@
-"""What a user may choose about an export, and what an export says it did. It knows nothing about how."""
+"""What a user may choose about an export, and what an export says it did."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..unknown_options import refuse_unknown
+from ..sources.source_options import ReadOptions
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,28 +17,22 @@ LAYOUTS = ("full", "adapter")
 
 
 @dataclass
-class ExportOptions:
+class ExportOptions(ReadOptions):
     """What a user may choose; None leaves what the source says, or the default. The fields are `export`'s
-    arguments.
+    arguments, those of `SourceOptions` among them.
 
     Raises:
         InputError: a value that is none of those there are.
     """
 
-    base_model: str | None = None
     base_revision: str | None = None
     layout: str = "full"
     routing_strategy: str | None = None
     router_mode: str | None = None
     router_input: str | None = None
-    num_experts_per_tok: int | None = None
-    router_temperature: float | None = None
     router_prompts: str | Path | None = None
-    lora_alpha: float | None = None
     expert_names: list[str] | None = None
     tokenizer: str | None = None
-    subfolder: str | None = None
-    revision: str | None = None
     dtype: str | None = None
     max_shard_size: str = "5GB"
     results: list[str] = field(default_factory=list)
@@ -57,20 +50,6 @@ class ExportOptions:
             raise InputError(
                 "--router_input none leaves the router out; leave out the other settings of a router, too"
             )
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> ExportOptions:
-        """Make them from what a caller gave by name.
-
-        Raises:
-            InputError: a name that is not a field, or a value that is none of those there are.
-        """
-        refuse_unknown(options, cls.names())
-        return cls(**options)
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [entry.name for entry in fields(cls)]
 
     @property
     def router_settings(self) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""What an export is about to write, known before anything large is read: foundation, config, generation
-settings.
-
-It knows nothing about files of a repo.
-"""
+"""What an export is about to write, known before anything large is read: foundation, config, generation settings."""
 
 from __future__ import annotations
 
@@ -25,14 +21,13 @@ from ..foundation.reference import (
     check_router_fits,
     is_local,
     load_foundation_config,
+    open_foundation,
     resolve_foundation,
 )
 from ..foundation.weights import carried_weights, foundation_weights, skeleton
 from ..foundation.whole_weights import check_whole_weights
-from ..tensors.containment import contained
 from ..tensors.mixture import FoundationReference, Mixture
 from ..tensors.stored_tensors import StoredTensor, same_numbers
-from ..tensors.tensor_files import read_json
 from .options import ExportOptions
 from .writer import finest_dtype
 
@@ -72,6 +67,11 @@ class Plan:
         return frozenset(name for name, module in self.skeleton.named_modules() if isinstance(module, Conv1D))
 
     @property
+    def num_embeddings(self) -> int | None:
+        """How many tokens the foundation embeds; None where its config is not on this machine."""
+        return None if self.skeleton is None else self.skeleton.get_input_embeddings().weight.shape[0]
+
+    @property
     def num_foundation_parameters(self) -> int | None:
         """Tied ones once."""
         if self.skeleton is None:
@@ -106,13 +106,19 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
         own = carried_weights(mixture.foundation_weights, model, mixture.folders[0]) if carried else None
         find = _find_weights(mixture, own, reference, model, options)
     config = _config(mixture, base_config, reference, options)
-    _check_it_can_be_built(config)
     plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
     if any(expert.whole_weights for expert in mixture.experts):
         check_whole_weights(mixture.experts, model, plan.weights, reference.name)
     main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
     config.dtype = options.torch_dtype or main_dtype or getattr(base_config, "dtype", None)
     return plan
+
+
+def renew_config(plan: Plan, mixture: Mixture, options: ExportOptions) -> None:
+    """Make the repo's config again, for a mixture that has got another router."""
+    old = plan.config
+    plan.config = _config(mixture, old.base_config, plan.foundation, options)
+    plan.config.dtype = old.dtype
 
 
 def _check_it_can_be_built(config: Any) -> None:
@@ -150,9 +156,11 @@ def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
 def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> None:
     """PEFT and transformers would apply an adapter that lies in the foundation's folder; it is no part of the
     model."""
-    if not is_local(reference) or Path(reference.name) in [folder.resolve() for folder in mixture.folders]:
+    if not is_local(reference) or Path(reference.name) in [
+        folder.path.resolve() for folder in mixture.folders
+    ]:
         return
-    if Path(reference.name, "adapter_config.json").is_file():
+    if open_foundation(reference.name).has("adapter_config.json"):
         message = (
             f"the foundation's folder {reference.name} holds an adapter too (adapter_config.json), which is left out; if "
             "the experts were trained on top of it, merge it into the foundation first"
@@ -291,7 +299,7 @@ def _config(
         router = {name: value for name, value in values.items() if value is not None}
     finest_dtype(mixture)
     try:
-        return DyloraMoeConfig(
+        config = DyloraMoeConfig(
             base_config=base_config,
             expert_configs=[expert.config() for expert in mixture.experts],
             base_model_name_or_path=reference.name,
@@ -304,6 +312,8 @@ def _config(
         )
     except Exception as error:  # any wrong field may make a config class fail in its own way
         raise InputError(one_line(error, 500)) from error
+    _check_it_can_be_built(config)
+    return config
 
 
 def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Module | None) -> dict[str, Any]:
@@ -313,16 +323,16 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
     Raises:
         InputError: that file is damaged; what is not said would be another way to generate.
     """
-    own = mixture.folders[0] / "generation_config.json"
+    source, name = mixture.folders[0], "generation_config.json"
     is_repo = mixture.routing_strategy is not None
-    if (is_repo or mixture.foundation_weights is not None) and own.is_file():
-        fields = read_json(contained(mixture.folders[0], own))
-        _generation_config(own, fields)
+    if (is_repo or mixture.foundation_weights is not None) and source.has(name):
+        fields = source.read_json(name)
+        _generation_config(source / name, fields)
         return fields
     if is_local(reference):
-        path = Path(reference.name, "generation_config.json")
-        if path.is_file():
-            return _generation_config(path, read_json(path)).to_diff_dict()
+        foundation = open_foundation(reference.name)
+        if foundation.has(name):
+            return _generation_config(foundation / name, foundation.read_json(name)).to_diff_dict()
     elif reference.name is not None and (found := _generation_config_on_hub(reference)) is not None:
         return found.to_diff_dict()
     return {} if model is None else model.generation_config.to_diff_dict()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, few
-from ..tensors.tensor_files import read_json
+from ..sources.json_files import read_json
 from .checksums import FILE as CHECKSUMS
 from .repo_config import check_is_exported_repo, is_exported_repo
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..tensors.tensor_files import read_json
+from ..sources.json_files import read_json
 
 
 PASS = "pass"

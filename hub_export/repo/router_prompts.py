@@ -66,15 +66,18 @@ def read_prompts(path: str | Path, mixture: Mixture) -> dict[str, list[str]]:
     )
 
 
-def router_from_prompts(mixture: Mixture, plan: Plan, tokenizer: Any, options: ExportOptions) -> Router:
-    """The gate whose rows are made from prompts; rows of a router that the source has are kept where prompts
-    lack.
+def router_from_prompts(
+    mixture: Mixture, plan: Plan, tokenizer: Any, prompts: dict[str, list[str]], options: ExportOptions
+) -> Router:
+    """Make the gate's rows from prompts; rows of a router that the source has are kept where prompts lack.
+
+    Args:
+        prompts: what `read_prompts` gave.
 
     Raises:
         InputError: the foundation or its tokenizer cannot be loaded, or a prompt has more tokens than it has
             positions.
     """
-    prompts = read_prompts(options.router_prompts, mixture)
     if plan.find_weights is None or tokenizer is None:
         raise InputError(
             f"--router_prompts needs the foundation {plan.foundation.name} and its tokenizer, to compute hidden "

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DyloraMoeWarning, FailureError, InputError
-from ..foundation.reference import at_hand
+from ..foundation.reference import at_hand, local_folder
+from ..sources.json_files import read_json
 from ..tensors.mixture import FoundationReference, Mixture
-from ..tensors.tensor_files import read_json
 from .options import ExportOptions
 from .tokenizer_arguments import OF_THE_LOADING_CALL
 from .tokenizer_battery import behaviour, describe, differences, text_differences
@@ -101,7 +101,7 @@ def find_tokenizer(
 
     if options.tokenizer is not None:
         return opened(options.tokenizer, fetch_tokenizer(options.tokenizer))
-    own = [folder for folder in mixture.folders if has_tokenizer(folder)]
+    own = [folder.path for folder in mixture.folders if has_tokenizer(folder)]
     if own:
         found = _common([opened(str(folder), folder) for folder in own])
         _compare_with_foundations(found, foundation)
@@ -176,17 +176,10 @@ def _compare_with_foundations(found: FoundTokenizer, foundation: FoundationRefer
 
 def foundations_tokenizer(foundation: FoundationReference) -> FoundTokenizer | None:
     """The tokenizer that lies beside the foundation's weights on this machine; None where there is none."""
-    from ..foundation.reference import in_hub_cache, is_local
-
-    folder = (
-        Path(foundation.name)
-        if is_local(foundation)
-        else in_hub_cache(foundation)
-        if foundation.name
-        else None
-    )
-    if folder is None or not has_tokenizer(folder):
+    opened = local_folder(foundation)
+    if opened is None or not has_tokenizer(opened):
         return None
+    folder = opened.path
     try:
         found = FoundTokenizer(str(folder), folder, load_tokenizer(folder, name=foundation.name))
         found.behaviour  # noqa: B018  (it may fail on a text)

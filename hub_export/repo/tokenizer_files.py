@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DyloraMoeWarning, InputError
-from ..sources.hub_and_folders import HUB_ID
-from ..tensors.containment import contained
-from ..tensors.tensor_files import read_json
+from ..sources.hub_and_folders import is_hub_id
+from ..sources.json_files import read_json
+from ..sources.source_folder import SourceFolder, open_folder
 from .repo_files import is_tokenizer_file
 from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
 
@@ -41,7 +41,8 @@ OF_SENTENCEPIECE = (
 OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 
 
-def has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path | SourceFolder) -> bool:
+    """Whether the folder holds a tokenizer."""
     return any((folder / name).is_file() for name in MARKS)
 
 
@@ -55,7 +56,7 @@ def tokenizer_files(folder: Path) -> list[str]:
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     found = [name for name in names if is_tokenizer_file(name) and name not in OF_PROCESSORS]
-    return [name for name in found if contained(folder, folder / name).is_file()]
+    return [name for name in found if open_folder(folder).has(name)]
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
@@ -225,7 +226,7 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise InputError(
             f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer"
         )

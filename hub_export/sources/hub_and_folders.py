@@ -1,22 +1,17 @@
-"""Turns what a user calls a source into a local folder: a path, a Hub id or a W&B artifact, which are
-downloaded.
-
-It knows nothing about formats.
-"""
+"""Turns what a user calls a source (a path, a Hub id, a W&B artifact) into an open folder, downloading it if need be."""
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, one_line
 from .hub_errors import check_token
+from .source_folder import NOT_ALLOWED, SourceFolder, exists, is_forbidden, open_folder
+from .source_options import SourceOptions
 
 
 ARTIFACT = "wandb:"
-NOT_ALLOWED = "{} may not be read by this user (permission denied)"
 HUB_ID = re.compile(r"(?=.{1,96}\Z)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # What training leaves behind and nothing here ever opens, at the top of a repo or in a folder of it.
@@ -24,21 +19,8 @@ NAMES = ("optimizer.*", "training_args.bin", "rng_state*.pth", "scheduler.pt", "
 NEVER_NEEDED = [pattern for name in NAMES for pattern in (name, f"*/{name}")]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A local folder, and the name its content goes by (a folder in the Hub's cache is named after a commit).
-
-    Attributes:
-        note: what was chosen in it, where it holds several checkpoints.
-    """
-
-    folder: Path
-    name: str
-    note: str | None = None
-
-
-def resolve_source(source: str | Path, revision: str | None = None) -> Source:
-    """The folder behind a source.
+def open_source_folder(source: str | Path, revision: str | None = None) -> SourceFolder:
+    """Open the folder behind a source.
 
     Args:
         revision: of a Hub repo.
@@ -47,78 +29,73 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Source:
         InputError: there is no such folder, nor a Hub repo or artifact of that name that can be had.
     """
     text = str(source)
-    if _exists(text):
+    if exists(text):
         if revision is not None:
             raise InputError(f"--revision is for repos on the Hub; {text} is a folder of this machine")
-        _check_allowed(Path(text))
-        return Source(Path(text), Path(text).resolve().name)
+        folder = open_folder(text)
+        _check_allowed(folder)
+        return folder
     if text.startswith(ARTIFACT):
         from .wandb_artifacts import download_artifact
 
         if revision is not None:
             raise InputError(f"--revision is for repos on the Hub; {text} states its version after the colon")
-        name = text.removeprefix(ARTIFACT)
-        return Source(download_artifact(name), name.rsplit("/", 1)[-1].partition(":")[0])
-    if not HUB_ID.fullmatch(text):
+        artifact = text.removeprefix(ARTIFACT)
+        return open_folder(download_artifact(artifact), artifact.rsplit("/", 1)[-1].partition(":")[0])
+    if not is_hub_id(text):
         raise InputError(NOT_ALLOWED.format(text) if is_forbidden(text) else f"{text} does not exist")
-    return Source(_download(text, revision), text.rsplit("/", 1)[-1])
+    return open_folder(_download(text, revision), text.rsplit("/", 1)[-1])
 
 
-def is_elsewhere(source: str | Path) -> bool:
-    """Whether a source has to be fetched."""
-    text = str(source)
-    return not _exists(text) and (text.startswith(ARTIFACT) or HUB_ID.fullmatch(text) is not None)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # too long for a path, or a null byte
-        return False
-
-
-def resolve_sources(sources: str | Path | list[str | Path], revision: str | None = None) -> list[Source]:
-    """One or several sources, in order.
-
-    Args:
-        revision: of the first one, on the Hub.
+def open_source_folders(sources: str | Path | list[str | Path], options: SourceOptions) -> list[SourceFolder]:
+    """Open the folders of one or several sources, in order.
 
     Raises:
         InputError: none given, the same one twice, or one that cannot be had.
     """
     if isinstance(sources, str | Path):
         sources = [sources]
-    resolved = [resolve_source(source, None if index else revision) for index, source in enumerate(sources)]
-    if not resolved:
+    if not sources:
         raise InputError("no source given")
-    folders = [source.folder.resolve() for source in resolved]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise InputError(f"{folder} is given more than once")
-    return resolved
+    first, *others = sources
+    folders = [open_source_folder(first, options.revision), *map(open_source_folder, others)]
+    paths = [folder.path.resolve() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"{path} is given more than once")
+    return folders
 
 
-def is_forbidden(folder: str | Path) -> bool:
-    """Whether this user may not look into a folder, or may not even see whether it is there."""
-    try:
-        with os.scandir(folder):
-            os.stat(os.path.join(folder, "."))  # listing needs another permission than opening what is in it
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
+def is_hub_id(name: str | None) -> bool:
+    """Whether a text has the form of a Hub id: `name` or `organisation/name`."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if name is None or not HUB_ID.fullmatch(name):
         return False
-    return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
-def _check_allowed(folder: Path) -> None:
-    """Raises InputError: this user may not look into it or a folder in it, which would look empty."""
-    if not folder.is_dir():
-        return
-    if is_forbidden(folder):
-        raise InputError(NOT_ALLOWED.format(folder))
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir() and is_forbidden(inner):
-            raise InputError(NOT_ALLOWED.format(inner))
+def is_on_hub(name: str | None) -> bool:
+    """Whether a model's name is a Hub id, and not a folder of this machine."""
+    return is_hub_id(name) and not exists(name)
+
+
+def is_elsewhere(source: str | Path) -> bool:
+    """Whether a source has to be fetched."""
+    text = str(source)
+    return is_on_hub(text) or (text.startswith(ARTIFACT) and not exists(text))
+
+
+def _check_allowed(folder: SourceFolder) -> None:
+    """Raise InputError if this user may not look into a folder inside, which would look empty."""
+    for name in folder.names():
+        path = folder.path / name
+        if path.is_dir() and is_forbidden(path):
+            raise InputError(NOT_ALLOWED.format(path))
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -1,8 +1,6 @@
-"""What every reader produces and the exporter consumes: experts, perhaps a router, and which foundation they
-are for.
+"""What every reader makes and the exporter writes: experts, perhaps a router, and the foundation they are for.
 
-A description in memory, with tensors read only when asked for. It knows nothing about any file format, nor
-about the model classes.
+A description in memory; tensors are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..sources.source_folder import SourceFolder
 from .stored_tensors import StoredTensor
 
 
@@ -139,7 +138,7 @@ class Mixture:
     """Everything a source holds.
 
     Attributes:
-        format: the reader's name for what it found, with `reason` saying by what it was recognised.
+        format: the reader's name for what it found.
         folders: the folders it was read from, in the order of the experts where there is one per expert.
         problems: what keeps it from being exported as it is, one line each; `inspect` lists them, `export`
             raises.
@@ -152,11 +151,12 @@ class Mixture:
             foundation's.
         routing_strategy: the default strategy the source already has, if it has one.
         parts: where experts were appended to a mixture: that mixture, and what was appended.
+        reason: by what the format was recognised.
+        sources: the folders that were opened, one per source.
     """
 
     format: str
-    reason: str
-    folders: list[Path]
+    folders: list[SourceFolder]
     experts: list[Expert]
     router: Router | None
     foundation: FoundationReference
@@ -168,16 +168,8 @@ class Mixture:
     has_trained_foundation: bool = False
     routing_strategy: str | None = None
     parts: list[Mixture] = field(default_factory=list)
-
-
-@dataclass
-class ReadOptions:
-    """What a user may give where a source is silent or is not to be followed."""
-
-    lora_alpha: float | None = None
-    base_model: str | None = None
-    num_experts_per_tok: int | None = None
-    router_temperature: float | None = None
+    reason: str = ""
+    sources: list[SourceFolder] = field(default_factory=list)
 
 
 def idle_experts(mixture: Mixture) -> str | None:

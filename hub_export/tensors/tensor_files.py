@@ -1,13 +1,12 @@
 """Files of named tensors, looked at without reading them whole: safetensors, and the `.pt` / `.bin` files of
 torch.
 
-It knows nothing about experts or checkpoints. Pickled code is never run: `.pt` and `.bin` are opened with
+Pickled code is never run: `.pt` and `.bin` are opened with
 `torch.load(weights_only=True)` only, memory-mapped where the file allows it.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import weakref
 import zipfile
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, one_line
+from ..sources.json_files import why_unreadable
 
 
 # the names safetensors headers use (https://huggingface.co/docs/safetensors)
@@ -36,20 +36,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 # Bytes. What was read of a file that is mapped into memory takes memory for as long as the file is mapped;
-# mapping it anew takes time, which many small files that are read in turn, such as experts, are not worth.
+# mapping it again takes time, which many small files that are read in turn, such as experts, are not worth.
 MAPPED_AT_ONCE = 64 * 1024**2
 SMALL_FILE = 32 * 1024**2
-
-
-def why_unreadable(path: Path) -> str | None:
-    """Why a file cannot be read at all: it is missing, this user may not, or Git LFS left a pointer in its
-    place.
-
-    None where it is none of that.
-    """
-    from dylora_moe.modeling.layouts_dylora_moe import why_unreadable
-
-    return why_unreadable(path)
 
 
 def load_torch_file(path: Path) -> Any:
@@ -119,9 +108,8 @@ class TensorFile:
             self._layout = self._read_header()
         else:
             self._tensors = self._load()
-            self._is_large = path.stat().st_size > SMALL_FILE and zipfile.is_zipfile(
-                path
-            )  # else it is not mapped
+            # Only torch's zip format is mapped into memory.
+            self._is_large = path.stat().st_size > SMALL_FILE and zipfile.is_zipfile(path)
             self._layout = {key: (tuple(value.shape), value.dtype) for key, value in self._tensors.items()}
 
     def _open(self):
@@ -188,7 +176,7 @@ class TensorFile:
     def _of_pickle(self, key: str, share: float = 1.0) -> torch.Tensor:
         """A tensor of a mapped file, of which a share is about to be read.
 
-        Once much was read of all large ones together, they are let go, and mapped anew when needed.
+        Once much was read of all large ones together, they are let go, and mapped again when needed.
         """
         if TensorFile._read_of_mapped > MAPPED_AT_ONCE:
             for file in TensorFile._mapped:
@@ -200,20 +188,3 @@ class TensorFile:
             TensorFile._mapped.add(self)
             TensorFile._read_of_mapped += share * self._tensors[key].nbytes
         return self._tensors[key]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(why_unreadable(path) or f"{path} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content

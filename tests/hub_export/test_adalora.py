@@ -104,9 +104,10 @@ def test_an_adapter_of_several_kinds_rounded_as_an_export_rounds_it(adapter, fou
     one."""
     plain = save_adapter(tmp_path / "plain", foundation, seed=1)
     mixture = read(adapter, plain)
+    folders = [folder.path for folder in mixture.folders]
     rows = torch.randint(0, VOCABULARY, (1, 6))
     arguments = (str(foundation), None, None, {}, torch.bfloat16)
-    results = reference(mixture.format, mixture.folders, *arguments).quantities(rows)
+    results = reference(mixture.format, folders, *arguments).quantities(rows)
     model = LlamaForCausalLM.from_pretrained(foundation)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -116,7 +117,7 @@ def test_an_adapter_of_several_kinds_rounded_as_an_export_rounds_it(adapter, fou
             matrix_a, matrix_b = (matrix.bfloat16().float() for matrix in expert.read(module))
             model.get_submodule(module).weight += layer.lora_alpha / layer.rank * matrix_b @ matrix_a
         torch.testing.assert_close(results["single:0"], model(rows).logits, atol=1e-4, rtol=0)
-    alone = reference(mixture.format, mixture.folders[:1], *arguments).quantities(rows)
+    alone = reference(mixture.format, folders[:1], *arguments).quantities(rows)
     torch.testing.assert_close(alone["single:0"], results["single:0"], atol=1e-4, rtol=0)
 
 

@@ -8,23 +8,22 @@ from safetensors.torch import load_file, save_file
 from dylora_moe.hub_export import FailureError, export, exporter
 from dylora_moe.hub_export.checking import check as check_module
 from dylora_moe.hub_export.checking.check import Computed, check_tensors, compare, compare_logits
-from dylora_moe.hub_export.preparation import read_mixture
-from dylora_moe.hub_export.readers.open_source import open_sources
+from dylora_moe.hub_export.readers.open_source import open_source
 from dylora_moe.hub_export.repo.options import ExportOptions
 from dylora_moe.hub_export.repo.plan import make_plan
-from dylora_moe.hub_export.tensors.tensor_files import read_json
+from dylora_moe.hub_export.sources.json_files import read_json
 
 
 def check(repo, checkpoint):
     """The logits alone: they must show by themselves what comparing tensors would show sooner."""
     options = ExportOptions()
-    mixture = read_mixture(open_sources(checkpoint), options)
+    mixture = open_source(checkpoint, options)
     return compare_logits(repo, mixture, make_plan(mixture, options), options)
 
 
 def differing_tensor(repo, checkpoint):
     with pytest.raises(FailureError) as error:
-        check_tensors(repo, read_mixture(open_sources(checkpoint), ExportOptions()), None)
+        check_tensors(repo, open_source(checkpoint, ExportOptions()), None)
     return str(error.value)
 
 

@@ -6,7 +6,8 @@ import pytest
 from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_router, write_json
 
 from dylora_moe.hub_export import InputError
-from dylora_moe.hub_export.readers.choice import choose_folder
+from dylora_moe.hub_export.readers.choice import choose_checkpoint
+from dylora_moe.hub_export.sources.source_folder import open_folder
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,11 @@ def run(small, tmp_path):
         shutil.copytree(small, tmp_path / "run" / f"checkpoint-{step}")
     (tmp_path / "run" / "logs").mkdir()
     return tmp_path / "run"
+
+
+def choose_folder(run, subfolder):
+    found = choose_checkpoint(open_folder(run), subfolder)
+    return found.folder.path, found.note
 
 
 def chosen(run, subfolder=None) -> str:
@@ -117,7 +123,8 @@ def test_a_run_of_peft_adapters(foundation, tmp_path):
 def test_nothing_to_choose_from_is_left_to_the_reader(tmp_path):
     (tmp_path / "empty").mkdir()
     assert choose_folder(tmp_path / "empty", None) == (tmp_path / "empty", None)
-    assert choose_folder(tmp_path / "missing", None) == (tmp_path / "missing", None)
+    with pytest.raises(InputError, match="missing does not exist"):
+        choose_folder(tmp_path / "missing", None)
 
 
 def test_a_damaged_file_on_top_is_an_error_and_not_passed_over(run):

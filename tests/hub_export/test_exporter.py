@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from dylora_moe.hub_export import FailureError, InputError, export, exporter
-from dylora_moe.hub_export.tensors.tensor_files import read_json
+from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from dylora_moe.hub_export import InputError, export
-from dylora_moe.hub_export.readers.peft_adapters import _by_pattern
-from dylora_moe.hub_export.tensors.tensor_files import TensorFile, read_json
+from dylora_moe.hub_export.readers.patterns import NamePatterns
+from dylora_moe.hub_export.sources.json_files import read_json
+from dylora_moe.hub_export.tensors.tensor_files import TensorFile
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ PATTERNS = st.lists(
 @given(PATTERNS, st.sampled_from(MODULES))
 def test_patterns_match_as_in_peft(keys, module):
     pattern = {key: index for index, key in enumerate(keys)}
-    assert _by_pattern(pattern, module, "otherwise") == pattern.get(
+    assert NamePatterns(pattern, "").find(module, "otherwise") == pattern.get(
         get_pattern_key(keys, module), "otherwise"
     )
 

@@ -8,7 +8,7 @@ from helpers_checkpoints import snapshot
 from transformers import AutoTokenizer
 
 from dylora_moe.hub_export import InputError, export, make_variant, verify
-from dylora_moe.hub_export.tensors.tensor_files import read_json
+from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
