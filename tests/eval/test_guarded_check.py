@@ -376,7 +376,7 @@ def test_an_answer_that_came_in_time_is_read_however_late(monkeypatch):
 def test_when_scoring_is_ended_so_is_all_that_it_started(sandboxed, ending, tmp_path):
     code = f"""
 import json, signal, sys
-from dylora_moe.eval import check_workers
+from dylora_moe.eval.scoring import check_workers
 from dylora_moe.eval.scoring.guarded_check import Task
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 check_workers._START = "# {tmp_path}\\n" + check_workers._START

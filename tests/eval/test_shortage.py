@@ -146,7 +146,7 @@ def test_a_program_that_makes_its_own_shortage_counts_as_failed(fault, tmp_path)
 
 STOPPED = """
 import json, sys
-from dylora_moe.eval import check_workers
+from dylora_moe.eval.scoring import check_workers
 from dylora_moe.eval.scoring.guarded_check import Task
 check_workers.STANDSTILL_SECONDS = 1
 waits = "import time\\ndef f(x):\\n    time.sleep(0.7)\\n    return x\\n"
@@ -177,7 +177,7 @@ def test_a_machine_that_stands_still_costs_no_verdict():
 
 SCORES = """
 import json, os, sys
-from dylora_moe.eval import check_workers
+from dylora_moe.eval.scoring import check_workers
 from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
 check_workers.PAUSES = (0, 0.2, 0.5)
 samples, *task_ids = sys.argv[1:]
