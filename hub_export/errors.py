@@ -42,7 +42,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def few(names: Sequence[str], most: int = 8) -> str:
+def few(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     """Join names for a message: the first of them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return separator.join(names[:most]) + more

@@ -104,8 +104,7 @@ def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
         )
     check_is_exported_repo(folder)
     config = read_json(folder / "config.json")
-    layout = config.get("weights_layout", "full")
-    needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config, is_file)}
+    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, is_file)}
     for file in sorted(needed):
         if is_file(folder, file):
             continue
@@ -120,6 +119,7 @@ def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
     ]
     wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
     files = needed | {file for file in wanted if is_file(folder, file)}
+    layout = config.get("weights_layout", "full")
     return RepoFiles(sorted(files), _others(folder, files), layout, config)
 
 
@@ -136,7 +136,13 @@ def may_be_stale(path: str) -> bool:
     return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
 
 
-def _weights(folder: Path, config: dict[str, Any], layout: str) -> set[str]:
+def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
+    """List the weight files, and what belongs to them, that a repo of this config must have.
+
+    Raises:
+        InputError: config or index name what is no such file.
+    """
+    layout = config.get("weights_layout", "full")
     if layout == "full":
         return _full_weights(folder)
     if layout == "adapter":
