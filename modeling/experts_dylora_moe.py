@@ -5,6 +5,7 @@
 Knows how weights reach the layers during a pass. Knows nothing about how the weights come about.
 """
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 RankLayout = tuple[tuple[int, float], ...]
+# How transformers calls the classes of a foundation's gates: MixtralTopKRouter, DeepseekV3TopkRouter, …
+GATE_CLASS = re.compile(r".+(Router|Gate)")
 PAST_TOKENS = (
     "Experts adapt a layer that every step runs over all past tokens (DeepSeek's `kv_b_proj`, Doge's `dt_proj`), whose "
     "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all of a row's tokens, as 'best'."
@@ -223,15 +226,16 @@ class DyloraMoeLinear(LowRankStacks):
             raise ValueError(PAST_TOKENS)
         if _pass_in_progress.add_update and _pass_in_progress.add_update(self, hidden_states, result, active):
             return result
-        if active.single is not None:
-            rank, scale = self.layout[active.single]
-            if rank == 0:
-                return result
-            rows = self.rows(active.single)
-            update = self._low_rank(hidden_states, rows, self.dropouts[active.single].p, scale)
-        else:
-            update = self._mixed(hidden_states, active.scales[self.layout])
-        return result + update.to(result.dtype)
+        if active.single is not None and self.layout[active.single][0] == 0:
+            return result
+        return result + self.update(hidden_states, active).to(result.dtype)
+
+    def update(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
+        """What the experts that act add to the product of `hidden_states` and the weight."""
+        if active.single is None:
+            return self._mixed(hidden_states, active.scales[self.layout])
+        scale, dropout = self.layout[active.single][1], self.dropouts[active.single].p
+        return self._low_rank(hidden_states, self.rows(active.single), dropout, scale)
 
     def _mixed(self, hidden_states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """All experts: `hidden_states` `[batch, sequence, in]`, `scale` `[batch or 1, sequence or 1, R]`."""
@@ -316,18 +320,30 @@ def in_base_layer(name: str, adapted: set[str]) -> str:
     return name
 
 
+def is_gate(module: nn.Module) -> bool:
+    """Whether this is the gate of a mixture-of-experts layer, with a weight of its own, `[stacked experts,
+    in_features]`."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return (
+        weight is not None and weight.dim() == 2 and GATE_CLASS.fullmatch(type(module).__name__) is not None
+    )
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a layer that experts can adapt.
 
     Raises:
-        ValueError: the layer is not a linear one.
+        ValueError: the layer is neither a linear one nor a gate.
     """
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
+    if is_gate(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
     raise ValueError(
-        f"Experts adapt linear layers (nn.Linear, Conv1D); this one is a {type(layer).__name__}."
+        "Experts adapt linear layers (nn.Linear, Conv1D) and gates of mixture-of-experts layers; this one is a "
+        f"{type(layer).__name__}."
     )
 
 
@@ -382,6 +398,7 @@ __all__ = [
     "PeftTargetsMixin",
     "checkpoint_with_experts",
     "in_base_layer",
+    "is_gate",
     "linear_shape",
     "refuse_offloaded",
     "use_experts",

@@ -30,6 +30,7 @@ from .fast_sessions_dylora_moe import (
     mix,
     single_expert,
 )
+from .gates_dylora_moe import DyloraMoeFoundationGate
 from .generation_dylora_moe import _call
 from .routing_strategies_dylora_moe import EnsembleStrategy, RoutingStrategy, one_hot_rows
 from .stacked_experts_dylora_moe import DyloraMoeStackedExperts
@@ -90,8 +91,8 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         ).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
         or hasattr(type(foundation), "create_masks_for_generate"),
-        "experts that adapt stacked experts": any(
-            isinstance(module, DyloraMoeStackedExperts) for module in modules
+        "experts that adapt stacked experts or gates": any(
+            isinstance(module, (DyloraMoeStackedExperts, DyloraMoeFoundationGate)) for module in modules
         ),
         "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(map(type, modules))),
         "positions that depend on the length": any(

@@ -36,8 +36,9 @@ from .stacked_experts_dylora_moe import as_in_peft, rows_of_stack
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
-# what the matrices of a mixture-of-experts layer were called before they were stacked, and its gate
-STACKED_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# what the matrices of a mixture-of-experts layer were called before they were stacked
+STACKED_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+GATE_NAMES = ("gate", "router")
 WEIGHTS = (".json", ".safetensors", ".bin")  # and what describes them
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 # Where transformers is told to look for an adapter of the foundation's: it would apply one that lies in its
@@ -51,8 +52,8 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
 
     On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets that
     are called as these matrices were before onto that parameter, and leaves dense and shared layers of the
-    same names out. There such a layer is named by its weight, as a parameter, which PEFT takes as it stands.
-    Of an adapter of parameters, it wants a dropout of 0.
+    same names out. There such a layer is named by its weight, as a parameter, which PEFT takes as it stands;
+    so is a gate, of which it takes nothing else. Of an adapter of parameters, it wants a dropout of 0.
     """
     left_out = (
         "name",
@@ -60,8 +61,8 @@ def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> d
         *(() if config.expert_configs[expert]["target_parameters"] else ("target_parameters",)),
     )
     entry = {name: value for name, value in config.expert_configs[expert].items() if name not in left_out}
-    if has_stacked_experts(config.base_config):
-        entry |= _targets_by_weight(entry)
+    names = (*GATE_NAMES, *(STACKED_NAMES if has_stacked_experts(config.base_config) else ()))
+    entry |= _targets_by_weight(entry, names)
     if entry.get("target_parameters"):
         entry["lora_dropout"] = 0.0
     return {
@@ -84,8 +85,8 @@ def has_stacked_experts(base_config: PreTrainedConfig | None) -> bool:
     )
 
 
-def _targets_by_weight(entry: dict) -> dict:
-    moved = {name for name in entry["target_modules"] if name.rpartition(".")[2] in STACKED_NAMES}
+def _targets_by_weight(entry: dict, names: tuple[str, ...]) -> dict:
+    moved = {name for name in entry["target_modules"] if name.rpartition(".")[2] in names}
     if not moved:
         return {}
 

@@ -31,8 +31,10 @@ from .experts_dylora_moe import (
     PeftTargetsMixin,
     checkpoint_with_experts,
     in_base_layer,
+    is_gate,
     refuse_offloaded,
 )
+from .gates_dylora_moe import DyloraMoeFoundationGate
 from .generation_dylora_moe import DyloraMoeGenerationMixin, strategy_of_call
 from .growth_dylora_moe import GrowthMixin
 from .layouts_dylora_moe import (
@@ -227,9 +229,9 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         wrapped, layouts = {}, config.rank_layouts()
         for name in names:
             try:
-                wrapped[name] = DyloraMoeLinear(
-                    self.foundation.get_submodule(name), layouts[name], self.expert_dropouts
-                )
+                module = self.foundation.get_submodule(name)
+                kind = DyloraMoeFoundationGate if is_gate(module) else DyloraMoeLinear
+                wrapped[name] = kind(module, layouts[name], self.expert_dropouts)
             except AttributeError as error:
                 whole = [
                     module for module, _ in self.foundation.named_modules() if module.endswith(f".{name}")
@@ -286,9 +288,14 @@ class DyloraMoePreTrainedModel(FastLoadingMixin, GrowthMixin, PeftTargetsMixin, 
         self.num_layers_per_stream = len(
             DynamicCache(config=self.config.get_text_config(decoder=True)).layers
         )
-        if self.config.adapted_parameters():  # a loop over those of the foundation's experts that have tokens
+        layers = self.expert_layers().values()
+        # which are not compiled: a loop over those of the foundation's experts that have tokens, and
+        # another's forward
+        if self.config.adapted_parameters() or any(
+            isinstance(layer, DyloraMoeFoundationGate) for layer in layers
+        ):
             self._can_compile_fullgraph = False
-        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in self.expert_layers().values()))
+        self._rank_layouts = list(dict.fromkeys(layer.layout for layer in layers))
         parameters = inspect.signature(type(self.foundation).forward).parameters.values()
         self._foundation_takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._foundation_arguments = frozenset(parameter.name for parameter in parameters)

@@ -292,14 +292,29 @@ def _parameter(
 
 
 def _stacks(foundation: torch.nn.Module) -> dict[str, dict[str, int]]:
-    """List the modules with stacked experts: their parameters in order, and how many experts each holds."""
+    """List the modules with stacked experts: their parameters in order, and how many experts each holds.
+
+    And the gates, whose weight is one matrix.
+    """
     stacks: dict[str, dict[str, int]] = {}
     for path, parameter in foundation.named_parameters():
         # the weight of a convolution has three dimensions, too
         if parameter.dim() == 3 and path.endswith("_proj"):
             module, _, name = path.replace(".base_layer", "").rpartition(".")
             stacks.setdefault(module, {})[name] = len(parameter)
+    for path, module in foundation.named_modules():
+        if _is_gate(module):
+            stacks[path.replace(".base_layer", "")] = {"weight": 1}
     return stacks
+
+
+def _is_gate(module: torch.nn.Module) -> bool:
+    """Whether a module is a gate with a weight of its own, which others have in a linear layer inside.
+
+    Transformers calls their classes MixtralTopKRouter, HunYuanMoEV1Gate and so on.
+    """
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.dim() == 2 and type(module).__name__.endswith(("Router", "Gate"))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A source's side of the check: its quantities as PEFT computes them, one strategy after the other.
 
 Slow and plain. For weights that differ from token to token there is a hook on each adapter's `lora_B`, or where
-that is no module, as in AdaLoRA, on what goes into the adapter. Stacked experts with adapters on their parameters
-are run by the foundation's own code, token by token, with PEFT's delta added to the token's experts.
+that is no module, as in AdaLoRA, on what goes into the adapter. Stacked experts with adapters on their parameters, and
+gates, are run by the foundation's own code, token by token, with PEFT's delta added to the token's experts, or to
+the gate's weight.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Reference:
         handles = []
         wrapped = [module for path, module in self.model.named_modules() if _is_outermost(path, module)]
         for module in wrapped:
-            module.forward = partial(_token_by_token, module, weights.flatten(0, 1), self.names)
+            compute = _gate_by_token if module.parameter_name == "weight" else _token_by_token
+            module.forward = partial(compute, module, weights.flatten(0, 1), self.names)
         for path, module in self.model.named_modules():
             for index, name in enumerate(self.names):
                 if path.endswith(f".lora_B.{name}"):
@@ -138,14 +140,7 @@ def _token_by_token(
 ) -> torch.Tensor:
     """Run stacked experts, adapter i weighed by `weights[:, i]`; each argument has a row for a token."""
     experts = wrapper.get_base_layer()
-    deltas: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for layer in nested_wrappers(wrapper):
-        shape = layer.get_param().shape  # PEFT's delta is a matrix where there is one expert alone
-        deltas[layer.parameter_name] = [
-            (i, layer.get_delta_weight(name).reshape(shape))
-            for i, name in enumerate(names)
-            if name in layer.lora_A
-        ]
+    deltas = _deltas(wrapper, names)
     outputs = []
     for token, index in enumerate(top_k_index):
         chosen = {name: parameter[index] for name, parameter in experts.named_parameters(recurse=False)}
@@ -155,6 +150,38 @@ def _token_by_token(
         inputs = hidden[token, None], place, top_k_weights[token, None]
         outputs.append(torch.func.functional_call(experts, chosen, inputs))
     return torch.cat(outputs)
+
+
+def _gate_by_token(
+    wrapper: ParamWrapper,
+    weights: torch.Tensor,
+    names: list[str],
+    hidden: torch.Tensor,
+    *others: torch.Tensor,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Run the gate of a mixture-of-experts layer, as `_token_by_token`; of `others`, whole numbers belong to tokens."""
+    gate, deltas = wrapper.get_base_layer(), _deltas(wrapper, names)["weight"]
+    outputs = []
+    for token, inputs in enumerate(hidden.flatten(0, -2)):
+        changed = gate.weight + sum(weights[token, i] * delta for i, delta in deltas)
+        of_token = (other if other.is_floating_point() else other.flatten()[token, None] for other in others)
+        outputs.append(torch.func.functional_call(gate, {"weight": changed}, (inputs[None], *of_token)))
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def _deltas(wrapper: ParamWrapper, names: list[str]) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Collect for each parameter the number of every adapter that is on it, and its delta in the parameter's shape."""
+    deltas = {}
+    for layer in nested_wrappers(wrapper):
+        shape = layer.get_param().shape  # PEFT's delta is a matrix where there is one expert alone
+        deltas[layer.parameter_name] = [
+            (i, layer.get_delta_weight(name).reshape(shape))
+            for i, name in enumerate(names)
+            if name in layer.lora_A
+        ]
+    return deltas
 
 
 def _times(weight: torch.Tensor):

@@ -41,7 +41,7 @@ DATA_PARALLEL = (
 )
 
 ADAPTABLE = (
-    "only linear layers, and of a mixture-of-experts layer its stacked experts, can be adapted, not its gate. Train without "
+    "only linear layers, and of a mixture-of-experts layer its stacked experts and its gate, can be adapted. Train without "
     "it, or merge the adapter into its foundation with PEFT's merge_and_unload"
 )
 
@@ -74,11 +74,36 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
     """The same expert with its layers called as the foundation calls them, where PEFT reads them so.
 
     Raises:
-        InputError: its alphas go by the old names, which PEFT would look for under the new ones, and not
-            find; or matrices that are one parameter by now cannot be put together.
+        InputError: its alphas go by names that PEFT does not look for, old ones or a gate's without its
+            `weight`; or matrices that are one parameter by now cannot be put together.
     """
     modules = dict(foundation.named_modules())
-    expert = put_together(expert, foundation)
+    expert = _renamed(put_together(expert, foundation), foundation, modules)
+    for name, layer in expert.layers.items():
+        if layer.num_stacked or _is_gate(modules.get(name)):
+            _check_peft_reads(expert, name, layer)
+    return expert
+
+
+def _check_peft_reads(expert: Expert, name: str, layer: AdaptedLayer) -> None:
+    """Raises InputError: PEFT reads what an adapter has for stacked experts or a gate in another way, or not
+    at all."""
+    where = f"expert {expert.name} ({expert.origin})"
+    if expert.is_adalora:
+        raise InputError(
+            f"{where} is of AdaLoRA, which PEFT puts on linear layers alone, and adapts {name}, which is none in the "
+            "foundation; train without it"
+        )
+    weight = f"{name}.weight"
+    if not layer.num_stacked and expert.alpha_of is not None and expert.alpha_of(weight) != layer.lora_alpha:
+        raise InputError(
+            f"{where}: alpha_pattern of adapter_config.json gives {name} the alpha {layer.lora_alpha}; it is a gate, which "
+            f"PEFT adapts by its weight, and for {weight} it takes {expert.alpha_of(weight)}. Put {weight} into "
+            "target_parameters in place of its name in target_modules, and write its alpha and rank under that name"
+        )
+
+
+def _renamed(expert: Expert, foundation: nn.Module, modules: dict[str, nn.Module]) -> Expert:
     if all(name in modules or layer.num_stacked for name, layer in expert.layers.items()):
         return expert
     unknown = [name for name, layer in expert.layers.items() if name not in modules and not layer.num_stacked]
@@ -86,13 +111,13 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
     old_names: dict[str, str] = {}
     for name in expert.layers:
         now = now_called.get(name, name)
-        old_names[now if isinstance(modules.get(now), nn.Linear) and now not in expert.layers else name] = (
-            name
-        )
+        old_names[now if _is_adaptable(modules.get(now)) and now not in expert.layers else name] = name
     if all(now == name for now, name in old_names.items()):
         return expert
     for now, name in old_names.items():
-        if expert.alpha_of is not None and expert.alpha_of(now) != expert.layers[name].lora_alpha:
+        if now == name or expert.alpha_of is None:
+            continue
+        if expert.alpha_of(now) != expert.layers[name].lora_alpha:
             raise InputError(
                 f"expert {expert.name} ({expert.origin}): alpha_pattern of adapter_config.json gives {name} an alpha by its "
                 f"old name; the layer is {now} by now, where PEFT finds no alpha for it and takes lora_alpha. Write that "
@@ -166,8 +191,18 @@ def _what_is_missing(name: str, layers: Iterable[str], foundation: nn.Module) ->
 
 
 def _converted_by_transformers(name: str, foundation: nn.Module) -> str | None:
-    """The linear layer whose weight a checkpoint has under this name; None where there is none."""
+    """The linear layer or gate whose weight a checkpoint has under this name; None where there is none."""
     found, _ = weight_conversion.named_as_now({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
     modules = dict(foundation.named_modules())
     layers = [weight.removesuffix(".weight") for weight in found]
-    return next((layer for layer in layers if isinstance(modules.get(layer), nn.Linear)), None)
+    return next((layer for layer in layers if _is_adaptable(modules.get(layer))), None)
+
+
+def _is_adaptable(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) or _is_gate(module)
+
+
+def _is_gate(module: nn.Module | None) -> bool:
+    from dylora_moe.modeling.experts_dylora_moe import is_gate
+
+    return module is not None and is_gate(module)

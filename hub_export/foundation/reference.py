@@ -182,8 +182,8 @@ def not_loaded(reference: FoundationReference, error: Exception) -> str:
 
 
 def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -> None:
-    """Every adapted layer must exist in the foundation, be linear or stacked experts, and have the adapter's
-    shape.
+    """Every adapted layer must exist in the foundation, be linear, a gate or stacked experts, and have the
+    adapter's shape.
 
     Raises:
         InputError: names expert, layer and both shapes.
@@ -258,10 +258,9 @@ def check_router_fits(router: Router, config: Any, name: str) -> None:
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    from transformers.pytorch_utils import Conv1D
+    from dylora_moe.modeling.experts_dylora_moe import linear_shape
 
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):  # GPT-2's layer, with the weight transposed
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
+    try:
+        return linear_shape(module)
+    except ValueError:
+        return None

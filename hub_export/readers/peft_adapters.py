@@ -180,6 +180,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
             origin=folder.path,
             lora_dropout=config.get("lora_dropout") or 0.0,
             whole_weights=whole,
+            is_adalora=True,
         )
     scales = _Scales(folder, config)
     parameters = _parameters(file, keys, config, scales)

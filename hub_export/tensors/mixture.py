@@ -58,6 +58,7 @@ class Expert:
             They are left out, once they are seen to be the foundation's own.
         alpha_of: the alpha that the source's settings give a layer of a name, where they go by names.
         peft_version: of the PEFT that saved it, where that is known.
+        is_adalora: whether it is of that kind, which PEFT puts on linear layers alone.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Expert:
     whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
     alpha_of: Callable[[str], float] | None = None
     peft_version: str = ""
+    is_adalora: bool = False
 
     @property
     def does_nothing(self) -> bool:

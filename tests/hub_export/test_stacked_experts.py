@@ -451,17 +451,6 @@ def test_a_parameter_in_both_forms_is_refused(mixtral, tmp_path):
         export(adapter, tmp_path / "out", verify=False)
 
 
-@pytest.mark.parametrize("place", ["block_sparse_moe", "mlp"])
-def test_an_adapter_of_the_gate_is_refused(mixtral, tmp_path, place):
-    adapter = write_old_adapter(tmp_path / "old", mixtral, "none: mixtral")
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    gate = f"base_model.model.model.layers.0.{place}.gate"
-    tensors |= {f"{gate}.lora_A.weight": torch.randn(4, 32), f"{gate}.lora_B.weight": torch.randn(4, 4)}
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"mlp\.gate, a MixtralTopKRouter.*, not its gate. Train without it"):
-        export(adapter, tmp_path / "out", verify=False)
-
-
 def test_a_layer_of_one_stacked_expert(quick_check, tmp_path):
     foundation = AutoModelForCausalLM.from_config(
         MixtralConfig(**SIZES, num_local_experts=1, num_experts_per_tok=1)

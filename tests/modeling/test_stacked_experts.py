@@ -14,7 +14,7 @@ from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
-from dylora_moe.modeling.experts_dylora_moe import use_experts
+from dylora_moe.modeling.experts_dylora_moe import is_gate, use_experts
 from dylora_moe.modeling.stacked_experts_dylora_moe import DyloraMoeStackedExperts
 
 
@@ -31,8 +31,8 @@ FOUNDATIONS = {
 
 
 def mixture(kind="qwen3 moe", **fields):
-    """Three experts: one on both parameters and the attention, one on a parameter alone, one on the attention
-    alone."""
+    """Three experts: one on both parameters, gates and the attention, one on a parameter and a gate, one on
+    the attention."""
     foundation = FOUNDATIONS[kind]()
     stacks = [
         f"{path}.{name}"
@@ -43,10 +43,12 @@ def mixture(kind="qwen3 moe", **fields):
     ]
     down = [name for name in stacks if name.endswith("down_proj")]
     attention = [path for path, _ in foundation.named_modules() if path.endswith("q_proj")]
+    gates = [path for path, _ in foundation.named_modules() if path.endswith((".gate", ".router"))]
     experts = [
-        {"name": "both", "r": 2, "lora_alpha": 6, "target_modules": attention, "target_parameters": stacks,
+        {"name": "both", "r": 2, "lora_alpha": 6, "target_modules": [*attention, *gates], "target_parameters": stacks,
          "rank_pattern": {down[0]: 5}, "alpha_pattern": {stacks[0]: 3}},
-        {"name": "down", "r": 3, "lora_alpha": 6, "target_parameters": down, "use_rslora": True},
+        {"name": "down", "r": 3, "lora_alpha": 6, "target_modules": gates[:1], "target_parameters": down,
+         "use_rslora": True},
         {"name": "attention", "r": 2, "lora_alpha": 4, "target_modules": attention},
     ]  # fmt: skip
     config = DyloraMoeConfig(expert_configs=experts, **fields)
@@ -71,6 +73,8 @@ class OneTokenAtATime(nn.Module):
     def __init__(self, layer, deltas, weights):
         super().__init__()
         self.layer, self.deltas, self.token_weights = layer, deltas, weights
+        # for foundations of older versions, which choose outside of the gate
+        self.e_score_correction_bias = getattr(layer, "e_score_correction_bias", None)
 
     def forward(self, hidden, *routing):
         shape, hidden = hidden.shape, hidden.flatten(0, -2)
@@ -82,7 +86,9 @@ class OneTokenAtATime(nn.Module):
             }
             inputs = (tensor[token, None] for tensor in (hidden, *routing))
             outputs.append(torch.func.functional_call(self.layer, changed, tuple(inputs)))
-        return torch.cat(outputs).view(*shape[:-1], -1)
+        if isinstance(outputs[0], tuple):  # of a gate
+            return tuple(map(torch.cat, zip(*outputs, strict=True)))
+        return torch.cat(outputs) if is_gate(self.layer) else torch.cat(outputs).view(*shape[:-1], -1)
 
 
 @torch.no_grad()
@@ -349,7 +355,10 @@ def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
         "routing_strategy": "single:both", "past_key_values": transformers.DynamicCache(config=model.foundation.config),
         "use_cache": True,
     }  # fmt: skip
-    assert fast.why_not(model, model.generation_config, arguments) == "experts that adapt stacked experts"
+    assert (
+        fast.why_not(model, model.generation_config, arguments)
+        == "experts that adapt stacked experts or gates"
+    )
 
 
 def test_what_cannot_be_adapted_is_named():
