@@ -25,7 +25,7 @@ from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
 from .front_door import run_command
 from .sampling.generation_options import refuse_options
-from .sampling.loading import DTYPES, FoundModel, LoadedModel, find_model, tell_apart
+from .sampling.loading import DTYPES, FoundModel, LoadedModel, distinct_labels, find_model
 from .sampling.make_samples import make_samples, samples_name
 from .sampling.run_record import Run, file_sha256, write_run
 from .scoring.sanitizing import sanitize_programs
@@ -182,7 +182,7 @@ def benchmark(
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
     # Everything that may be wrong is looked at before anything long begins.
-    found = tell_apart([_find(model, chosen) for model in _as_list(models)])
+    found = distinct_labels([_find(model, chosen) for model in _as_list(models)])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [

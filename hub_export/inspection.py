@@ -171,8 +171,7 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
 
 
 def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str], notes: list[str]) -> None:
-    """Add what an export would refuse in experts or router beside their foundation, where that is on this
-    machine."""
+    """Add what an export would refuse in experts or router, where the foundation is on this machine."""
     if foundation.folder is None or not mixture.experts:
         return
     reference = FoundationReference(foundation.folder)
@@ -203,8 +202,10 @@ def _place(
 
 
 def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> str | None:
-    """The folder that an export would take it from. A named foundation may have it where the source brings
-    its own."""
+    """Find the folder that an export would take it from.
+
+    A named foundation may have it where the source brings its own.
+    """
     try:
         _, foundation = _place(mixture.foundation, base_model)
         elsewhere = foundation is None  # from where an export downloads it
@@ -222,8 +223,10 @@ def _gate_parameters(mixture: Mixture) -> int:
 
 
 def _memory(mixture: Mixture, foundation: FoundationSummary) -> dict[str, dict[str, int | None]]:
-    """Bytes of the loaded parameters by dtype; the gate is float32 in each. None where the foundation is not
-    on this machine."""
+    """Count bytes of the loaded parameters by dtype; the gate is float32 in each.
+
+    None where the foundation is not on this machine.
+    """
     experts, gate = sum(expert.num_parameters for expert in mixture.experts), 4 * _gate_parameters(mixture)
     memory: dict[str, dict[str, int | None]] = {}
     for dtype, size in BYTES_PER_PARAMETER.items():

@@ -57,8 +57,7 @@ def merge(
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> MergeResult:
-    """Write a repo's foundation with one expert in it, and compare it with the strategy `single:` of that
-    expert.
+    """Write a repo's foundation with one expert in it, and compare it with that expert's strategy `single:`.
 
     Args:
         repo: an exported repo, a folder or a Hub id.
@@ -163,8 +162,10 @@ def _logits(model: Any, rows: torch.Tensor, **arguments: Any) -> torch.Tensor:
 
 
 def _measure(model: Any, rows: torch.Tensor, index: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Logits of the foundation and of one expert, and how far rounding moves them; the model is moved by it,
-    too."""
+    """Compute logits of the foundation and of one expert, and how far rounding moves them.
+
+    The model is moved by it, too.
+    """
 
     def compute(choice: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
         yield "base", _logits(model, rows, routing_strategy="base")
@@ -174,7 +175,7 @@ def _measure(model: Any, rows: torch.Tensor, index: int) -> tuple[dict[str, torc
 
 
 def _judge(comparison: Comparison, expert: str) -> None:
-    """Warn where it cannot be told whether the sum is right.
+    """Warn where it cannot be said whether the sum is right.
 
     Raises:
         FailureError: logits differ by more than rounding in float32 allows.
@@ -193,8 +194,10 @@ def _judge(comparison: Comparison, expert: str) -> None:
 
 
 def _check_same(written: torch.nn.Module, merged: torch.nn.Module) -> None:
-    """Raises:
-    FailureError: names the first tensor of the files that is not the merged model's, bit for bit.
+    """Compare the tensors of the files with the merged model's, bit for bit.
+
+    Raises:
+        FailureError: names the first tensor of the files that is not the merged model's, bit for bit.
     """
     expected = merged.state_dict()
     for name, tensor in written.state_dict().items():
@@ -203,7 +206,7 @@ def _check_same(written: torch.nn.Module, merged: torch.nn.Module) -> None:
 
 
 def _foundation(folder: SourceFolder, config: Any, base_model: str | None) -> FoundationReference:
-    """Where the foundation is; of a repo that holds it, what it is called.
+    """Find the foundation; of a repo that holds it, give its name.
 
     Raises:
         InputError: it is not there, or `base_model` would do nothing.

@@ -126,7 +126,7 @@ def _check_mode(router_mode: str, config: Any) -> None:
 
 
 def _copy(repo: SourceFolder, folder: Path, files: list[str], final: Path) -> str:
-    """Copy the repo's files; weights are linked. Returns how."""
+    """Copy the repo's files, and link its weights. Returns how."""
     shared = "hard links"
     for name in files:
         target = folder / name

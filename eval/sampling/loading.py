@@ -107,8 +107,9 @@ class FoundModel:
         return f"{self.config.base_model_name_or_path}{revision}"
 
     def strategies(self, wanted: Sequence[str] | None) -> list[str]:
-        """Routing strategies in canonical form, each once; without a wish the repo's default. An ordinary
-        model has one, `base`.
+        """Give routing strategies in canonical form, each once; without a wish the repo's default.
+
+        An ordinary model has one, `base`.
 
         Raises:
             InputError: one that this model cannot do; lists those that it can.
@@ -132,7 +133,7 @@ class FoundModel:
             raise InputError(one_line(error, 2000)) from error
 
     def generation_settings(self) -> dict[str, Any]:
-        """What `generation_config.json` says, by field; empty where there is none.
+        """Read `generation_config.json`, by field; empty where there is none.
 
         Raises:
             InputError: it is damaged.
@@ -146,7 +147,7 @@ class FoundModel:
         return {} if found is None else vars(found)
 
     def load_tokenizer(self) -> Any:
-        """Raises InputError: there is none, or it cannot be read."""
+        """Load the tokenizer."""
         name = None if self.is_mixture else self.source
         loaded = tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
         tokenizer.warn_about_missed_arguments(self.folder, loaded)
@@ -160,7 +161,7 @@ class FoundModel:
         device_map: Any = None,
         attn_implementation: str | None = None,
     ) -> LoadedModel:
-        """The model with its weights.
+        """Load the model with its weights.
 
         Args:
             dtype: one of `DTYPES`.
@@ -280,15 +281,15 @@ def load_model(
     attn_implementation: str | None = None,
     **where: Any,
 ) -> LoadedModel:
-    """`find_model` and `FoundModel.load` in one."""
+    """Find a model and load it: `find_model` and `FoundModel.load` in one."""
     found = find_model(source, **where)
     return found.load(
         dtype=dtype, device=device, device_map=device_map, attn_implementation=attn_implementation
     )
 
 
-def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
-    """The same models, each once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
+def distinct_labels(models: list[FoundModel]) -> list[FoundModel]:
+    """Keep each model once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
 
     Raises:
         InputError: two models cannot be told apart by their paths.
@@ -298,10 +299,10 @@ def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
         once.setdefault(Path(model.source).resolve() if Path(model.source).exists() else model.source, model)
     models = list(once.values())
     for label in sorted({model.label for model in models}):
-        alike = [model for model in models if model.label == label]
-        if len(alike) == 1:
+        with_label = [model for model in models if model.label == label]
+        if len(with_label) == 1:
             continue
-        for model in alike:
+        for model in with_label:
             parent = Path(model.source).resolve().parent.name if Path(model.source).exists() else ""
             model.label = f"{_plain(parent)}--{label}"
     first: dict[str, FoundModel] = {}
@@ -315,7 +316,7 @@ def tell_apart(models: list[FoundModel]) -> list[FoundModel]:
 
 
 def _check_weights(source: str, report: dict[str, Any]) -> None:
-    """transformers fills in random numbers, and says so where few look.
+    """Refuse a model whose missing weights transformers filled in with random numbers.
 
     Raises:
         InputError: weights are missing, or of another shape than the config's.
@@ -332,7 +333,7 @@ def _check_weights(source: str, report: dict[str, Any]) -> None:
 
 
 def _label(sources: list[str], names: list[str]) -> str:
-    """What tables and files call a source: a Hub id or artifact whole, a folder by its own name."""
+    """Make what tables and files call a source: a Hub id or artifact whole, a folder by its own name."""
     parts = []
     for text, name in zip(sources, names, strict=True):
         whole = text.removeprefix("wandb:") if not Path(text).exists() else name
@@ -385,8 +386,7 @@ def _exported(found: list[FoundSource], options: SourceOptions, trust_remote_cod
 
 
 def _foundation(mixture: Mixture, base_model: str | None) -> Any:
-    """The foundation that an export takes config and tokenizer from: its name, and what is there under that
-    name now.
+    """Give the foundation that an export takes config and tokenizer from, and what lies there now.
 
     Weights count by size and date: an export of layout `adapter` holds none of them, and reading them all
     would take minutes each time.
@@ -403,10 +403,9 @@ def _foundation(mixture: Mixture, base_model: str | None) -> Any:
 
 
 def cache_folder() -> Path:
-    """Where exports of sources are kept: `$DYLORA_MOE_CACHE`, else `dylora_moe/exports` in the user's
-    cache."""
+    """Give where exports are kept: `$DYLORA_MOE_CACHE`, else `dylora_moe/exports` in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "dylora_moe" / "exports")
 
 
-__all__ = ["FoundModel", "LoadedModel", "cache_folder", "find_model", "load_model", "tell_apart"]
+__all__ = ["FoundModel", "LoadedModel", "cache_folder", "distinct_labels", "find_model", "load_model"]

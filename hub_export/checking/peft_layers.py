@@ -98,7 +98,7 @@ def _config_with_names(folder: Path) -> PeftConfig:
     config = PeftConfig.from_pretrained(str(folder))
     patterns = [config.target_modules, config.exclude_modules, config.layers_pattern]
     is_adalora = config.peft_type == PeftType.ADALORA  # whose rank_pattern holds names
-    patterns += [] if is_adalora else [*config.rank_pattern, *config.alpha_pattern]
+    patterns += [] if is_adalora else [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
     texts = [text for each in patterns for text in ([each] if isinstance(each, str) else each or ())]
     if all(NAME.fullmatch(text) for text in texts):
         return config
@@ -111,7 +111,7 @@ def _config_with_names(folder: Path) -> PeftConfig:
     config.target_modules = set(ranks)
     config.exclude_modules = config.layers_pattern = config.layers_to_transform = None
     if not is_adalora:
-        alphas = {layer: _of_pattern(config.alpha_pattern, layer, config.lora_alpha) for layer in ranks}
+        alphas = {layer: _of_pattern(config.alpha_pattern or {}, layer, config.lora_alpha) for layer in ranks}
         config.rank_pattern = {re.escape(layer): rank for layer, rank in ranks.items()}
         config.alpha_pattern = {re.escape(layer): alpha for layer, alpha in alphas.items()}
     return config

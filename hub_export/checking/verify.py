@@ -191,7 +191,7 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 
 def _checksums(folder: SourceFolder, config: Any) -> Finding:
     """Compare files with what was exported."""
-    stored = read_checksums(folder)
+    stored = read_checksums(folder.path)
     if stored is None:
         return Finding("checksums", None, f"not compared: there is no {FILE}")
     wrong = []

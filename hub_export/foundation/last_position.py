@@ -38,7 +38,7 @@ class LastPosition:
     shifts: bool = False
 
     def taken(self, attention_mask: list[int]) -> int:
-        """How many positions a prompt takes, from its mask without padding."""
+        """Count the positions that a prompt takes, from its mask without padding."""
         return len(attention_mask) if self.counts_padding else sum(attention_mask)
 
 

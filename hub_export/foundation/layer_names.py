@@ -47,8 +47,7 @@ ADAPTABLE = (
 
 
 def why_unreadable(name: str) -> str | None:
-    """What is wrong with a tensor's or layer's name in which a wrapper is left, and what to do; None for
-    other names."""
+    """Say what is wrong with a name in which a wrapper is left, and what to do; None for other names."""
     inside = name.removeprefix(PREFIX)
     for part, (cause, remedy) in WRAPPERS.items():
         if part in name.split("."):
@@ -71,7 +70,7 @@ def _sentence(part: str, cause: str, remedy: str) -> str:
 
 
 def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
-    """The same expert with its layers called as the foundation calls them, where PEFT reads them so.
+    """Call the layers of an expert as the foundation calls them, where PEFT reads them so.
 
     Raises:
         InputError: its alphas go by names that PEFT does not look for, old ones or a gate's without its
@@ -86,8 +85,7 @@ def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
 
 
 def _check_peft_reads(expert: Expert, name: str, layer: AdaptedLayer) -> None:
-    """Raises InputError: PEFT reads what an adapter has for stacked experts or a gate in another way, or not
-    at all."""
+    """Raise InputError where PEFT reads an adapter of stacked experts or of a gate in another way, or not at all."""
     where = f"expert {expert.name} ({expert.origin})"
     if expert.is_adalora:
         raise InputError(
@@ -153,7 +151,7 @@ def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
 
 
 def why_missing(name: str, layers: Iterable[str], foundation: nn.Module, called: str) -> str:
-    """The end of a sentence on a layer that the foundation, `called` so, does not have: why, and what to do.
+    """End a sentence on a layer that the foundation, `called` so, does not have: say why, and what to do.
 
     Args:
         layers: the names of all layers of the adapter.
@@ -191,7 +189,7 @@ def _what_is_missing(name: str, layers: Iterable[str], foundation: nn.Module) ->
 
 
 def _converted_by_transformers(name: str, foundation: nn.Module) -> str | None:
-    """The linear layer or gate whose weight a checkpoint has under this name; None where there is none."""
+    """Find the linear layer or gate whose weight a checkpoint has under this name; None where there is none."""
     found, _ = weight_conversion.named_as_now({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
     modules = dict(foundation.named_modules())
     layers = [weight.removesuffix(".weight") for weight in found]

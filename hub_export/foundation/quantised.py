@@ -13,7 +13,7 @@ WITH_KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "mxfp8", "nvfp4")
 
 
 def quantisation_of(config: Any) -> dict[str, Any] | None:
-    """The fields of a config's `quantization_config`, or of its text model's; None where there is none."""
+    """Give the fields of `quantization_config` in a config or its text model's; None where there is none."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "quantization_config", None)
         if found:
@@ -22,7 +22,7 @@ def quantisation_of(config: Any) -> dict[str, Any] | None:
 
 
 def check_needs_no_kernels(config: Any, name: str) -> None:
-    """A model that was saved quantised runs no code but that of packages which are installed here.
+    """Refuse a model for which transformers would download code.
 
     Raises:
         InputError: transformers would download kernels for it.

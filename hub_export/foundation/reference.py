@@ -20,8 +20,9 @@ from .stacked_experts import has_exchanged_sizes, shape_in
 def resolve_foundation(
     reference: FoundationReference, base_model: str | None, revision: str | None
 ) -> FoundationReference:
-    """Where the foundation is: `base_model` if given, else what the source names; local folders become
-    absolute paths.
+    """Find where the foundation is: `base_model` if given, else what the source names.
+
+    Local folders become absolute paths.
 
     A relative path is looked for from the working directory, then from the folder of the file that names it
     and from that one's parent.
@@ -66,7 +67,11 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
             folder = start / Path(name).expanduser()
             if (folder / "config.json").is_file():
                 return folder.resolve()
-        except (OSError, RuntimeError, ValueError):  # no path at all: too long, a null byte, nobody's home
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ):  # no path at all: too long, a null byte, an unknown user's home
             return None
     return None
 
@@ -84,7 +89,7 @@ def is_local(reference: FoundationReference) -> bool:
     return reference.name is not None and Path(reference.name).is_absolute()
 
 
-def at_hand(reference: FoundationReference) -> bool:
+def is_available(reference: FoundationReference) -> bool:
     """Whether the foundation's weights are on this machine, in a folder or in the Hub's cache."""
     return is_local(reference) or (reference.name is not None and in_hub_cache(reference) is not None)
 
@@ -112,7 +117,7 @@ def local_folder(reference: FoundationReference) -> SourceFolder | None:
 
 
 def load_foundation_config(reference: FoundationReference) -> Any:
-    """The foundation's transformers config.
+    """Load the foundation's transformers config.
 
     Raises:
         InputError: it cannot be had, or needs code that transformers does not have.
@@ -136,7 +141,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
 
 
 def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The foundation as a transformers causal LM, in `dtype` ("auto": as it is stored), in evaluation mode.
+    """Load the foundation as a causal LM in evaluation mode, in `dtype` ("auto": as it is stored).
 
     Raises:
         InputError: it cannot be had, is no causal language model of transformers, or lacks weights.
@@ -169,7 +174,7 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
 
 
 def not_loaded(reference: FoundationReference, error: Exception) -> str:
-    """That a foundation cannot be had, why, and what to do."""
+    """Say that a foundation cannot be loaded, why, and what to do."""
     from dylora_moe.modeling.layouts_dylora_moe import FoundationError, why_not_loaded
 
     why = error.why if isinstance(error, FoundationError) else why_not_loaded(reference.name, error)
@@ -182,8 +187,7 @@ def not_loaded(reference: FoundationReference, error: Exception) -> str:
 
 
 def check_experts_fit(experts: list[Expert], foundation: nn.Module, name: str) -> None:
-    """Every adapted layer must exist in the foundation, be linear, a gate or stacked experts, and have the
-    adapter's shape.
+    """Check that every adapted layer is in the foundation, can be adapted, and has the adapter's shape.
 
     Raises:
         InputError: names expert, layer and both shapes.
@@ -244,7 +248,7 @@ def _check_stack_fits(
 
 
 def check_router_fits(router: Router, config: Any, name: str) -> None:
-    """The gate must read hidden states of the foundation's size.
+    """Check that the gate reads hidden states of the foundation's size.
 
     Raises:
         InputError: names both sizes.

@@ -35,8 +35,8 @@ INSIDE = ".base_layer"
 def parameters_of(
     modules: Iterable[str], targets: Iterable[str], is_linear: Callable[[str], bool]
 ) -> dict[str, str]:
-    """Names of layers in an adapter's file -> the parameters that PEFT puts them on; layers on modules are
-    left out.
+    """Map layers in an adapter's file to the parameters that PEFT puts them on; those on modules are left
+    out.
 
     Args:
         modules: the names in the file, without PEFT's prefix and `.lora_A.weight`.
@@ -87,8 +87,10 @@ def shape_in(foundation: nn.Module, name: str) -> tuple[int, int, int] | None:
 
 
 def has_exchanged_sizes(peft_version: str, parameter: str, foundation: nn.Module) -> bool:
-    """Whether that PEFT took the inputs of such a parameter for its outputs; where both are as many, no shape
-    shows it."""
+    """Say whether that PEFT took the inputs of such a parameter for its outputs.
+
+    Where both are as many, no shape shows it.
+    """
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", peft_version)
     if version is None:
         return False
@@ -98,8 +100,7 @@ def has_exchanged_sizes(peft_version: str, parameter: str, foundation: nn.Module
 
 
 def put_together(expert: Expert, foundation: nn.Module) -> Expert:
-    """The same expert with the matrices of single experts put together where they are one parameter of the
-    foundation.
+    """Put the matrices of single experts together where they are one parameter of the foundation.
 
     Matrices of which others are missing are left as they are.
 
@@ -128,7 +129,7 @@ def put_together(expert: Expert, foundation: nn.Module) -> Expert:
 
 
 def why_not_whole(parameter: str, parts: dict[str, list[str]], foundation: nn.Module) -> str | None:
-    """What is missing of a parameter, and what to do, in words; None where nothing is.
+    """Say what is missing of a parameter, and what to do; None where nothing is.
 
     Args:
         parts: for each matrix of a single expert, those of all experts that the adapter has; see

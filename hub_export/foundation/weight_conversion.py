@@ -3,8 +3,7 @@ cut into several.
 
 It asks transformers' own machinery (`transformers.core_model_loading`, which has no public form), on the meta
 device, which stored tensors make up each tensor of a model, and lets it do the same with their numbers when
-that is read. It knows nothing about files, and nothing of what the operations are, but that a row of a stack
-is made of as many tensors.
+that is read. Of the operations it is known only that a row of a stack is made of as many tensors.
 """
 
 from __future__ import annotations
@@ -40,8 +39,10 @@ class Parts:
     members: list[tuple[str, str, StoredTensor]]
 
     def convert(self, model: nn.Module, content: Callable[[StoredTensor], Any]) -> dict[str, torch.Tensor]:
-        """What comes out, by the model's names. `content` gives a tensor, or what will give one when it is
-        called."""
+        """Give what comes out, by the model's names.
+
+        `content` gives a tensor, or what will give one when it is called.
+        """
         converter = copy.deepcopy(self.converter)
         for pattern, key, tensor in self.members:
             converter.add_tensor(self.target, key, pattern, content(tensor))
@@ -49,21 +50,13 @@ class Parts:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     @property
-    def is_stack(self) -> bool:
-        """Whether a row of what comes out is made of the member of that number, one for each pattern."""
+    def stacks_outputs(self) -> bool:
+        """Whether it is a stack of matrices, or of several of them one below the other."""
         from transformers.core_model_loading import Concatenate, MergeModulelist
 
         first, *others = self.converter.operations
-        side_by_side = all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
-        return isinstance(first, MergeModulelist) and first.dim == 0 and side_by_side
-
-    @property
-    def stacks_outputs(self) -> bool:
-        """Whether it is a stack of matrices, of several of them one below the other."""
-        from transformers.core_model_loading import Concatenate
-
-        others = self.converter.operations[1:]
-        return self.is_stack and all(isinstance(each, Concatenate) and each.dim == 1 for each in others)
+        is_stack = isinstance(first, MergeModulelist) and first.dim == 0
+        return is_stack and all(isinstance(each, Concatenate) and each.dim == 1 for each in others)
 
     def describe(self) -> str:
         keys = [key for _, key, _ in self.members]
@@ -73,7 +66,7 @@ class Parts:
 def by_model_name(
     stored: dict[str, StoredTensor], model: nn.Module
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """A checkpoint's tensors by the model's names, made of their parts when they are read.
+    """Give a checkpoint's tensors by the model's names, made of their parts when they are read.
 
     Args:
         stored: by their names in the checkpoint.
@@ -100,7 +93,7 @@ def by_model_name(
 def named_as_now(
     stored: dict[str, StoredTensor], model: nn.Module
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of a state dict by the model's names, and the names that it does not have.
+    """Give the tensors of a state dict by the model's names, and the names that it does not have.
 
     A state dict has the names that the model had in the transformers that it was trained with, which may be
     an older one, or those that it was saved under; transformers converts both as it does a checkpoint's. One
@@ -120,8 +113,7 @@ def named_as_now(
 
 
 def renamed(names: list[str], model: nn.Module) -> dict[str, str]:
-    """Names in a checkpoint -> what transformers calls them by now, where it does no more than to rename
-    them."""
+    """Map names in a checkpoint to those of today, where transformers does no more than rename them."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -133,7 +125,7 @@ def renamed(names: list[str], model: nn.Module) -> dict[str, str]:
 
 
 def stacks(names: list[str], model: nn.Module) -> dict[str, dict[str, list[str]]]:
-    """The layers, by an older version's names, whose weights are stacked into one parameter each.
+    """Find the layers, by an older version's names, whose weights are stacked into one parameter each.
 
     Returns:
         The parameter -> for each matrix of a row, one below the other along its outputs
@@ -166,8 +158,7 @@ def is_part(key: str, model: nn.Module) -> bool:
 def _assign(
     stored: dict[str, StoredTensor], model: nn.Module
 ) -> tuple[dict[str, StoredTensor], dict[str, Parts], list[str]]:
-    """Tensors that are stored as the model has them, those that are put together, and the names it has no
-    place for.
+    """Sort tensors: stored as the model has them, to be put together, and names it has no place for.
 
     The same steps in the same order as in `convert_and_load_state_dict_in_model`.
     """
@@ -202,7 +193,7 @@ def _assign(
 
 
 def _outcome(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors of the shapes and dtypes that come out.
+    """Give tensors of the shapes and dtypes that come out.
 
     Raises:
         InputError: the parts do not fit together.
@@ -216,7 +207,7 @@ def _outcome(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _stored(parts: Parts, model: nn.Module, name: str, made: torch.Tensor) -> StoredTensor:
-    """What comes out under a name. `made` is of the same shape and dtype."""
+    """Describe what comes out under a name. `made` is of the same shape and dtype."""
     return StoredTensor(tuple(made.shape), made.dtype, lambda: _converted(parts, model)[name])
 
 

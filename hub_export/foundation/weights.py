@@ -30,7 +30,7 @@ COMPLETE = "pass a complete one with --base_model"
 
 
 def skeleton(base_config: Any) -> nn.Module:
-    """The foundation without any weights: names, shapes and kinds of its modules.
+    """Build the foundation on the meta device: names, shapes and kinds of its modules.
 
     Raises:
         InputError: transformers has no causal language model for this config.
@@ -48,7 +48,7 @@ def skeleton(base_config: Any) -> nn.Module:
 
 
 def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict[str, StoredTensor]:
-    """Every tensor that a saved copy of the foundation holds; tied ones once.
+    """Describe every tensor that a saved copy of the foundation holds; tied ones once.
 
     Args:
         model: its skeleton.
@@ -82,7 +82,7 @@ def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict
 def carried_weights(
     carried: dict[str, StoredTensor], model: nn.Module, folder: SourceFolder
 ) -> dict[str, StoredTensor]:
-    """The foundation that a source brings, by the model's own names.
+    """Give the foundation that a source brings, by the model's own names.
 
     Raises:
         InputError: a tensor is missing, unknown, or of another shape than the model's.
@@ -104,7 +104,7 @@ def carried_weights(
 
 
 def _loaded_whole(reference: FoundationReference, why: str | None) -> dict[str, StoredTensor]:
-    """The tensors of the loaded model, with a warning that this takes memory, and why it has to."""
+    """Load the model and give its tensors, with a warning that this takes memory, and why it has to."""
     if why is not None:
         message = f"the foundation {reference.name} is loaded whole, which takes as much memory as it is large: {why}"
         warnings.warn(message, DyloraMoeWarning, stacklevel=2)
@@ -123,8 +123,10 @@ def _check_shapes(found: dict[str, StoredTensor], model: nn.Module, reference: F
 
 
 def _leave_out_tied(found: dict[str, StoredTensor], tied: dict[str, str]) -> None:
-    """Tied tensors once, by the name of the one that the others are tied to; both where they differ, as
-    transformers then does not tie them."""
+    """Keep tied tensors once, by the name of the one that the others are tied to.
+
+    Both stay where they differ, as transformers then does not tie them.
+    """
     for name, source in tied.items():
         if name in found and source not in found:
             found[source] = found.pop(name)
@@ -133,14 +135,14 @@ def _leave_out_tied(found: dict[str, StoredTensor], tied: dict[str, str]) -> Non
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one, with that one's name."""
+    """Map names of parameters that are another one to that one's name."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return {}
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def tied_head(model: nn.Module) -> str | None:
-    """The name of the layer that makes the logits, where its weight is the embeddings' own."""
+    """Name the layer that makes the logits, where its weight is the embeddings' own; else None."""
     return next((name.rpartition(".")[0] for name in tied_names(model)), None)
 
 

@@ -5,7 +5,6 @@
 
 PEFT adds lora_alpha / (init_r + 1e-5) · B (A · E) x, whatever rank r a layer ended with, and leaves `r`,
 `use_rslora` and `alpha_pattern` unread. `ranknum`, which holds init_r, is not stored. Tried with PEFT 0.21.
-It knows nothing else of PEFT.
 """
 
 from __future__ import annotations
@@ -29,8 +28,10 @@ MOST_RANKS = 1 << 20
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raises:
-    InputError: the fields that the scale is made of, or the ranks that were kept, are not what PEFT writes.
+    """Check the fields that the scale is made of, and the ranks that were kept.
+
+    Raises:
+        InputError: the fields that the scale is made of, or the ranks that were kept, are not what PEFT writes.
     """
     init_r = config.get("init_r")
     if isinstance(init_r, bool) or not isinstance(init_r, int) or not 0 < init_r <= MOST_RANKS:
@@ -52,7 +53,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def ranks(config: dict[str, Any]) -> dict[str, int]:
-    """Module to the rank it was pruned to. The names in older files have the adapter's name at their end."""
+    """Map each module to the rank it was pruned to. In older files the names end with the adapter's name."""
     found = {}
     for key, kept in (config.get("rank_pattern") or {}).items():
         module = key.rsplit(".lora_E", 1)[0]
@@ -63,26 +64,26 @@ def ranks(config: dict[str, Any]) -> dict[str, int]:
 def layers(
     file: TensorFile, keys: dict[str, dict[str, str]], config: dict[str, Any], folder: Path
 ) -> dict[str, AdaptedLayer]:
-    """The layers that kept any rank; one that was pruned away computes nothing. Where none did, all with rank
-    1.
+    """Describe the layers that kept any rank; where none did, all with rank 1.
+
+    A layer that was pruned away computes nothing.
 
     Raises:
         InputError: a matrix is missing, or shapes do not fit each other or the config.
     """
     pruned = ranks(config)
-    strange = sorted(set(pruned) - set(keys))
-    if strange:
+    unknown = sorted(set(pruned) - set(keys))
+    if unknown:
         raise InputError(
-            f"{folder}/adapter_config.json: rank_pattern names {strange[0]}, {file.path} does not"
+            f"{folder}/adapter_config.json: rank_pattern names {unknown[0]}, {file.path} does not"
         )
     all_layers = {
         module: _layer(file, module, matrices, config, pruned.get(module, config["init_r"]), folder)
         for module, matrices in keys.items()
     }
     found = {module: layer for module, layer in all_layers.items() if layer.rank}
-    if (
-        not found
-    ):  # a model has no expert without layers; one of rank 1 whose matrices are zero does nothing, either
+    if not found:
+        # A model has no expert without layers; one of rank 1 whose matrices are zero does nothing, either.
         return {module: replace(layer, rank=1, lora_alpha=1.0) for module, layer in all_layers.items()}
     return found
 
@@ -117,18 +118,18 @@ def _layer(
 
 
 def read(file: TensorFile, matrices: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A · E and B. The product is taken, and kept, in float32, as PEFT computes it; rounding it would change
-    it.
+    """Read A · E and B; of a layer of rank 0, zeros of rank 1.
 
-    Of a layer of rank 0, zeros of rank 1.
+    The product is taken, and kept, in float32, as PEFT computes it; rounding it would change it.
     """
     dtype = _product_dtype(file, matrices)
     product = file.read(matrices["A"]).to(dtype) * file.read(matrices["E"]).to(dtype)
     matrix_b = file.read(matrices["B"])
     both = torch.promote_types(dtype, matrix_b.dtype)
     if not len(product):
-        return product.new_zeros(1, product.shape[1], dtype=both), matrix_b.new_zeros(
-            len(matrix_b), 1, dtype=both
+        return (
+            product.new_zeros(1, product.shape[1], dtype=both),
+            matrix_b.new_zeros(len(matrix_b), 1, dtype=both),
         )
     return product.to(both), matrix_b.to(both)
 

@@ -105,8 +105,10 @@ def _full_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTensor]:
 
 
 def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
-    """The stacks under the names that the config gives; transformers saves a model under a foundation's older
-    names."""
+    """Give the stacks the names that the config gives.
+
+    transformers saves a model under a foundation's older names.
+    """
     own = {
         f"foundation.{module}.lora_{matrix}" for module in config.stack_modules().values() for matrix in "AB"
     }
@@ -120,7 +122,7 @@ def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, 
 
 
 def _check_nothing_else(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor]) -> None:
-    """What is not read here would be lost, and what it does is not known.
+    """Refuse tensors that are not read here, as what they do is not known.
 
     Raises:
         InputError: names the first tensor that the config does not speak of.
@@ -137,8 +139,10 @@ def _check_nothing_else(folder: SourceFolder, config: Any, weights: dict[str, St
 
 
 def _stored_keys(config: Any, index: int) -> dict[str, str]:
-    """What an expert adapts -> the name of its tensors, with {} for A and B: in layout `full` those of all
-    experts."""
+    """Map what an expert adapts to the name of its tensors, with {} for A and B.
+
+    In layout `full` they are those of all experts.
+    """
     from dylora_moe.modeling.layouts_dylora_moe import peft_keys
 
     keys = peft_keys(config.expert_configs[index])
@@ -153,7 +157,7 @@ def _is_stack(key: str) -> bool:
 
 
 def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The foundation's tensors by their own names."""
+    """Give the foundation's tensors by their own names."""
     return {
         key.removeprefix("foundation.").replace(".base_layer.", "."): tensor
         for key, tensor in weights.items()
@@ -162,8 +166,7 @@ def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTensor]:
-    """Tensors of the experts' files under `<expert>/<key>`, those of the gate under their names in layout
-    `full`."""
+    """Describe the experts' tensors under `<expert>/<key>`, and the gate's as in layout `full`."""
     from dylora_moe.modeling.layouts_dylora_moe import peft_config
 
     weights = {}
@@ -238,7 +241,7 @@ def _matrices(
     place: tuple[str, str],
     weights: dict[str, StoredTensor],
 ) -> tuple[StoredTensor, StoredTensor]:
-    """A and B of one expert on one layer, as in PEFT, from either layout.
+    """Give A and B of one expert on one layer, as in PEFT, from either layout.
 
     Args:
         place: what is adapted, and the name of its tensors with {} for A and B.

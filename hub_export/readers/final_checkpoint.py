@@ -163,7 +163,7 @@ def _read_expert(
 
 
 def _own_keys(file: TensorFile, name: str) -> dict[str, dict[str, str]]:
-    """Module to {"A": key, "B": key} of the tensors of this expert alone: the whole name part must match."""
+    """Map module to {"A": key, "B": key} of this expert's tensors; the whole name part must match."""
     own: dict[str, dict[str, str]] = {}
     for key in file.keys():  # noqa: SIM118
         match = PARAMETER.fullmatch(key)

@@ -87,7 +87,7 @@ def _read_one_format(sources: Sequence[FoundSource], options: ReadOptions) -> Mi
 
 
 def _check_same_foundation(old: Mixture, new: Mixture) -> None:
-    """Experts compute something else on another foundation, even where its shapes are the same.
+    """Refuse adapters of another foundation, on which experts compute something else.
 
     Raises:
         InputError: the two name different ones.

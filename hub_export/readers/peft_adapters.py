@@ -69,7 +69,7 @@ def recognise(folder: SourceFolder) -> str | None:
 
 
 def holds_matrices(path: Path) -> str | None:
-    """The first LoRA tensor of a file, or None."""
+    """Give the first LoRA tensor of a file, or None."""
     return next((key for key in TensorFile(path).keys() if ".lora_" in key), None)  # noqa: SIM118
 
 
@@ -205,8 +205,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
 def _sorted(
     file: TensorFile, pattern: re.Pattern, passed_over: re.Pattern | None
 ) -> tuple[dict[str, dict[str, str]], dict[str, StoredTensor]]:
-    """Module to {"A": key, "B": key}, for AdaLoRA also "E", and the foundation's own tensors that lie beside
-    them.
+    """Map module to {"A": key, "B": key}, for AdaLoRA also "E"; and give the foundation's own tensors.
 
     PEFT saves an adapted head whole, and with `save_embedding_layers` the embeddings. Only the foundation can
     tell whether they were trained.
@@ -215,7 +214,7 @@ def _sorted(
         InputError: names the first tensor that is neither.
     """
     keys: dict[str, dict[str, str]] = {}
-    whole, strange = {}, []
+    whole, unknown = {}, []
     for key in sorted(file.keys(), key=natural_order):
         if (passed_over is not None and passed_over.fullmatch(key)) or key.endswith(BACKWARD_ALONE):
             continue
@@ -227,10 +226,10 @@ def _sorted(
         elif key.startswith(PREFIX) and ".lora_" not in key and not key.endswith(".ranknum"):
             whole[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = of_file(file, key)
         else:
-            strange.append(key)
-    if strange:
+            unknown.append(key)
+    if unknown:
         raise InputError(
-            f"{file.path}: {strange[0]} is {_what_it_is(strange[0])}; only lora_A and lora_B of linear layers can be exported"
+            f"{file.path}: {unknown[0]} is {_what_it_is(unknown[0])}; only lora_A and lora_B of linear layers can be exported"
         )
     return keys, whole
 

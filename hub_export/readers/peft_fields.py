@@ -2,7 +2,6 @@
 not.
 
 Every field that PEFT's LoraConfig had from 0.1 to 0.21, and those that ms-swift's and LoRA+'s trainers add.
-It knows nothing about tensors.
 """
 
 from __future__ import annotations
@@ -33,26 +32,64 @@ REFUSED_FIELDS = {
 }
 # fields that are looked at one by one: here, or where ranks and alphas are read
 CHECKED_FIELDS = {
-    "peft_type", "bias", "init_lora_weights", "target_parameters", "r", "lora_alpha", "lora_dropout", "use_rslora",
-    "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision",
-}  # fmt: skip
+    "peft_type",
+    "bias",
+    "init_lora_weights",
+    "target_parameters",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "revision",
+}
 # fields that say how training went or where the adapter sits; which layers it has is read from its tensors
 HARMLESS_FIELDS = {
     # PEFT's, up to now
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_version", "qalora_group_size", "runtime_config", "target_modules", "task_type", "velora_config",
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "velora_config",
     # PEFT's of 0.1 and 0.2: when to merge
     "merge_weights",
     # LoRA+: learning rates
-    "loraplus_lr_embedding", "loraplus_lr_ratio", "loraplus_weight_decay", "lorap_emb_lr", "lorap_lr_ratio",
+    "loraplus_lr_embedding",
+    "loraplus_lr_ratio",
+    "loraplus_weight_decay",
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
     # ms-swift's: its own name for the kind of adapter, and the dtype of training
-    "lora_dtype", "swift_type",
-}  # fmt: skip
+    "lora_dtype",
+    "swift_type",
+}
 # AdaLoRA's of training, on top of LoRA's
 ADALORA_FIELDS = {
-    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-}  # fmt: skip
+    "target_r",
+    "init_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "beta1",
+    "beta2",
+    "orth_reg_weight",
+    "total_step",
+}
 
 # initialisations that leave the foundation's own weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change
 # them
@@ -60,8 +97,10 @@ PLAIN_INITIALISATIONS = (True, False, None, "true", "false", "gaussian", "eva", 
 
 
 def check_fields(path: Path, config: dict[str, Any]) -> None:
-    """Raises:
-    InputError: a field makes the adapter more than a low-rank sum, or may do so.
+    """Check that the adapter is a low-rank sum.
+
+    Raises:
+        InputError: a field makes the adapter more than a low-rank sum, or may do so.
     """
     for field, meaning in REFUSED_FIELDS.items():
         if config.get(field):

@@ -162,7 +162,7 @@ def _foundation(
     options: ReadOptions,
     problems: list[str],
 ) -> FoundationReference:
-    """As the checkpoint's own config names it, else its adapters, else the run's best model."""
+    """Give the foundation that the checkpoint's config names, else its adapters, else the run's best model."""
     vocab_size = config.get("vocab_size")
     if config.get("base_model_name_or_path"):
         return FoundationReference(
@@ -195,7 +195,7 @@ def _read_router(
 
 
 def _read_gate(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """The gate, and what else the file says of the router.
+    """Read the gate, and what else the file says of the router.
 
     Raises:
         InputError: no whole gate is there, or something that may change what the router does.
@@ -209,10 +209,10 @@ def _read_gate(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         if "gate_state_dict" in state:
             return gate_of_state(path, state), state
         tensors = {key: of_tensor(value) for key, value in state.items() if isinstance(value, torch.Tensor)}
-    strange = sorted(set(tensors) - set(GATE.values()) - set(ROUTER_SETTINGS), key=natural_order)
-    if strange:
+    unknown = sorted(set(tensors) - set(GATE.values()) - set(ROUTER_SETTINGS), key=natural_order)
+    if unknown:
         raise InputError(
-            f"{path}: {strange[0]} is no part of the gate ({', '.join(GATE.values())}); what it does is not known"
+            f"{path}: {unknown[0]} is no part of the gate ({', '.join(GATE.values())}); what it does is not known"
         )
     for key in GATE.values():
         if key not in tensors:

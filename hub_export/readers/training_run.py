@@ -36,7 +36,7 @@ MOST_EXPERTS = 4096
 
 
 def number(value: Any, what: str) -> float:
-    """A finite number that a JSON file holds.
+    """Check that a value of a JSON file is a finite number, and give it back.
 
     Raises:
         InputError: it is something else; `what` says where it stands.
@@ -49,7 +49,7 @@ def number(value: Any, what: str) -> float:
 
 
 def count_of_experts(config: dict[str, Any], fields: tuple[str, ...], path: Path) -> tuple[int, str] | None:
-    """How many experts a config speaks of, and in which field; None where it does not."""
+    """Give how many experts a config speaks of, and in which field; None where it does not."""
     for field in fields:
         if config.get(field) is not None:
             value = config[field]
@@ -68,8 +68,7 @@ def best_model_config(folder: SourceFolder) -> tuple[Path, dict[str, Any]]:
 def lora_alpha(
     folder: SourceFolder, config: dict[str, Any], options: ReadOptions, problems: list[str]
 ) -> float | None:
-    """Alpha as given, as stored, or as a sibling `best_model` of the same training run stored it. Never
-    guessed."""
+    """Give alpha as the user, the checkpoint or the run's `best_model` has it. It is never guessed."""
     if options.lora_alpha is not None:
         return options.lora_alpha
     for path, stored in ((folder / "config.json", config), best_model_config(folder)):
@@ -83,7 +82,7 @@ def lora_alpha(
 
 
 def foundation_reference(folder: SourceFolder, config: dict[str, Any]) -> FoundationReference:
-    """The foundation that the checkpoint's config names, else the one that the run's best model names."""
+    """Give the foundation that the checkpoint's config names, else the one of the run's best model."""
     path, name = folder / "config.json", config.get("base_model_name_or_path")
     if not name:
         best, stored = best_model_config(folder)
@@ -100,7 +99,7 @@ def low_rank_layer(
     alpha: float | None,
     config_rank: Any,
 ) -> AdaptedLayer:
-    """One expert on one layer from its matrices "A" and "B".
+    """Describe one expert on one layer by its matrices "A" and "B".
 
     Raises:
         InputError: one is missing, they do not fit, or the config gives another rank.
@@ -171,7 +170,7 @@ def _holds(checkpoint: SourceFolder, name: str) -> bool:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The dict in a `router.pt`.
+    """Read the dict in a `router.pt`.
 
     Raises:
         InputError: it is damaged, or no dict.
@@ -206,7 +205,7 @@ def make_router(
     temperature: float | None,
     state: dict[str, Any] | None = None,
 ) -> Router:
-    """The router around a gate's `weight` and `bias`, as training used it.
+    """Make the router around a gate's `weight` and `bias`, as training used it.
 
     Args:
         state: what else the gate's file says of it.
@@ -238,7 +237,7 @@ def make_router(
 
 
 def stored_setting(state: dict[str, Any], key: str, path: Path) -> float | None:
-    """`top_k` or `temperature` of a router's state, None where it is not there.
+    """Give `top_k` or `temperature` of a router's state; None where it is not there.
 
     Raises:
         InputError: it is no positive number.
@@ -262,8 +261,7 @@ def stored_setting(state: dict[str, Any], key: str, path: Path) -> float | None:
 def settings_or_defaults(
     folder: SourceFolder, own: tuple[Path, dict[str, Any]] | None, options: ReadOptions, notes: list[str]
 ) -> tuple[int, float]:
-    """top_k and temperature as given, as the router's own file has them, as the run's `dylo_moe_state` has
-    them, or training's defaults, which a note then says.
+    """Give top_k and temperature: the user's, the router's, the run's, or training's defaults with a note.
 
     Args:
         own: the file of the router itself and its content, where that can hold more than the gate.
@@ -303,8 +301,9 @@ def state_files(folder: SourceFolder) -> list[Path]:
 
 
 def own_state(folder: SourceFolder, problems: list[str], notes: list[str], needed: str) -> Path | None:
-    """The `dylo_moe_state/router.pt` with the checkpoint's own gate: in its folder, or beside it, where older
-    runs left the last one.
+    """Find the `dylo_moe_state/router.pt` with the checkpoint's own gate.
+
+    It is in the checkpoint's folder, or beside it, where older runs left the last one.
 
     Args:
         problems, notes: get what there is to say: that there is none, where `needed` says what else was
@@ -327,7 +326,7 @@ def own_state(folder: SourceFolder, problems: list[str], notes: list[str], neede
 
 
 def maturity_note(path: Path, state: dict[str, Any]) -> list[str]:
-    """What to tell of a stored `expert_maturity`: nothing where there is none."""
+    """Say what expert maturities are stored; nothing where there are none."""
     maturity = state.get("expert_maturity")
     if maturity is None:
         return []

@@ -32,8 +32,7 @@ def foundation_config(
     options: ReadOptions,
     num_tensors: int,
 ) -> Any:
-    """The foundation's transformers config: the folder's own, or where that is none, that of the named
-    foundation.
+    """Load the foundation's transformers config: the folder's own, else that of the named foundation.
 
     Args:
         num_tensors: how many tensors the state dict has; a config of more layers than that is wrong.
@@ -74,7 +73,7 @@ def foundation_config(
 def foundation_weights(
     folder: SourceFolder, config: Any, tensors: dict[str, StoredTensor], notes: list[str]
 ) -> dict[str, StoredTensor]:
-    """The tensors that a model of this config has, by its own names, tied ones left out.
+    """Give the tensors that a model of this config has, by its own names, tied ones left out.
 
     Training always unties the head. Where it still equals the embedding bit for bit it is tied again, else
     `config` is changed to say that it is not.

@@ -139,8 +139,7 @@ def _tensors(folder: SourceFolder) -> dict[str, StoredTensor]:
 def _sorted(
     folder: SourceFolder, tensors: dict[str, StoredTensor]
 ) -> tuple[dict[str, dict[str, dict[str, StoredTensor]]], dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Expert to module to its "A" and "B", the router's tensors by their keys, and the foundation's by their
-    names there.
+    """Sort tensors: each expert's by module and matrix, the router's by key, the foundation's by its names.
 
     Raises:
         InputError: names the first tensor that is none of these.

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..foundation.reference import is_local
+from ..foundation.reference import is_local, open_foundation
 from ..sources.hub_and_folders import is_on_hub
 from ..tensors.mixture import Expert, FoundationReference, Mixture
 from .results import Score
@@ -339,7 +339,7 @@ def foundation_licence(reference: FoundationReference) -> Licence | None:
         return None
     try:
         if is_local(reference):
-            path = Path(reference.name) / "README.md"
+            path = open_foundation(reference.name) / "README.md"
         else:
             path = Path(hf_hub_download(reference.name, "README.md", revision=reference.revision))
         data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else None

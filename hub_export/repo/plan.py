@@ -16,9 +16,9 @@ from torch import nn
 from ..errors import DyloraMoeWarning, InputError, one_line
 from ..foundation.layer_names import named_as_now
 from ..foundation.reference import (
-    at_hand,
     check_experts_fit,
     check_router_fits,
+    is_available,
     is_local,
     load_foundation_config,
     open_foundation,
@@ -221,7 +221,7 @@ def _find_weights(
     is_light = options.layout == "adapter"
     if carried is not None and not is_light and options.base_model is None:
         return lambda: carried
-    if not at_hand(reference) and (is_light or carried is not None):
+    if not is_available(reference) and (is_light or carried is not None):
         if carried is not None:
             _warn_not_compared(mixture, reference)
         return None if is_light else lambda: carried

@@ -15,6 +15,8 @@ from typing import Any
 
 from ..errors import InputError, few
 from ..sources.json_files import read_json
+from ..sources.source_folder import open_folder
+from ..tensors.weight_files import read_index
 from .checksums import FILE as CHECKSUMS
 from .repo_config import check_is_exported_repo, is_exported_repo
 
@@ -152,15 +154,14 @@ def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
 
 def _full_weights(folder: Path) -> set[str]:
     """The one file, or the index and the shards that it names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    weight_map = read_index(open_folder(folder), "model.safetensors")
+    if weight_map is None:
         return {"model.safetensors"}
-    weight_map = read_json(index).get("weight_map")
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    for name in shards:
-        if not isinstance(name, str) or not WEIGHTS.fullmatch(name) or "/" in name:
-            raise InputError(f"{index} names no shards of the form model-00001-of-00002.safetensors")
-    return {index.name, *shards}
+    index = "model.safetensors.index.json"
+    for name in weight_map.values():
+        if not WEIGHTS.fullmatch(name) or "/" in name:
+            raise InputError(f"{folder / index} names no shards of the form model-00001-of-00002.safetensors")
+    return {index, *weight_map.values()}
 
 
 def _adapter_weights(folder: Path, config: dict[str, Any]) -> set[str]:

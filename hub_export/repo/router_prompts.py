@@ -7,7 +7,7 @@ prompts.
 
 The method is that of mixture builders which turn separate models into a mixture of experts
 (https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md, gate mode "hidden"). Float32, in batches of
-similar length. It knows nothing about files of weights.
+similar length.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DyloraMoeWarning, FailureError, InputError
-from ..foundation.reference import at_hand, local_folder
+from ..foundation.reference import is_available, local_folder
 from ..sources.json_files import read_json
 from ..tensors.mixture import FoundationReference, Mixture
 from .options import ExportOptions
@@ -111,9 +111,9 @@ def find_tokenizer(
         try:
             return opened(name, fetch_tokenizer(name, foundation.revision))
         except InputError:
-            if options.layout != "adapter" or at_hand(foundation):
+            if options.layout != "adapter" or is_available(foundation):
                 raise
-    if options.layout == "adapter" and name is not None and not at_hand(foundation):
+    if options.layout == "adapter" and name is not None and not is_available(foundation):
         message = (
             f"the repo has no tokenizer: neither the source nor this machine has one; load that of {name}"
         )

@@ -53,10 +53,12 @@ def tokenizer_files(folder: Path) -> list[str]:
         InputError: one of them is a link that leads out of the folder: a chat template may be any text of
             this machine.
     """
-    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
-    names = sorted(path.relative_to(folder).as_posix() for path in paths)
-    found = [name for name in names if is_tokenizer_file(name) and name not in OF_PROCESSORS]
-    return [name for name in found if open_folder(folder).has(name)]
+    opened = open_folder(folder)
+    names = opened.names()
+    if opened.has_folder(TEMPLATE_FOLDER):
+        names += [f"{TEMPLATE_FOLDER}/{name}" for name in opened.folder(TEMPLATE_FOLDER).names()]
+    found = [name for name in sorted(names) if is_tokenizer_file(name) and name not in OF_PROCESSORS]
+    return [name for name in found if opened.has(name)]
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
@@ -173,9 +175,8 @@ def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
     """Warn where a tokenizer was loaded without an argument that stock transformers would have given to its
     class."""
     path = folder / TOKENIZER_CONFIG
-    missed = (
-        missed_arguments(read_json(path), tokenizer) if path.is_file() and not needs_own_code(folder) else []
-    )
+    fields = open_folder(folder).read_json(TOKENIZER_CONFIG, required=False)
+    missed = [] if needs_own_code(folder) else missed_arguments(fields, tokenizer)
     if missed:
         message = (
             f"{', '.join(missed)} of {path} is left out, since such a text may name a file of this machine; without it "
@@ -189,8 +190,7 @@ def needs_own_code(folder: Path) -> bool:
 
 
 def _auto_map(folder: Path) -> Any:
-    path = folder / TOKENIZER_CONFIG
-    return read_json(path).get("auto_map") or None if path.is_file() else None
+    return open_folder(folder).read_json(TOKENIZER_CONFIG, required=False).get("auto_map") or None
 
 
 def _restore_auto_map(folder: Path, copy: Path) -> None:
@@ -225,7 +225,7 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
         InputError: there is no such folder, nor a Hub repo that can be had.
     """
     if Path(name).is_dir():
-        return Path(name)
+        return open_folder(name).path
     if not is_hub_id(name):
         raise InputError(
             f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer"

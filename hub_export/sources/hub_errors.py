@@ -17,7 +17,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN (tokens: https://huggingfa
 
 
 def find_token(token: str | None) -> str:
-    """The token given, or else the one that huggingface_hub finds (HF_TOKEN, `hf auth login`).
+    """Give the token that was passed, or else the one that huggingface_hub finds (HF_TOKEN, `hf auth login`).
 
     Raises:
         InputError: there is none, or it cannot be one.
@@ -32,22 +32,23 @@ def find_token(token: str | None) -> str:
 
 
 def check_token(token: str) -> None:
-    """Raises InputError if it cannot be one: a stray line break or letter would come back in the network
-    library's message, token and all."""
+    """Raise InputError if a text cannot be a token.
+
+    A stray line break or letter would come back in the network library's message, token and all.
+    """
     if not re.fullmatch(r"[!-~]+", token):
         raise InputError(f"the Hub token holds characters that no token has; {LOGIN}")
 
 
 def without(secret: str | None, text: str) -> str:
-    """The text without a secret, and without the query of any address in it, which may be signed for its
-    bearer."""
+    """Take a secret out of a text, and the query of any address in it, which may be signed for its bearer."""
     text = re.sub(r"(\w+://[^\s?]*)\?[^\s'\")]*", r"\1?…", text)
     return text.replace(secret, "***") if secret else text
 
 
 @contextmanager
 def hub_errors(hub_id: str, token: str | None = None) -> Iterator[None]:
-    """Errors of huggingface_hub and of the network as `InputError` or `FailureError`, one clear line each."""
+    """Turn errors of huggingface_hub and of the network into `InputError` or `FailureError`, one line each."""
     try:
         yield
     except DyloraMoeError:

@@ -1,6 +1,5 @@
 """Lazily read tensor files, and the `Mixture` that they make.
 
-Read `mixture` first: what every reader produces and an export consumes. `tensor_files` opens safetensors and
-PyTorch files, `stored_tensors` is a tensor that is read when it is needed, `containment` keeps reading inside
-the folder that was given.
+Read `mixture` first: what every reader makes and an export writes. `tensor_files` opens safetensors and PyTorch
+files, `weight_files` finds those of a model, `stored_tensors` is a tensor that is read when it is needed.
 """

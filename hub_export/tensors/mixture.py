@@ -75,8 +75,10 @@ class Expert:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether A or B is zero on every layer, as before training. Reads no layer after the first that does
-        something."""
+        """Whether A or B is zero on every layer, as before training.
+
+        No layer is read after the first that does something.
+        """
         return bool(self.layers) and not any(
             all(bool(matrix.any()) for matrix in self.read(module)) for module in self.layers
         )
@@ -86,7 +88,7 @@ class Expert:
         return sum(layer.num_parameters for layer in self.layers.values())
 
     def config(self) -> dict[str, Any]:
-        """This expert's entry of the model config's `expert_configs`.
+        """Make this expert's entry of the model config's `expert_configs`.
 
         The most frequent rank and alpha become `r` and `lora_alpha`; layers that differ are listed, by full
         module name, in `rank_pattern` and `alpha_pattern`.
@@ -175,7 +177,7 @@ class Mixture:
 
 
 def idle_experts(mixture: Mixture) -> str | None:
-    """What to tell of experts that do nothing; None where every one does something."""
+    """Say which experts do nothing; None where every one does something."""
     names = [expert.name for expert in mixture.experts if expert.does_nothing]
     if not names:
         return None
@@ -191,12 +193,12 @@ def _most_common(values):
 
 
 def natural_order(name: str) -> list:
-    """A sort key that puts `expert_2` before `expert_10`."""
+    """Make a sort key that puts `expert_2` before `expert_10`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def check_expert_names(names: list[str], origins: list[Path]) -> None:
-    """Names must be usable in `single:<name>` and as a folder's name, and differ.
+    """Check that names can be used in `single:<name>` and as a folder's name, and differ.
 
     Raises:
         InputError: names the expert, or for a clash both places.

@@ -42,7 +42,7 @@ SMALL_FILE = 32 * 1024**2
 
 
 def load_torch_file(path: Path) -> Any:
-    """The object in a `.pt` or `.bin` file; its tensors stay on disk until they are used.
+    """Load the object in a `.pt` or `.bin` file; its tensors stay on disk until they are used.
 
     Raises:
         InputError: the file is missing, damaged, or holds more than plain tensors and containers.
@@ -167,14 +167,14 @@ class TensorFile:
             return file.get_tensor(key)
 
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor; a safetensors file reads only these."""
+        """Read rows `start` to `stop` of a tensor; a safetensors file reads only these."""
         if self.path.suffix != ".safetensors":
             return self._of_pickle(key, (stop - start) / max(1, self.shape(key)[0]))[start:stop]
         with self._open() as file:
             return file.get_slice(key)[start:stop]
 
     def _of_pickle(self, key: str, share: float = 1.0) -> torch.Tensor:
-        """A tensor of a mapped file, of which a share is about to be read.
+        """Give a tensor of a mapped file, of which a share is about to be read.
 
         Once much was read of all large ones together, they are let go, and mapped again when needed.
         """

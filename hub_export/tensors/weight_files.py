@@ -36,26 +36,37 @@ def weight_files(folder: SourceFolder, names: Iterable[str] = WEIGHT_NAMES) -> l
     return []
 
 
-def weight_map(folder: SourceFolder, name: str) -> dict[str, str] | None:
+def read_index(folder: SourceFolder, name: str) -> dict[str, str] | None:
     """Read the index of sharded weights: the file of each tensor. None where there is no index.
 
     Args:
         name: of the weights as one file, such as "model.safetensors".
 
     Raises:
-        InputError: it is malformed, or names what is no file of this folder.
+        InputError: it is malformed.
     """
     path = folder / f"{name}.index.json"
     if not path.is_file():
         return None
-    found = folder.read_json(path.name).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    weight_map = folder.read_json(path.name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path} has no weight_map of names to files")
-    for shard in set(map(str, found.values())):
+    return {key: str(shard) for key, shard in weight_map.items()}
+
+
+def weight_map(folder: SourceFolder, name: str) -> dict[str, str] | None:
+    """Read the index of sharded weights as `read_index` does, and look for the shards.
+
+    Raises:
+        InputError: it is malformed, or names what is no file of this folder.
+    """
+    found = read_index(folder, name)
+    path = folder / f"{name}.index.json"
+    for shard in set((found or {}).values()):
         is_a_name = Path(shard).name == shard and shard != ".." and "\0" not in shard
         if not is_a_name or not folder.has(shard):
             raise InputError(f"{path} names the shard {shard!r}, which is not in {folder}")
-    return {key: str(shard) for key, shard in found.items()}
+    return found
 
 
 def has_all_weights(folder: SourceFolder) -> bool:

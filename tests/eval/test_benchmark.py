@@ -34,7 +34,7 @@ from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_bridge.data import load_benchmark
 from dylora_moe.eval.evalplus_bridge.decoder import ask, prompt_text, unfinished_files, write_samples
 from dylora_moe.eval.sampling import sample_journal
-from dylora_moe.eval.sampling.loading import FoundModel, _label, find_model, tell_apart
+from dylora_moe.eval.sampling.loading import FoundModel, _label, distinct_labels, find_model
 from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.eval.sampling.sample_journal import SampleJournal
 from dylora_moe.eval.scoring import scoring
@@ -457,12 +457,12 @@ def test_checkpoints_that_hold_the_same_are_scored_each_and_names_that_come_to_b
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
         found = [find_model(folder) for folder in folders]
-    assert [model.label for model in tell_apart([found[0], found[3], found[0]])] == [
+    assert [model.label for model in distinct_labels([found[0], found[3], found[0]])] == [
         "best_model",
         "checkpoint-9",
     ]
     with pytest.raises(InputError, match=r"a/best_model and .*a--best_model have the same name"):
-        tell_apart(found)
+        distinct_labels(found)
 
 
 def test_many_adapters_have_a_short_label():

@@ -430,12 +430,16 @@ def test_expressions_that_take_too_long_are_refused(foundation, tmp_path, field,
 def test_no_expression_keeps_an_export_and_its_check_busy(quick_check, foundation, tmp_path, save):
     """PEFT, which recomputes the source, would match them by `re`."""
     source = save(tmp_path / "source", foundation)
-    fields = {"target_modules": ENDLESS[1], "exclude_modules": ENDLESS[1], "layers_pattern": ENDLESS[1]}
+    cases = [
+        {"target_modules": ENDLESS[1]},
+        {"exclude_modules": ENDLESS[1]},
+        {"layers_pattern": ENDLESS[1], "layers_to_transform": [0, 1]},
+    ]
     if save is save_adapter:
-        fields |= {"rank_pattern": {ENDLESS[0]: 4}, "alpha_pattern": {ENDLESS[0]: 4}}
-    for field, value in fields.items():
+        cases += [{"rank_pattern": {ENDLESS[0]: 4}}, {"alpha_pattern": {ENDLESS[0]: 4}}]
+    for fields in cases:
         saved = (source / "adapter_config.json").read_text()
-        change_json(source / "adapter_config.json", **{field: value})
+        change_json(source / "adapter_config.json", **fields)
         started = time.monotonic()
         code, said = run("export", source, "-o", tmp_path / "out", "--overwrite")
         assert code == 0 and "quantities equal" in said, said
