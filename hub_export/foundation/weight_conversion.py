@@ -3,7 +3,7 @@ cut into several.
 
 It asks transformers' own machinery (`transformers.core_model_loading`, which has no public form), on the meta
 device, which stored tensors make up each tensor of a model, and lets it do the same with their numbers when
-that is read. Of the operations it is known only that a row of a stack is made of as many tensors.
+that is read.
 """
 
 from __future__ import annotations
