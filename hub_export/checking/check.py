@@ -63,31 +63,20 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
     names = [expert.name for expert in mixture.experts]
     if plan.weights is None:
         return CheckReport([], names)
-    precision = finest_precision(plan.num_foundation_parameters + _num_expert_parameters(mixture))
+    num_parameters = sum(expert.num_parameters for expert in mixture.experts)
+    precision = finest_precision(plan.num_foundation_parameters + num_parameters)
     rows = _random_rows(plan)
-    # a repo of layout `adapter` whose foundation is elsewhere by now
-    is_elsewhere = (
-        options.layout == "adapter" and options.base_model is not None and is_local(plan.foundation)
-    )
-    base_model = plan.foundation.name if is_elsewhere else None
-    if mixture.parts:
-        expected = _appended_quantities(mixture, plan, rows, options, precision)
-    else:
-        expected = _expected_quantities(mixture, plan, rows, options, precision)
-        if options.drops_router:
-            for name in [name for name in expected.values if name.startswith("router")]:
-                del expected.values[name]
+    expected = _expected_quantities(mixture, plan, rows, options, precision)
     gc.collect()  # the source's model goes before the repo's takes as much memory
+    base_model = None
+    if options.layout == "adapter" and options.base_model is not None and is_local(plan.foundation):
+        base_model = plan.foundation.name  # the repo may name a place where it is no longer
     router_logits = expected.values.get("router logits")
     found = _repo_quantities(repo, rows, precision, base_model=base_model, router_logits=router_logits).values
     if mixture.parts:
         found = {name: value for name, value in found.items() if name in expected.values}
     gate_bias = None if mixture.router is None else mixture.router.read()[1]
     return CheckReport(compare(expected, found, gate_bias), names, precision=_name(precision))
-
-
-def _num_expert_parameters(mixture: Mixture) -> int:
-    return sum(expert.num_parameters for expert in mixture.experts)
 
 
 def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> int:
@@ -114,9 +103,8 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
     if (mixture.router is None) != (written.router is None):
         raise FailureError("only one of source and repo has a router")
     if mixture.router is not None:
-        for tensor, other, name in zip(
-            mixture.router.read(), written.router.read(), ("weight", "bias"), strict=True
-        ):
+        gates = zip(mixture.router.read(), written.router.read(), ("weight", "bias"), strict=True)
+        for tensor, other, name in gates:
             count += 1
             if not torch.equal(tensor.float(), other):
                 raise FailureError(f"the gate's {name} is not the source's")
@@ -126,9 +114,17 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
 def _expected_quantities(
     mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
 ) -> Computed:
+    """Compute the source's side, by what can compute it."""
+    if mixture.parts:
+        return _appended_quantities(mixture, plan, rows, options, precision)
     if mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        return _own_code_quantities(mixture, plan, rows, options.router_settings, options, precision)
-    return _source_quantities(mixture, plan, rows, options, precision)
+        computed = _own_code_quantities(mixture, plan, rows, options.router_settings, options, precision)
+    else:
+        computed = _source_quantities(mixture, plan, rows, options, precision)
+    if options.drops_router:
+        for name in [name for name in computed.values if name.startswith("router")]:
+            del computed.values[name]
+    return computed
 
 
 def _appended_quantities(

@@ -178,7 +178,7 @@ def _available_config(mixture: Mixture, reference: FoundationReference, options:
             raise
         if mixture.foundation_config is None:
             message = (
-                f"the experts could not be compared with their foundation, which is not at hand: {error}"
+                f"the experts could not be compared with their foundation, which is not available: {error}"
             )
             warnings.warn(message, DyloraMoeWarning, stacklevel=4)
         return mixture.foundation_config
@@ -263,7 +263,7 @@ def _warn_not_compared(mixture: Mixture, reference: FoundationReference) -> None
             "--base_model and export with --layout full"
         )
     message = (
-        f"the source's own foundation could not be compared with {reference.name}, which is not at hand and will be taken "
+        f"the source's own foundation could not be compared with {reference.name}, which is not available and will be taken "
         "for it"
     )
     warnings.warn(message, DyloraMoeWarning, stacklevel=5)

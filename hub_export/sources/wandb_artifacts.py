@@ -1,6 +1,6 @@
 """W&B artifacts as folders, by the wandb SDK.
 
-An artifact is somebody else's: what its manifest says is checked before anything is fetched, and the SDK
+An artifact may come from anyone: what its manifest says is checked before anything is fetched, and the SDK
 compares every file that came with the manifest's digest.
 """
 
