@@ -79,7 +79,7 @@ def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     pairs = zip(_pieces(left), _pieces(right), strict=True)
-    return all(torch.equal(*(piece.contiguous().view(torch.uint8) for piece in pair)) for pair in pairs)
+    return all(torch.equal(_bytes(piece), _bytes(other)) for piece, other in pairs)
 
 
 def same_numbers(left: StoredTensor, right: StoredTensor) -> bool:
@@ -102,6 +102,10 @@ def _pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
         return
     for start in range(0, max(1, num_rows), step):
         yield tensor.read_rows(start, min(start + step, num_rows))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_finite(tensor: torch.Tensor, part: int = 1 << 20) -> bool:
