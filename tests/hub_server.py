@@ -66,8 +66,7 @@ class Hub:
     `hub.requests`.
 
     Tokens: `hf_write` belongs to the user "ada", who may write to "ada" and "guild"; `hf_read` to her,
-        without
-    writing; `hf_other` to the user "eve".
+    without writing; `hf_other` to the user "eve".
     """
 
     def __init__(self):

@@ -1,6 +1,6 @@
 """What each expert of a mixture is good at on a benchmark, and whether its router is worth having.
 
-    expert_analysis.json    every figure, from pass@1 to the verdict in words: see `docs/evaluation.md`
+    expert_analysis.json    every figure, from pass@1 to the verdict in words: see `docs/report-files.md`
 
 Reads what `benchmark` left in its folder, and has it make what is missing. Knows which files lie where. Knows
 nothing about how samples are made or what is computed from their results.
@@ -44,7 +44,7 @@ DESCRIBED = (
 @dataclass(frozen=True)
 class ExpertAnalysis:
     """What was written, and where. `summary` is the content of `expert_analysis.json`: see
-    `docs/evaluation.md`."""
+    `docs/report-files.md`."""
 
     output_dir: Path
     summary: dict[str, Any]

@@ -42,7 +42,7 @@ def figures(
     expert_names: Sequence[str],
     n_samples: int = 1,
 ) -> dict[str, Any]:
-    """Everything that one kind of tests (base or plus) says; `docs/evaluation.md` describes the fields.
+    """Everything that one kind of tests (base or plus) says; `docs/report-files.md` describes the fields.
 
     Args:
         shares: of every strategy of `strategies_of`, in the order of `task_ids`.

@@ -48,7 +48,7 @@ SOURCE_OPTIONS = (
 @dataclass(frozen=True)
 class RoutingAnalysis:
     """What was written, and where. `summary` is the content of `routing_analysis.json`: see
-    `docs/evaluation.md`."""
+    `docs/report-files.md`."""
 
     output_dir: Path
     summary: dict[str, Any]

@@ -198,7 +198,7 @@ def test_links_out_of_a_repo_are_not_followed(tmp_path, light):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_memory_stays_bounded_whatever_the_foundations_size(tmp_path, layout):
-    """A foundation of 800 MB and two experts of 60 MB each. The bounds are those that `docs/formats.md`
+    """A foundation of 800 MB and two experts of 60 MB each. The bounds are those that `docs/exported-repo.md`
     states."""
     foundation = save_foundation(
         tmp_path / "foundation",

@@ -5,8 +5,8 @@
 Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the
 ratio to the bare foundation's `generate` in the same process. `first` is what the first call takes longer, in
 seconds: recording its graphs, and whatever else runs for the first time. Models with few and with many
-    experts take turns. PEFT's peers run five
-times for 32 new tokens, and X-LoRA for 16, since it runs two passes over the whole text at every token.
+experts take turns. PEFT's peers run five times for 32 new tokens, and X-LoRA for 16, since it runs two passes
+over the whole text at every token.
 """
 
 import argparse

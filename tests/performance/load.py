@@ -4,10 +4,10 @@
 
 Seconds of `from_pretrained` (bfloat16, straight to the GPU where there is one), the median of 5 and the
 fastest: the bare foundation, repos of layout `full` with 4 and 64 experts on all linear layers, and PEFT,
-    which reads the foundation and then
-one adapter, four, or four for X-LoRA. They take turns, and each was read once before, so from the file
-system's cache. As in a new process no memory is held for them, and the cache of regular expressions is empty:
-transformers compiles one a tensor, and Python keeps 512, enough for the foundation's tensors alone.
+which reads the foundation and then one adapter, four, or four for X-LoRA. They take turns, and each was read
+once before, so from the file system's cache. As in a new process no memory is held for them, and the cache of
+regular expressions is empty: transformers compiles one a tensor, and Python keeps 512, enough for the
+foundation's tensors alone.
 """
 
 import argparse

@@ -3,11 +3,10 @@
     python tests/performance/memory.py --json memory.json
 
 GiB: the weights, the keys and values of all streams at the last token, and the peak of a whole `generate`
-    (prompt of 256
-tokens, 128 new ones), ordinary and fast; and what is taken after 200 and 1,000 calls of four strategies, two
-batch sizes and eight lengths, of a model of four layers (the first 100 grow the buffers). PEFT's ways to
-serve several adapters run in the same process, X-LoRA, which keeps no keys and values, for the last 16 tokens
-of as long a text.
+(prompt of 256 tokens, 128 new ones), ordinary and fast; and what is taken after 200 and 1,000 calls of four
+strategies, two batch sizes and eight lengths, of a model of four layers (the first 100 grow the buffers).
+PEFT's ways to serve several adapters run in the same process, X-LoRA, which keeps no keys and values, for the
+last 16 tokens of as long a text.
 """
 
 import argparse
