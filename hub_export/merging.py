@@ -70,10 +70,7 @@ def merge(
         InputError: no such expert, a foundation that cannot be had, or an output folder that is not empty.
         FailureError: the merged model, or what was written of it, does not compute what the expert does.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from dylora_moe.modeling import DyloraMoeForCausalLM
-    from dylora_moe.modeling.layouts_dylora_moe import FoundationError
+    from transformers import AutoModelForCausalLM
 
     tell = progress or (lambda message: None)
     if dtype is not None and dtype not in DTYPES:
@@ -90,17 +87,7 @@ def merge(
     check_needs_no_kernels(config, str(folder))
     foundation = _foundation(folder, config, base_model)
     tell("loading the repo")
-    stored = DTYPES.get(dtype) or config.dtype or torch.float32
-    try:
-        where = {}
-        if config.weights_layout == "adapter" and is_local(foundation):
-            where["base_model"] = foundation.name
-        model = DyloraMoeForCausalLM.from_pretrained(folder.path, dtype=torch.float32, **where)
-        merged = model.merge_expert(index)
-    except FoundationError as error:
-        raise InputError(not_loaded(foundation, error)) from error
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    model, merged = _load(folder, config, foundation, index)
     tell("comparing the merged model with the expert")
     rows, name = _random_rows(model), config.expert_names[index]
     values, moved = _measure(model, rows, index)
@@ -110,21 +97,17 @@ def merge(
         "the merged model's logits", expected, _logits(merged, rows), moved["expert"], effect
     )
     _judge(sum_of_both, name)
+    stored = DTYPES.get(dtype) or config.dtype or torch.float32
     merged.to(stored)
     merged.config.dtype = stored
     merged.config.name_or_path = ""
+    card = _card(Path(output_dir).resolve().name, name, config, foundation)
     with staged_folder(Path(output_dir), False, _is_replaceable) as place:
         tell("writing the model")
-        fields = merged.generation_config.to_diff_dict()
-        merged.generation_config = GenerationConfig()
-        merged.save_pretrained(place)
-        write_generation_config(place, fields, None)
+        _write(place, merged, card)
         if has_tokenizer(folder):
             found = open_tokenizer(str(folder), folder.path, merged.config, foundation.name)
             write_tokenizer(found, place, merged.config)
-        (place / "README.md").write_text(
-            _card(Path(output_dir).resolve().name, name, config, foundation), encoding="utf-8"
-        )
         make_readable(place)
         tell("loading what was written")
         again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
@@ -145,6 +128,40 @@ def merge(
         passed=sum_of_both.passed,
         rounding=difference_of_files,
     )
+
+
+def _load(
+    folder: SourceFolder, config: Any, foundation: FoundationReference, index: int
+) -> tuple[Any, torch.nn.Module]:
+    """Load the mixture in float32, and the foundation with one expert in it.
+
+    Raises:
+        InputError: the repo or its foundation cannot be loaded.
+    """
+    from dylora_moe.modeling import DyloraMoeForCausalLM
+    from dylora_moe.modeling.layouts_dylora_moe import FoundationError
+
+    where = {}
+    if config.weights_layout == "adapter" and is_local(foundation):
+        where["base_model"] = foundation.name
+    try:
+        model = DyloraMoeForCausalLM.from_pretrained(folder.path, dtype=torch.float32, **where)
+        return model, model.merge_expert(index)
+    except FoundationError as error:
+        raise InputError(not_loaded(foundation, error)) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
+
+
+def _write(place: Path, merged: Any, card: str) -> None:
+    """Write the merged model with its generation config, and its card."""
+    from transformers import GenerationConfig
+
+    fields = merged.generation_config.to_diff_dict()
+    merged.generation_config = GenerationConfig()
+    merged.save_pretrained(place)
+    write_generation_config(place, fields, None)
+    (place / "README.md").write_text(card, encoding="utf-8")
 
 
 def _is_replaceable(folder: Path) -> bool:

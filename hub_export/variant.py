@@ -69,10 +69,8 @@ def make_variant(
         raise InputError("a variant differs in something: pass --routing_strategy, --router_mode or both")
     config = load_config(source)
     fields = source.read_json("generation_config.json", required=False)
-    if routing_strategy is None:
-        strategy = _strategy(fields.get("routing_strategy"), config)
-    else:
-        strategy = _strategy(routing_strategy, config)
+    wanted = fields.get("routing_strategy") if routing_strategy is None else routing_strategy
+    strategy = _strategy(wanted, config)
     if router_mode is not None:
         _check_mode(router_mode, config)
         config.router_mode = router_mode

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..sources.hub_and_folders import is_hub_id
-from ..sources.source_folder import SourceFolder, is_forbidden, open_folder
+from ..sources.source_folder import SourceFolder, exists, is_forbidden, open_folder
 from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Router
 from ..tensors.weight_files import has_all_weights
 from .layer_names import ADAPTABLE, why_missing
@@ -67,22 +67,21 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
             folder = start / Path(name).expanduser()
             if (folder / "config.json").is_file():
                 return folder.resolve()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ):  # no path at all: too long, a null byte, an unknown user's home
-            return None
+        except (OSError, RuntimeError, ValueError):
+            return None  # no path at all: too long, a null byte, an unknown user's home
     return None
 
 
-def open_foundation(name: str | Path) -> SourceFolder:
+def open_foundation(reference: FoundationReference) -> SourceFolder:
     """Open a foundation's folder. The user vouches for it: often it consists of links to another disk.
 
     Raises:
         InputError: it is gone, or this user may not look into it.
     """
-    return open_folder(name, may_link_out=True)
+    try:
+        return open_folder(reference.name, may_link_out=True)
+    except InputError as error:
+        raise InputError(not_loaded(reference, error)) from error
 
 
 def is_local(reference: FoundationReference) -> bool:
@@ -105,7 +104,7 @@ def in_hub_cache(reference: FoundationReference) -> SourceFolder | None:
         return None
     if not isinstance(config, str):  # it is not there, or known not to be on the Hub either
         return None
-    folder = open_foundation(Path(config).parent)
+    folder = open_folder(Path(config).parent, may_link_out=True)
     return folder if has_all_weights(folder) else None
 
 
@@ -113,7 +112,9 @@ def local_folder(reference: FoundationReference) -> SourceFolder | None:
     """Open the foundation's folder on this machine, its own or that in the Hub's cache; None where there is none."""
     if reference.name is None:
         return None
-    return open_foundation(reference.name) if is_local(reference) else in_hub_cache(reference)
+    if not is_local(reference):
+        return in_hub_cache(reference)
+    return open_foundation(reference) if exists(reference.name) else None
 
 
 def load_foundation_config(reference: FoundationReference) -> Any:
@@ -127,7 +128,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     if is_local(reference):
-        open_foundation(reference.name)
+        open_foundation(reference)
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         is_mixture = stored.get("model_type") == "dylora_moe"

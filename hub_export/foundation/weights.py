@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import DyloraMoeWarning, InputError, one_line
-from ..sources.source_folder import SourceFolder
+from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference
 from ..tensors.stored_tensors import StoredTensor, of_tensor, same_bits
 from ..tensors.weight_files import stored_tensors, weight_files
@@ -148,7 +148,7 @@ def tied_head(model: nn.Module) -> str | None:
 
 def _folder(reference: FoundationReference) -> SourceFolder:
     if is_local(reference):
-        return open_foundation(reference.name)
+        return open_foundation(reference)
     from huggingface_hub import errors, snapshot_download
 
     network_errors = getattr(errors, "HTTPError", OSError)
@@ -156,7 +156,7 @@ def _folder(reference: FoundationReference) -> SourceFolder:
         fetch = partial(
             snapshot_download, reference.name, revision=reference.revision, ignore_patterns=list(NOT_READ)
         )
-        folder = open_foundation(fetch(allow_patterns=list(PATTERNS)))
+        folder = open_folder(fetch(allow_patterns=list(PATTERNS)), may_link_out=True)
         if not folder.names("*.safetensors"):
             fetch(allow_patterns=list(PICKLED))
         return folder

@@ -341,7 +341,7 @@ def foundation_licence(reference: FoundationReference) -> Licence | None:
         return None
     try:
         if is_local(reference):
-            path = open_foundation(reference.name) / "README.md"
+            path = open_foundation(reference) / "README.md"
         else:
             path = Path(hf_hub_download(reference.name, "README.md", revision=reference.revision))
         data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else None

@@ -21,7 +21,7 @@ from ..foundation.reference import (
     is_available,
     is_local,
     load_foundation_config,
-    open_foundation,
+    local_folder,
     resolve_foundation,
 )
 from ..foundation.weights import carried_weights, foundation_weights, skeleton
@@ -161,7 +161,8 @@ def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> Non
         return
     if Path(reference.name) in [folder.path.resolve() for folder in mixture.folders]:
         return
-    if open_foundation(reference.name).has("adapter_config.json"):
+    folder = local_folder(reference)
+    if folder is not None and folder.has("adapter_config.json"):
         message = (
             f"the foundation's folder {reference.name} holds an adapter too (adapter_config.json), which is left out; if "
             "the experts were trained on top of it, merge it into the foundation first"
@@ -336,8 +337,8 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
         _generation_config(source / name, fields)
         return fields
     if is_local(reference):
-        foundation = open_foundation(reference.name)
-        if foundation.has(name):
+        foundation = local_folder(reference)
+        if foundation is not None and foundation.has(name):
             return _generation_config(foundation / name, foundation.read_json(name)).to_diff_dict()
     elif reference.name is not None:
         found = _generation_config_on_hub(reference)

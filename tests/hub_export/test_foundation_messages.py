@@ -92,7 +92,7 @@ ON_THE_HUB = """
 import json, sys
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import export, inspect, merge
-from dylora_moe.hub_export.tensors.tensor_files import read_json
+from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 adapter, repo, *names = sys.argv[1:]

@@ -1,6 +1,8 @@
 """The door to folders: what is opened, what leads out, and that a source is opened and read once."""
 
+import ast
 import os
+from pathlib import Path
 
 import pytest
 from helpers_checkpoints import save_adapter, write_json
@@ -92,6 +94,17 @@ def test_weights_are_one_file_or_those_of_an_index(place):
     assert weight_files(folder) == [place / "1.safetensors", place / "2.safetensors"] and has_all_weights(
         folder
     )
+
+
+def test_readers_read_through_the_door_alone():
+    """No reader lists a folder or opens a file by a path that `SourceFolder` did not give."""
+    past = {"glob", "rglob", "iterdir", "listdir", "scandir", "walk", "open", "read_text", "read_bytes"}
+    folder = Path(peft_adapters.__file__).parent
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", None))
+                assert name not in past, f"{path.name}:{node.lineno} calls {name}"
 
 
 def count(monkeypatch, module, name: str) -> list:
