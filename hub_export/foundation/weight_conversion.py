@@ -3,14 +3,14 @@ cut into several.
 
 It asks transformers' own machinery (`transformers.core_model_loading`, which has no public form), on the meta
 device, which stored tensors make up each tensor of a model, and lets it do the same with their numbers when
-that is read.
+that is read. Of the operations it is known only that a row of a stack is made of as many tensors.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,13 +50,30 @@ class Parts:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     @property
-    def stacks_outputs(self) -> bool:
-        """Whether it is a stack of matrices, or of several of them one below the other."""
+    def is_stack(self) -> bool:
+        """Whether a row of what comes out is made of the member of that number, one for each pattern."""
         from transformers.core_model_loading import Concatenate, MergeModulelist
 
         first, *others = self.converter.operations
-        is_stack = isinstance(first, MergeModulelist) and first.dim == 0
-        return is_stack and all(isinstance(each, Concatenate) and each.dim == 1 for each in others)
+        side_by_side = all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
+        return isinstance(first, MergeModulelist) and first.dim == 0 and side_by_side
+
+    @property
+    def stacks_outputs(self) -> bool:
+        """Whether it is a stack of matrices, of several of them one below the other."""
+        from transformers.core_model_loading import Concatenate
+
+        others = self.converter.operations[1:]
+        return self.is_stack and all(isinstance(each, Concatenate) and each.dim == 1 for each in others)
+
+    def rows(self, start: int, stop: int) -> Parts:
+        """Give those of some rows of a stack."""
+        of_pattern: dict[str, list[tuple[str, str, StoredTensor]]] = {}
+        for member in self.members:
+            of_pattern.setdefault(member[0], []).append(member)
+        return replace(
+            self, members=[member for group in of_pattern.values() for member in group[start:stop]]
+        )
 
     def describe(self) -> str:
         keys = [key for _, key, _ in self.members]
@@ -208,7 +225,9 @@ def _outcome(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _stored(parts: Parts, model: nn.Module, name: str, made: torch.Tensor) -> StoredTensor:
     """Describe what comes out under a name. `made` is of the same shape and dtype."""
-    return StoredTensor(tuple(made.shape), made.dtype, lambda: _converted(parts, model)[name])
+    read = lambda: _converted(parts, model)[name]  # noqa: E731
+    read_rows = lambda start, stop: _converted(parts.rows(start, stop), model)[name]  # noqa: E731
+    return StoredTensor(tuple(made.shape), made.dtype, read, read_rows if parts.is_stack else None)
 
 
 def _converted(parts: Parts, model: nn.Module) -> dict[str, torch.Tensor]:

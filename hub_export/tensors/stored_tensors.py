@@ -1,7 +1,7 @@
 """Tensors that stay on disk until they are needed, and safetensors files that are made of them.
 
-An export reads and writes one file's tensors at a time. Two tensors are compared in pieces, as an embedding
-alone may be larger than all experts together.
+An export reads and writes one file's tensors at a time. Two tensors are compared in pieces: an embedding alone,
+or a stack of a mixture-of-experts model's own experts, may be larger than all LoRA experts together.
 """
 
 from __future__ import annotations

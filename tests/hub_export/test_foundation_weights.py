@@ -108,6 +108,10 @@ def assert_as_loaded(folder):
         content = tensor.read()
         assert (tensor.shape, tensor.dtype) == (tuple(content.shape), content.dtype), name
         assert content.dtype == expected[name].dtype and torch.equal(content, expected[name]), name
+        for step in (1, 5) if tensor.shape else ():
+            starts = range(0, tensor.shape[0], step)
+            rows = [tensor.rows(start, min(start + step, tensor.shape[0])).read() for start in starts]
+            assert torch.equal(torch.cat(rows), content), name
     return tensors
 
 
@@ -149,6 +153,11 @@ def test_only_what_makes_up_a_tensor_is_read(tmp_path, monkeypatch, max_shard_si
     tensors[f"{STACKED}gate_up_proj"].read()
     assert sorted(keys) == sorted(
         f"{STORED}{expert}.{part}.weight" for expert in range(12) for part in ("w1", "w3")
+    )
+    keys.clear()
+    tensors[f"{STACKED}gate_up_proj"].rows(3, 5).read()
+    assert sorted(keys) == sorted(
+        f"{STORED}{expert}.{part}.weight" for expert in (3, 4) for part in ("w1", "w3")
     )
 
 
