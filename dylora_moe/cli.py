@@ -1,7 +1,7 @@
 """The `dylora-moe` command: reads options, calls the package's functions, prints what they return.
 
-Results go to stdout (as JSON with --json), progress and warnings to stderr. It knows nothing about how
-anything is done, and imports what does it only when a command runs.
+Results go to stdout (as JSON with --json), progress and warnings to stderr. What does the work is imported
+only when a command runs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
 ) -> None:
-    """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare them with stock
-    tools."""
+    """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare with stock tools."""
 
 
 @app.command()
@@ -228,8 +227,7 @@ def variant(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a second folder that shares the weights on disk and differs in its default strategy or router
-    mode."""
+    """Make a folder that shares a repo's weights and differs in its default strategy or router mode."""
     from dylora_moe import hub_export
 
     result = hub_export.make_variant(
@@ -286,8 +284,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at a repo's files, checksums, code and tokenizer, and compare it with what it was exported
-    from."""
+    """Look at a repo's files, checksums, code and tokenizer, and compare it with its source."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -413,7 +410,7 @@ def _print_export(result: Any) -> None:
         )
         out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
-        out.print("not checked: logits, because the foundation is not at hand")
+        out.print("not checked: logits, because the foundation is not on this machine")
 
 
 def _quiet() -> None:
@@ -434,8 +431,10 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 if all went well, 2 for bad input, 1 for a failure, 130 when
-    interrupted."""
+    """Run one command and exit.
+
+    The exit code is 0 if all went well, 2 for bad input, 1 for a failure, 130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]

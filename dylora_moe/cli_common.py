@@ -1,13 +1,15 @@
-"""What the commands share: consoles, options, how results and progress are shown. It knows no command."""
+"""What the commands share: consoles, options, how results and progress are shown."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -23,7 +25,45 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exported repo, at one stroke.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exported repo, atomically.")]
+
+
+def takes_options_of(
+    holder: type, names: Collection[str] | None = None, help: str | None = None
+) -> Callable[[Callable], Callable]:
+    """Give a command the fields of a dataclass as options, in place of its `**options`.
+
+    A field's annotation is `Annotated[type, help]`, and its name and default are the option's.
+
+    Args:
+        names: which fields; all unless given.
+        help: of all of these options, in place of their own.
+    """
+    hints = get_type_hints(holder, include_extras=True)
+    parameters = []
+    for field in dataclasses.fields(holder):
+        if names is not None and field.name not in names:
+            continue
+        kind, text = get_args(hints[field.name])
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if field.default is dataclasses.MISSING else field.default,
+                annotation=Annotated[kind, typer.Option(f"--{field.name}", help=help or text)],
+            )
+        )
+
+    def with_options(command: Callable) -> Callable:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        command.__signature__ = inspect.Signature([*own, *parameters])
+        return command
+
+    return with_options
 
 
 def whole(number: float | None) -> float | int | None:

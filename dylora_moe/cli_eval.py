@@ -1,12 +1,7 @@
-"""The commands that score and analyse: `benchmark`, `expert-analysis` and `routing-analysis`.
-
-Reads options, calls `dylora_moe.eval`, prints what it returns. It knows nothing about how anything is done.
-"""
+"""The commands that score and analyse: `benchmark`, `expert-analysis` and `routing-analysis`."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, err, out, print_json, split, whole
-from dylora_moe.cli_old_options import translate
+from dylora_moe.cli_common import Json, err, out, print_json, split, takes_options_of, whole
+from dylora_moe.cli_old_options import option_name, translate
+from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -25,44 +21,6 @@ COMMANDS = ("benchmark", "expert-analysis", "routing-analysis")
 MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
 
 
-def _option(kind: Any, default: Any, name: str, text: str) -> inspect.Parameter:
-    kind = Annotated[kind, typer.Option(f"--{name}", help=text)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-
-
-# What all three commands understand, and `BenchmarkOptions` takes.
-SHARED = (
-    _option(str | None, None, "base_model", "The foundation: a folder or a Hub id."),
-    _option(
-        list[str] | None,
-        None,
-        "adapter_path",
-        "Adapter folders, an expert each; --model is then the foundation.",
-    ),
-    _option(str | None, None, "backend", "hf: what transformers loads; peft_moe: what is exported first."),
-    _option(int, 1, "n_samples", "Samples a task."),
-    _option(float, 0.0, "temperature", "0: greedy."),
-    _option(bool, False, "greedy", "One sample a task at temperature 0."),
-    _option(int, 0, "seed", "Of sampling."),
-    _option(int, 32, "batch_size", "Halved where the memory does not suffice."),
-    _option(int, 768, "max_new_tokens", "A sample's length, in tokens."),
-    _option(str, "bfloat16", "dtype", "bfloat16, float16, float32 or float64."),
-    _option(str | None, None, "device_map", "auto: spread over the GPUs."),
-    _option(str, "eager", "attn_implementation", "eager, sdpa or flash_attention_2."),
-    _option(tuple[int, int] | None, None, "id_range", "LOW HIGH: tasks from LOW up to but not with HIGH."),
-    _option(int | None, None, "limit", "The first so many tasks."),
-    _option(bool, False, "mini", "The set with few plus inputs."),
-    _option(bool, False, "base_only", "Without the plus inputs."),
-    _option(int | None, None, "parallel", "Processes that score, and that sanitize."),
-    _option(bool, False, "force_base_prompt", "No chat template."),
-    _option(bool, False, "sandbox", "Run generated programs inside bubblewrap."),
-    _option(float | None, None, "lora_alpha", "Alpha, where it is not stored."),
-    _option(str | None, None, "subfolder", "Which of several checkpoints."),
-    _option(str | None, None, "revision", "The model's revision on the Hub."),
-    _option(bool, False, "trust_remote_code", "Run code that a model's repo brings."),
-    _option(bool, False, "overwrite", "Throw away what another run left under the same name."),
-)
-
 Model = Annotated[list[str] | None, typer.Option("--model", help=f"{MODEL} Several may follow.")]
 Artifact = Annotated[
     str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
@@ -70,52 +28,41 @@ Artifact = Annotated[
 Dataset = Annotated[str, typer.Option("--dataset", help="humaneval or mbpp.")]
 Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
 Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")]
-DEFAULT_FOLDER = Path("evalplus_results")
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Registers the three commands."""
-    app.command()(_with_shared_options(benchmark))
-    app.command("expert-analysis")(_with_shared_options(expert_analysis))
-    app.command("routing-analysis")(_with_shared_options(routing_analysis))
-
-
-def _with_shared_options(command: Callable) -> Callable:
-    """A command whose `**options` are spelt out for the parser."""
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        command(**given)
-
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    run.__signature__ = inspect.Signature([*own, *SHARED])
-    return run
+    """Register the three commands."""
+    app.command()(benchmark)
+    app.command("expert-analysis")(expert_analysis)
+    app.command("routing-analysis")(routing_analysis)
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """`--benchmarks humaneval mbpp` as `--benchmarks humaneval --benchmarks mbpp`, which the parser
-    understands, and `--model=a b` as `--model=a --model b`; and old spellings as today's."""
+    """Repeat options that are given several values, as the parser wants it.
+
+    `--benchmarks humaneval mbpp` becomes `--benchmarks humaneval --benchmarks mbpp`, and `--model=a b` becomes
+    `--model=a --model b`. Options of the old benchmark script become today's.
+    """
     arguments = translate(arguments)
     if not arguments or arguments[0].replace("_", "-") not in COMMANDS:
         return list(arguments)
-    spelt: list[str] = []
-    option, given = None, False
+    repeated: list[str] = []
+    option = None  # the one with several values that is being read, as it is spelt
+    has_value = False
     for argument in arguments:
-        if argument.startswith("-") and not argument.lstrip("-").replace(".", "").isdigit():
-            spelling, separator, _ = argument.partition("=")
-            name = spelling.replace("-", "_").replace("__", "--", 1)
-            option, given = (spelling if name in SEVERAL else None), bool(separator)
-            spelt.append(argument)
-        else:
-            spelt += [option, argument] if option is not None and given else [argument]
-            given = True
-    return spelt
+        is_number = argument.lstrip("-").replace(".", "").isdigit()
+        if argument.startswith("-") and not is_number:
+            option = argument.partition("=")[0] if option_name(argument) in SEVERAL else None
+            has_value = "=" in argument
+        elif option is not None:
+            if has_value:
+                repeated.append(option)
+            has_value = True
+        repeated.append(argument)
+    return repeated
 
 
+@takes_options_of(BenchmarkOptions)
 def benchmark(
     model: Model = None,
     wandb_artifact: Artifact = None,
@@ -127,7 +74,7 @@ def benchmark(
         typer.Option("--routing_strategy", help="Several may follow; else the repo's default."),
     ] = None,
     wandb_project: Project = None,
-    output_dir: Folder = DEFAULT_FOLDER,
+    output_dir: Folder = Path(DEFAULT_FOLDER),
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -146,25 +93,25 @@ def benchmark(
         )
 
     def table(result: Any, console: Any) -> None:
-        from dylora_moe.eval.report.benchmark_table import benchmark_table
+        from dylora_moe.eval.report.tables import scores
         from dylora_moe.eval.sampling.run_record import read_runs
 
-        console.print(benchmark_table(result.runs, read_runs(result.folder)))
+        scores(result.runs, read_runs(result.folder)).print(console)
 
     _show(result, table, output_dir, wandb_project, as_json)
 
 
+@takes_options_of(BenchmarkOptions)
 def expert_analysis(
     model: Model = None,
     wandb_artifact: Artifact = None,
     dataset: Dataset = "humaneval",
     wandb_project: Project = None,
-    output_dir: Folder = DEFAULT_FOLDER,
+    output_dir: Folder = Path(DEFAULT_FOLDER),
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Say what each expert is good at, and whether the router is worth having; generates only what is
-    missing."""
+    """Say what each expert is good at, and if the router is worth having; generates only what is missing."""
     _check_needs(wandb_project)
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis
@@ -173,12 +120,13 @@ def expert_analysis(
     _show(result, print_expert_analysis, output_dir, wandb_project, as_json)
 
 
+@takes_options_of(BenchmarkOptions)
 def routing_analysis(
     model: Model = None,
     wandb_artifact: Artifact = None,
     dataset: Dataset = "humaneval",
     wandb_project: Project = None,
-    output_dir: Folder = DEFAULT_FOLDER,
+    output_dir: Folder = Path(DEFAULT_FOLDER),
     as_json: Json = False,
     **options: Any,
 ) -> None:

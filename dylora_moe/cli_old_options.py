@@ -1,7 +1,6 @@
-"""Options of DyLoRA-MoE's old benchmark script: those that still work, with a warning, and what became of the
-others.
+"""The options of DyLoRA-MoE's old benchmark script: what still works, with a warning, and what replaced it.
 
-Knows spellings alone. docs/migration.md has them all.
+docs/migration.md has them all.
 """
 
 from __future__ import annotations
@@ -45,16 +44,18 @@ def translate(arguments: Sequence[str]) -> list[str]:
     """
     if not arguments or arguments[0] != "benchmark":
         return list(arguments)
-    names = [_name(argument) for argument in arguments]
+    names = [option_name(argument) for argument in arguments]
     translated: list[str] = []
     left = list(arguments)
     while left:
         argument = left.pop(0)
-        name, separator, value = _name(argument), *argument.partition("=")[1:]
+        name, separator, value = option_name(argument), *argument.partition("=")[1:]
         if name in GONE:
             raise typer.BadParameter(GONE[name], param_hint=name)
         if name == "--hf_token":
-            os.environ["HF_TOKEN"] = value if separator else (left.pop(0) if left else "")
+            if not separator:
+                value = left.pop(0) if left else ""
+            os.environ["HF_TOKEN"] = value
             _warn(name, "set HF_TOKEN instead: others on this machine can read a command line")
         elif name == "--bf16":
             if "--dtype" in names:
@@ -62,9 +63,8 @@ def translate(arguments: Sequence[str]) -> list[str]:
             _warn(name, "it is --dtype bfloat16 now, and the default")
             translated += ["--dtype", "bfloat16"]
         elif name in RENAMED or name == "--model_name":
-            today = RENAMED.get(name) or (
-                "--base_model" if any(model in names for model in MODELS) else "--model"
-            )
+            beside_a_model = any(model in names for model in MODELS)
+            today = RENAMED.get(name) or ("--base_model" if beside_a_model else "--model")
             _warn(name, f"it is {today} now")
             translated.append(f"{today}{separator}{value}")
         else:
@@ -72,13 +72,15 @@ def translate(arguments: Sequence[str]) -> list[str]:
     return translated
 
 
-def _name(argument: str) -> str:
-    """`--max-samples=5` as `--max_samples`; what is no option as nothing."""
-    return "--" + argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
+def option_name(argument: str) -> str:
+    """Return the name of `--max-samples=5` as `--max_samples`, and nothing for what is no option."""
+    if not argument.startswith("--"):
+        return ""
+    return "--" + argument[2:].partition("=")[0].replace("-", "_")
 
 
 def _warn(name: str, what: str) -> None:
     warnings.warn(f"{name}: {what}", DyloraMoeWarning, stacklevel=3)
 
 
-__all__ = ["translate"]
+__all__ = ["option_name", "translate"]

@@ -1,5 +1,4 @@
-"""The commands that take a repo elsewhere and back: `push` to the Hub, `mirror push` and `mirror pull` with
-W&B."""
+"""The commands that share a repo: `push` to the Hub, `mirror push` and `mirror pull` with W&B."""
 
 from __future__ import annotations
 

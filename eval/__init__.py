@@ -12,13 +12,14 @@ from dylora_moe.hub_export.extras import check_packages
 
 
 if TYPE_CHECKING:
-    from .benchmark import BenchmarkOptions, BenchmarkResult
+    from .benchmark import BenchmarkResult
     from .evalplus_bridge.stock import run_stock_evalplus
+    from .options import BenchmarkOptions
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
     from .sampling.run_record import Run, read_runs
 
 _PLACES = {
-    "BenchmarkOptions": "benchmark",
+    "BenchmarkOptions": "options",
     "BenchmarkResult": "benchmark",
     "PeftMoEDecoder": "peft_moe",
     "Run": "sampling.run_record",

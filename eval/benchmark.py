@@ -1,16 +1,15 @@
 """Scores models with EvalPlus: every model x strategy x benchmark, each model loaded once.
 
-Knows the order of the work and what is recorded of it. Prompts, stops, trimming and scoring are EvalPlus's
-own; how samples come about and how they are scored are other files'.
+Prompts, stops, trimming and scoring are EvalPlus's own. `sampling` makes the samples, `scoring` scores them;
+here is the order of the work.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from importlib import metadata
@@ -19,115 +18,24 @@ from typing import Any
 
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
-from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
 from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
 from .front_door import run_command
+from .options import DEFAULT_FOLDER, BenchmarkOptions
 from .sampling.generation_options import refuse_options
-from .sampling.loading import DTYPES, FoundModel, LoadedModel, distinct_labels, find_model
+from .sampling.loading import FoundModel, LoadedModel, distinct_labels, find_model
 from .sampling.make_samples import make_samples, samples_name
 from .sampling.run_record import Run, file_sha256, write_run
 from .scoring.sanitizing import sanitize_programs
 
 
-DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 # How long a process waits for the others, which may have longer samples: NCCL's own ten minutes are too few.
 PATIENCE = timedelta(days=7)
-LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
 RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
 
 # Called with what is being done, and how much of it.
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class BenchmarkOptions:
-    """How samples are made and scored. Names and defaults are EvalPlus's where it has them.
-
-    Attributes:
-        n_samples: a task. More than one needs a temperature.
-        temperature: 0 is greedy. `greedy` says so too, and then n_samples is 1.
-        seed: of sampling; every sample draws from a generator of its own.
-        batch_size: halved where the memory does not suffice.
-        id_range: two task numbers, the second not with it; `limit`: the first so many of these.
-        mini: the set with few plus inputs; `base_only`: without plus inputs.
-        device_map: transformers' own, for models that need several GPUs.
-        parallel: processes that score, half the cores unless given; and that sanitize where it takes long,
-            all of them.
-        sandbox: score inside bubblewrap.
-        overwrite: throw away what another run left under the same name.
-    """
-
-    base_model: str | None = None
-    adapter_path: Any = None
-    backend: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    lora_alpha: float | None = None
-    trust_remote_code: bool = False
-    n_samples: int = 1
-    temperature: float = 0.0
-    greedy: bool = False
-    seed: int = 0
-    batch_size: int = 32
-    max_new_tokens: int = 768
-    dtype: str = "bfloat16"
-    device_map: Any = None
-    attn_implementation: str | None = "eager"
-    id_range: Sequence[int] | None = None
-    limit: int | None = None
-    mini: bool = False
-    base_only: bool = False
-    force_base_prompt: bool = False
-    parallel: int | None = None
-    sandbox: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.greedy and (self.temperature or self.n_samples != 1):
-            raise InputError(
-                "--greedy makes one sample a task at temperature 0; leave out the others, or --greedy"
-            )
-        for name in ("n_samples", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.parallel is not None and self.parallel < 1:
-            raise InputError(f"--parallel is {self.parallel}; it must be at least 1")
-        check_temperature(self.temperature)
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
-        if self.n_samples > 1 and self.temperature == 0:
-            raise InputError(
-                f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
-            )
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any], function: Callable) -> BenchmarkOptions:
-        """Make them from what a caller of `function` gave by name beside its own parameters.
-
-        Raises:
-            InputError: a name that neither has, or a value that cannot be used.
-        """
-        cls.check_names(options, function)
-        return cls(**options)
-
-    @classmethod
-    def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
-        """Raises InputError: a name that neither these options nor the parameters of `function` have."""
-        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises InputError: it is no number, negative, or so small that logits divided by it overflow
-    float32."""
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"--temperature is {temperature}; it must be a number, and not negative")
-    if 0 < temperature < LOWEST_TEMPERATURE:
-        raise InputError(
-            f"--temperature is {temperature}; logits divided by less than {LOWEST_TEMPERATURE} overflow float32; pass 0 "
-            "for greedy decoding"
-        )
 
 
 @dataclass
@@ -151,8 +59,7 @@ def benchmark(
     progress: Progress | None = None,
     **options: Any,
 ) -> BenchmarkResult:
-    """Make and score the samples of every model x strategy x benchmark. What the folder holds already is not
-    made again.
+    """Make and score the samples of every model x strategy x benchmark, those that the folder lacks.
 
     Under `accelerate launch` the processes share the tasks, and the first one scores.
 
@@ -173,16 +80,15 @@ def benchmark(
     folder = Path(output_dir)
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     state = _processes()
-    with (
-        state.local_main_process_first()
-    ):  # what EvalPlus downloads is written in place: nobody may read half of it
+    # What EvalPlus downloads is written in place: no process may read half of it.
+    with state.local_main_process_first():
         sets = [
             load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
             for name in dict.fromkeys(map(canonical_benchmark, names))
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
     # Everything that may be wrong is looked at before anything long begins.
-    found = distinct_labels([_find(model, chosen) for model in _as_list(models)])
+    found = distinct_labels([find_model(model, **chosen.of_source) for model in _as_list(models)])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [
@@ -203,19 +109,6 @@ def _as_list(models: Any) -> list[Any]:
     if models is None or isinstance(models, str | Path):
         return [models]
     return list(models) or [None]
-
-
-def _find(source: Any, options: BenchmarkOptions) -> FoundModel:
-    names = (
-        "base_model",
-        "adapter_path",
-        "backend",
-        "revision",
-        "subfolder",
-        "lora_alpha",
-        "trust_remote_code",
-    )
-    return find_model(source, **{name: getattr(options, name) for name in names})
 
 
 def _processes() -> Any:
@@ -259,8 +152,7 @@ def _runs_of(
     state: Any,
     progress: Progress | None,
 ) -> Iterator[Run]:
-    """The samples of one model, which is loaded when the first of them is missing, and forgotten at the
-    end."""
+    """Make the samples of one model, which is loaded when the first of them is missing."""
 
     @cache
     def load() -> LoadedModel:
@@ -342,8 +234,7 @@ def score_run(
     sandbox: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Score a run's samples and record it, unless that was done and neither samples nor results have changed
-    since.
+    """Score a run's samples and record it, unless that was done and nothing has changed since.
 
     Results in which checks had no verdict are never final: they are made again.
 
@@ -406,7 +297,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "check_temperature", "score_run"]
+__all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]
 
 if __name__ == "__main__":
     run_command("benchmark")

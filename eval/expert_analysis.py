@@ -1,5 +1,4 @@
-"""`python -m dylora_moe.eval.expert_analysis` is `dylora-moe expert-analysis`; what it does is in
-analysis/expert_analysis.py."""
+"""`python -m dylora_moe.eval.expert_analysis`, as `dylora-moe expert-analysis`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The backend `peft_moe`: mixtures of LoRA experts in EvalPlus's own commands and functions, whatever they
-were saved as.
+"""The backend `peft_moe`: mixtures of LoRA experts in EvalPlus's own commands and functions.
 
     PeftMoEDecoder          EvalPlus's `hf` decoder on any source, under a routing strategy; one prompt at a time
     run_codegen, evaluate   as EvalPlus's functions of these names, in batches
@@ -25,9 +24,10 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources.hub_and_folders import ARTIFACT
 from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
 
-from .benchmark import DEFAULT_FOLDER, BenchmarkOptions, benchmark, check_temperature, score_run
+from .benchmark import benchmark, score_run
 from .evalplus_bridge.data import canonical_benchmark, load_benchmark
 from .evalplus_bridge.decoder import PromptDecoder, check_chat_template
+from .options import DEFAULT_FOLDER, BenchmarkOptions, check_temperature
 from .sampling.loading import find_model
 from .sampling.run_record import Run, find_run, read_runs
 from .scoring.scoring import pass_at_k, score_samples
@@ -128,8 +128,7 @@ def run_codegen(
     evalperf_type: str | None = None,
     **options: Any,
 ) -> str:
-    """As EvalPlus's `run_codegen`, in batches; returns the path of the samples, whose name holds the
-    strategy.
+    """Generate as EvalPlus's `run_codegen`, in batches; return the samples' path, which names the strategy.
 
     Args:
         model: any source, see `PeftMoEDecoder`; or `wandb_artifact`, `entity/project/name:version`.
@@ -200,9 +199,12 @@ def _check_record(run: Run, dataset: str, options: dict[str, Any]) -> None:
 
 
 def register() -> None:
-    """Let the EvalPlus in this process take `backend="peft_moe"`: `evalplus.provider.make_model` and
-    `evalplus.codegen.run_codegen` then accept `base_model`, `adapter_path`, `routing_strategy` and so on.
-    Other backends go where they went. Calling it again changes nothing."""
+    """Let the EvalPlus in this process take `backend="peft_moe"`.
+
+    `evalplus.provider.make_model` and `evalplus.codegen.run_codegen` then accept `base_model`,
+    `adapter_path`, `routing_strategy` and so on. Other backends go where they went. Calling it again changes
+    nothing.
+    """
     make_model = _with_backend(provider.make_model, _decoder_maker(provider.make_model))
     codegen = _with_backend(evalplus_codegen.run_codegen, run_codegen)
     provider.make_model = evalplus_codegen.make_model = make_model
@@ -229,8 +231,11 @@ def _with_backend(function: Any, ours: Any) -> Any:
 
 
 def _decoder_maker(make_model: Callable) -> Callable[..., PeftMoEDecoder]:
-    """`make_model` for our backend. EvalPlus's own passes every backend's arguments: those of the others are
-    left out, and what EvalPlus does not know either reaches the decoder, which refuses it."""
+    """Make `make_model` for our backend.
+
+    EvalPlus's own passes every backend's arguments: those of the others are left out, and what EvalPlus does
+    not know either reaches the decoder, which refuses it.
+    """
     of_others = set(parameter_names(make_model)) - set(_decoder_parameters())
 
     def make_decoder(

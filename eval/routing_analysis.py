@@ -1,5 +1,4 @@
-"""`python -m dylora_moe.eval.routing_analysis` is `dylora-moe routing-analysis`; what it does is in
-analysis/routing_analysis.py."""
+"""`python -m dylora_moe.eval.routing_analysis`, as `dylora-moe routing-analysis`."""
 
 from __future__ import annotations
 

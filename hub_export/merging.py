@@ -139,7 +139,7 @@ def _load(
         InputError: the repo or its foundation cannot be loaded.
     """
     from dylora_moe.modeling import DyloraMoeForCausalLM
-    from dylora_moe.modeling.layouts_dylora_moe import FoundationError
+    from dylora_moe.modeling.loading_dylora_moe import FoundationError
 
     where = {}
     if config.weights_layout == "adapter" and is_local(foundation):

@@ -1,8 +1,9 @@
-"""One cache for all streams of a routed model: stream after stream, each a stretch of ordinary cache layers.
+"""The KV cache of a routed model: one `Cache` with the layers of all streams, one stream after the other.
 
-A stream is one pass of the foundation over the tokens (the router's, the routed one, or one an expert). Since
-the layers are transformers' own objects, reordering, cropping, repeating and selecting rows work as they
-always do. Knows nothing about experts' weights or the model.
+A stream is one pass of the foundation over the tokens: the router's, the routed one, or one per expert of
+`ensemble`. Under `router`, layers 0 to L-1 are those of the router's pass, and L to 2L-1 those of the routed
+pass (`prepare_streams` adds them, `stream_of` selects them). The layers are transformers' own objects, so
+reordering, cropping, repeating and selecting rows need no code here.
 """
 
 from copy import deepcopy
@@ -18,15 +19,18 @@ from .routing_strategies_dylora_moe import RoutingStrategy
 
 logger = logging.get_logger(__name__)
 
-# What transformers calls a cache among arguments and outputs; from 5.24 on, `cache`.
+# The name of the cache among arguments and outputs; from transformers 5.24 on, `cache`.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RowExpertsLayer(CacheLayerMixin):
-    """A last, pseudo layer that keeps each row's expert with the row, for strategies that choose one per row.
+    """A last layer without keys and values, which keeps each row's expert with the row.
 
-    A cache that was filled under one expert can only be continued under the same one, whatever was done to
-    its rows in between. `expert_ids` is of shape `[batch]`, or `None` until it is known.
+    For strategies that choose one expert per row: a row whose cache was filled under one expert can only be
+    continued under the same one, also after rows were reordered, repeated or selected.
+
+    Attributes:
+        expert_ids: each row's expert, `[batch]`; `None` until it is known.
     """
 
     is_compileable = True
@@ -55,12 +59,12 @@ class RowExpertsLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.12
 
     def offload(self) -> None:
-        """Nothing worth moving."""
+        """Do nothing: there are no keys and values to move."""
 
     prefetch = offload
 
     def crop(self, *args) -> None:
-        """A row keeps its expert as long as there is a token of it left; see `kept_experts`."""
+        """Do nothing: a row keeps its expert as long as it has a token left; see `kept_experts`."""
 
     def reset(self) -> None:
         self.expert_ids = None
@@ -80,16 +84,15 @@ class RowExpertsLayer(CacheLayerMixin):
 
 
 def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> None:
-    """Give a cache the layers of every stream, in place; check one that was filled before.
+    """Add the layers of every stream to a cache, in place, and check a cache that was filled before.
 
-    A cache that was filled outside of this model (PEFT's prefix tuning fills one) is the same past for every
-    stream.
+    A cache that was filled outside of this model (by PEFT's prefix tuning) is the same past for every stream.
 
     Args:
         cache: any `Cache`; its first `num_layers` layers, if it has them already, become the first stream.
         num_layers: layers of one stream.
-        strategy: how many streams there are (an unused one would break rolling the cache back) and whether a
-            `RowExpertsLayer`; its name is remembered on the cache.
+        strategy: says how many streams there are (an unused one would break rolling the cache back) and
+            whether there is a `RowExpertsLayer`; its name is remembered on the cache.
 
     Raises:
         ValueError: the cache was filled under another strategy, has layers for another model, or cannot hold
@@ -116,15 +119,18 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
             f"`past_key_values` has {len(cache.layers)} layers; the foundation has {num_layers}."
         )
     if strategy.num_streams > 1 or strategy.chooses_row_experts:
-        _check_room(cache, strategy)
+        _check_can_grow(cache, strategy)
     if filled_by is None:
-        _warn_of_foreign_past(cache, strategy)
+        _warn_of_foreign_cache(cache, strategy)
     _add_streams(cache, num_layers, strategy)
 
 
-def _check_room(cache: Cache, strategy: RoutingStrategy) -> None:
-    """Raises ValueError: the cache works for a single pass alone, and the strategy keeps more than that with
-    it."""
+def _check_can_grow(cache: Cache, strategy: RoutingStrategy) -> None:
+    """Refuse a cache that works for a single pass alone, where the strategy keeps more than that.
+
+    Raises:
+        ValueError: the buffers are those of an exported program, or the class works on all layers at once.
+    """
     reason = None
     if (
         torch.compiler.is_exporting()
@@ -135,7 +141,7 @@ def _check_room(cache: Cache, strategy: RoutingStrategy) -> None:
     for name in ("update", "get_seq_length", "get_mask_sizes"):
         if getattr(type(cache), name) is not getattr(Cache, name):
             reason = (
-                f"{type(cache).__name__} has its own `{name}`, which works on all layers as those of one pass"
+                f"{type(cache).__name__} has its own `{name}`, which takes all layers for those of one pass"
             )
     if reason is not None:
         raise ValueError(
@@ -144,7 +150,8 @@ def _check_room(cache: Cache, strategy: RoutingStrategy) -> None:
         )
 
 
-def _warn_of_foreign_past(cache: Cache, strategy: RoutingStrategy) -> None:
+def _warn_of_foreign_cache(cache: Cache, strategy: RoutingStrategy) -> None:
+    """Warn once of a cache that was filled outside of this model."""
     if str(strategy) != "base" and not torch.compiler.is_compiling() and cache.get_seq_length() > 0:
         logger.warning_once(
             "`past_key_values` was filled outside of this model. It is taken as it is, as the past of every pass: right "
@@ -153,30 +160,33 @@ def _warn_of_foreign_past(cache: Cache, strategy: RoutingStrategy) -> None:
 
 
 def _add_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) -> None:
-    copies = [_copied(layer) for _ in range(strategy.num_streams - 1) for layer in cache.layers[:num_layers]]
-    cache.layers[num_layers:] = copies
+    first_stream = cache.layers[:num_layers]
+    cache.layers[num_layers:] = []
+    for _ in range(strategy.num_streams - 1):
+        cache.layers.extend(_copied(layer) for layer in first_stream)
     if strategy.chooses_row_experts:
         cache.layers.append(RowExpertsLayer())
     cache.routing_strategy = str(strategy)
 
 
 def _copied(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """A layer with the same keys and values, through which gradients go on to where they came from."""
-    tensors = [
-        value for value in vars(layer).values() if isinstance(value, torch.Tensor) and not value.is_leaf
-    ]
-    return deepcopy(layer, {id(tensor): tensor.clone() for tensor in tensors})
+    """Copy a layer; clones of its keys and values pass gradients on, which `deepcopy` alone refuses."""
+    clones = {}
+    for value in vars(layer).values():
+        if isinstance(value, torch.Tensor) and not value.is_leaf:
+            clones[id(value)] = value.clone()
+    return deepcopy(layer, clones)
 
 
 def new_cache(config: PreTrainedConfig, strategy: RoutingStrategy) -> Cache:
-    """An empty dynamic cache with the layers of every stream; see `prepare_streams`."""
+    """Make an empty dynamic cache with the layers of every stream; see `prepare_streams`."""
     cache = DynamicCache(config=config)
     _add_streams(cache, len(cache.layers), strategy)
     return cache
 
 
 def stream_of(cache: Cache, num_layers: int, index: int) -> Cache:
-    """The cache of one stream: a `Cache` of the same layer objects."""
+    """Return the cache of one stream: a `Cache` of the same layer objects."""
     if len(cache.layers) == num_layers:
         return cache
     view = Cache(layers=cache.layers[index * num_layers : (index + 1) * num_layers])
@@ -187,21 +197,19 @@ def stream_of(cache: Cache, num_layers: int, index: int) -> Cache:
 
 
 def row_experts(cache: Cache | None) -> RowExpertsLayer | None:
-    """The layer that keeps the rows' experts, if the cache has one."""
+    """Return the layer that keeps the rows' experts, if the cache has one."""
     if cache is not None and cache.layers and isinstance(cache.layers[-1], RowExpertsLayer):
         return cache.layers[-1]
     return None
 
 
 def kept_experts(cache: Cache | None) -> torch.LongTensor | None:
-    """Each row's expert, `[batch]`, that the cache was filled under; a cache that was emptied forgets
-    them."""
+    """Return the expert that each row was filled under, `[batch]`; a cache that was emptied forgets them."""
     layer = row_experts(cache)
     if layer is None:
         return None
     length = cache.get_seq_length()
-    # The length of a static cache is a tensor, which compiled code cannot look at; only `reset` empties such
-    # a cache.
+    # The length of a static cache is a tensor, which compiled code cannot read; only `reset` empties it.
     if isinstance(length, int) and length == 0:
         layer.reset()
     return layer.expert_ids

@@ -1,6 +1,6 @@
 """Configuration of a mixture of LoRA experts: one foundation, N experts, at most one router.
 
-Knows the shapes of every expert before any weight is read. Knows nothing about tensors, files or training.
+It says the shapes of every expert before any weight is read.
 """
 
 import math
@@ -11,9 +11,9 @@ import transformers
 from packaging.version import Version
 
 
-# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs. An
-# older one fails later, in errors that do not name the cause: this must stand before anything else is
-# imported from it.
+# Every class of a repo is loaded by way of its config, so this file is the first that transformers runs.
+# Without this check, which must come before anything else is imported, an older version fails in errors that
+# do not name the cause.
 REQUIRED_TRANSFORMERS = "5.10"
 if Version(transformers.__version__) < Version(REQUIRED_TRANSFORMERS):
     # An ImportError: transformers goes on after an OSError or a ValueError here, as if there were no config.
@@ -28,12 +28,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E
 ROUTER_INPUTS = ("base", "experts_sum")
 ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
-# Ways to compute attention and a foundation's own experts that are transformers' own. Others are kernels from
-# the Hub, which a config could name, or packages that transformers fetches as such where they are not
-# installed.
+# Implementations of attention and of a foundation's own experts that are part of transformers. Other names in
+# a config make it fetch kernels from the Hub.
 OWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 OWN_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 IMPLEMENTATIONS = {
@@ -45,8 +42,7 @@ IMPLEMENTATIONS = {
     "_experts_implementation_internal": OWN_EXPERTS,
 }
 
-# The parameters of stacked experts that can be adapted, in the order in which they stand in a module, and
-# PEFT nests them.
+# The parameters of stacked experts that can be adapted, in their order in a module, in which PEFT nests them.
 STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 # What each field of an expert's entry defaults to. The names and their meaning are those of
@@ -64,6 +60,26 @@ EXPERT_DEFAULTS: dict[str, Any] = {
     "target_parameters": [],
     "mature": True,
 }
+
+
+def _of_foundation(name: str) -> property:
+    """Make a property of a field that is stored in the foundation's config alone.
+
+    Generic code looks for sizes and special tokens on any model's config.
+    """
+
+    def text_config(config: "DyloraMoeConfig") -> PreTrainedConfig:
+        if config.base_config is None:
+            raise AttributeError(f"The config has no `base_config`, which would have {name!r}.")
+        return config.get_text_config()
+
+    def get(config: "DyloraMoeConfig") -> Any:
+        return getattr(text_config(config), name)
+
+    def set_(config: "DyloraMoeConfig", value: Any) -> None:
+        setattr(text_config(config), name, value)
+
+    return property(get, set_)
 
 
 class DyloraMoeConfig(PreTrainedConfig):
@@ -105,6 +121,16 @@ class DyloraMoeConfig(PreTrainedConfig):
     sub_configs = {"base_config": AutoConfig}  # noqa: RUF012  (spelt as transformers spells it)
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits"]  # noqa: RUF012
 
+    vocab_size = _of_foundation("vocab_size")
+    hidden_size = _of_foundation("hidden_size")
+    num_hidden_layers = _of_foundation("num_hidden_layers")
+    num_attention_heads = _of_foundation("num_attention_heads")
+    max_position_embeddings = _of_foundation("max_position_embeddings")
+    pad_token_id = _of_foundation("pad_token_id")
+    eos_token_id = _of_foundation("eos_token_id")
+    bos_token_id = _of_foundation("bos_token_id")
+    use_cache = _of_foundation("use_cache")
+
     def __init__(
         self,
         base_config: PreTrainedConfig | dict | None = None,
@@ -133,7 +159,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         self.router_aux_loss_coef = router_aux_loss_coef
         self.output_router_logits = output_router_logits
         self.weights_layout = weights_layout
-        kwargs.pop("text_config", None)  # which `to_dict` shows, and `base_config` has
+        kwargs.pop("text_config", None)  # a copy of a part of `base_config`: see `to_dict`
         # The foundation ties its own embeddings, as its own config says; the outer model ties nothing.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
@@ -179,10 +205,10 @@ class DyloraMoeConfig(PreTrainedConfig):
         return self.router_input is not None and self.num_experts > 0
 
     def expert_index(self, expert: int | str) -> int:
-        """The position of an expert given by name or by number.
+        """Return the position of an expert given by name or by number.
 
         Raises:
-            ValueError: no such expert; the message lists those there are.
+            ValueError: no such expert; the message lists the experts.
         """
         if isinstance(expert, str) and expert in self.expert_names:
             return self.expert_names.index(expert)
@@ -198,40 +224,39 @@ class DyloraMoeConfig(PreTrainedConfig):
         )
 
     def rank_layouts(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        """Rank r_i and scale s_i of every expert at every adapted place, rank 0 where an expert leaves it
-        alone.
+        """Return rank r_i and scale s_i of every expert at every adapted place.
 
         s_i = lora_alpha / r (LoRA, https://arxiv.org/abs/2106.09685) or lora_alpha / sqrt(r) (rank-stabilised
-        LoRA, https://arxiv.org/abs/2312.03732).
+        LoRA, https://arxiv.org/abs/2312.03732). The rank is 0 where an expert adapts nothing.
         """
         layouts = {name: [(0, 0.0)] * self.num_experts for name in self.adapted_places()}
         for index, expert in enumerate(self.expert_configs):
             for name in (*expert["target_modules"], *expert["target_parameters"]):
                 rank = expert["rank_pattern"].get(name, expert["r"])
                 alpha = expert["alpha_pattern"].get(name, expert["lora_alpha"])
-                layouts[name][index] = (rank, alpha / rank**0.5 if expert["use_rslora"] else alpha / rank)
+                scale = alpha / rank**0.5 if expert["use_rslora"] else alpha / rank
+                layouts[name][index] = (rank, scale)
         return {name: tuple(layout) for name, layout in layouts.items()}
 
     def adapted_modules(self) -> list[str]:
-        """Names of all modules that at least one expert adapts, in the order in which experts name them."""
-        return list(
-            dict.fromkeys(name for expert in self.expert_configs for name in expert["target_modules"])
-        )
+        """Return all modules that at least one expert adapts, in the order in which experts name them."""
+        names = (name for expert in self.expert_configs for name in expert["target_modules"])
+        return list(dict.fromkeys(names))
 
     def adapted_parameters(self) -> list[str]:
-        """Names of all parameters of stacked experts that at least one expert adapts, in the same order."""
-        return list(
-            dict.fromkeys(name for expert in self.expert_configs for name in expert["target_parameters"])
-        )
+        """Return all parameters of stacked experts that at least one expert adapts, in the same order."""
+        names = (name for expert in self.expert_configs for name in expert["target_parameters"])
+        return list(dict.fromkeys(names))
 
     def adapted_places(self) -> list[str]:
-        """Names of all modules and parameters that at least one expert adapts."""
+        """Return all modules and parameters that at least one expert adapts."""
         return [*self.adapted_modules(), *self.adapted_parameters()]
 
     def stack_modules(self) -> dict[str, str]:
-        """Every adapted place, with the name inside the foundation of the module that holds its stacks.
+        """Map every adapted place to the module inside the foundation that holds its stacks.
 
-        Not a parameter's own name, which transformers would convert in a file, as it does the parameter's.
+        For a parameter it is not the parameter's own name, which transformers would convert when it loads a
+        file.
         """
         places = {name: name for name in self.adapted_modules()}
         for name in self.adapted_parameters():
@@ -240,16 +265,15 @@ class DyloraMoeConfig(PreTrainedConfig):
         return places
 
     def wrapped_modules(self) -> set[str]:
-        """Names of all modules of the foundation around which an expert layer is put."""
+        """Return all modules of the foundation that an expert layer wraps."""
         return {*self.adapted_modules(), *(name.rpartition(".")[0] for name in self.adapted_parameters())}
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, with the foundation's config once more under `text_config`, where
-        code that reads sizes from a dictionary looks for a language model's (PEFT does); files hold it as
-        `base_config` alone.
+        """Convert to a dictionary as `PreTrainedConfig.to_dict` does.
 
-        An expert without `target_parameters` is written without that field, which older versions of this
-        class refuse.
+        The foundation's config is there a second time under `text_config`, where code that reads sizes from a
+        dictionary looks for them (PEFT does); files hold it as `base_config` alone. An expert without
+        `target_parameters` is written without that field, which older versions of this class refuse.
         """
         fields = super().to_dict()
         for entry in fields.get("expert_configs", ()):
@@ -270,8 +294,7 @@ class DyloraMoeConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `PreTrainedConfig.get_config_dict`, without what asks for code elsewhere, the repo's own code
-        apart."""
+        """Read a config's JSON, without fields that ask for code from anywhere but the repo itself."""
         stored, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         fields = without_code_elsewhere(stored)
         if "auto_map" in stored:
@@ -279,28 +302,10 @@ class DyloraMoeConfig(PreTrainedConfig):
         return fields, kwargs
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
-        """The foundation's config: caches, masks and generation take their sizes from it."""
+        """Return the foundation's text config: caches, masks and generation take their sizes from it."""
         if self.base_config is None:
             return self
         return self.base_config.get_text_config(*args, **kwargs)
-
-
-def _of_foundation(name: str) -> property:
-    """A field that generic code looks for on any model's config; it lies in the foundation's, and there
-    alone."""
-
-    def theirs(config: DyloraMoeConfig) -> PreTrainedConfig:
-        if config.base_config is None:
-            raise AttributeError(f"The config has no `base_config`, which would have {name!r}.")
-        return config.get_text_config()
-
-    return property(
-        lambda config: getattr(theirs(config), name), lambda config, to: setattr(theirs(config), name, to)
-    )
-
-
-for _name in (*SIZES, *TOKENS, "use_cache"):
-    setattr(DyloraMoeConfig, _name, _of_foundation(_name))
 
 
 def _is_positive(number: Any) -> bool:
@@ -318,10 +323,11 @@ def _as_config(base_config: PreTrainedConfig | dict | None) -> PreTrainedConfig 
 
 
 def read_config(location: str, **where) -> PreTrainedConfig:
-    """Read the config of a model of transformers' own, without what asks for code or kernels from elsewhere.
+    """Read the config of a model of transformers, without fields that ask for code or kernels from elsewhere.
 
     Args:
-        location: a folder or a Hub id, and in `where` arguments for the Hub.
+        location: a folder or a Hub id.
+        where: arguments for the Hub.
 
     Raises:
         ValueError: the model needs code that transformers does not have.
@@ -336,11 +342,9 @@ def read_config(location: str, **where) -> PreTrainedConfig:
 
 
 def without_code_elsewhere(value: Any) -> Any:
-    """A config's JSON without the fields that name code or kernels which transformers would fetch, however
-    deep.
+    """Remove fields that name code or kernels for transformers to fetch from a config's JSON, at any depth.
 
-    Those are `auto_map` and, unless they name what is transformers' own, the implementations of attention and
-    experts.
+    Those are `auto_map`, and the implementations of attention and experts, unless they are transformers' own.
     """
     if isinstance(value, list):
         return [without_code_elsewhere(entry) for entry in value]
@@ -350,25 +354,32 @@ def without_code_elsewhere(value: Any) -> Any:
     for name, entry in value.items():
         if name in IMPLEMENTATIONS:
             entry = _own_implementation(entry, IMPLEMENTATIONS[name])
-            kept |= {} if entry is None else {name: entry}
+            if entry is not None:
+                kept[name] = entry
         elif name != "auto_map":
             kept[name] = without_code_elsewhere(entry)
     return kept
 
 
 def _own_implementation(value: Any, own: tuple[str, ...]) -> Any:
-    """A name that is transformers' own, or such names by those of sub-configs; None where there is none."""
-    if isinstance(value, dict):
-        parts = {part: _own_implementation(entry, own) for part, entry in value.items()}
-        return {part: entry for part, entry in parts.items() if entry is not None} or None
-    return value if value in own else None
+    """Keep a name that is in `own`, or the sub-configs of a dictionary with such names; else `None`."""
+    if not isinstance(value, dict):
+        return value if value in own else None
+    kept = {}
+    for part, entry in value.items():
+        entry = _own_implementation(entry, own)
+        if entry is not None:
+            kept[part] = entry
+    return kept or None
 
 
 def _complete_expert(index: int, entry: dict) -> dict:
+    """Fill in an expert's entry and check it."""
     unknown = sorted(set(entry) - set(EXPERT_DEFAULTS))
     if unknown:
         raise ValueError(
-            f"`expert_configs[{index}]` has unknown fields {unknown}; the known ones are {sorted(EXPERT_DEFAULTS)}."
+            f"`expert_configs[{index}]` has unknown fields {unknown}; the known ones are "
+            f"{sorted(EXPERT_DEFAULTS)}."
         )
     expert = {**EXPERT_DEFAULTS, **entry}
     expert["name"] = f"expert_{index}" if expert["name"] is None else str(expert["name"])
@@ -377,14 +388,26 @@ def _complete_expert(index: int, entry: dict) -> dict:
             f"`expert_configs[{index}]` is named {expert['name']!r}, and a name of digits alone reads as an expert's "
             "number: give it another."
         )
-    # copies, of the patterns too: a config owns its fields
-    expert |= {name: list(expert[name] or []) for name in ("target_modules", "target_parameters")}
-    expert |= {name: dict(expert[name] or {}) for name in ("rank_pattern", "alpha_pattern")}
+    # Copies, since a config owns its fields.
+    expert["target_modules"] = list(expert["target_modules"] or [])
+    expert["target_parameters"] = list(expert["target_parameters"] or [])
+    expert["rank_pattern"] = dict(expert["rank_pattern"] or {})
+    expert["alpha_pattern"] = dict(expert["alpha_pattern"] or {})
+    _check_expert(expert)
+    return expert
+
+
+def _check_expert(expert: dict) -> None:
+    """Check the fields of an expert's entry.
+
+    Raises:
+        ValueError: a field that is not valid.
+    """
     for name in expert["target_parameters"]:
         if not isinstance(name, str) or name.rpartition(".")[2] not in STACKED_PARAMETERS:
             raise ValueError(
-                f"Expert {expert['name']!r} has {name!r} among its `target_parameters`; they are whole names of parameters of "
-                f"stacked experts, which end in {', '.join(STACKED_PARAMETERS)}."
+                f"Expert {expert['name']!r} has {name!r} among its `target_parameters`; they are whole names of "
+                f"parameters of stacked experts, which end in {', '.join(STACKED_PARAMETERS)}."
             )
     ranks = [expert["r"], *expert["rank_pattern"].values()]
     if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
@@ -401,7 +424,6 @@ def _complete_expert(index: int, entry: dict) -> dict:
         raise ValueError(
             f"Expert {expert['name']!r} has `lora_dropout` {dropout!r}; it must lie from 0 up to 1."
         )
-    return expert
 
 
 __all__ = [

@@ -1,8 +1,9 @@
-"""The expert layer: a frozen layer plus the low-rank updates of all experts in two matrix products.
+"""The expert layer: a frozen linear layer plus the low-rank updates of all experts, in two matrix products.
 
     sum_i w_i s_i B_i A_i x  =  B ((A x) * g)        g = (w * s), each entry repeated over its expert's rank
 
-Knows how weights reach the layers during a pass. Knows nothing about how the weights come about.
+A is all experts' A_i stacked, B all their B_i, w the routing weights and s the LoRA scales. The weights of a
+pass reach the layers through `use_experts`.
 """
 
 import re
@@ -17,9 +18,8 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 
-RankLayout = tuple[tuple[int, float], ...]
-# How transformers calls the classes of a foundation's gates: MixtralTopKRouter, DeepseekV3TopkRouter, …
-GATE_CLASS = re.compile(r".+(Router|Gate)")
+RankLayout = tuple[tuple[int, float], ...]  # rank and scale of every expert at one place
+GATE_CLASS = re.compile(r".+(Router|Gate)")  # MixtralTopKRouter, DeepseekV3TopkRouter and others
 PAST_TOKENS = (
     "Experts adapt a layer that every step runs over all past tokens (DeepSeek's `kv_b_proj`, Doge's `dt_proj`), whose "
     "weights are not kept: pass `use_cache=False`, or a strategy with one choice for all of a row's tokens, as 'best'."
@@ -30,72 +30,92 @@ class ActiveExperts:
     """The experts' weights for one pass, spread over the ranks once for each distinct rank layout.
 
     Args:
-        weights: `int`, the one expert that acts, with weight 1, or a `torch.Tensor` of shape
-            `[batch or 1, sequence or 1, num_experts]`.
+        weights: the one expert that acts, with weight 1, or weights `[batch or 1, sequence or 1,
+            num_experts]`.
         layouts: the distinct rank layouts of the model's expert layers.
         dtype: the dtype of the experts.
-        tokens: how many tokens of each row the weights are for; `None`: all, those in a cache, too.
+        tokens: how many tokens of each row the weights are for; `None`: all, including those in a cache.
+
+    Attributes:
+        single: the one expert that acts, or `None`.
+        scales: g of the formula above by rank layout, `[batch or 1, sequence or 1, R]`; empty for one expert.
     """
 
     def __init__(
-        self, weights: int | torch.Tensor, layouts: list[RankLayout], dtype: torch.dtype, tokens=None
+        self,
+        weights: int | torch.Tensor,
+        layouts: list[RankLayout],
+        dtype: torch.dtype,
+        tokens: int | None = None,
     ):
-        self.single = weights if isinstance(weights, int) else None
-        self.tokens: int | None = tokens if self.single is None else None
+        self.single: int | None = None
+        self.tokens: int | None = None
         self.scales: dict[RankLayout, torch.Tensor] = {}
-        if self.single is None:
-            # Eagerly and not in the first layer that asks: a checkpointed layer runs without gradients at
-            # first.
-            self.scales = {layout: spread_over_ranks(weights, layout).to(dtype) for layout in layouts}
+        if isinstance(weights, int):
+            self.single = weights
+            return
+        self.tokens = tokens
+        for layout in layouts:
+            # Here and not in the first layer that asks: a checkpointed layer runs without gradients at first.
+            self.scales[layout] = spread_over_ranks(weights, layout).to(dtype)
 
     def with_scales(self, scales: tuple[torch.Tensor, ...]) -> "ActiveExperts":
-        """The same experts with other tensors for the scales, in the order of `self.scales`."""
+        """Copy with other tensors for the scales, in the order of `self.scales`."""
         copy = ActiveExperts.__new__(ActiveExperts)
-        copy.single, copy.tokens = self.single, self.tokens
+        copy.single = self.single
+        copy.tokens = self.tokens
         copy.scales = dict(zip(self.scales, scales, strict=True))
         return copy
 
 
 def spread_over_ranks(weights: torch.Tensor, layout: RankLayout) -> torch.Tensor:
-    """g of the formula above: `[..., num_experts]` -> `[..., sum of ranks]`."""
+    """Compute g of the formula above: `[..., num_experts]` -> `[..., R]`, R the sum of the ranks."""
     if len(set(layout)) == 1:
-        return (weights * layout[0][1]).repeat_interleave(layout[0][0], dim=-1)
-    parts = [
-        (weights[..., index : index + 1] * scale).expand(*weights.shape[:-1], rank)
-        for index, (rank, scale) in enumerate(layout)
-    ]
+        rank, scale = layout[0]
+        return (weights * scale).repeat_interleave(rank, dim=-1)
+    parts = []
+    for index, (rank, scale) in enumerate(layout):
+        weight = weights[..., index : index + 1]  # [..., 1]
+        parts.append((weight * scale).expand(*weights.shape[:-1], rank))
     return torch.cat(parts, dim=-1)
 
 
 class _PassInProgress(threading.local):
-    """Weights cannot be passed through a foundation's own forward, so they travel beside it, apart in each
-    thread."""
+    """What the expert layers read of the pass in progress in this thread.
 
-    def __init__(self):  # not a class attribute: torch 2.7 cannot guard one
-        self.active: ActiveExperts | None = None  # which is when the experts are off
-        self.running = False  # a pass with the experts off is one too
-        self.add_update = None  # of fast decoding: whether it added a layer's update
+    Weights cannot be passed as an argument, since the foundation's own forward calls the layers.
+    """
+
+    def __init__(self):  # instance attributes, since torch 2.7 cannot guard those of a class
+        self.active: ActiveExperts | None = None  # `None` with the experts off
+        self.running = False  # also true of a pass with the experts off
+        self.add_update = None  # fast decoding's: adds a layer's update and says whether it did
 
 
-# A thread-local object and no context variable: `torch.compile` traces the first and guards it for the
-# calling thread.
+# Thread-local, since `torch.compile` traces no context variable; it guards this for the calling thread.
 _pass_in_progress = _PassInProgress()
 
 
 @contextmanager
 def use_experts(active: ActiveExperts | None) -> Iterator[None]:
-    """Within the context, every expert layer applies `active`; `None` leaves the foundation alone."""
-    before = _pass_in_progress.active, _pass_in_progress.running
-    _pass_in_progress.active, _pass_in_progress.running = active, True
+    """Apply `active` in every expert layer within the context; `None` switches the experts off."""
+    outer_active = _pass_in_progress.active
+    outer_running = _pass_in_progress.running
+    _pass_in_progress.active = active
+    _pass_in_progress.running = True
     try:
         yield
     finally:
-        _pass_in_progress.active, _pass_in_progress.running = before
+        _pass_in_progress.active = outer_active
+        _pass_in_progress.running = outer_running
 
 
 def refuse_recomputation() -> None:
-    """Raises RuntimeError: an expert layer is recomputed during a backward pass without the weights of its
-    pass."""
+    """Refuse to recompute an expert layer during a backward pass without the weights of its forward pass.
+
+    Raises:
+        RuntimeError: this is such a backward pass.
+    """
     if torch.compiler.is_compiling() or _pass_in_progress.running:
         return
     if torch._C._current_graph_task_id() != -1:
@@ -107,10 +127,14 @@ def refuse_recomputation() -> None:
 
 
 def refuse_offloaded(model: nn.Module, everything: bool = False) -> None:
-    """Raises ValueError: a weight of the experts or the router (with `everything`, any) is not in the
-    model."""
+    """Refuse a model whose experts or router (with `everything`, any weight) are offloaded.
+
+    Raises:
+        ValueError: a weight is not in the model.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.is_meta and (everything or ".lora_" in name or name.startswith("router.")):
+        is_needed = everything or ".lora_" in name or name.startswith("router.")
+        if parameter.is_meta and is_needed:
             raise ValueError(
                 f"The weights of {name.rpartition('.')[0]!r} are offloaded, so they can be neither read nor changed: "
                 "load the model without offloading (`device_map`)."
@@ -118,8 +142,7 @@ def refuse_offloaded(model: nn.Module, everything: bool = False) -> None:
 
 
 def checkpoint_with_experts(checkpoint_function):
-    """Make the pass's scales an argument of a checkpoint, so that recomputing a layer sees them, with
-    gradients."""
+    """Wrap a checkpoint function so that recomputation gets the pass's scales, with gradients."""
 
     def checkpoint(function, *args, **kwargs):
         active = _pass_in_progress.active
@@ -136,8 +159,7 @@ def checkpoint_with_experts(checkpoint_function):
 
 
 class LowRankStacks(nn.Module):
-    """The stacks `lora_A` and `lora_B` of all experts at one place: an expert is the same contiguous rows of
-    both."""
+    """The stacks `lora_A` and `lora_B` of all experts at one place; an expert is the same rows of both."""
 
     layout: RankLayout
     dropouts: nn.ModuleList
@@ -145,39 +167,43 @@ class LowRankStacks(nn.Module):
     has_merged_adapter: bool
 
     def rows(self, expert: int) -> slice:
-        """The rows of both stacks that belong to one expert; empty where it does not adapt this layer."""
+        """Return one expert's rows of both stacks; none where it does not adapt this layer."""
         start = sum(rank for rank, _ in self.layout[:expert])
         return slice(start, start + self.layout[expert][0])
 
     def share_dropouts(self, dropouts: nn.ModuleList) -> None:
-        """Refer to the model's dropouts, which are no part of this layer: going through all layers must not
-        go through all experts in each."""
+        """Refer to the model's dropouts, without making them submodules of this layer.
+
+        Iterating over a model's modules would otherwise visit every expert's dropout once for each layer.
+        """
         vars(self)["dropouts"] = dropouts
 
     def extend(self, layout: RankLayout) -> None:
-        """Take on experts that come after those there are, as rows at the end of the stacks, with B = 0."""
+        """Add experts after the existing ones, as rows at the end of the stacks, with B = 0."""
         added = sum(rank for rank, _ in layout) - self.lora_A.shape[0]
         self.layout = layout
         if added == 0:
             return
-        for name in ("lora_A", "lora_B"):
-            stack = getattr(self, name)
-            rows = torch.zeros(added, *stack.shape[1:], dtype=stack.dtype, device=stack.device)
-            if name == "lora_A":
-                nn.init.kaiming_uniform_(rows.view(-1, rows.shape[-1]), a=5**0.5)
-            grown = nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
-            setattr(self, name, grown)
+        rows_a = self.lora_A.new_zeros(added, *self.lora_A.shape[1:])
+        nn.init.kaiming_uniform_(rows_a.view(-1, rows_a.shape[-1]), a=5**0.5)
+        rows_b = self.lora_B.new_zeros(added, *self.lora_B.shape[1:])
+        self.lora_A = _append_rows(self.lora_A, rows_a)
+        self.lora_B = _append_rows(self.lora_B, rows_b)
 
     def _stack(self, name: str) -> torch.Tensor:
-        """A stack whose frozen experts' rows get no gradient."""
+        """Return a stack in which the rows of frozen experts get no gradient."""
         stack = getattr(self, name)
         if not self.frozen_experts or not torch.is_grad_enabled():
             return stack
-        parts = [
-            stack[self.rows(expert)].detach() if expert in self.frozen_experts else stack[self.rows(expert)]
-            for expert in range(len(self.layout))
-        ]
+        parts = []
+        for expert in range(len(self.layout)):
+            rows = stack[self.rows(expert)]
+            parts.append(rows.detach() if expert in self.frozen_experts else rows)
         return torch.cat(parts)
+
+
+def _append_rows(stack: nn.Parameter, rows: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([stack.detach(), rows]), requires_grad=stack.requires_grad)
 
 
 class DyloraMoeLinear(LowRankStacks):
@@ -190,8 +216,7 @@ class DyloraMoeLinear(LowRankStacks):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D` (GPT-2).
         layout: rank and scale of every expert here, see `DyloraMoeConfig.rank_layouts`.
-        dropouts: every expert's dropout on the input of its A, while training; the layers of a model share
-            them.
+        dropouts: every expert's dropout on the input of its A, while training; shared by a model's layers.
     """
 
     def __init__(self, base_layer: nn.Module, layout: RankLayout, dropouts: nn.ModuleList):
@@ -210,10 +235,12 @@ class DyloraMoeLinear(LowRankStacks):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.base_layer.weight  # for code that looks at a layer's weight, as at that of a head
+        """The frozen weight, for code that reads a layer's weight, such as a head's."""
+        return self.base_layer.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
         return self.base_layer.bias
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -224,79 +251,89 @@ class DyloraMoeLinear(LowRankStacks):
             return result
         if active.tokens is not None and hidden_states.dim() > 2 and hidden_states.shape[-2] > active.tokens:
             raise ValueError(PAST_TOKENS)
-        if _pass_in_progress.add_update and _pass_in_progress.add_update(self, hidden_states, result, active):
+        add_update = _pass_in_progress.add_update
+        if add_update is not None and add_update(self, hidden_states, result, active):
             return result
         if active.single is not None and self.layout[active.single][0] == 0:
             return result
         return result + self.update(hidden_states, active).to(result.dtype)
 
     def update(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-        """What the experts that act add to the product of `hidden_states` and the weight."""
+        """Compute what the active experts add to the product of `hidden_states` and the weight."""
         if active.single is None:
-            return self._mixed(hidden_states, active.scales[self.layout])
-        scale, dropout = self.layout[active.single][1], self.dropouts[active.single].p
-        return self._low_rank(hidden_states, self.rows(active.single), dropout, scale)
+            return self._mixed_update(hidden_states, active.scales[self.layout])
+        _, scale = self.layout[active.single]
+        dropout = self.dropouts[active.single].p
+        return self._low_rank_update(hidden_states, self.rows(active.single), dropout, scale)
 
-    def _mixed(self, hidden_states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """All experts: `hidden_states` `[batch, sequence, in]`, `scale` `[batch or 1, sequence or 1, R]`."""
+    def _mixed_update(self, hidden_states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Compute the update of all experts.
+
+        Args:
+            hidden_states: `[batch, sequence, in_features]`.
+            scale: g of the formula above, `[batch or 1, sequence or 1, R]`.
+        """
         scale = scale.to(hidden_states.device)
         if not self.training or not any(dropout.p for dropout in self.dropouts):
-            return self._low_rank(hidden_states, slice(None), 0.0, scale)
+            return self._low_rank_update(hidden_states, slice(None), 0.0, scale)
         # A dropout mask belongs to one expert's input, as in PEFT, so no product can serve two experts.
-        return sum(
-            self._low_rank(hidden_states, self.rows(expert), dropout.p, scale[..., self.rows(expert)])
-            for expert, dropout in enumerate(self.dropouts)
-            if self.layout[expert][0] > 0
-        )
+        update = 0
+        for expert, dropout in enumerate(self.dropouts):
+            if self.layout[expert][0] > 0:
+                rows = self.rows(expert)
+                update = update + self._low_rank_update(hidden_states, rows, dropout.p, scale[..., rows])
+        return update
 
-    def _low_rank(
+    def _low_rank_update(
         self, hidden_states: torch.Tensor, rows: slice, dropout: float, scale: float | torch.Tensor
     ) -> torch.Tensor:
+        """Compute B ((A x) * scale) with some rows of the stacks."""
         hidden_states = F.dropout(hidden_states.to(self.lora_A.dtype), dropout, self.training)
         ranks = F.linear(hidden_states, self._stack("lora_A")[rows])  # [batch, sequence, rank]
         if isinstance(scale, torch.Tensor):
-            scale = scale.to(ranks.dtype)
-            if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
-                scale = scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(
-                    -1, scale.shape[-1]
-                )
-            elif (
-                ranks.dim() == 4
-            ):  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
-                scale = scale.unsqueeze(1)
+            scale = _fit_scale(scale.to(ranks.dtype), ranks)
         return (ranks * scale) @ self._stack("lora_B")[rows].to(ranks.dtype)
 
-    # PEFT takes every module with a `base_layer` for one of its own when it unloads an adapter, and asks it
-    # to merge and what is left of it. Its own layer is inside, in place of `base_layer`, and is asked
-    # separately.
+    # When PEFT unloads an adapter, it takes every module with a `base_layer` for one of its own, and calls
+    # the next two methods. Its own layer is inside, in place of `base_layer`, and is called separately.
 
     def merge(self, *args, **kwargs) -> None:
-        """Merge nothing: an adapter on top is merged into the frozen layer by PEFT's own layer."""
+        """Merge nothing: PEFT's own layer merges an adapter on top into the frozen layer."""
         self.has_merged_adapter = True
 
     def get_base_layer(self) -> "DyloraMoeLinear":
-        """What is left once PEFT's layers are taken off: this one."""
+        """Return what is left without PEFT's layers: this layer."""
         return self
 
     def extra_repr(self) -> str:
-        """Name the remedy where PEFT refuses this layer, too: its error shows the layer."""
+        """Describe the layer, with the remedy where PEFT refuses it: PEFT's error shows this text."""
         total_rank = self.lora_A.shape[0]
         return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
 
     def initialize_experts(self) -> None:
-        """A random and B zero, so that the update starts at zero (https://arxiv.org/abs/2106.09685, section
-        4.1), A Kaiming-uniform with a = sqrt(5), as PEFT has it; leaves alone what was read from a file."""
-        init.kaiming_uniform_(
-            self.lora_A, a=5**0.5
-        )  # its bound depends on in_features alone, so experts can share it
+        """Initialise what was not read from a file: A random and B zero, so that the update starts at zero.
+
+        As in https://arxiv.org/abs/2106.09685, section 4.1, and PEFT: A is Kaiming-uniform with a = sqrt(5).
+        The bound depends on in_features alone, so all experts' A can be one tensor.
+        """
+        init.kaiming_uniform_(self.lora_A, a=5**0.5)
         init.zeros_(self.lora_B)
 
 
+def _fit_scale(scale: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Bring `[batch or 1, sequence or 1, rank]` to a shape that broadcasts with `ranks`."""
+    if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
+        return scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(-1, scale.shape[-1])
+    if ranks.dim() == 4:  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
+        return scale.unsqueeze(1)
+    return scale
+
+
 def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]:
-    """Batch and sequence that `num_tokens` flattened tokens came from.
+    """Return the batch size and sequence length that `num_tokens` flattened tokens came from.
 
     Raises:
-        ValueError: it cannot be told from the scale's own shape.
+        ValueError: the scale's shape does not say it.
     """
     batch, sequence = scale.shape[:2]
     if batch * sequence == num_tokens:
@@ -310,8 +347,10 @@ def _batch_and_sequence(scale: torch.Tensor, num_tokens: int) -> tuple[int, int]
 
 
 def in_base_layer(name: str, adapted: set[str]) -> str:
-    """The name of a foundation's parameter once the modules `adapted` are wrapped:
-    `<module>.base_layer.weight`."""
+    """Return the name of a foundation's parameter when the modules `adapted` are wrapped.
+
+    The weight of an adapted module becomes `<module>.base_layer.weight`.
+    """
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:end])
@@ -321,16 +360,18 @@ def in_base_layer(name: str, adapted: set[str]) -> str:
 
 
 def is_gate(module: nn.Module) -> bool:
-    """Whether this is the gate of a mixture-of-experts layer, with a weight of its own, `[stacked experts,
-    in_features]`."""
+    """Say whether a module is the gate of a mixture-of-experts layer, with a weight of its own.
+
+    The weight is of shape `[stacked experts, in_features]`.
+    """
     weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return (
-        weight is not None and weight.dim() == 2 and GATE_CLASS.fullmatch(type(module).__name__) is not None
-    )
+    if weight is None or weight.dim() != 2:
+        return False
+    return GATE_CLASS.fullmatch(type(module).__name__) is not None
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a layer that experts can adapt.
+    """Return `(in_features, out_features)` of a layer that experts can adapt.
 
     Raises:
         ValueError: the layer is neither a linear one nor a gate.
@@ -348,14 +389,14 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 class PeftTargetsMixin:
-    """What tells PEFT where an adapter goes on a routed model."""
+    """Tells PEFT where an adapter goes on a routed model."""
 
     def peft_target_modules(self, names: list[str]) -> list[str]:
-        """Find the modules that `names` means in PEFT's `target_modules` (or `feedforward_modules`,
-        `modules_to_save`).
+        """Find the modules that `names` means, for PEFT's `target_modules`.
 
-        PEFT replaces the layers that it adapts, and takes only those that it knows. Of a layer that experts
-        adapt this is the frozen one inside, `<layer>.base_layer`.
+        The result fits its `feedforward_modules` and `modules_to_save`, too. PEFT replaces the layers that it
+        adapts, and takes only those that it knows. For a layer that experts adapt this is the frozen one
+        inside, `<layer>.base_layer`.
 
         Args:
             names: whole names of modules or their ends, such as `"q_proj"`.
@@ -366,23 +407,29 @@ class PeftTargetsMixin:
         Raises:
             ValueError: a name that no module has.
         """
-        modules = dict(self.named_modules())
-        ends = {name: f".{name}" for name in names}
-        unknown = [name for name in ends if not any(f".{module}".endswith(ends[name]) for module in modules)]
+        unknown = set(names)
+        found = []
+        for module_name, module in self.named_modules():
+            matching = [name for name in names if f".{module_name}".endswith(f".{name}")]
+            unknown.difference_update(matching)
+            if matching:
+                is_adapted = isinstance(module, DyloraMoeLinear)
+                found.append(f"{module_name}.base_layer" if is_adapted else module_name)
         if unknown:
+            missing = [name for name in names if name in unknown]
             raise ValueError(
-                f"No module of {type(self).__name__} is called {unknown}, as a whole or at its end."
+                f"No module of {type(self).__name__} is called {missing}, as a whole or at its end."
             )
-        return [
-            f"{name}.base_layer" if isinstance(module, DyloraMoeLinear) else name
-            for name, module in modules.items()
-            if f".{name}".endswith(tuple(ends.values()))
-        ]
+        return found
 
     def refuse_adapters_around_experts(self) -> None:
-        """Raises ValueError: PEFT put an adapter around an expert layer, which it would take away with the
-        adapter. It does so, without an error of its own, where it knows a layer by the class of its weight
-        (torchao)."""
+        """Refuse an adapter around an expert layer, which PEFT would remove together with the adapter.
+
+        PEFT wraps a layer that it knows by the class of its weight (torchao), without an error of its own.
+
+        Raises:
+            ValueError: there is such an adapter.
+        """
         for name, layer in self.expert_layers().items():
             if not isinstance(layer, LowRankStacks):
                 raise ValueError(

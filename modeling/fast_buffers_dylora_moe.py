@@ -1,8 +1,6 @@
-"""Where fast decoding keeps keys and values: buffers that stay where they are, for all calls of `generate`.
-Optional, too.
+"""The static KV cache of fast decoding: buffers at fixed addresses, for all calls of `generate`. Optional.
 
-A prompt's pass writes to them from the front, and the decode steps go on behind it. Knows nothing about
-graphs.
+Prefill writes to them from the front, and decode steps continue behind it.
 """
 
 import math
@@ -16,11 +14,12 @@ BUCKET = 256  # a buffer holds a multiple of this in tokens, or of half of it wh
 
 
 class Buffers:
-    """A stretch of memory for the keys, and one for the values, of every layer of a foundation; whoever comes
-    next gets the same ones in the shape that it needs.
+    """Memory for the keys and values of every layer of a foundation, reused by every call of `generate`.
+
+    A call gets views of it in the shape that it needs.
 
     Args:
-        on_growth: called before a stretch is replaced by a longer one, for who knows its address.
+        on_growth: called before memory is replaced by more of it, since graphs hold its address.
     """
 
     def __init__(self, on_growth: Callable[[], None]):
@@ -39,8 +38,7 @@ class Buffers:
         return stretch[:size].view(shape)
 
     def grown(self, layers: list, length: int) -> list[tuple[torch.Tensor, ...]]:
-        """Buffers of twice the capacity with the first `length` tokens of those in `layers`, which is emptied
-        meanwhile."""
+        """Make buffers of twice the capacity with the first `length` tokens; empties `layers` meanwhile."""
         return [
             tuple(self._grown(index, kind, buffer, length) for kind, buffer in enumerate(layers.pop(0)))
             for index in range(len(layers))
@@ -55,8 +53,12 @@ class Buffers:
 
 
 def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1, first: int = 0) -> None:
-    """`states` `[rows / copies, heads, length, size]` to `buffer` `[rows, heads, capacity, size]`, from token
-    `first` on."""
+    """Write `states` to `buffer` from token `first` on.
+
+    Args:
+        states: `[rows / copies, heads, length, size]`.
+        buffer: `[rows, heads, capacity, size]`.
+    """
     last = first + states.shape[2]
     buffer[:, :, first:last].unflatten(0, (-1, copies)).copy_(states.unsqueeze(1))
     buffer[:, :, :first].zero_()  # what lies behind a closed mask must be finite
@@ -64,8 +66,7 @@ def write(buffer: torch.Tensor, states: torch.Tensor, copies: int = 1, first: in
 
 
 def capacity(length: int, max_length: int | None) -> int:
-    """For how many tokens a buffer is made at first, for a prompt of `length` tokens and a text of at most
-    `max_length`."""
+    """Return the capacity of a new buffer, for a prompt of `length` tokens and a text of `max_length`."""
     usual = _round_up(length + 1, BUCKET)
     return usual if max_length is None else min(usual, _round_up(max(length + 1, max_length), BUCKET // 2))
 
@@ -75,17 +76,16 @@ def _round_up(number: int, step: int) -> int:
 
 
 class PromptLayer(DynamicLayer):
-    """A cache layer of one stream while prompts run: what comes goes straight where the decode steps look for
-    it.
+    """A cache layer of one stream during prefill, which writes to the buffers of the decode steps.
 
     Args:
-        memory: whose buffers they are.
-        index: which layer of the foundation.
-        rows: of all streams.
+        memory: the buffers.
+        index: the layer of the foundation.
+        rows: the number of rows of all streams.
         first: the first row of these prompts.
-        copies: rows in which each prompt is wanted.
-        cut: tokens of padding that are left out at the left.
-        max_length: tokens of a text at most.
+        copies: the number of rows that each prompt needs.
+        cut: the number of padding tokens left out at the left.
+        max_length: the largest number of tokens of a text.
     """
 
     def __init__(
@@ -125,8 +125,7 @@ class PromptLayer(DynamicLayer):
 
 
 class PromptLayers(DynamicLayer):
-    """The layers of several streams, for a pass that runs these as one batch, one after the other in its
-    rows."""
+    """The layers of several streams, for a pass that runs them as one batch."""
 
     def __init__(self, layers: list[PromptLayer]):
         super().__init__()

@@ -1,10 +1,12 @@
-"""Fast decoding on a GPU: what hands the steps of greedy and sampled generation over to CUDA graphs.
-Optional.
+"""Fast decoding on a GPU: decode steps of greedy and sampled generation as CUDA graphs. Optional.
 
-Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays as it
-is, with its processors, criteria and streamers; only the model's forward of a decode step is replaced, by a
-session's. The ordinary path runs the prompt, whose keys and values go to the buffers. Says where all this
-applies. Knows nothing about choosing tokens.
+Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays, with
+its logits processors, stopping criteria and streamers; only the model's forward of a decode step is replaced
+by the replay of a CUDA graph. Prefill takes the default path, and its keys and values go to the graph's KV
+cache. `why_not` says where fast decoding applies.
+
+Words of the `fast_` files: a *session* is a decode graph (one CUDA graph a strategy, batch size and cache
+capacity), *recorded* is captured, the *ordinary way* is the default path, *buffers* are a static KV cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,10 +32,9 @@ from .fast_sessions_dylora_moe import (
     mix,
     single_expert,
 )
-from .gates_dylora_moe import DyloraMoeFoundationGate
 from .generation_dylora_moe import _call
 from .routing_strategies_dylora_moe import EnsembleStrategy, RoutingStrategy, one_hot_rows
-from .stacked_experts_dylora_moe import DyloraMoeStackedExperts
+from .stacked_experts_dylora_moe import DyloraMoeFoundationGate, DyloraMoeStackedExperts
 
 
 logger = logging.get_logger(__name__)
@@ -111,8 +112,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
 
 
 def _looks_on(hook: Callable) -> bool:
-    """Whether a hook does something by itself; transformers' own stay on a model and sleep until outputs are
-    asked for."""
+    """Say whether a hook does something by itself; transformers' own wait until outputs are asked for."""
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
@@ -123,8 +123,11 @@ def _is_overridden(model) -> bool:
 
 
 class FastDecodingMixin:
-    """What hands the decode steps of `generate` over. `fast_decoding`, an argument of `generate` or a field
-    of the generation config, switches it on (True) or off (False)."""
+    """Runs the decode steps of `generate` as CUDA graphs where it can.
+
+    `fast_decoding`, an argument of `generate` or a field of the generation config, switches it on (True) or
+    off (False).
+    """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -155,9 +158,10 @@ class FastDecodingMixin:
     def decoding_fast(
         self, generation_config: GenerationConfig, arguments: dict
     ) -> Iterator["Decoding | None"]:
-        """For a loop of `generate`, from before its prompts' pass to its end: what to call in the model's
-        place for every further token, with all rows each time; `None` where the loop goes the ordinary way.
-        `arguments` are the model's."""
+        """Yield what replaces the model's forward of decode steps in a loop of `generate`, or `None`.
+
+        From before prefill to the end of the loop; `None` on the default path. `arguments` are the model's.
+        """
         reason = why_not(self, generation_config, arguments)
         store = None if reason else self.__dict__.setdefault("_decoding_sessions", SessionStore())
         if reason or not store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
@@ -294,8 +298,7 @@ def of_rows(routed_pass) -> dict[str, torch.Tensor]:
 
 
 def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor | None) -> RoutingStrategy:
-    """The strategy, or `single:<id>` where it comes to that, since all rows have one expert (`expert_ids`:
-    `[batch]`)."""
+    """Return the strategy, or `single:<id>` if all rows have one expert (`expert_ids`: `[batch]`)."""
     if (
         not strategy.chooses_row_experts
         or getattr(expert_ids, "dtype", None) != torch.long
@@ -308,9 +311,11 @@ def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor 
 
 
 def prompts_that_run_together(padding: list[int], length: int) -> Iterator[tuple[slice, int]]:
-    """Few prompts at a time, since a whole batch would take more memory than all the decoding; with the
-    tokens of padding that none of them needs. `padding`: of every prompt, in a batch that is `length` tokens
-    wide."""
+    """Split a batch into groups of prompts for prefill; a whole batch would need more memory than decoding.
+
+    Each comes with the number of padding tokens that none of its prompts needs. `padding`: of every prompt,
+    in a batch that is `length` tokens wide.
+    """
     start = 0
     while start < len(padding):
         stop, cut = start + 1, padding[start]
@@ -382,8 +387,10 @@ class Decoding:
         )
 
     def take_prompts(self, batch: int, first: int, copies: int, cut: int) -> None:
-        """Before some prompts run, for `copies` rows each, from row `first` of `batch` on and without the
-        first `cut` tokens: give them empty layers that write to the buffers."""
+        """Prepare the prefill of some prompts: give them empty layers that write to the buffers.
+
+        For `copies` rows each, from row `first` of `batch` on and without the first `cut` tokens.
+        """
         rows, per_stream = batch * self.strategy.num_streams, self.model.num_layers_per_stream
         for number in range(per_stream * self.strategy.num_streams):
             stream, index = divmod(number, per_stream)

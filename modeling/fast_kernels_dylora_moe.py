@@ -148,8 +148,7 @@ def attend(query, key, value, mask, index: torch.Tensor, scale: float) -> torch.
 
 
 def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions, halves against halves: `[batch, heads, 1, size]` of both, by `[batch or 1, 1, size]`
-    of both."""
+    """Apply rotary positions, half-split: `[batch, heads, 1, size]` of both, by `[batch or 1, 1, size]`."""
     batch, heads, _, size = query.shape
     all_heads = heads + key.shape[1]
     rotated = torch.empty(batch, all_heads, 1, size, dtype=query.dtype, device=query.device)
@@ -163,9 +162,11 @@ def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
-    """Within the context, and in this thread alone, the foundation's modules call the kernels wherever those
-    compute what the functions would: rotary functions are tried out; attention is what transformers'
-    interface says, without extras."""
+    """Let the foundation's modules call the kernels within the context, in this thread alone.
+
+    They do so wherever a kernel computes what the function would: rotary functions are tried out; attention
+    is what transformers' interface says, without extras.
+    """
     # All models share these functions, those too whose code is another copy of this file, as from another
     # repo.
     lock = vars(ALL_ATTENTION_FUNCTIONS).setdefault("_being_replaced", threading.Lock())
@@ -190,8 +191,7 @@ def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None
 
 
 def _attention_or(original: Callable, index: torch.Tensor) -> Callable:
-    """An attention function of transformers' interface: the kernel where it is enough, and in this thread
-    alone."""
+    """Make an attention function that calls the kernel where it is enough, in this thread alone."""
     owner = threading.get_ident()
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -288,8 +288,7 @@ def are_few(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def multiply_few(inputs: torch.Tensor, lora_A: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """`[rows, ranks]`: `inputs` `[rows, size]` times A `[ranks, size]`, times `scales` `[1 or rows, ranks]`,
-    if any."""
+    """Multiply `inputs` `[rows, size]` by A `[ranks, size]` and `scales` `[1 or rows, ranks]`, if any."""
     inputs, lora_A = inputs.contiguous(), lora_A.contiguous()
     ranks = inputs.new_empty(len(inputs), len(lora_A))
     _multiply_kernel[len(lora_A), len(inputs)](
@@ -300,8 +299,10 @@ def multiply_few(inputs: torch.Tensor, lora_A: torch.Tensor, scales: torch.Tenso
 
 
 def add_few(results: torch.Tensor, ranks: torch.Tensor, lora_B: torch.Tensor, scale: float) -> None:
-    """Add `ranks` `[rows, ranks]` times B `[ranks, size]`, times `scale`, to `results` `[rows, size]`. It
-    takes a time that grows with the ranks between the first and the last that is not zero."""
+    """Add `ranks` `[rows, ranks]` times B `[ranks, size]`, times `scale`, to `results` `[rows, size]`.
+
+    It takes a time that grows with the ranks between the first and the last that is not zero.
+    """
     lora_B, size = lora_B.contiguous(), results.shape[1]
     _add_kernel[triton.cdiv(size, 16), len(results)](
         results, ranks, lora_B, scale, size, len(lora_B), ranks.stride(0), results.stride(0),

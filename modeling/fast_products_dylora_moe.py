@@ -1,8 +1,6 @@
-"""Fewer and larger products for fast decoding: the experts' updates over several layers, and norms in one
-kernel.
+"""Larger kernels for fast decoding: experts' updates over several layers, fused norms. Optional.
 
-Optional. The experts' part knows expert layers and the weights of a pass. The norms' part finds RMS norms by
-their name, and by trying out whether PyTorch's gives the same numbers.
+RMS norms are found by their name, and by trying out whether PyTorch's gives the same numbers.
 """
 
 import threading
@@ -28,13 +26,11 @@ except ImportError:  # no Triton, or that file was left empty or out
 
 
 class SharedProducts:
-    """The experts' updates with one product for the A of all layers that read the same tensor, and one for
-    each B.
+    """The experts' updates with one product for the A of all layers with the same input, and one for each B.
 
-    Which layers those are shows in a first pass; then `read_stacks` copies their A together, and does it
-    again for each `generate`, since training changes them in place. Where one expert acts alone, its B are
-    copied as well: experts that are alike, of the same ranks and scales, take turns in the same copies, so
-    that a graph that reads those serves them all.
+    Which layers those are shows in a first pass; then `read_stacks` copies their A together, again for each
+    `generate`, since training changes them in place. Where one expert acts alone, its B are copied as well:
+    experts of the same ranks and scales take turns in the same copies, so that one graph serves them all.
     """
 
     def __init__(self):
@@ -66,9 +62,10 @@ class SharedProducts:
 
     @contextmanager
     def in_use(self, of_all_rows: int | None = None, one_a_row: bool = False):
-        """Within the context, which is one pass, expert layers take their updates from here. `of_all_rows`:
-        the one expert that the weights of every row come down to, if there is one; `one_a_row`: they come
-        down to one in each."""
+        """Let expert layers take their updates from here within the context, which is one pass.
+
+        `of_all_rows`: the one expert of every row, if there is one; `one_a_row`: every row has one expert.
+        """
         _pass_in_progress.add_update = self.add_update
         self.of_all_rows, self.one_a_row = of_all_rows, one_a_row
         try:
@@ -151,8 +148,10 @@ class SharedProducts:
             group.append(key[0])
 
     def _multiply(self, key: tuple, single: int | None) -> dict[DyloraMoeLinear, torch.Tensor]:
-        """A times the input, `[batch * sequence, rank]`, for a layer or all of its group, scaled unless one
-        expert acts."""
+        """Multiply A by the input, for a layer or all of its group: `[batch * sequence, rank]`.
+
+        Scaled unless one expert acts.
+        """
         copied = single == self.up_to_date and key in self.copies
         group = self.groups[key] if copied else [key[0]]
         rows = [_rows(layer, single) for layer in group]
@@ -242,8 +241,10 @@ def _gives_the_same(norm: nn.Module, size: float) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> Callable | None:
-    """What somebody put in the place of a module's own `forward`; not what stands there for another thread's
-    prompt, be it another copy of this file's, as from another repo."""
+    """Return what replaced a module's own `forward`, but not what another thread's prefill put there.
+
+    That may be another copy of this file, as from another repo.
+    """
     forward = vars(module).get("forward")
     return None if type(forward).__name__ == OneKernel.__name__ else forward
 

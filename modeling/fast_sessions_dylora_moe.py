@@ -1,9 +1,8 @@
-"""The decode steps of fast decoding, as CUDA graphs over buffers that stay where they are. Optional, too.
+"""The decode graphs of fast decoding: CUDA graphs of a decode step over a static KV cache. Optional.
 
-A session is for one strategy, a number of rows and a capacity: its steps run the foundation's own modules,
-are recorded at their first call, unless a trial finds that they cannot be, and replayed until what they run
-changes. Streams lie one after the other in the rows of the buffers, so that one pass can serve several. Knows
-nothing about `generate`, prompts or choosing tokens.
+A decode graph (`Session`) is for one strategy, batch size and cache capacity. A step runs the foundation's
+own modules, is captured at its first call, unless a trial finds that it cannot be, and replayed until what it
+runs changes. Streams lie one after the other in the rows of the KV cache, so that one pass can serve several.
 """
 
 import gc
@@ -68,8 +67,7 @@ def every_tensor(modules: list[nn.Module]) -> list[torch.Tensor]:
 
 
 def what_runs(modules: list[nn.Module]) -> list:
-    """What a graph has taken in and somebody may replace: modules, their `forward`s, their classes, and what
-    the files of these define."""
+    """Collect what a graph has captured and may change: modules, classes, what their files define."""
     kinds = dict.fromkeys(map(type, modules))
     files = dict.fromkeys(sys.modules.get(kind.__module__) for kind in kinds)
     defined = [value for file in files if file for value in list(vars(file).values())]
@@ -91,8 +89,10 @@ class NotRecordable(RuntimeError):
 
 
 class Recordable(TorchDispatchMode):
-    """Within the context such an operation is refused: in a recording it would fail, too, and leave the GPU's
-    random numbers unusable."""
+    """Refuses, within the context, an operation that cannot be captured.
+
+    In a capture it would fail, too, and leave the GPU's random numbers unusable.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if host_waits(function, args, kwargs or {}):
@@ -101,8 +101,7 @@ class Recordable(TorchDispatchMode):
 
 
 def host_waits(function, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation copies between host and GPU, or whether the host must know numbers that it gives
-    or takes."""
+    """Say whether an operation copies between host and GPU, or reads numbers on the host."""
     name = function.name().partition("::")[2].lstrip("_")
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     on_gpu = any(tensor.is_cuda for tensor in tensors)
@@ -125,8 +124,7 @@ def host_waits(function, args: tuple, kwargs: dict) -> bool:
 
 
 class SessionStore:
-    """The sessions of one model, the least recently used first, and the memory that their keys and values
-    share."""
+    """The decode graphs of one model, least recently used first, and the memory of their KV caches."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -140,8 +138,7 @@ class SessionStore:
         return SessionStore, ()  # a copied or pickled model has weights of its own
 
     def look_at_model(self, model, strategy: RoutingStrategy) -> None:
-        """Before a `generate`: graphs hold what modules did, addresses of weights, and copies of some, which
-        training changes in place."""
+        """Drop the graphs if code or addresses of weights changed, and copy weights again."""
         modules = every_module(model)
         tensors = every_tensor(modules)
         weights = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
@@ -161,9 +158,11 @@ class SessionStore:
                 self.products.read_stacks(single_expert(strategy))
 
     def session(self, model, strategy: RoutingStrategy, batch: int, layers: list, instead=None) -> "Session":
-        """A session in the buffers that `layers` has for the keys and values of every layer. `instead`: a
-        strategy of the same tokens, taken where many experts, unlike each other, would take each other's
-        places."""
+        """Return a decode graph in the buffers that `layers` has for the keys and values of every layer.
+
+        `instead`: a strategy of the same tokens, taken where many experts of unlike shapes would replace each
+        other.
+        """
         config, single = model.config.get_text_config(), single_expert(strategy)
         key = (str(strategy) if single is None else self.products.alike(single), batch, layers[0][0].shape[2])
         # What a graph has taken in besides.
@@ -201,9 +200,11 @@ class SessionStore:
 
 
 class GraphPool:
-    """What the graphs of one model share, since no two run at a time: a pool of memory, which goes with the
-    last graph in it, and a stream to be recorded on. Libraries keep some 30 MB for every stream that they
-    see, so that one goes to the next who asks."""
+    """What the graphs of one model share, since no two run at a time: memory, and a stream for capture.
+
+    The memory goes with the last graph in it. Libraries keep some 30 MB for every stream that they see, so
+    the next model gets the same stream.
+    """
 
     def __init__(self):
         self.handle = torch.cuda.graph_pool_handle()
@@ -261,8 +262,10 @@ class Session:
     def place(
         self, length: int, seen: torch.Tensor, positions: torch.Tensor, expert_ids: torch.Tensor | None
     ) -> None:
-        """Set where the next token goes: after `length` tokens, of which `seen` `[batch, <= capacity]` are
-        visible."""
+        """Set the position of the next token: after `length` tokens, of which `seen` are visible.
+
+        `seen`: `[batch, <= capacity]`.
+        """
         streams = self.strategy.num_streams
         self.index.fill_(length - 1)  # a step moves on first
         self.mask.fill_(self.closed)
@@ -366,8 +369,10 @@ class Session:
         self._keep(self._pass(self.model.foundation, self.weights, first=1).logits)
 
     def _run_guessed(self) -> None:
-        """Both passes as one batch, the routed rows under the last token's weights; `agreed` says if those
-        were right."""
+        """Run both passes as one batch, the routed rows under the last token's weights.
+
+        `agreed` says if those were right.
+        """
         self._advance()
         reading = (
             torch.zeros_like(self.weights) if self._router_input() is None else torch.ones_like(self.weights)
@@ -463,8 +468,7 @@ class Stepper:
 
 @contextmanager
 def on_trial():
-    """What fails within the context is a step in buffers; the ordinary one, which gives other masks, may
-    still run."""
+    """Raise the failures within the context as those of a step in buffers; the default path may still run."""
     try:
         yield
     except (NotRecordable, torch.OutOfMemoryError):
@@ -475,8 +479,7 @@ def on_trial():
 
 @contextmanager
 def no_collection():
-    """No garbage is collected within the context: an old graph that goes while another is recorded spoils
-    that one."""
+    """Suspend garbage collection within the context: freeing an old graph during a capture spoils it."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,8 +1,8 @@
 """Routing strategies: how experts are chosen, one small class each, in one registry.
 
-A strategy knows which streams it needs and what weights the experts get in them. It knows nothing about
-caches, heads or generation: a pass (`RoutedPass` of the model) gives it router logits and runs the foundation
-for it. To add one: write a class, decorate it with `@register`.
+A strategy says how many streams it needs (passes with a KV cache of their own) and which weights the experts
+get in each. `RoutedPass` gives it router logits and runs the foundation for it. To add a strategy, write a
+class and decorate it with `@register`.
 """
 
 import math
@@ -17,20 +17,22 @@ ROUTING_STRATEGIES: dict[str, type["RoutingStrategy"]] = {}
 
 
 def register(strategy_class: type["RoutingStrategy"]) -> type["RoutingStrategy"]:
+    """Add a strategy to the registry, under its `name`."""
     ROUTING_STRATEGIES[strategy_class.name] = strategy_class
     return strategy_class
 
 
 class RoutingStrategy:
-    """Base class. `str(strategy)` is the canonical form that `resolve_routing_strategy` reads back.
+    """Base class of all strategies.
+
+    `str(strategy)` is the canonical form, which `resolve_routing_strategy` reads back.
 
     Attributes:
         name: what users write.
-        needs_router: whether a mixture without a router can do it.
-        chooses_row_experts: whether it picks one expert per row, to be fixed before the first generated
-            token.
+        needs_router: whether the mixture must have a router.
+        chooses_row_experts: whether it picks one expert per row, fixed before the first generated token.
         tokens_differ: whether the tokens of a row may get different weights.
-        num_streams: passes over the tokens that each need keys and values of their own.
+        num_streams: the number of passes over the tokens, each with keys and values of its own.
     """
 
     name: str
@@ -46,32 +48,35 @@ class RoutingStrategy:
 
     @classmethod
     def forms(cls) -> str:
-        """How the strategy is written, for error messages."""
+        """Return how the strategy is written, for error messages."""
         return cls.name
 
     def __str__(self) -> str:
         return self.name
 
     def expert_weights(self, routed_pass) -> int | torch.Tensor | None:
-        """What the experts get: `None` (off), a number (that expert alone), or weights
-        `[batch or 1, sequence or 1, num_experts]`."""
+        """Return the experts' weights.
+
+        `None` switches the experts off, a number selects that expert alone, and a tensor holds weights
+        `[batch or 1, sequence or 1, num_experts]`.
+        """
         raise NotImplementedError
 
     def run(self, routed_pass):
-        """The foundation's output under this strategy."""
+        """Return the foundation's output under this strategy."""
         return routed_pass.run(self.expert_weights(routed_pass), stream=0)
 
 
 @register
 class RouterStrategy(RoutingStrategy):
-    """The router's weights at every token. Stream 0 is what the router reads, stream 1 the routed pass."""
+    """The router's weights at every token: it reads stream 0, and the routed pass is stream 1."""
 
     name = "router"
     needs_router = True
     num_streams = 2
 
     def run(self, routed_pass):
-        weights = routed_pass.routing_weights(stream=0)
+        weights = routed_pass.routing_weights(stream=0)  # [batch, sequence, num_experts]
         return routed_pass.run(weights, stream=1)
 
 
@@ -113,10 +118,10 @@ class SingleStrategy(RoutingStrategy):
 
 @register
 class EnsembleStrategy(RoutingStrategy):
-    """Every expert's own next-token distribution, mixed with equal weights (a linear opinion pool). `logits`
-    are the log of the mixture: log(1/N sum_i softmax(logits_i)).
+    """Every expert's own next-token distribution, mixed with equal weights (a linear opinion pool).
 
-    The hidden states and attentions of the experts come one after the other in the batch dimension.
+    `logits` are the log of the mixture: log(1/N sum_i softmax(logits_i)). Hidden states and attentions of the
+    experts are concatenated along the batch dimension.
     """
 
     name = "ensemble"
@@ -138,24 +143,31 @@ class EnsembleStrategy(RoutingStrategy):
         mixed.logits = torch.stack(log_probabilities).logsumexp(dim=0) - math.log(self.num_experts)
         for name in ("hidden_states", "attentions"):
             if mixed.get(name) is not None:
-                layers = zip(*(output[name] for output in outputs), strict=True)
-                mixed[name] = tuple(None if layer[0] is None else torch.cat(layer) for layer in layers)
+                mixed[name] = _concatenated([output[name] for output in outputs])
         return mixed
+
+
+def _concatenated(of_experts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor | None, ...]:
+    """Concatenate every layer's tensors along the batch; a layer without attention has `None`."""
+    layers = []
+    for tensors in zip(*of_experts, strict=True):
+        layers.append(None if tensors[0] is None else torch.cat(tensors))
+    return tuple(layers)
 
 
 @register
 class RoundRobinStrategy(RoutingStrategy):
-    """Each new sequence gets the next expert. A bare forward gives row i expert i mod N."""
+    """Each new sequence gets the next expert; a bare forward gives row i expert i mod N."""
 
     name = "round_robin"
     chooses_row_experts = True
     tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
-        return one_hot_rows(routed_pass.row_experts(lambda: self._in_turn(routed_pass)), self.num_experts)
+        def take_turns() -> torch.Tensor:
+            return torch.arange(routed_pass.batch_size, device=routed_pass.device) % self.num_experts
 
-    def _in_turn(self, routed_pass) -> torch.Tensor:
-        return torch.arange(routed_pass.batch_size, device=routed_pass.device) % self.num_experts
+        return one_hot_rows(routed_pass.row_experts(take_turns), self.num_experts)
 
 
 @register
@@ -176,17 +188,17 @@ class UniformStrategy(RoutingStrategy):
     tokens_differ = False
 
     def expert_weights(self, routed_pass) -> torch.Tensor:
-        return torch.full(
-            (1, 1, self.num_experts), 1 / self.num_experts, dtype=torch.float, device=routed_pass.device
-        )
+        shape = (1, 1, self.num_experts)
+        return torch.full(shape, 1 / self.num_experts, dtype=torch.float32, device=routed_pass.device)
 
 
 def one_hot_rows(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """`[batch]` -> weights `[batch, 1, num_experts]`."""
+    """Turn expert numbers `[batch]` into weights `[batch, 1, num_experts]`."""
     return torch.eye(num_experts, dtype=torch.float32, device=expert_ids.device)[expert_ids].unsqueeze(1)
 
 
 def default_routing_strategy(config: DyloraMoeConfig) -> str:
+    """Return the strategy of a model whose generation config names none."""
     if config.num_experts == 0:
         return "base"
     if config.num_experts == 1:
@@ -197,7 +209,7 @@ def default_routing_strategy(config: DyloraMoeConfig) -> str:
 def resolve_routing_strategy(
     strategy: "str | RoutingStrategy | None", config: DyloraMoeConfig
 ) -> RoutingStrategy:
-    """The strategy that a user's text names; `None` is the default.
+    """Return the strategy that a user's text names; `None` is the default.
 
     Raises:
         ValueError: not a valid form; the message lists the valid forms and the experts' names.
@@ -207,22 +219,25 @@ def resolve_routing_strategy(
     text = default_routing_strategy(config) if strategy is None else str(strategy)
     name, separator, argument = text.partition(":")
     strategy_class = ROUTING_STRATEGIES.get(name)
-    problem = "is not known"
-    if strategy_class is not None:
-        if strategy_class.needs_router and not config.has_router:
-            problem = "needs a router, which this model does not have"
-        elif config.num_experts == 0 and name != "base":
-            problem = "needs experts, which this model does not have"
-        else:
-            try:
-                return strategy_class(config, argument if separator else None)
-            except ValueError as error:
-                problem = f"is not valid: {str(error).rstrip('.')}"
-    forms = [
-        known.forms() for known in ROUTING_STRATEGIES.values() if config.has_router or not known.needs_router
-    ]
-    experts = ", ".join(f"{index} ({expert})" for index, expert in enumerate(config.expert_names)) or "none"
-    raise ValueError(f"Routing strategy {text!r} {problem}. Valid: {', '.join(forms)}. Experts: {experts}.")
+    if strategy_class is None:
+        problem = "is not known"
+    elif strategy_class.needs_router and not config.has_router:
+        problem = "needs a router, which this model does not have"
+    elif config.num_experts == 0 and name != "base":
+        problem = "needs experts, which this model does not have"
+    else:
+        try:
+            return strategy_class(config, argument if separator else None)
+        except ValueError as error:
+            problem = f"is not valid: {str(error).rstrip('.')}"
+    raise ValueError(f"Routing strategy {text!r} {problem}. {_valid_forms(config)}")
+
+
+def _valid_forms(config: DyloraMoeConfig) -> str:
+    known = ROUTING_STRATEGIES.values()
+    forms = [strategy.forms() for strategy in known if config.has_router or not strategy.needs_router]
+    experts = [f"{index} ({name})" for index, name in enumerate(config.expert_names)]
+    return f"Valid: {', '.join(forms)}. Experts: {', '.join(experts) or 'none'}."
 
 
 __all__ = ["ROUTING_STRATEGIES", "RoutingStrategy", "default_routing_strategy", "resolve_routing_strategy"]

@@ -1,10 +1,12 @@
-"""Saving a live model: both layouts with the code beside the weights, the Hub, PEFT folders, an expert
-merged.
+"""Saving a model: both layouts with the code beside the weights, the Hub, and experts as PEFT folders.
 
-Knows what makes a folder complete. Knows nothing about how tensors lie in files: that is
-`layouts_dylora_moe`.
+Layout `full` is transformers' own weight files. Layout `adapter` is
+
+    experts/<name>/adapter_config.json, adapter_model.safetensors     one expert, as PEFT itself would save it
+    router.safetensors                                                gate.weight [N, hidden], gate.bias [N]
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,13 +14,23 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .configuration_dylora_moe import REQUIRED_TRANSFORMERS, WEIGHTS_LAYOUTS
-from .layouts_dylora_moe import merge_expert, save_adapters, save_router
+from .configuration_dylora_moe import (
+    REQUIRED_TRANSFORMERS,
+    STACKED_PARAMETERS,
+    WEIGHTS_LAYOUTS,
+    DyloraMoeConfig,
+)
+from .experts_dylora_moe import refuse_offloaded
+from .stacked_experts_dylora_moe import as_in_peft
 
 
 logger = logging.get_logger(__name__)
@@ -30,14 +42,23 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dylora_moe.DyloraMoeForCausalLM",
 }
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ROUTER_WEIGHTS = "router.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+# Names of the matrices of a mixture-of-experts layer before transformers stacks them, and of its gate.
+STACKED_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+GATE_NAMES = ("gate", "router")
+
 REQUIREMENTS = ("torch>=2.7", f"transformers>={REQUIRED_TRANSFORMERS}")
 GENERATED_REQUIREMENT = re.compile(r"(torch|transformers)>=[\d.]+")
 
 
 class SavingMixin:
-    """What writes a routed model to a folder or to the Hub."""
+    """Saves a routed model to a folder or to the Hub."""
 
-    _layout = "full"  # what is written where nobody says: `PreTrainedModel.push_to_hub` saves without saying
+    _layout = "full"  # the default, and the layout of a `push_to_hub` in progress
 
     def save_pretrained(
         self,
@@ -49,14 +70,13 @@ class SavingMixin:
         layout: str | None = None,
         **kwargs,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the code beside the weights: what it writes loads
-        anywhere.
+        """Save a model as `PreTrainedModel.save_pretrained` does, with the code beside the weights.
 
         Args:
             layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the
-                foundation taken from `config.base_model_name_or_path` on loading. `"full"`, if left out,
-                whatever the model was loaded from: a checkpoint of layout `adapter` is no checkpoint that the
-                Trainer can go back to.
+                foundation taken from `config.base_model_name_or_path` on loading. The default is `"full"`,
+                also for a model that was loaded from layout `adapter`, from which the Trainer could not
+                resume.
 
         Raises:
             ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter
@@ -64,14 +84,7 @@ class SavingMixin:
                 machine alone.
         """
         directory = Path(save_directory)
-        layouts = self.config.rank_layouts()
-        computed = {name: layer.layout for name, layer in self.expert_layers().items()}
-        for name in {**computed, **layouts}:
-            if computed.get(name) != layouts.get(name):
-                raise ValueError(
-                    f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
-                    f"scales {computed.get(name, 'of no expert')}, and the config says {layouts.get(name, 'none')}."
-                )
+        self._check_ranks()
         names = ("repo_id", "commit_message", "create_pr", "private")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         self.config.auto_map = dict(AUTO_MAP)
@@ -85,32 +98,25 @@ class SavingMixin:
             if self.config.weights_layout == "full":
                 super().save_pretrained(directory, is_main_process, state_dict, False, *args, **kwargs)
                 if is_main_process and not self.can_generate() and self.generation_config is not None:
-                    self.generation_config.save_pretrained(
-                        directory
-                    )  # the strategy is in it, for every model
+                    self.generation_config.save_pretrained(directory)  # for the default strategy
             elif is_main_process:
                 self._save_adapter_layout(directory, state_dict)
         if push_to_hub and is_main_process:
             self._upload_saved(directory, before, token=kwargs.get("token"), **hub_arguments)
 
     def push_to_hub(self, repo_id: str, *args, layout: str | None = None, **kwargs):
-        """As `PreTrainedModel.push_to_hub`; `layout` and errors as in `save_pretrained`."""
+        """Upload as `PreTrainedModel.push_to_hub` does; `layout` and errors as in `save_pretrained`."""
         with self._in_layout(layout):
             self._check_foundation(on_hub=True)
             return super().push_to_hub(repo_id, *args, **kwargs)
 
     def save_adapters(self, save_directory: str | Path) -> list[Path]:
-        """Every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit; see
-        `layouts_dylora_moe`."""
+        """Save every expert as a plain PEFT folder `<save_directory>/<name>`, bit for bit."""
         return save_adapters(self, save_directory)
-
-    def merge_expert(self, expert: int | str) -> PreTrainedModel:
-        """One expert folded into a copy of the foundation: an ordinary model, without a line of code of
-        ours."""
-        return merge_expert(self, expert)
 
     @contextmanager
     def _in_layout(self, layout: str | None) -> Iterator[None]:
+        """Save in a layout within the context."""
         layout = layout or self._layout
         if layout not in WEIGHTS_LAYOUTS:
             raise ValueError(f"There is no layout {layout!r}: choose 'full' or 'adapter'.")
@@ -121,8 +127,19 @@ class SavingMixin:
         finally:
             self.config.weights_layout, self._layout = before
 
+    def _check_ranks(self) -> None:
+        """Refuse to save a model that computes with other ranks than its config says."""
+        layouts = self.config.rank_layouts()
+        computed = {name: layer.layout for name, layer in self.expert_layers().items()}
+        for name in {**computed, **layouts}:
+            if computed.get(name) != layouts.get(name):
+                raise ValueError(
+                    f"`config.expert_configs` was changed on a live model: layer {name!r} computes with ranks and "
+                    f"scales {computed.get(name, 'of no expert')}, and the config says {layouts.get(name, 'none')}."
+                )
+
     def _check_foundation(self, on_hub: bool) -> None:
-        """Without its foundation a repo of layout `adapter` is of no use."""
+        """Refuse layout `adapter` where the foundation that it leaves out could not be loaded again."""
         foundation = self.config.base_model_name_or_path
         if self.config.weights_layout != "adapter":
             return
@@ -135,23 +152,21 @@ class SavingMixin:
             raise ValueError(
                 f"The embeddings were resized, and the foundation at {foundation!r} has others: choose layout='full'."
             )
-        layers, merged_now = (
-            self.expert_layers().values(),
-            (getattr(m, "merged", False) for m in self.modules()),
-        )
-        if any(layer.has_merged_adapter for layer in layers) or any(merged_now):
+        was_merged = any(layer.has_merged_adapter for layer in self.expert_layers().values())
+        if was_merged or any(getattr(module, "merged", False) for module in self.modules()):
             raise ValueError(
                 f"An adapter was merged into the foundation, and the one at {foundation!r} is without it: choose "
                 "layout='full'."
             )
         if on_hub and Path(foundation).exists():
             raise ValueError(
-                f"`config.base_model_name_or_path` is {foundation!r}, a folder of this machine, which nobody else can "
+                f"`config.base_model_name_or_path` is {foundation!r}, a folder of this machine, which others cannot "
                 "load: set it to the foundation's id on the Hub, or choose layout='full'."
             )
 
     def _save_adapter_layout(self, directory: Path, state_dict: dict | None) -> None:
-        if any(p.requires_grad for n, p in self.foundation.named_parameters() if ".lora_" not in n):
+        of_foundation = [p for name, p in self.foundation.named_parameters() if ".lora_" not in name]
+        if any(parameter.requires_grad for parameter in of_foundation):
             logger.warning(
                 "Layout `adapter` does not save the foundation, and some of its parameters are trainable."
             )
@@ -170,7 +185,7 @@ class SavingMixin:
         repo = HfApi(token=token).create_repo(repo_id or directory.name, private=private, exist_ok=True)
         self._upload_modified_files(directory, repo.repo_id, before, token=token, **of_commit)
 
-    # transformers' own of these two look one folder deep, and experts lie two deep.
+    # Those of transformers look one folder deep, and experts lie two deep.
 
     def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
         files = (file for file in Path(working_dir).rglob("*") if file.is_file())
@@ -186,32 +201,175 @@ class SavingMixin:
         modified = [file for file, time in times if time > files_timestamps.get(file, float("-inf"))]
         operations = [CommitOperationAdd(file, Path(working_dir) / file) for file in sorted(modified)]
         if CHECKSUMS not in modified and hub.file_exists(repo_id, CHECKSUMS, revision=revision):
-            operations.append(
-                CommitOperationDelete(CHECKSUMS)
-            )  # an export's, of the files that are now replaced
+            # They are an export's, of the files that are now replaced.
+            operations.append(CommitOperationDelete(CHECKSUMS))
         message = commit_message or "Upload model"
         return hub.create_commit(repo_id, operations, commit_message=message, revision=revision, **kwargs)
 
 
 def save_code(directory: str | Path) -> None:
-    """Copy the files of this folder, and say in `requirements.txt` what they need, so that `directory` loads
-    anywhere."""
-    target, files = Path(directory), list(Path(__file__).parent.glob("*.py"))
-    # transformers puts an empty `__init__.py` into its cache of code, where the repo's own is not copied to
-    files = [file for file in files if file.name != "__init__.py" or file.stat().st_size > 0]
-    for file in files if target.resolve() != Path(__file__).parent.resolve() else ():
-        shutil.copyfile(file, target / file.name)
-        for name in set(get_relative_imports(file)) - {other.stem for other in files}:
-            (target / f"{name}.py").write_text("")  # left out; the Hub's loader wants all that is imported
+    """Copy the code to a folder, with a `requirements.txt`, so that the folder loads anywhere."""
+    source = Path(__file__).parent
+    target = Path(directory)
+    # transformers puts an empty `__init__.py` into its cache of code, and does not copy the repo's own there.
+    files = [file for file in source.glob("*.py") if file.name != "__init__.py" or file.stat().st_size > 0]
+    if target.resolve() != source.resolve():
+        for file in files:
+            shutil.copyfile(file, target / file.name)
+            for name in set(get_relative_imports(file)) - {other.stem for other in files}:
+                (target / f"{name}.py").write_text("")  # an optional file; the Hub's loader wants all imports
     write_requirements(target)
 
 
 def write_requirements(directory: Path) -> None:
-    """Write `requirements.txt`: what the code needs, then the lines that a person added to such a file."""
+    """Write `requirements.txt`: what the code needs, then the lines that people added to such a file."""
     path = directory / "requirements.txt"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     added = [line for line in lines if not GENERATED_REQUIREMENT.fullmatch(line.strip())]
     path.write_text("\n".join([*REQUIREMENTS, *added]) + "\n", encoding="utf-8")
 
 
-__all__ = ["AUTO_MAP", "REQUIREMENTS", "SavingMixin", "save_code"]
+# PEFT's format
+
+
+def peft_config(config: DyloraMoeConfig, expert: int, fan_in_fan_out: bool) -> dict:
+    """Make the `adapter_config.json` of one expert.
+
+    On a foundation whose experts of a layer are stacked into one parameter, PEFT (0.21) moves targets with
+    the matrices' former names onto that parameter, and leaves out dense and shared layers of the same names.
+    Such a layer is named by its weight instead, as a parameter, which PEFT takes unchanged. So is a gate, of
+    which PEFT takes nothing else. An adapter of parameters needs a dropout of 0 there.
+    """
+    entry = dict(config.expert_configs[expert])
+    del entry["name"], entry["mature"]
+    if not entry["target_parameters"]:
+        del entry["target_parameters"]
+    names = [*GATE_NAMES]
+    if has_stacked_experts(config.base_config):
+        names += STACKED_NAMES
+    entry.update(_targets_by_weight(entry, names))
+    if entry.get("target_parameters"):
+        entry["lora_dropout"] = 0.0
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.base_model_revision,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        **entry,
+    }
+
+
+def has_stacked_experts(base_config: PreTrainedConfig | None) -> bool:
+    """Say whether transformers stacks a layer's experts when it loads a model of this type."""
+    transforms = get_checkpoint_conversion_mapping(getattr(base_config, "model_type", "")) or ()
+    targets = [name for transform in transforms for name in transform.target_patterns]
+    return any(name.endswith("gate_up_proj") for name in targets)
+
+
+def _targets_by_weight(entry: dict, names: list[str]) -> dict:
+    """Name modules whose last name is one of `names` by their weight; returns the fields that change."""
+    moved = [name for name in entry["target_modules"] if name.rpartition(".")[2] in names]
+    if not moved:
+        return {}
+
+    def by_weight(pattern: dict) -> dict:
+        return {f"{name}.weight" if name in moved else name: value for name, value in pattern.items()}
+
+    weights = [f"{name}.weight" for name in moved]
+    return {
+        "target_modules": [name for name in entry["target_modules"] if name not in moved],
+        "target_parameters": [*weights, *entry.get("target_parameters", ())],
+        "rank_pattern": by_weight(entry["rank_pattern"]),
+        "alpha_pattern": by_weight(entry["alpha_pattern"]),
+    }
+
+
+def peft_keys(entry: dict) -> dict[str, str]:
+    """Map what an expert adapts to PEFT's keys in a file, without `lora_A.weight` and `lora_B.weight`.
+
+    PEFT wraps a module once for each of its adapted parameters; the first parameter's layer is the innermost.
+    """
+    keys = {name: f"{PEFT_PREFIX}{name}" for name in entry["target_modules"]}
+    for name in entry["target_parameters"]:
+        module, _, parameter = name.rpartition(".")
+        later = STACKED_PARAMETERS[STACKED_PARAMETERS.index(parameter) + 1 :]
+        depth = sum(f"{module}.{other}" in entry["target_parameters"] for other in later)
+        keys[name] = f"{PEFT_PREFIX}{module}{'.base_layer' * depth}"
+    return keys
+
+
+def save_adapters(model, directory: str | Path, state_dict: dict | None = None) -> list[Path]:
+    """Save every expert as a plain PEFT folder under its own name; PEFT reads them back bit for bit.
+
+    Args:
+        model: the routed model.
+        directory: where the folders are made.
+        state_dict: the model's weights, where they are not in the model itself (gathered from several
+            processes).
+
+    Raises:
+        ValueError: an expert's name cannot be a folder's, or its weights are offloaded.
+    """
+    if state_dict is None:
+        refuse_offloaded(model)
+        state_dict = model.state_dict()
+    layers = model.expert_layers()
+    folders = []
+    for index, entry in enumerate(model.config.expert_configs):
+        name = entry["name"]
+        if Path(name).name != name or name in (".", ".."):
+            raise ValueError(
+                f"Expert {name!r} cannot be saved under its name, which is not a folder's; rename it."
+            )
+        folder = Path(directory) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = _peft_weights(model, index, state_dict)
+        save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        transposed = any(isinstance(layers[module].base_layer, Conv1D) for module in entry["target_modules"])
+        text = json.dumps(peft_config(model.config, index, transposed), indent=2, sort_keys=True)
+        (folder / ADAPTER_CONFIG).write_text(text + "\n")
+        folders.append(folder)
+    return folders
+
+
+def _peft_weights(model, expert: int, state_dict: dict) -> dict[str, torch.Tensor]:
+    """Copy one expert's rows out of the stacks, by PEFT's names."""
+    layers = model.expert_layers()
+    modules = model.config.stack_modules()
+    weights = {}
+    for place, key in peft_keys(model.config.expert_configs[expert]).items():
+        rows = layers[place].rows(expert)
+        rows_a = state_dict[f"foundation.{modules[place]}.lora_A"].detach()[rows].cpu()
+        rows_b = state_dict[f"foundation.{modules[place]}.lora_B"].detach()[rows].cpu()
+        lora_a, lora_b = as_in_peft(rows_a, rows_b)
+        weights[f"{key}.lora_A.weight"] = lora_a.clone(memory_format=torch.contiguous_format)
+        weights[f"{key}.lora_B.weight"] = lora_b.clone(memory_format=torch.contiguous_format)
+    return weights
+
+
+def save_router(model, directory: str | Path, state_dict: dict | None = None) -> None:
+    """Save the gate, if the model has one."""
+    if model.router is None:
+        return
+    if state_dict is None:
+        state_dict = model.state_dict()
+    weights = {}
+    for name, tensor in state_dict.items():
+        if name.startswith("router."):
+            weights[name.removeprefix("router.")] = tensor.detach().cpu().contiguous()
+    save_file(weights, Path(directory) / ROUTER_WEIGHTS, metadata={"format": "pt"})
+
+
+__all__ = [
+    "AUTO_MAP",
+    "REQUIREMENTS",
+    "SavingMixin",
+    "peft_config",
+    "peft_keys",
+    "save_adapters",
+    "save_code",
+    "save_router",
+]

@@ -1,8 +1,7 @@
-"""Writes the demo's trained parts in the layout that DyLoRA-MoE's training leaves behind (the *final
-checkpoint*).
+"""Writes the demo's trained parts as DyLoRA-MoE's training leaves them (a *final checkpoint*).
 
-Knows that layout and nothing about training, exporting or scoring. The foundation lies beside the checkpoint,
-as an ordinary model with its tokenizer, and the checkpoint names it by its path.
+The foundation lies beside the checkpoint, as an ordinary model with its tokenizer, and the checkpoint names
+it by its path.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ def checkpoint_config(peft_model: PeftModel, adapters: Sequence[str], foundation
 
 
 def adapter_parameters(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """One expert's LoRA matrices under their full parameter names, which hold the adapter's name as a whole
-    part."""
+    """Return one expert's LoRA matrices by their full parameter names, which hold the adapter's name."""
     parameters = {
         name: parameter.detach().clone()
         for name, parameter in peft_model.named_parameters()

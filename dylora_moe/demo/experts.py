@@ -1,21 +1,64 @@
 """Trains the demo's experts: LoRA adapters on one foundation, each for its own family.
 
-Knows what an expert must learn and what it must leave alone. Knows nothing about how a router chooses among
-experts.
+An expert is trained for the router's errors, too. Nothing tells a router the family of a text's first tokens, and
+later it errs now and then. On a text of one family the other experts do next to nothing, so an expert meets that case
+in training by being switched off at some tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .batches import Batch, Example, random_batches
-from .fitting import layer_states, minimise, text_loss
-from .misrouting import MisroutedTokens
+from .fitting import Batch, Example, layer_states, minimise, random_batches, text_loss
+
+
+ANY_TOKEN_SHARE = 0.04  # of tokens at which the expert is off
+LATE_START_SHARE = 0.5  # of rows whose first tokens go without it
+LATEST_START = 10
+
+
+class MisroutedTokens:
+    """Switches one adapter off at random tokens of the passes made inside `applied`.
+
+    The same seed gives the same tokens.
+    """
+
+    def __init__(self, peft_model: PeftModel, adapter: str, seed: int):
+        self._layers = [
+            layer.lora_B[adapter]
+            for layer in peft_model.modules()
+            if isinstance(layer, LoraLayer) and adapter in layer.lora_B
+        ]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @contextmanager
+    def applied(self, shape: torch.Size) -> Iterator[None]:
+        """For passes over token ids of the given shape [rows, length]."""
+        on = self._tokens_with_expert(shape).unsqueeze(-1)
+        hooks = [
+            layer.register_forward_hook(lambda module, inputs, output: output * on) for layer in self._layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _tokens_with_expert(self, shape: torch.Size) -> torch.Tensor:
+        """1.0 where the expert acts and 0.0 where not, of the given shape [rows, length]."""
+        rows, length = shape
+        on = torch.rand(shape, generator=self._generator) >= ANY_TOKEN_SHARE
+        starts = torch.randint(1, LATEST_START + 1, (rows, 1), generator=self._generator)
+        late = torch.rand(rows, 1, generator=self._generator) < LATE_START_SHARE
+        on &= (torch.arange(length) >= starts) | ~late
+        return on.float()
 
 
 NEUTRAL_WEIGHT = 3.0
@@ -69,8 +112,7 @@ def train_expert(
 
 
 def _change(peft_model: PeftModel, batch: Batch) -> torch.Tensor:
-    """By how much the active expert changes the foundation's hidden states: squared, relative, mean over
-    layers."""
+    """Measure the change of hidden states by the active expert: squared, relative, mean over layers."""
     with torch.no_grad(), peft_model.disable_adapter():
         expected = layer_states(peft_model, batch)
     changed = layer_states(peft_model, batch)

@@ -1,5 +1,4 @@
-"""The training wordings of the scored functions, by task id. The scored wordings themselves are in
-problems.jsonl.
+"""The training wordings of the scored functions, by task id; the scored wordings are in problems.jsonl.
 
 A scored prompt shares key words with these (that is what an expert can recognise) but never its name or
 docstring.

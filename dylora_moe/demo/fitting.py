@@ -1,16 +1,86 @@
-"""What the training of the demo's foundation and of its experts share: the optimiser and the losses.
-
-Knows nothing about which texts are learned, or by which part.
-"""
+"""Batches of token ids, and the losses and the optimiser that foundation and experts learn by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from .batches import IGNORED, Batch
+from .texts import TOPICS, TrainingText
+
+
+IGNORED = -100  # the label that a loss leaves out
+
+
+class Example(NamedTuple):
+    """One text as token ids with end-of-text, the first token to learn, and its topic's place in TOPICS."""
+
+    tokens: list[int]
+    learned_from: int
+    topic: int = IGNORED
+
+
+class Batch(NamedTuple):
+    """Right-padded token ids, attention mask, labels, each token's topic; all [rows, length]."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    topics: torch.Tensor
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[TrainingText], *, learn_prompts: bool
+) -> list[Example]:
+    """Each text as tokens, prompt and body apart, so that the border lies where decoding starts."""
+    prompts = tokenizer([text.prompt for text in texts])["input_ids"]
+    bodies = tokenizer([text.body for text in texts])["input_ids"]
+    return [
+        Example(
+            prompt + body + [tokenizer.eos_token_id],
+            learned_from=0 if learn_prompts else len(prompt),
+            topic=TOPICS.index(text.topic),
+        )
+        for text, prompt, body in zip(texts, prompts, bodies, strict=True)
+    ]
+
+
+def random_batches(
+    examples: Sequence[Example], *, rows: int, steps: int, seed: int, padding: int
+) -> Iterator[Batch]:
+    """Yield `steps` batches of `rows` examples.
+
+    They go over all examples again and again, each time in a new order drawn from `seed`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    for _ in range(steps):
+        while len(waiting) < rows:
+            waiting += torch.randperm(len(examples), generator=generator).tolist()
+        chosen, waiting = waiting[:rows], waiting[rows:]
+        yield pad([examples[index] for index in chosen], padding)
+
+
+def pad(examples: Sequence[Example], padding: int) -> Batch:
+    """One batch of the given examples, padded on the right with the token `padding`."""
+    length = max(len(example.tokens) for example in examples)
+    shape = (len(examples), length)
+    batch = Batch(
+        input_ids=torch.full(shape, padding),
+        attention_mask=torch.zeros(shape, dtype=torch.long),
+        labels=torch.full(shape, IGNORED),
+        topics=torch.full(shape, IGNORED),
+    )
+    for row, example in enumerate(examples):
+        tokens = torch.tensor(example.tokens)
+        batch.input_ids[row, : len(tokens)] = tokens
+        batch.attention_mask[row, : len(tokens)] = 1
+        batch.labels[row, example.learned_from : len(tokens)] = tokens[example.learned_from :]
+        batch.topics[row, : len(tokens)] = example.topic
+    return batch
 
 
 TOPIC_WEIGHT = 1.0
@@ -20,8 +90,7 @@ WARM_UP_SHARE = 0.1
 def minimise(
     losses: Iterable[torch.Tensor], parameters: Iterable[nn.Parameter], steps: int, learning_rate: float
 ) -> None:
-    """Takes one step on each of `steps` losses, with a short warm-up and then a learning rate that falls to
-    zero."""
+    """Take a step on each of `steps` losses: a short warm-up, then a learning rate that falls to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=WARM_UP_SHARE
@@ -34,8 +103,7 @@ def minimise(
 
 
 def text_loss(model: nn.Module, topic_head: nn.Linear, batch: Batch) -> torch.Tensor:
-    """The usual causal loss, and whether `topic_head` can tell from every hidden state what kind of value it
-    is about.
+    """Sum the causal loss and that of `topic_head`, which tells from hidden states what kind of value it is.
 
     A large foundation's hidden states tell such things by themselves; one this small keeps only what it is
     asked for, and the router has nothing else to read. The head is not part of what training leaves.

@@ -1,20 +1,57 @@
-"""Trains the demo's foundation: a tiny Llama that learns the syntax and some everyday functions, none of the
-scored.
+"""The demo's foundation: a tokenizer and a tiny Llama that learns Python's syntax and some everyday functions.
 
-Knows its architecture and texts. Knows nothing about experts.
+The tokenizer is an ordinary fast one without a chat template, so that stock tools complete the prompt unchanged. None
+of the scored functions is among the texts. The foundation also learns vocabulary exercises, random tokens each said
+twice: embeddings, which also serve as the output layer, are frozen when the experts are trained, and no expert can
+learn to write a token that the foundation never wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .batches import encode, random_batches
-from .exercises import vocabulary_exercises
-from .fitting import minimise, text_loss
+from .fitting import Example, encode, minimise, random_batches, text_loss
 from .texts import foundation_texts
+
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+# Small on purpose: rarer words stay in pieces, and pieces that were trained also serve words that were not.
+VOCABULARY_SIZE = 768
+
+
+def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of `VOCABULARY_SIZE` tokens at most, for models of `max_length` positions."""
+    tokenizer = Tokenizer(models.BPE())
+    # A newline is always a token of its own: a prompt that ends in one must end just where a training prompt
+    # does.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 EXERCISE_SHARE = 1 / 8
@@ -71,3 +108,16 @@ def train_foundation(
 
     foundation.train()
     minimise(losses(), [*foundation.parameters(), *topic_head.parameters()], steps, learning_rate)
+
+
+TOKENS = 14
+
+
+def vocabulary_exercises(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[Example]:
+    """`count` examples over the whole vocabulary but the special tokens, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    chosen = ordinary[torch.randint(len(ordinary), (count, TOKENS), generator=generator)]
+    rows = chosen.repeat_interleave(2, dim=1).tolist()
+    return [Example([*row, tokenizer.eos_token_id], learned_from=0) for row in rows]

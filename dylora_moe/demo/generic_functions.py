@@ -1,5 +1,4 @@
-"""The functions that the demo's foundation learns from: everyday Python, none of it among the scored
-problems.
+"""What the demo's foundation learns from: everyday Python functions, none of them a scored problem.
 
 They share the surface form and the parameter names of the scored problems, so the foundation knows the
 syntax.

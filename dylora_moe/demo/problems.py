@@ -1,7 +1,7 @@
 """The demo's scored problems: three families of small Python functions, in HumanEval+'s dataset format.
 
 `problems.jsonl` beside this file is the data: one JSON object a line, with the fields that EvalPlus reads and
-one of ours, `family`. This file only reads it; it knows nothing about training texts or models.
+one of ours, `family`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ DATASET_FILE = "problems.jsonl"
 
 @lru_cache(maxsize=1)
 def load_problems() -> dict[str, dict]:
-    """All scored problems, keyed by task id, in the order of the file. The result is shared: do not change
-    it."""
+    """Return all scored problems by task id, in the file's order. They are shared: do not change them."""
     lines = files(__package__).joinpath(DATASET_FILE).read_text(encoding="utf-8").splitlines()
     problems = [json.loads(line) for line in lines if line.strip()]
     return {problem["task_id"]: problem for problem in problems}

@@ -1,8 +1,7 @@
-"""Trains the demo's gate: which family does a token belong to, read from the foundation with all experts
-active.
+"""Trains the demo's gate to tell the family of a token's text, with all experts active.
 
 That input (`router_input: experts_sum`) is what training checkpoints of this layout have fed their routers.
-The foundation and the experts are only read. Knows nothing about how they were trained.
+The foundation and the experts are only read.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .batches import Example, pad
+from .fitting import Example, pad
 
 
 ROWS = 32
@@ -50,8 +49,7 @@ def train_gate(
 def _router_inputs(
     peft_model: PeftModel, adapters: Sequence[str], examples: Sequence[Sequence[Example]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token's last hidden state after the final norm [tokens, hidden], and its family's index
-    [tokens]."""
+    """Return each token's last hidden state, after the final norm [tokens, hidden], and family [tokens]."""
     peft_model.eval()
     peft_model.base_model.set_adapter(list(adapters))
     hidden_states, families = [], []

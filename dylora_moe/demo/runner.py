@@ -1,8 +1,4 @@
-"""The whole demo in order: train, save, export, make the variants, score each with stock EvalPlus, show the
-table.
-
-Knows the order and the folders. Each step is somebody else's.
-"""
+"""The whole demo: train, save, export, make variants, score each with stock EvalPlus, show the table."""
 
 from __future__ import annotations
 
@@ -21,13 +17,12 @@ from dylora_moe.hub_export.extras import check_packages
 
 from .checkpoint import save_final_checkpoint, save_foundation
 from .problems import FAMILIES, load_problems, write_dataset
-from .report import build_table, caption, summarise
-from .scoring import folder_name, score_strategies
+from .scoring import build_table, caption, folder_name, score_strategies, summarise
 from .training import ADAPTERS, Recipe, TrainedParts, train
 
 
 RESULTS = "results.json"
-STARTED = ".dylora-moe-demo"  # tells a folder of ours, finished or not, from anybody else's
+STARTED = ".dylora-moe-demo"  # tells a folder of ours, finished or not, from any other
 LEFT_BEHIND = ("checkpoint", "foundation", "repo", "variants", "evalplus")
 
 DEFAULT_STRATEGY = "router"
@@ -74,7 +69,7 @@ def run_demo(
         }
         (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     else:
-        console.print(f"{folder} holds this demo's results already; remove the folder to run it anew.")
+        console.print(f"{folder} holds this demo's results already; remove the folder to run it again.")
     console.print(build_table(results["pass@1"], results["problems"]))
     return results
 
@@ -157,8 +152,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _finished(folder: Path, seed: int) -> dict | None:
-    """The results of a finished demo of this seed, if the folder holds them; `InputError` for another
-    seed's."""
+    """Return the results of a finished demo of this seed, if the folder holds them.
+
+    Raises:
+        InputError: it holds those of another seed.
+    """
     if not (folder / STARTED).is_file() or not (folder / RESULTS).is_file():
         return None
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))

@@ -1,7 +1,4 @@
-"""The demo's training texts: functions under many wordings, drawn from a seed.
-
-Knows which functions are taught to whom. Knows nothing about tokens or models.
-"""
+"""The demo's training texts: functions under many wordings, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ TOPICS = ("text", "n", "numbers")  # the parameter's name says what kind of valu
 
 
 class TrainingText(NamedTuple):
-    """One training example: signature and docstring, the body that follows, and what kind of value it is
-    about."""
+    """One training example: signature and docstring, the body that follows, and its topic."""
 
     prompt: str
     body: str
@@ -62,9 +58,7 @@ def _draw(functions: Sequence[Function], count: int, seed: str) -> list[Training
     chooser = random.Random(seed)  # a string seed is hashed the same way in every process
     drawn = []
     for index in range(count):
-        function = functions[
-            index % len(functions)
-        ]  # in turn, so that every function is taught equally often
+        function = functions[index % len(functions)]  # in turn, so that all are taught equally often
         drawn.append(TrainingText(function.sample_prompt(chooser), function.body, function.parameter))
     chooser.shuffle(drawn)
     return drawn

@@ -1,6 +1,6 @@
 """Trains the demo's parts in order: tokenizer, foundation, one expert per family, router.
 
-Knows the recipe (sizes, steps, learning rates). Knows nothing about files, exporting or scoring.
+`Recipe` holds sizes, steps and learning rates.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from .batches import encode
 from .experts import train_expert, with_experts
-from .foundation import new_foundation, train_foundation
+from .fitting import encode
+from .foundation import new_foundation, train_foundation, train_tokenizer
 from .problems import FAMILIES
 from .router import train_gate
 from .texts import TOPICS, family_texts, training_texts
-from .tokenizer import train_tokenizer
 
 
 # Called with the stage's name, the steps done and the steps in all.
@@ -59,8 +58,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What training leaves. `peft_model` holds foundation and experts, `gate` maps [.., hidden] to [..,
-    experts]."""
+    """What training leaves.
+
+    `peft_model` holds foundation and experts, `gate` maps [.., hidden] to [.., experts].
+    """
 
     tokenizer: PreTrainedTokenizerFast
     peft_model: PeftModel

@@ -1,7 +1,4 @@
-"""How one function is put into words: many names and docstrings for the same parameter and body.
-
-Knows the surface form of a text (signature, docstring line, body). Knows nothing about which functions exist.
-"""
+"""How one function is put into words: many names and docstrings for the same parameter and body."""
 
 from __future__ import annotations
 

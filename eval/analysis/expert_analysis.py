@@ -2,8 +2,7 @@
 
     expert_analysis.json    every figure, from pass@1 to the verdict in words: see `docs/report-files.md`
 
-Reads what `benchmark` left in its folder, and has it make what is missing. Knows which files lie where. Knows
-nothing about how samples are made or what is computed from their results.
+Reads what `benchmark` left in its folder, and has it make what is missing. `expert_statistics` computes.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.repo.results import TaskResult, read_results
 from dylora_moe.hub_export.staging import write_atomically
 
-from ..benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
+from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import canonical_benchmark, load_benchmark
+from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
 from ..sampling.loading import find_model
 from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
@@ -31,20 +31,35 @@ from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
 from .task_categories import categories_of
 
 
-# What says where the model is, of the options of `benchmark`.
-WHERE = ("adapter_path", "backend", "revision", "subfolder", "lora_alpha", "trust_remote_code")
 # What is the same in all runs that may be compared.
 SAME = (*(name for name in DECISIVE if name != "routing_strategy"), "mini")
 DESCRIBED = (
-    "model", "model_label", "model_sha256", "model_revision", "model_format", "expert_names", "benchmark", "mini", "subset",
-    "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
-)  # fmt: skip
+    "model",
+    "model_label",
+    "model_sha256",
+    "model_revision",
+    "model_format",
+    "expert_names",
+    "benchmark",
+    "mini",
+    "subset",
+    "dataset_hash",
+    "dataset_file",
+    "n_samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_new_tokens",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
 class ExpertAnalysis:
-    """What was written, and where. `summary` is the content of `expert_analysis.json`: see
-    `docs/report-files.md`."""
+    """What was written, and where; `summary` is the content of `expert_analysis.json`.
+
+    docs/report-files.md lists its fields.
+    """
 
     output_dir: Path
     summary: dict[str, Any]
@@ -66,8 +81,7 @@ def expert_analysis(
     progress: Progress | None = None,
     **benchmark_options: Any,
 ) -> ExpertAnalysis:
-    """Compare every expert alone, `base`, `uniform`, `ensemble` and, where there is a router, `router` and
-    `best`.
+    """Compare every expert alone, `base`, `uniform`, `ensemble`, and with a router `router` and `best`.
 
     What `benchmark` left in `output_dir` with the same options is used, and what is missing is made. Under
     `accelerate launch` the processes share that work; the first one analyses, and the others return an empty
@@ -169,8 +183,7 @@ def _runs_of(
     source: str | None, dataset: str, folder: Path, options: dict[str, Any], progress: Progress | None
 ) -> dict[str, Run]:
     """Every strategy's run; what is missing is made."""
-    where = {name: options[name] for name in ("base_model", *WHERE) if name in options}
-    found = find_model(source, **where)
+    found = find_model(source, **{name: options[name] for name in OF_SOURCE if name in options})
     if not found.is_mixture:
         raise InputError(
             f"{found.source} is an ordinary model without experts, so there is nothing to analyse"
@@ -252,15 +265,14 @@ def _categories(run: Run) -> dict[str, list[str]]:
     data = load_benchmark(run.benchmark, mini=run.mini)
     if data.dataset_hash != run.dataset_hash:
         raise InputError(
-            f"the runs are of a {run.benchmark} data set with hash {run.dataset_hash}, and the one at hand has "
+            f"the runs are of a {run.benchmark} data set with hash {run.dataset_hash}, and the one on this machine has "
             f"{data.dataset_hash}; name that file in {run.benchmark.upper()}_OVERRIDE_PATH"
         )
     return {task_id: categories_of(data.tasks[task_id]) for task_id in run.task_ids}
 
 
 def _router_choices(run: Run, folder: Path, trace: Callable[[str], Any] | None) -> dict[str, Any] | None:
-    """`chosen`, by task, and `expert_shares`, from the routing analysis of this run's samples; made if it is
-    missing.
+    """Return `chosen` and `expert_shares` by task, from the routing analysis of this run's samples.
 
     Args:
         trace: makes the routing analysis of a samples file; None if that cannot be, and then neither may be
@@ -311,8 +323,7 @@ def _trace_router(
 def _count_choices(
     choices: Mapping[str, Any], run: Run, categories: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """For every expert, in their order: how many tasks are mostly its own, and its mean share of the
-    weights."""
+    """Count, for every expert, the tasks that are mostly its own, and average its share of the weights."""
     experts = range(len(run.expert_names))
 
     def counts(task_ids: list[str]) -> list[int]:
@@ -322,11 +333,12 @@ def _count_choices(
     shares = [choices["expert_shares"][task_id] for task_id in run.task_ids]
     shares = [of_task for of_task in shares if of_task is not None]
     names = dict.fromkeys(category for task_id in run.task_ids for category in categories[task_id])
+    mean_shares = None
+    if shares:
+        mean_shares = [sum(of_task[expert] for of_task in shares) / len(shares) for expert in experts]
     return {
         "counts": counts(run.task_ids),
-        "mean_expert_shares": [sum(of_task[i] for of_task in shares) / len(shares) for i in experts]
-        if shares
-        else None,
+        "mean_expert_shares": mean_shares,
         "categories": [
             {"category": name, "counts": counts([task for task in run.task_ids if name in categories[task]])}
             for name in names

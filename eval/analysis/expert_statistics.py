@@ -1,8 +1,7 @@
-"""What results of several strategies on the same tasks say of the experts and of the router, as plain numbers
-and words.
+"""What results of several strategies on the same tasks say of the experts and of the router.
 
 Everything is computed from shares: of every task, in one order, the share of a strategy's samples that pass
-(0.0 to 1.0). Knows the names of the strategies. Knows nothing about files, models or how results came about.
+(0.0 to 1.0).
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ def figures(
 
 
 def possible_gain(shares: Shares, experts: Sequence[str], best: str) -> dict[str, Any]:
-    """How much of what perfect choice among the experts would add to the best of them, each way of combining
-    them adds.
+    """Compute how much of what perfect choice among the experts would add each way of combining them adds.
 
     The oracle takes the best expert of every task: with one sample a task, it solves what any expert alone
     solves. The share is (pass@1 - best single) / (oracle - best single): 0 is as good as the best single
@@ -90,6 +88,7 @@ def possible_gain(shares: Shares, experts: Sequence[str], best: str) -> dict[str
     reached |= {strategy: _mean(shares[strategy]) for strategy in shares if strategy not in experts}
     gain = oracle - floor
     defined = gain > 0
+    note = "no task is solved by another expert and not by the best one, so no share is defined"
     return {
         "oracle": _pass_at_1(table.max(axis=0)),
         "gain": gain,
@@ -97,15 +96,12 @@ def possible_gain(shares: Shares, experts: Sequence[str], best: str) -> dict[str
             {"strategy": strategy, "pass@1": value, "share": (value - floor) / gain if defined else None}
             for strategy, value in reached.items()
         ],
-        "note": None
-        if defined
-        else "no task is solved by another expert and not by the best one, so no share is defined",
+        "note": None if defined else note,
     }
 
 
 def comparisons(shares: Shares, experts: Sequence[str], n_samples: int) -> list[dict[str, Any]]:
-    """The router against every other strategy, paired by task; `p_value_holm` is corrected for all of them
-    together.
+    """Compare the router with every other strategy, paired by task; `p_value_holm` is corrected for all.
 
     Every expert alone is among them, so that picking out the best one afterwards needs no further correction.
     """
@@ -130,8 +126,9 @@ def comparisons(shares: Shares, experts: Sequence[str], n_samples: int) -> list[
 
 
 def verdict(compared: Sequence[Mapping[str, Any]], best: str, shares: Shares) -> dict[str, Any]:
-    """Whether the router is worth having: "helps", "hurts" or "no evidence", by its comparison with the best
-    single expert, and the same against `uniform` and `base`.
+    """Judge whether the router is worth having: "helps", "hurts" or "no evidence".
+
+    That is its comparison with the best single expert; the same is said against `uniform` and `base`.
 
     It helps if it solves more and the Holm-corrected p-value is below `SIGNIFICANCE`, hurts if it solves
     fewer and that is so; otherwise there is no evidence, which does not mean that there is no difference:

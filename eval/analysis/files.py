@@ -1,5 +1,4 @@
-"""The files that analyses leave in a benchmark's folder, and the version of their content that this package
-reads."""
+"""The files that analyses leave in a benchmark's folder, and their versions."""
 
 from __future__ import annotations
 

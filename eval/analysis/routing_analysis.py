@@ -1,11 +1,10 @@
-"""What the router of a mixture does on a benchmark: which experts act at which tokens, how surely, how
-evenly, how well.
+"""What the router of a mixture does on a benchmark: which experts act where, how surely and how evenly.
 
     routing_tasks.jsonl     a line a task: its tokens, the weights at each of them, what follows from these
-    routing_analysis.json   the whole set: shares, categories, load balance, agreement; the tasks without their tokens
+    routing_analysis.json   the whole set: shares, categories, load balance, agreement; tasks without tokens
 
-Reads the completions that `benchmark` left in its folder, or has it make them. Knows which files lie where.
-Knows nothing about how weights come about or what is computed from them.
+Reads the completions that `benchmark` left in its folder, or has it make them. `routing_trace` traces,
+`routing_summary` computes.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.staging import staged_file, write_atomically
 
-from ..benchmark import DEFAULT_FOLDER, BenchmarkOptions, Progress, benchmark
+from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import Benchmark, load_benchmark
+from ..options import DEFAULT_FOLDER, BenchmarkOptions
 from ..sampling.loading import FoundModel, LoadedModel, find_model
 from ..sampling.run_record import Run, file_sha256
 from .files import ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
@@ -34,21 +34,26 @@ from .task_categories import categories_of
 
 
 DIGITS = 4
-SOURCE_OPTIONS = (
-    "base_model",
-    "adapter_path",
-    "backend",
-    "revision",
-    "subfolder",
-    "lora_alpha",
-    "trust_remote_code",
+DESCRIBED = (
+    "model",
+    "model_label",
+    "benchmark",
+    "mini",
+    "dataset_file",
+    "samples",
+    "samples_sha256",
+    "n_samples",
+    "temperature",
+    "dtype",
 )
 
 
 @dataclass(frozen=True)
 class RoutingAnalysis:
-    """What was written, and where. `summary` is the content of `routing_analysis.json`: see
-    `docs/report-files.md`."""
+    """What was written, and where; `summary` is the content of `routing_analysis.json`.
+
+    docs/report-files.md lists its fields.
+    """
 
     output_dir: Path
     summary: dict[str, Any]
@@ -98,7 +103,7 @@ def routing_analysis(
     chosen = BenchmarkOptions.of(options, routing_analysis)
     tell = progress or (lambda what, done, total: None)
     folder = Path(output_dir)
-    found = find_model(model, **{name: getattr(chosen, name) for name in SOURCE_OPTIONS})
+    found = find_model(model, **chosen.of_source)
     if not (found.is_mixture and found.config.has_router):
         raise InputError(f"{found.source} has no router, so there is no routing to analyse")
     tasks = load_benchmark(dataset, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
@@ -172,8 +177,7 @@ def _trace(
 
 
 def task_line(known: dict[str, Any], trace: Trace) -> dict[str, Any]:
-    """A line of `routing_tasks.jsonl`: what is known of the task, and every token; numbers of `DIGITS`
-    digits."""
+    """Make a line of `routing_tasks.jsonl`: what is known of the task, and every token."""
     return {
         **_rounded(known),
         "num_prompt_tokens": trace.num_prompt_tokens,
@@ -186,9 +190,8 @@ def task_line(known: dict[str, Any], trace: Trace) -> dict[str, Any]:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         rounded = round(value, DIGITS)
-        return (
-            int(rounded) if rounded.is_integer() else rounded
-        )  # 0 and not 0.0: most weights of a sparse router
+        # 0 and not 0.0, as most weights of a sparse router are
+        return int(rounded) if rounded.is_integer() else rounded
     if isinstance(value, list):
         return [_rounded(entry) for entry in value]
     if isinstance(value, dict):
@@ -200,13 +203,9 @@ def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """Which samples were traced, and how the model that was loaded turns logits into weights."""
     dense = loaded.model.routes_densely
     config = loaded.model.config
-    named = (
-        "model", "model_label", "benchmark", "mini", "dataset_file", "samples", "samples_sha256", "n_samples",
-        "temperature", "dtype",
-    )  # fmt: skip
     return {
         "format_version": ROUTING_VERSION,
-        **{name: getattr(run, name) for name in named},
+        **{name: getattr(run, name) for name in DESCRIBED},
         "expert_names": loaded.expert_names,
         "routing": {
             "mode": "dense" if dense else "sparse",

@@ -1,8 +1,4 @@
-"""What a routing analysis reads in a benchmark's folder: the router's completions, and what each expert can
-do alone.
-
-Knows the folder's runs and EvalPlus's files. Knows nothing about models or routing weights.
-"""
+"""What a routing analysis reads in a benchmark's folder: the router's completions, and experts' results."""
 
 from __future__ import annotations
 
@@ -36,8 +32,7 @@ def runs_of(found: FoundModel, tasks: Benchmark, folder: Path) -> list[Run]:
 
 
 def run_of_router(runs: list[Run], tasks: Benchmark) -> Run | None:
-    """The one to analyse: all the tasks that were asked for, or, if all were, as many as there are; greedy,
-    if any is."""
+    """Choose the run to analyse: of all tasks asked for, or as many as there are; greedy, if any is."""
     candidates = [
         run
         for run in runs
@@ -49,8 +44,7 @@ def run_of_router(runs: list[Run], tasks: Benchmark) -> Run | None:
 
 
 def read_texts(run: Run, tasks: Benchmark, task_ids: list[str], tokenizer: Any) -> Iterator[Text]:
-    """The prompt of each task, as the model was given it, and its first completion, in the order of the
-    samples' file.
+    """Read each task's prompt, as the model was given it, and first completion, in the samples' order.
 
     Raises:
         InputError: the raw samples are missing, damaged, not those that were recorded, or do not begin with
@@ -76,7 +70,7 @@ def read_texts(run: Run, tasks: Benchmark, task_ids: list[str], tokenizer: Any) 
         # EvalPlus notes what follows a prompt with it, and what follows a chat prompt without.
         yield Text(task_id, prompt, solution.removeprefix(prompt) if direct else solution)
     if waiting:
-        raise InputError(f"{run.raw_samples_path} holds no sample of {min(waiting)}; benchmark it anew")
+        raise InputError(f"{run.raw_samples_path} holds no sample of {min(waiting)}; benchmark it again")
 
 
 def _raw_samples(path: Path) -> Iterator[tuple[str, str]]:
@@ -87,7 +81,7 @@ def _raw_samples(path: Path) -> Iterator[tuple[str, str]]:
                 yield sample["task_id"], sample["solution"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} holds no samples ({type(error).__name__}: {error}); benchmark it anew"
+            f"{path} holds no samples ({type(error).__name__}: {error}); benchmark it again"
         ) from error
 
 
@@ -100,15 +94,11 @@ class Results:
     """
 
     def __init__(self, router: Run, runs: list[Run], expert_names: list[str]):
-        alike = [
+        comparable = [
             run for run in runs if all(getattr(run, name) == getattr(router, name) for name in SAME_QUESTIONS)
         ]
-        singles = [
-            next(
-                (run for run in alike if run.routing_strategy == f"single:{index}" and run.has_results), None
-            )
-            for index in range(len(expert_names))
-        ]
+        scored = {run.routing_strategy: run for run in reversed(comparable) if run.has_results}
+        singles = [scored.get(f"single:{index}") for index in range(len(expert_names))]
         read = [
             read_results(run.results_path) if run and run.has_results else None for run in (router, *singles)
         ]
@@ -117,7 +107,9 @@ class Results:
             tasks and {task_id: result.plus if plus else result.base for task_id, result in tasks.items()}
             for tasks in read
         ]
-        self.tests = ("plus" if plus else "base") if any(shares) else None
+        self.tests = None
+        if any(shares):
+            self.tests = "plus" if plus else "base"
         self._router, self._experts = shares[0], shares[1:]
 
     def passed(self, task_id: str) -> float | None:

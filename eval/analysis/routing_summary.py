@@ -1,7 +1,6 @@
 """What the router did over a set of tasks, from the traces of one task after the other.
 
-Nothing that grows with the number of tokens is kept. Knows traces and, of a task, its id, categories and
-results. Knows nothing about models, files or where results come from.
+Nothing that grows with the number of tokens is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ KEPT = ("num_tokens", "confidence", "entropy", "gate_confidence", "gate_entropy"
 
 
 class RoutingTotals:
-    """Sums over tokens, in float64, of as many stretches of tokens as are added."""
+    """Sums over tokens, in float64, of as many parts of texts as are added."""
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
@@ -74,9 +73,11 @@ class RoutingTotals:
         }
 
     def balance(self) -> dict[str, float] | None:
-        """How evenly the load lies: the coefficient of variation of the shares (standard deviation over mean;
-        0 is even, sqrt(N - 1) is all on one expert), and the loss that training adds for it, over these
-        tokens."""
+        """Measure how evenly the load lies, over these tokens.
+
+        That is the coefficient of variation of the shares (standard deviation over mean; 0 is even, sqrt(N -
+        1) is all on one expert), and the loss that training adds for it.
+        """
         if self.num_tokens == 0:
             return None
         shares = self.weights / self.num_tokens
@@ -144,8 +145,7 @@ class RoutingSummary:
         }
 
     def _by_category(self) -> list[dict[str, Any]]:
-        """Mean expert shares over the tasks of each category, every task counting the same; the largest
-        first."""
+        """Average expert shares over the tasks of each category, all counting the same; the largest first."""
         rows = []
         for category in categories_of_tasks(self.tasks):
             tasks = [task for task in self.tasks if category in task["categories"] and task["expert_shares"]]
@@ -172,12 +172,11 @@ def categories_of_tasks(tasks: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def agreement(tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """How well the router's choice goes with what each expert alone can do; None where that is not known of
-    every task.
+    """Compare the router's choice with what each expert alone can do; None if that is not known throughout.
 
     Only tasks count on which it matters whom one asks: those that some experts solve and others do not (with
     several samples a task: on which the experts' shares differ). `chosen` is how often the router's choice
-    alone solves them, `uniform` what a choice by lot would give in expectation, `best` what the best choice
+    alone solves them, `uniform` what a random expert would give in expectation, `best` what the best choice
     would give.
     """
     if not tasks or any(task["experts_passed"] is None for task in tasks):

@@ -1,7 +1,6 @@
 """What the router does at every token of a text, and the figures that follow from its weights.
 
-One pass of the model over prompt and completion, several texts at a time. Knows a model, a tokenizer and
-texts. Knows nothing about benchmarks, files or categories.
+One pass of the model over prompt and completion, several texts at a time.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """A stretch of tokens. `weights` and `probabilities` are of shape `[tokens, num_experts]`."""
+    """A part of a text. `weights` and `probabilities` are of shape `[tokens, num_experts]`."""
 
     weights: torch.Tensor
     probabilities: torch.Tensor
@@ -105,8 +104,7 @@ class TokenRouting:
 
 
 def entropy(weights: torch.Tensor) -> torch.Tensor:
-    """`[tokens, num_experts]` -> `[tokens]`, in nats: 0 where one expert has all the weight, log N where all
-    are equal."""
+    """Compute the entropy in nats, `[tokens, num_experts]` -> `[tokens]`: 0 to log N."""
     return torch.special.entr(weights).sum(dim=-1)
 
 
@@ -155,8 +153,7 @@ def trace_texts(
 
 
 def _up_to(end: LastPosition | None, token_ids: list[int], seen: list[int]) -> Row:
-    """A row without what comes after the model's last position, which it did not read when it wrote the text
-    either."""
+    """Cut a row at the model's last position, behind which it read nothing when it wrote the text, either."""
     while end is not None and end.taken(seen) > end.positions:
         token_ids, seen = token_ids[:-1], seen[:-1]
     return token_ids, seen

@@ -1,10 +1,9 @@
-"""How sure a figure over tasks is: intervals of pass@k and of differences, tests of pairs, correction for
-several.
+"""How sure a figure over tasks is: intervals of pass@k and of differences, tests of pairs, corrections.
 
 Every function takes one number for each task: the share of its samples that pass, or its estimate of pass@k,
 0.0 to 1.0. The tasks are treated as drawn from all tasks that could have been asked, independently of each
 other; nothing here can make up for tasks that a model has seen in training. All of it is deterministic: what
-resamples has a fixed seed. It knows nothing about models, strategies or files.
+resamples has a fixed seed.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def interval(successes_per_task: Sequence[float], confidence: float = 0.95) -> t
 def difference_interval(
     first: Sequence[float], second: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float]:
-    """An interval of mean(first) - mean(second) over the same tasks in the same order: (low, high), within
-    -1.0 and 1.0.
+    """Compute an interval of mean(first) - mean(second) over the same tasks: (low, high), within -1 and 1.
 
     The percentile bootstrap over tasks: a task is drawn with both its results, so that what makes a task easy
     or hard for both cancels out. Where all tasks show the same difference (often none at all), see
@@ -105,8 +103,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], n_samples: int 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values, in the order given, that may each be compared with one level for
-    all.
+    """Correct p-values by Holm's step-down method, so that each may be compared with one level.
 
     The chance of one or more false findings among all of them is then at most that level, however the tests
     depend on each other (Holm, Scandinavian Journal of Statistics 6, 1979).
@@ -158,8 +155,7 @@ def _bootstrap(
 def _interval_of_equals(
     value: float, count: int, confidence: float, *, lowest: float, highest: float
 ) -> tuple[float, float]:
-    """An interval of the mean where all `count` tasks have one `value`, so that the bootstrap's would have no
-    width.
+    """Compute an interval where all tasks have one `value`, so that the bootstrap's would have no width.
 
     Tasks that are otherwise may still exist, but `count` in a row were not: their share is at most what
     Clopper and Pearson's interval says of 0 in `count` (2.2 % for 164 tasks). At worst those all have the

@@ -3,38 +3,43 @@
 A task has every category whose rule it meets, and `other` if it meets none. The rules read Python's own
 syntax tree of `prompt` + `canonical_solution` (with the helpers that the prompt gives; texts of docstrings
 and comments are not read), and the arguments of the calls of `entry_point` that the prompt shows as examples.
-They are about how the reference solves the task; another solution may do it otherwise.
+They are about how the reference solves the task; another solution may do it otherwise. The rules:
 
-| category | the task has it if |
-|---|---|
-| strings | a parameter or the result is annotated as `str`, or an example's argument is or holds a string; or
-the code calls a method that only strings have (`split`, `join`, `lower`, ...), calls `str`, `chr` or `ord`,
-has an f-string, or imports `string` or `re` | | numbers | a parameter itself is a number: annotated as `int`,
-`float` or `complex`, a number in an example, given to `range`, `bin` or `abs`, or added to, subtracted from,
-divided by or compared with a number that stands in the code | | lists | annotated as a list or sequence, an
-example's argument is or holds a list; or the code has a list display or comprehension, calls `list`, or
-`append`, `extend` or `insert` | | tuples | annotated as a tuple, an example's argument is or holds a tuple;
-or the code calls `tuple`, or returns a tuple, or puts tuples into another collection | | dictionaries |
-annotated as a dictionary, an example's argument is or holds one; or the code has a dictionary display or
-comprehension, calls `dict`, `Counter`, `defaultdict` or `OrderedDict`, or `items`, `values`, `keys` or
-`setdefault` | | sets | annotated as a set, an example's argument is or holds one; or the code has a set
-display or comprehension, or calls `set` or `frozenset` | | sorting | the code calls `sorted` or `sort`, or
-imports `heapq` | | searching | the code calls `index`, `find`, `rfind`, `next`, `any`, `all`, or imports
-`bisect`; or leaves a loop early (`break`, or `return` inside it) | | extremes | the code calls `min`, `max`,
-`nlargest` or `nsmallest` | | conditions | the code chooses between three or more ways: two or more `if` or
-`elif` statements or conditional expressions within one function, filters of comprehensions not counted | |
-nested loops | a `for` or `while` inside another, or a comprehension with several `for`; a comprehension
-counts as a loop | | functions as values | the code has a `lambda`, or calls `map`, `filter` or `reduce` | |
-recursion | a function calls itself, directly or through others of the code | | parsing | text is turned into
-data: `int` or `float` of something other than a number in the code together with strings (as above), or
-    `split`, `splitlines`, `partition`, `eval`, `literal_eval`, `strptime`, or an import of `re` or `json` | |
-    regular expressions | the code imports `re` | | mathematics | the code imports `math`, `cmath`,
-    `fractions`, `decimal` or `statistics`, calls `pow`, `divmod` or `round`, or has the operators `**`, `/`,
-    `//`, `%` or `*` (the last two not next to a text or list that stands in the code, where they fill in and
-    repeat) | | bit operations | the code has `<<`, `>>` or `~`, calls `bin` or `bit_length`, or has `&`, `|`
-    or `^` without having sets | | other | none of these |
-
-Knows the fields of EvalPlus's tasks. Knows nothing about models or results.
+    strings: a parameter or the result is annotated as `str`, or an example's argument is or holds a string;
+        or the code calls a method that only strings have (`split`, `join`, `lower`, ...), calls `str`, `chr`
+        or `ord`, has an f-string, or imports `string` or `re`
+    numbers: a parameter itself is a number: annotated as `int`, `float` or `complex`, a number in an example,
+        given to `range`, `bin` or `abs`, or added to, subtracted from, divided by or compared with a number
+        that stands in the code
+    lists: annotated as a list or sequence, an example's argument is or holds a list; or the code has a list
+        display or comprehension, calls `list`, or `append`, `extend` or `insert`
+    tuples: annotated as a tuple, an example's argument is or holds a tuple; or the code calls `tuple`, or
+        returns a tuple, or puts tuples into another collection
+    dictionaries: annotated as a dictionary, an example's argument is or holds one; or the code has a
+        dictionary display or comprehension, calls `dict`, `Counter`, `defaultdict` or `OrderedDict`, or
+        `items`, `values`, `keys` or `setdefault`
+    sets: annotated as a set, an example's argument is or holds one; or the code has a set display or
+        comprehension, or calls `set` or `frozenset`
+    sorting: the code calls `sorted` or `sort`, or imports `heapq`
+    searching: the code calls `index`, `find`, `rfind`, `next`, `any`, `all`, or imports `bisect`; or leaves a
+        loop early (`break`, or `return` inside it)
+    extremes: the code calls `min`, `max`, `nlargest` or `nsmallest`
+    conditions: the code chooses between three or more ways: two or more `if` or `elif` statements or
+        conditional expressions within one function, filters of comprehensions not counted
+    nested loops: a `for` or `while` inside another, or a comprehension with several `for`; a comprehension
+        counts as a loop
+    functions as values: the code has a `lambda`, or calls `map`, `filter` or `reduce`
+    recursion: a function calls itself, directly or through others of the code
+    parsing: text is turned into data: `int` or `float` of something other than a number in the code together
+        with strings (as above), or `split`, `splitlines`, `partition`, `eval`, `literal_eval`, `strptime`, or
+        an import of `re` or `json`
+    regular expressions: the code imports `re`
+    mathematics: the code imports `math`, `cmath`, `fractions`, `decimal` or `statistics`, calls `pow`,
+        `divmod` or `round`, or has the operators `**`, `/`, `//`, `%` or `*` (the last two not next to a text
+        or list that stands in the code, where they fill in and repeat)
+    bit operations: the code has `<<`, `>>` or `~`, calls `bin` or `bit_length`, or has `&`, `|` or `^`
+        without having sets
+    other: none of these
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """EvalPlus's data sets as this package uses them: which tasks, of which version, under which name.
 
-Everything is read by EvalPlus's own functions. Knows nothing about models or samples.
+Everything is read by EvalPlus's own functions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BENCHMARKS = {"humaneval": "humaneval", "humanevalplus": "humaneval", "mbpp": "m
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set of EvalPlus, or a stretch of it.
+    """A data set of EvalPlus, or a part of it.
 
     Attributes:
         name: "humaneval" or "mbpp".
@@ -107,7 +107,7 @@ def load_benchmark(
     if not every or not all(isinstance(task_id, str) for task_id in every):
         wrong = "holds no task" if not every else "has ids that are no text, which EvalPlus cannot score"
         raise InputError(f"{_own_file(name) or name} {wrong}")
-    tasks, chosen = _stretch(every, id_range, limit)
+    tasks, chosen = _part(every, id_range, limit)
     subset = None
     if len(tasks) < len(every):
         which = "the first" if chosen is None else f"tasks {chosen[0]} to {chosen[1] - 1},"
@@ -116,15 +116,14 @@ def load_benchmark(
 
 
 def _own_file(name: str) -> str | None:
-    """The file that EvalPlus reads in place of its own, which need not hold what the benchmark's name
-    says."""
+    """Return the file that EvalPlus reads in place of its own, which may hold other tasks."""
     from evalplus.data import humaneval, mbpp
 
     path = {"humaneval": humaneval.HUMANEVAL_OVERRIDE_PATH, "mbpp": mbpp.MBPP_OVERRIDE_PATH}[name]
     return Path(path).name if path else None
 
 
-def _stretch(
+def _part(
     every: dict[str, dict], id_range: Sequence[int] | None, limit: int | None
 ) -> tuple[dict[str, dict], tuple[int, int] | None]:
     """The wanted tasks, and their range of numbers where all have one."""
@@ -153,18 +152,16 @@ def _stretch(
 
 
 def _number(task_id: str) -> int | None:
-    """The number that a task's id ends in, `HumanEval/53`; None where it has another end,
-    `HumanEval/53_v2`."""
+    """Return the number that a task's id ends in, `HumanEval/53`; None for another end, `HumanEval/53_v2`."""
     end = task_id.rpartition("/")[2]
     return int(end) if end.isascii() and end.isdigit() else None
 
 
 def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
-    """EvalPlus's expected outputs of (at least) a benchmark's tasks: task id to outputs and times, base and
-    plus.
+    """Return EvalPlus's expected outputs and times, base and plus, of (at least) a benchmark's tasks, by id.
 
     Those of a whole set are kept for the next time, which HumanEval+ and MBPP+ take a minute each and
-    hundreds of megabytes for. Those of a stretch are kept by nobody, unless the whole set's are there.
+    hundreds of megabytes for. Those of a part are not kept, unless the whole set's are there.
 
     Raises:
         InputError: the kept file is damaged.

@@ -1,10 +1,9 @@
 """EvalPlus's own decoder and loop around a model that is asked in batches.
 
 EvalPlus asks one prompt at a time, and what it asks and what it makes of the answers (chat templates, stop
-strings, trimming, sanitising, its two files) lies inside its decoder and its loop. So these run twice, as
-they are, with a stand-in for the model: once that notes every question, and, when all answers are there,
-twice that gives them, since sanitising, too, is done for many at once in between.
-Knows nothing about how answers come about, or about routing.
+strings, trimming, sanitising, its two files) lies inside its decoder and its loop. So these run several
+times, unchanged, with a stand-in for the model: once it notes every question, and, when all answers are
+there, it gives them twice, since sanitising, too, is done for many at once in between.
 """
 
 from __future__ import annotations
@@ -60,8 +59,11 @@ class Question:
 
 
 class StandIn:
-    """Takes the place of a model inside EvalPlus's decoder: `answer` gets the prompt and the arguments of
-    `generate`, and returns the new tokens of one or more sequences, `[sequences, new tokens]`."""
+    """Takes the place of a model inside EvalPlus's decoder.
+
+    `answer` gets the prompt and the arguments of `generate`, and returns the new tokens of one or more
+    sequences, `[sequences, new tokens]`.
+    """
 
     def __init__(self, answer: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]):
         self.answer = answer
@@ -123,7 +125,7 @@ def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Ques
     prompts = _decoder(benchmark, note, tokenizer, batch_size=1, **decoder)
     with tempfile.TemporaryDirectory() as folder:
         _run_loop(Path(folder) / "questions.jsonl", benchmark, prompts, 1, lambda code, entrypoint: code)
-    ours = {"num_return_sequences", "pad_token_id", "stop_strings", "tokenizer"}  # decided anew for a batch
+    ours = {"num_return_sequences", "pad_token_id", "stop_strings", "tokenizer"}  # decided again for a batch
     questions = [
         Question(task_id, input_ids, {name: value for name, value in arguments.items() if name not in ours})
         for task_id, (input_ids, arguments) in zip(benchmark.task_ids, asked, strict=True)
@@ -140,7 +142,7 @@ def write_samples(
     sanitize: Sanitize,
     **decoder: Any,
 ) -> None:
-    """Write EvalPlus's two files, `path` and the same with `.raw.jsonl`, by its own code; each at one stroke.
+    """Write EvalPlus's two files, `path` and the same with `.raw.jsonl`, by its own code; each atomically.
 
     Args:
         completions: the new tokens of every sample, by task id and number.
@@ -181,14 +183,12 @@ def write_samples(
 
 
 def unfinished_files(path: Path) -> Path:
-    """The folder in which `write_samples` writes. Its name is always the same, so that what a killed process
-    left is found."""
+    """Return the folder in which `write_samples` writes, always the same, so that what is left is found."""
     return path.parent / f".samples-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
 
 
 def prompt_text(benchmark: Benchmark, task_id: str, tokenizer: Any, force_base_prompt: bool = False) -> str:
-    """The text that the model goes on from: the task's prompt, in a chat template where EvalPlus would use
-    it."""
+    """Return what the model goes on from: the prompt, in a chat template where EvalPlus would use it."""
     prompt = benchmark.tasks[task_id]["prompt"].strip() + "\n"
     if force_base_prompt or tokenizer.chat_template is None:
         return prompt

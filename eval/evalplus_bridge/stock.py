@@ -1,4 +1,7 @@
-"""Runs unmodified EvalPlus on a model in a process of its own; imports neither evalplus nor torch."""
+"""Runs unmodified EvalPlus on a model in a process of its own.
+
+Neither evalplus nor torch is imported here.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +64,7 @@ def run_stock_evalplus(
     extra_arguments: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
-    """Generates greedily with `model` (a folder or a Hub id), scores, and returns the path of the result
-    file.
+    """Generate greedily with `model` (a folder or a Hub id), score, and return the result file's path.
 
     `root` must be empty or absent: EvalPlus would go on from samples it finds there and read old results as
     new. `dataset_path` replaces the named data set's own file. `threads` limits each process's CPU threads;

@@ -1,9 +1,8 @@
-"""Whether a tokenizer lets right answers through: the reference solutions, by the way that EvalPlus takes
-prompts and answers.
+"""Whether a tokenizer lets right answers through: the reference solutions, taken as EvalPlus takes answers.
 
 EvalPlus encodes a prompt with all special tokens that the tokenizer adds, and decodes the new tokens alone. A
 tokenizer that changes texts on either way makes a figure that says nothing about the model; stock EvalPlus
-says nothing either. Knows tokenizers and tasks.
+does not report it.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ def warn_of_tokenizer(
 
 
 def round_trip(tokenizer: Any, benchmarks: Iterable[Benchmark], force_base_prompt: bool = False) -> RoundTrip:
-    """Take every task's prompt and reference solution through a tokenizer, as EvalPlus takes prompts and
-    answers."""
+    """Take every task's prompt and reference solution through a tokenizer, as EvalPlus does."""
     from .decoder import prompt_text
 
     direct = force_base_prompt or tokenizer.chat_template is None
@@ -108,8 +106,7 @@ def round_trip(tokenizer: Any, benchmarks: Iterable[Benchmark], force_base_promp
 
 
 def _new_tokens(tokenizer: Any, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
-    """The tokens of an answer as they follow the prompt's; its own, where the two are cut otherwise at the
-    boundary."""
+    """Return an answer's tokens as they follow the prompt's; its own, if the two are cut otherwise there."""
     whole = tokenizer.encode(prompt + answer)
     if whole[: len(prompt_ids)] == prompt_ids:
         return whole[len(prompt_ids) :]
@@ -127,8 +124,7 @@ def _look_at_ends(found: RoundTrip, task_id: str, tokenizer: Any, prompt: str, i
 
 
 def _mean_the_same(first: str, second: str) -> bool:
-    """Whether two texts are one program to Python: blanks at the end of a line, for instance, change
-    nothing."""
+    """Return whether two texts are one program to Python; blanks at the end of a line change nothing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Python finds odd in a program

@@ -1,7 +1,8 @@
 """What people look at: the page, tables and figures of a benchmark's folder.
 
-Read `content` first: everything in the folder, read once. `page` makes `report.html`, `tables` and the files named
-`*_table` or `*_tables` make tables, `figures` draws them, `run_labels` names runs so that no two look the same.
+Read `content` first: everything in the folder, read once. `report_table` is a table and how it is shown, `tables`,
+`expert_tables` and `routing_tables` fill them, `page` makes `report.html`, `figures` draws, and `run_labels` gives
+every run a name of its own.
 """
 
 from __future__ import annotations

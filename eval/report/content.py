@@ -1,7 +1,6 @@
 """What a benchmark's folder holds, read for a report: runs and scores, expert analysis, routing analysis.
 
-Knows files, and whether what lies in them still belongs together. Knows nothing about pages, tables or
-pictures.
+Says as well what does not belong together any more.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class ReportContent:
     has_routing_lines: bool = True
 
     def routing_lines(self) -> Iterator[dict[str, Any]]:
-        """The lines of `routing_tasks.jsonl`, one after the other; none where it is missing or another
-        analysis's."""
+        """Yield the lines of `routing_tasks.jsonl`; none where it is missing or of another analysis."""
         path = self.folder / ROUTING_TASKS_FILE
         if self.routing is None or not self.has_routing_lines:
             return
@@ -88,13 +86,13 @@ def read_folder(folder: str | Path) -> ReportContent:
 
 
 def _why(run: Run) -> str:
+    if run.samples_sha256 is None:
+        return "its samples are not complete"
     if not run.has_samples:
-        return (
-            "its samples are not complete"
-            if run.samples_sha256 is None
-            else "its samples changed after they were made"
-        )
-    return "it is not scored" if run.results is None else "its results changed after they were scored"
+        return "its samples changed after they were made"
+    if run.results is None:
+        return "it is not scored"
+    return "its results changed after they were scored"
 
 
 def _read(path: Path, version: int, command: str) -> dict[str, Any] | None:
@@ -110,8 +108,7 @@ def _note_changes(content: ReportContent, used: Any, what: str, command: str) ->
 
 
 def _join_results(content: ReportContent) -> None:
-    """Put in what has been scored since the routing was traced: which tasks the router and each expert
-    solve."""
+    """Put in what has been scored since the routing was traced: what the router and each expert solve."""
     from ..analysis.routing_inputs import Results
     from ..analysis.routing_summary import agreement
 

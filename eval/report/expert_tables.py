@@ -1,16 +1,15 @@
-"""Prints an expert analysis as tables. Knows the fields of `expert_analysis.json`, computes nothing."""
+"""The tables of an expert analysis, from `expert_analysis.json`, and what the command prints of it.
+
+Figures by category and below are of the stricter tests there are, as the verdict is.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from .report_table import P_VALUE, POINTS, WHOLE_PERCENT, ReportTable
+from .run_labels import SEVERAL_CATEGORIES, analysis_label, expert_label, sampling_label, strategy_label
 
-from .run_labels import benchmark_label, sampling_label
-
-
-MOST_COLUMNS = 8
-KINDS = {"base": "base tests", "plus": "base and plus tests"}
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,163 +17,183 @@ if TYPE_CHECKING:
     from ..analysis.expert_analysis import ExpertAnalysis
 
 
+MOST_COLUMNS = 8  # for experts, on a terminal
+KINDS = {"base": "base tests", "plus": "base and plus tests"}
+
+
+def expert_tables(experts: dict[str, Any], most_experts: int | None = None) -> list[ReportTable]:
+    """Make the tables of an expert analysis.
+
+    Args:
+        most_experts: if there are more, the table of categories shows the best of them instead of each.
+    """
+    figures, names = experts["tests"][experts["headline_tests"]], experts["expert_names"]
+    in_short = most_experts is not None and len(names) > most_experts
+    tables = [
+        _experts(experts, figures, names),
+        _best_by_category(figures, names) if in_short else _categories(figures, names),
+        _gain(figures),
+    ]
+    if figures["comparisons"]:
+        tables.append(_comparisons(figures, names))
+    return tables
+
+
 def print_expert_analysis(analysis: ExpertAnalysis, console: Console) -> None:
-    """Every figure of the analysis, the verdict last. Those by category and below are of the stricter tests
-    there are."""
+    """Print every figure of the analysis, the verdict last."""
     summary = analysis.summary
-    figures = summary["tests"][summary["headline_tests"]]
-    kind = KINDS[summary["headline_tests"]]
-    console.print(_what(summary), markup=False)
-    console.print(_strategies(summary))
-    console.print(_experts(summary, figures, kind))
-    console.print(_categories(summary, figures, kind))
-    console.print(_gain(figures, kind))
-    if figures["possible_gain"]["note"]:
-        console.print(figures["possible_gain"]["note"], markup=False)
+    console.print(describe_experts(summary), markup=False)
+    for table in [_strategies(summary), *expert_tables(summary, MOST_COLUMNS)]:
+        table.print(console)
     if summary["has_router"]:
-        console.print(_comparisons(figures, kind))
-        console.print(figures["verdict"]["text"], markup=False)
+        console.print(summary["verdict"]["text"], markup=False)
     else:
         console.print("no router: there is nothing to judge")
 
 
-def _what(summary: dict[str, Any]) -> str:
-    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary["dataset_file"])
-    parts = [f"{summary['model_label']} on {benchmark}"]
-    parts.append(summary["subset"] or f"all {summary['num_tasks']} tasks")
-    parts.append(sampling_label(summary["n_samples"], summary["temperature"]))
-    return ", ".join(parts)
+def describe_experts(experts: dict[str, Any]) -> str:
+    """Say in a line what was analysed."""
+    sampling = sampling_label(experts["n_samples"], experts["temperature"])
+    return f"{analysis_label(experts)}, {sampling}; {KINDS[experts['headline_tests']]}"
 
 
-def _strategies(summary: dict[str, Any]) -> Table:
-    table = _table("pass@1 and its 95 % interval over tasks", "strategy", *map(KINDS.get, summary["tests"]))
-    columns = [figures["strategies"] for figures in summary["tests"].values()]
-    for cells in zip(*columns, strict=True):
-        table.add_row(_named(cells[0]["strategy"], summary), *map(_with_interval, cells))
-    return table
+def _strategies(experts: dict[str, Any]) -> ReportTable:
+    columns = ["routing strategy"]
+    for kind in experts["tests"]:
+        columns += [KINDS[kind], f"{KINDS[kind]} low", f"{KINDS[kind]} high"]
+    rows = []
+    for of_strategy in zip(*(figures["strategies"] for figures in experts["tests"].values()), strict=True):
+        row = [strategy_label(of_strategy[0]["strategy"], experts["expert_names"])]
+        for figures in of_strategy:
+            row += [figures["pass@1"], *figures["interval"]]
+        rows.append(row)
+    return ReportTable("strategies", "pass@1 and its 95 % interval over tasks", columns, rows)
 
 
-def _experts(summary: dict[str, Any], figures: dict[str, Any], kind: str) -> Table:
-    table = _table(f"Experts ({kind})", "expert", "solves", "alone of all", "the router's choice", "weight")
-    choices = summary["router_choices"]
+def _experts(experts: dict[str, Any], figures: dict[str, Any], names: list[str]) -> ReportTable:
+    choices = experts["router_choices"]
+    counts = shares = [None] * len(names)
+    if choices is not None:
+        counts = choices["counts"]
+        shares = choices["mean_expert_shares"] or shares
+    by_strategy = {row["strategy"]: row for row in figures["strategies"]}
+    rows = []
     for index, expert in enumerate(figures["only_one_expert"]):
-        chosen = weight = "-"
-        if choices is not None:
-            chosen = _of(choices["counts"][index], summary["num_tasks"])
-            weight = _percent(choices["mean_expert_shares"][index]) if choices["mean_expert_shares"] else "-"
-        only = len(expert["task_ids"])
-        table.add_row(
-            _named(expert["strategy"], summary), str(expert["num_solved"]), str(only), chosen, weight
+        alone = by_strategy[expert["strategy"]]
+        rows.append(
+            [
+                expert_label(index, names),
+                alone["pass@1"],
+                *alone["interval"],
+                expert["num_solved"],
+                len(expert["task_ids"]),
+                counts[index],
+                shares[index],
+            ]
         )
+    columns = [
+        "expert",
+        "pass@1",
+        "low",
+        "high",
+        "tasks solved",
+        "solved by no other",
+        "tasks given by the router",
+        "mean weight",
+    ]
+    title = "Each expert alone, and what the router makes of it"
+    return ReportTable("experts", title, columns, rows, _note_on_experts(experts, figures))
+
+
+def _note_on_experts(experts: dict[str, Any], figures: dict[str, Any]) -> str:
     by_none, by_all = figures["solved_by"][0], figures["solved_by"][-1]
-    caption = f"of {summary['num_tasks']} tasks, no expert solves {by_none} and every expert solves {by_all}"
+    note = f"Of {experts['num_tasks']} tasks, no expert solves {by_none} and every expert solves {by_all}"
     if figures["only_router"] is not None:
-        caption += (
+        note += (
             f"; the router solves {len(figures['only_router'])} that no expert solves alone, and misses "
             f"{len(figures['not_router'])} that some expert solves"
         )
-    if summary["has_router"] and choices is None:
-        caption += "; what the router chose is not known, as no routing-analysis of these samples is there"
-    table.caption = caption
-    return table
+    note += ". "
+    if experts["router_choices"] is not None:
+        note += "A task counts as given to the expert with the largest mean weight over its completion."
+    elif experts["has_router"]:
+        note += "What the router chose is not known, as no routing-analysis of these samples is there."
+    return note.strip()
 
 
-def _categories(summary: dict[str, Any], figures: dict[str, Any], kind: str) -> Table:
-    """A column for each expert, or one for the best of them where they are many."""
-    num_experts = len(summary["expert_names"])
+def _categories(figures: dict[str, Any], names: list[str]) -> ReportTable:
     strategies = [row["strategy"] for row in figures["strategies"]]
-    experts = strategies[:num_experts] if num_experts <= MOST_COLUMNS else ["best of the experts"]
-    title = f"pass@1 by category ({kind}); a task may have several; * best of the experts"
-    table = _table(title, "category", "tasks", *experts, *strategies[num_experts:], "oracle")
+    columns = ["category", "tasks", *(strategy_label(strategy, names) for strategy in strategies), "oracle"]
+    rows = []
     for row in figures["categories"]:
-        alone, others = row["strategies"][:num_experts], row["strategies"][num_experts:]
+        shares = [cell["pass@1"] for cell in row["strategies"]]
+        rows.append([row["category"], row["num_tasks"], *shares, row["oracle"]])
+    return ReportTable("expert_categories", "pass@1 by category", columns, rows, SEVERAL_CATEGORIES)
+
+
+def _best_by_category(figures: dict[str, Any], names: list[str]) -> ReportTable:
+    """Make the table of categories with the best expert of each in place of all."""
+    others = [row["strategy"] for row in figures["strategies"][len(names) :]]
+    columns = ["category", "tasks", "best of the experts", *others, "oracle"]
+    rows = []
+    for row in figures["categories"]:
+        shares = [cell["pass@1"] for cell in row["strategies"]]
         best = row["best_singles"]
-        if num_experts <= MOST_COLUMNS:
-            marked = best if len(best) < num_experts else []
-            cells = [_percent(cell["pass@1"]) + ("*" if cell["strategy"] in marked else "") for cell in alone]
-        else:
-            name = best[0] if len(best) == 1 else f"{len(best)} of them"
-            cells = [f"{_percent(max(cell['pass@1'] for cell in alone))} ({name})"]
-        cells += [_percent(cell["pass@1"]) for cell in others]
-        table.add_row(row["category"], str(row["num_tasks"]), *cells, _percent(row["oracle"]))
-    return table
+        which = best[0] if len(best) == 1 else f"{len(best)} of them"
+        best_share = f"{max(shares[: len(names)]):.1%} ({which})"
+        rows.append([row["category"], row["num_tasks"], best_share, *shares[len(names) :], row["oracle"]])
+    return ReportTable("expert_categories", "pass@1 by category", columns, rows, SEVERAL_CATEGORIES)
 
 
-def _gain(figures: dict[str, Any], kind: str) -> Table:
+def _gain(figures: dict[str, Any]) -> ReportTable:
     gain, best = figures["possible_gain"], figures["best_single"]
-    title = f"Share of the possible gain: (pass@1 - best single) / (oracle - best single) ({kind})"
-    table = _table(title, "", "pass@1", "share")
-    table.add_row(
-        "oracle: the best expert of every task",
-        _percent(gain["oracle"]["pass@1"]),
-        "-" if gain["note"] else "100%",
-    )
-    name = f"best single: {', '.join([best['strategy'], *best['equals']])}, chosen on {best['chosen_on']}"
-    table.add_row(name, _percent(best["pass@1"]), "-" if gain["note"] else "0%")
+    defined = gain["note"] is None
+    best_name = f"best single expert: {best['strategy']} ({best['expert']})"
+    note = gain["note"] or "Share of the possible gain: (pass@1 - best single) / (oracle - best single)"
+    note += f". The best single expert was chosen on {best['chosen_on']}"
+    note += f"; {', '.join(best['equals'])} did as well." if best["equals"] else "."
+    rows = [
+        ["oracle: the best expert of every task", gain["oracle"]["pass@1"], 1.0 if defined else None],
+        [best_name, best["pass@1"], 0.0 if defined else None],
+    ]
     for row in gain["reached"]:
-        share = "-" if row["share"] is None else f"{row['share']:.0%}"
-        label = {"mean_single": "mean of the experts alone"}.get(row["strategy"], row["strategy"])
-        table.add_row(label, _percent(row["pass@1"]), share)
-    return table
-
-
-def _comparisons(figures: dict[str, Any], kind: str) -> Table:
-    best = figures["best_single"]["strategy"]
-    title = f"The router against the others, task by task ({kind})"
-    table = _table(
-        title,
-        "router against",
-        "difference",
-        "95 % interval",
-        "router better",
-        "other better",
-        "p",
-        "p (Holm)",
+        name = "mean of the experts alone" if row["strategy"] == "mean_single" else row["strategy"]
+        rows.append([name, row["pass@1"], row["share"]])
+    return ReportTable(
+        "possible_gain",
+        "How much of the possible gain is reached",
+        ["choice of experts", "pass@1", "share of the gain"],
+        rows,
+        note,
+        formats={"share of the gain": WHOLE_PERCENT},
     )
+
+
+def _comparisons(figures: dict[str, Any], names: list[str]) -> ReportTable:
+    best = figures["best_single"]["strategy"]
+    rows = []
     for row in figures["comparisons"]:
-        low, high = row["interval"]
-        table.add_row(
-            row["second"] + (" (best single)" if row["second"] == best else ""),
-            _points(row["difference"]),
-            f"{_points(low)} to {_points(high)}",
-            str(row["first_better"]),
-            str(row["second_better"]),
-            f"{row['p_value']:.2g}",
-            f"{row['p_value_holm']:.2g}",
+        other = strategy_label(row["second"], names)
+        rows.append(
+            [
+                f"{other}, best single" if row["second"] == best else other,
+                row["difference"],
+                *row["interval"],
+                row["first_better"],
+                row["second_better"],
+                row["p_value"],
+                row["p_value_holm"],
+            ]
         )
-    return table
+    return ReportTable(
+        "comparisons",
+        "The router against the others, task by task",
+        ["router against", "difference", "low", "high", "only router", "only other", "p", "p (Holm)"],
+        rows,
+        "Differences of pass@1 over the same tasks, in points, with 95 % intervals; p is exact, and corrected by Holm "
+        "for all of these together.",
+        formats={"difference": POINTS, "p": P_VALUE, "p (Holm)": P_VALUE},
+    )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _named(strategy: str, summary: dict[str, Any]) -> str:
-    from rich.markup import escape
-
-    kind, _, index = strategy.partition(":")
-    return escape(f"{strategy} {summary['expert_names'][int(index)]}") if kind == "single" else strategy
-
-
-def _with_interval(cell: dict[str, Any]) -> str:
-    low, high = cell["interval"]
-    return f"{_percent(cell['pass@1'])} ({_percent(low)} to {_percent(high)})"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def _of(count: int, total: int) -> str:
-    return f"{count} ({count / total:.0%})"
-
-
-__all__ = ["print_expert_analysis"]
+__all__ = ["describe_experts", "expert_tables", "print_expert_analysis"]

@@ -1,15 +1,13 @@
-"""Pictures of a report's tables, each with its data as CSV and JSON beside it, and one that shows the whole
-at a glance.
+"""Pictures of a report's tables, each with its data as CSV and JSON beside it, and one for a README.
 
     figures/<name>.png, .csv, .json    for every table
-    overview.png                       scores, categories and one task's code, for a README
+    overview.png                       scores, categories and one task's code
 
-Drawn by matplotlib without a display. Knows tables and colours. Knows nothing about runs or models.
+Drawn by matplotlib without a display.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .code_picture import MUTED, code_height, draw_code
 from .content import ReportContent
 from .palette import INK, SCALE, STRONGEST, expert_color, hatch
+from .report_table import ReportTable
 from .routed_code import RoutedCode, example
 from .run_labels import one_line_names
-from .tables import ReportTable
 
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 FOLDER = "figures"
 OVERVIEW = "overview.png"
 DPI = 144
-MUTED = "#6b7075"
 ROW_HEIGHT = 0.3  # inches
 CHARACTER_WIDTH = 0.065  # inches, of a row's name
 MOST_LABELS = 60
@@ -142,7 +140,7 @@ def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
 
 
 def _score_width(table: ReportTable) -> float:
-    """Inches that the scores need: what tells the rows apart, and as much again as a bar takes to be read."""
+    """Inches that the scores need: their rows' names, and as much again as a bar takes to be read."""
     return 4.5 + CHARACTER_WIDTH * max(map(len, _score_names(table)))
 
 
@@ -250,7 +248,7 @@ def _draw_pairs(axes: Axes, table: ReportTable) -> None:
         look = {"color": expert_color(index), "hatch": hatch(index), "edgecolor": "white", "linewidth": 0}
         axes.barh(places, values, height=height * 0.92, label=name, **look)
     if table.name == "routing_load":
-        axes.axvline(1 / len(records), color=MUTED, linewidth=1, linestyle="--", label="all alike")
+        axes.axvline(1 / len(records), color=MUTED, linewidth=1, linestyle="--", label="all equal")
     if table.name == "experts":
         axes.set_xlabel("tasks")
     else:
@@ -335,81 +333,11 @@ def _figure_of_code(code: RoutedCode) -> Any:
     return figure
 
 
-def code_height(code: RoutedCode, width: float) -> float:
-    """Inches that a task's code takes at a width, with title and legend."""
-    labels = list(code.leading().values())
-    legend = 0.2 * math.ceil(len(labels) / _legend_columns(labels, width))
-    return 0.8 + legend + len(code.lines()) * _line_height(code, width)
-
-
-def _legend_columns(labels: list[str], width: float) -> int:
-    """How many entries of a legend fit beside each other."""
-    entry = 0.6 + 0.075 * max(map(len, labels), default=0)
-    return max(1, min(8, len(labels), int(width / entry)))
-
-
-def _line_height(code: RoutedCode, width: float) -> float:
-    columns = max(60, *(sum(len(token.text) for token in line) for line in code.lines()))
-    return min(0.24, (width - 0.5) / columns / 0.6 * 1.55)
-
-
-def draw_code(axes: Axes, code: RoutedCode, width: float) -> None:
-    """The text of a task, every token on the colour of its expert; numbers say where the expert changes."""
-    from matplotlib.patches import Patch, Rectangle
-
-    lines, height = code.lines(), _line_height(code, width)
-    size = height * 72 / 1.55
-    columns = (width - 0.5) * 72 / (size * 0.602)  # the width of a character of the font below
-    axes.set_xlim(0, columns)
-    axes.set_ylim(len(lines), 0)
-    axes.axis("off")
-    before = None
-    for row, line in enumerate(lines):
-        column = 0
-        for token in line:
-            text = token.text.rstrip("\n") or ("↵" if token.text else "")
-            fill = Rectangle(
-                (column, row + 0.12),
-                len(text),
-                0.8,
-                facecolor=expert_color(token.expert),
-                alpha=STRONGEST["light"] * token.strength,
-                linewidth=0,
-            )
-            axes.add_patch(fill)
-            ink = "#44494f" if token.in_prompt else INK["light"]
-            axes.text(
-                column, row + 0.56, text, family="DejaVu Sans Mono", fontsize=size, va="center", color=ink
-            )
-            if token.expert != before and text:
-                axes.text(
-                    column, row + 0.15, str(token.expert), fontsize=size * 0.5, va="center", color=MUTED
-                )
-                before = token.expert
-            column += len(text)
-    for row in code.boundary_rows():
-        axes.axhline(row, color=MUTED, linewidth=0.8, linestyle="--")
-        axes.text(
-            columns, row, "prompt above, completion below", fontsize=6.5, color=MUTED, ha="right", va="bottom"
-        )
-    leading = code.leading()
-    look = [
-        Patch(facecolor=expert_color(index), alpha=STRONGEST["light"], label=label)
-        for index, label in leading.items()
-    ]
-    columns = _legend_columns(list(leading.values()), width)
-    axes.figure.legend(handles=look, loc="outside lower left", ncols=columns, fontsize=8)
-    cut = f", its first {len(lines)} lines" if code.is_cut else ""
-    axes.set_title(
-        f"{code.task_id}{cut}: which expert leads at every token (stronger: {code.strength_label})"
-    )
-
-
 # Columns that `_draw_pairs` shows of a table.
 PAIRS = {
     "experts": ["tasks solved", "solved by no other", "tasks given by the router"],
     "routing_load": ["weight, prompts", "weight, completions", "tokens it leads, completions"],
-    "routing_agreement": ["the router's choice", "a choice by lot", "the best choice"],
+    "routing_agreement": ["the router's choice", "a random expert", "the best choice"],
 }
 # From which column up to which the shares stand.
 HEAT_COLUMNS: dict[str, Callable[[list[str]], tuple[int, int]]] = {

@@ -17,7 +17,7 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-// Theme: what the system says, until somebody chooses.
+// Theme: what the system says, until the reader chooses.
 byId("theme").addEventListener("click", () => {
   const root = document.documentElement;
   const dark = root.dataset.theme
@@ -189,7 +189,7 @@ function startTasks(routing) {
     const facts = element("dl");
     const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
     fact("categories", task.categories.map((index) => routing.categories[index]).join(", "));
-    fact("led by", task.chosen === null ? "nobody: the completion is empty" : label(task.chosen));
+    fact("led by", task.chosen === null ? "no expert: the completion is empty" : label(task.chosen));
     if (routing.tests) {
       fact("router", verdict(task.passed));
       if (task.experts_passed !== null) {

@@ -1,8 +1,7 @@
 """Makes a folder's `report.html`: one file that shows everything in it and asks nothing of the network.
 
 Whatever comes from data is escaped where it is text and encoded where it is data, and the page's own policy
-allows no script and no style but the two that are in it, by their hashes. Knows what goes where on the page.
-Knows nothing about how figures come about.
+allows no script and no style but the two that are in it, by their hashes.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,14 @@ from dylora_moe.version import __version__
 
 from ..sampling.run_record import Run
 from .content import ReportContent, read_folder
+from .expert_tables import describe_experts
 from .figures import write_figures
 from .palette import INK, PAGE, SCALE, STRONGEST, UNDERLINES, channels, expert_colors, underline
+from .report_table import ReportTable
 from .routed_code import RoutedCode, routed_code, shows_gate
+from .routing_tables import describe_routing, why_no_agreement
 from .run_labels import benchmark_label, one_line_names, sampling_label
-from .tables import ReportTable, report_tables
+from .tables import report_tables, score_groups
 
 
 REPORT_FILE = "report.html"
@@ -38,25 +39,62 @@ WEAKEST = 0.2  # a token's colour is never fainter than this share of the strong
 VERDICTS = {
     "helps": ("▲", "The router helps"),
     "hurts": ("▼", "The router hurts"),
-    "no evidence": ("■", "No evidence"),
+    "no evidence": ("■", "No evidence that the router helps or hurts"),
 }
 THEMES = {
-    "light": {"muted": "#5c6268", "line": "#dfe2e6", "card": "#f6f7f9", "hover": "#eef3f8", "accent": "#0b62a0",
-              "good": "#00704f", "bad": "#b04a00", "warn": "#e69f00"},
-    "dark": {"muted": "#a4abb3", "line": "#33383f", "card": "#1e2126", "hover": "#232a33", "accent": "#6fc0f0",
-             "good": "#3ecf9f", "bad": "#f59a5b", "warn": "#e69f00"},
-}  # fmt: skip
+    "light": {
+        "muted": "#5c6268",
+        "line": "#dfe2e6",
+        "card": "#f6f7f9",
+        "hover": "#eef3f8",
+        "accent": "#0b62a0",
+        "good": "#00704f",
+        "bad": "#b04a00",
+        "warn": "#e69f00",
+    },
+    "dark": {
+        "muted": "#a4abb3",
+        "line": "#33383f",
+        "card": "#1e2126",
+        "hover": "#232a33",
+        "accent": "#6fc0f0",
+        "good": "#3ecf9f",
+        "bad": "#f59a5b",
+        "warn": "#e69f00",
+    },
+}
 RECORDED = (
-    "model", "model_format", "model_revision", "model_sha256", "base_model", "backend", "routing_strategy", "benchmark",
-    "mini", "subset", "dataset_hash", "dataset_file", "n_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
+    "model",
+    "model_format",
+    "model_revision",
+    "model_sha256",
+    "base_model",
+    "backend",
+    "routing_strategy",
+    "benchmark",
+    "mini",
+    "subset",
+    "dataset_hash",
+    "dataset_file",
+    "n_samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "max_new_tokens",
+    "dtype",
     "attn_implementation",
-    "force_base_prompt", "batch_size", "device", "seconds", "samples", "samples_sha256", "results",
-)  # fmt: skip
+    "force_base_prompt",
+    "batch_size",
+    "device",
+    "seconds",
+    "samples",
+    "samples_sha256",
+    "results",
+)
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` and `figures/` from whatever a benchmark's folder holds, and return the page's
-    path.
+    """Write `report.html` and `figures/` from whatever a benchmark's folder holds; return the page's path.
 
     Raises:
         InputError: the folder holds nothing to report on, or a damaged file; or a package that the report
@@ -72,8 +110,11 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render(content: ReportContent, tables: dict[str, ReportTable], most: int = MOST_PANEL_CHARACTERS) -> str:
-    """The page. `most` characters of tokens are in it at most; further tasks have no panel, and the page says
-    so."""
+    """Make the page.
+
+    Args:
+        most: characters of tokens in it; further tasks have no panel, and the page says so.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -85,21 +126,23 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, points=points, figure=figure)
+    environment.filters["percent"] = percent
     script = (here / SCRIPT).read_text(encoding="utf-8")
     style = (here / STYLE).read_text(encoding="utf-8") + colors()
     panels, cut_note = _panels(content, most)
-    routing = content.routing
+    experts, routing = content.experts, content.routing
     return environment.get_template(TEMPLATE).render(
         version=__version__,
         policy=policy(script, style),
         title=_title(content),
         subtitle=_subtitle(content),
         notes=content.notes,
-        tables=_Tables(tables),
-        groups=_groups(tables["scores"]) if "scores" in tables else [],
-        experts=None if content.experts is None else _experts(content.experts),
-        routing=None if routing is None else {**_routing(routing), "cut_note": cut_note},
+        tables=tables,
+        groups=score_groups(tables["scores"]) if "scores" in tables else [],
+        experts=None
+        if experts is None
+        else {"what": describe_experts(experts), "verdict": _verdict(experts)},
+        routing=None if routing is None else _routing(routing, cut_note),
         runs=_runs(content.runs, tables),
         num_colors=len(expert_colors()),
         num_lines=len(UNDERLINES),
@@ -111,16 +154,8 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
     )
 
 
-class _Tables(dict):
-    """A missing table is an empty place on the page, whatever else is missing is an error."""
-
-    def __getattr__(self, name: str) -> ReportTable | None:
-        return self.get(name)
-
-
 def policy(script: str, style: str) -> str:
-    """A content security policy under which this script and this style alone are used, and nothing is
-    fetched."""
+    """Make a content security policy that allows this script and this style alone, and no network."""
     hashes = {
         kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for kind, text in (("script", script), ("style", style))
@@ -139,21 +174,6 @@ def embedded(value: Any) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{share:.{digits}%}"
-
-
-def points(difference: float) -> str:
-    return f"{100 * difference:+.1f}"
-
-
-def figure(value: Any, kind: str | None = None) -> str:
-    """A table's cell: shares as percentages, whatever is whole or text as it is."""
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    if kind == "p":
-        return f"{value:.2g}" if value >= 0.0001 else "< 0.0001"
-    return percent(value, 0) if kind == "whole percent" else percent(value)
 
 
 def colors() -> str:
@@ -211,93 +231,27 @@ def _subtitle(content: ReportContent) -> str:
     return "; ".join(dict.fromkeys(parts)) or "Analysis of a mixture of LoRA experts"
 
 
-def _groups(table: ReportTable) -> list[dict[str, Any]]:
-    """The scores by model and benchmark, with the measures that a group has."""
-    measures = [name for name in table.columns if "pass@" in name and not name.endswith((" low", " high"))]
-    names = {name: name.replace("plus_pass", "+ pass") for name in measures}
-    groups = []
-    shared = ("model", "benchmark", "tasks", "samples a task", "settings")
-    key = lambda record: tuple(record[name] for name in shared)  # noqa: E731
-    for (model, benchmark, tasks, samples, settings), records in groupby(
-        sorted(table.records(), key=key), key=key
-    ):
-        rows = list(records)
-        used = [name for name in measures if any(row[name] is not None for row in rows)]
-        each = "one sample a task" if samples == 1 else f"{samples} samples a task"
-        groups.append(
-            {
-                "caption": f"{model} on {benchmark}, {tasks}{' tasks' if tasks.isdecimal() else ''}, {each}"
-                + (f", {settings}" if settings else ""),
-                "measures": [names[name] for name in used],
-                "rows": [
-                    {
-                        "strategy": row["routing strategy"],
-                        "cells": [
-                            {
-                                "name": names[name],
-                                "value": row[name],
-                                "low": row[f"{name} low"],
-                                "high": row[f"{name} high"],
-                            }
-                            for name in used
-                        ],
-                    }
-                    for row in rows
-                ],
-            }
-        )
-    return groups
-
-
-def _experts(experts: dict[str, Any]) -> dict[str, Any]:
-    kind = {"plus": "base and plus tests", "base": "base tests"}[experts["headline_tests"]]
-    tasks = experts["subset"] or f"all {experts['num_tasks']} tasks"
-    benchmark = benchmark_label(experts["benchmark"], experts["mini"], experts.get("dataset_file"))
-    sampling = sampling_label(experts["n_samples"], experts["temperature"])
-    what = f"{experts['model_label']} on {benchmark}, {tasks}, {sampling}; {kind}"
+def _verdict(experts: dict[str, Any]) -> dict[str, str] | None:
     verdict = experts["verdict"]
-    if verdict is not None:
-        sign, headline = VERDICTS[verdict["router"]]
-        verdict = {
-            "kind": verdict["router"].replace(" ", "-"),
-            "sign": sign,
-            "headline": headline
-            if verdict["router"] != "no evidence"
-            else "No evidence that the router helps or hurts",
-            "text": verdict["text"],
-        }
-    return {"what": what, "verdict": verdict}
+    if verdict is None:
+        return None
+    sign, headline = VERDICTS[verdict["router"]]
+    kind = verdict["router"].replace(" ", "-")
+    return {"kind": kind, "sign": sign, "headline": headline, "text": verdict["text"]}
 
 
-def _routing(routing: dict[str, Any]) -> dict[str, Any]:
-    how = routing["routing"]
-    mode = (
-        "all experts weighted"
-        if how["mode"] == "dense"
-        else f"top {how['num_experts_per_tok']} of the experts"
-    )
-    tasks = routing["subset"] or f"{routing['num_tasks']} tasks"
-    benchmark = benchmark_label(routing["benchmark"], routing["mini"], routing.get("dataset_file"))
-    sampling = (
-        f", {sampling_label(routing['n_samples'], routing['temperature'])}"
-        if "temperature" in routing
-        else ""
-    )
-    no_agreement = (
-        "Not known: not every expert alone was scored on these tasks. `dylora-moe expert-analysis` does that."
-    )
-    if routing["agreement"] is not None:
-        no_agreement = "Every expert solves the same of these tasks, so no choice matters."
+def _routing(routing: dict[str, Any], cut_note: str) -> dict[str, Any]:
     opacity = "the gate's probability of that expert" if shows_gate(routing) else "its weight"
     return {
-        "what": f"{routing['model_label']} on {benchmark}, {tasks}{sampling}; {mode} at every token",
+        "what": describe_routing(routing),
         "facts": _facts(routing),
         "expert_names": routing["expert_names"],
         "categories": _category_names(routing),
         "tests": routing["tests"],
         "has_experts": any(task["experts_passed"] is not None for task in routing["tasks"]),
-        "no_agreement": no_agreement,
+        "no_agreement": why_no_agreement(routing),
         "highest": max(1, *routing["gate_confidence_histogram"]),
+        "cut_note": cut_note,
         "how_to_read": (
             "Shades are an expert's mean weight over a task's completion; ✓ in a shade: that expert alone solves the task. "
             "Choose a task to see its code: every token has the colour and the line of the expert that leads there, "

@@ -1,5 +1,4 @@
-"""The colours of reports and figures: one for each expert, told apart by the colour-blind, too, and a scale
-for heatmaps.
+"""The colours of reports and figures, which the colour-blind can distinguish, and a scale for heatmaps.
 
 Colour is never alone: an expert also has a number and a way of underlining, a shade stands beside its figure.
 """

@@ -1,8 +1,4 @@
-"""A task's text token by token with the expert that leads at each, in the short form that pages and pictures
-show.
-
-Knows the lines of `routing_tasks.jsonl`. Knows nothing about how they are drawn.
-"""
+"""A task's text token by token with the expert that leads at each, as pages and pictures show it."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .content import ReportContent
-from .tables import ReportTable
+from .report_table import ReportTable
 
 
 MOST_LINES = 24  # of a task that is picked for a picture, if there is one
@@ -39,8 +35,11 @@ class RoutedCode:
     strength_label: str
 
     def lines(self) -> list[list[RoutedToken]]:
-        """Tokens by line of the text, as far as `MOST_ROWS` reach; one that runs over several lines is cut at
-        their ends, and a line of more than `MOST_COLUMNS` goes on in the next row."""
+        """Return the tokens by line of the text, as far as `MOST_ROWS` reach.
+
+        A token that runs over several lines is cut at their ends, and a line of more than `MOST_COLUMNS` goes
+        on in the next row.
+        """
         lines: list[list[RoutedToken]] = [[]]
         column = 0
         for token in self.tokens:
@@ -92,8 +91,10 @@ def _rest(token: RoutedToken) -> tuple:
 
 
 def shows_gate(routing: dict[str, Any]) -> bool:
-    """Whether opacity stands for the gate's probability: where one expert a token has all the weight, that
-    says nothing."""
+    """Return whether opacity stands for the gate's probability.
+
+    Where one expert a token has all the weight, the weight would say nothing.
+    """
     return routing["routing"]["num_experts_per_tok"] == 1
 
 
@@ -105,17 +106,15 @@ def routed_code(line: dict[str, Any], routing: dict[str, Any]) -> RoutedCode:
         probability = line["gate_probabilities"][place][expert]
         strength = probability if gate else weights[expert]
         in_prompt = place < line["num_prompt_tokens"]
-        text = text.encode("utf-8", errors="replace").decode(
-            "utf-8"
-        )  # half of a surrogate pair cannot be written
+        # half of a surrogate pair cannot be written
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
         tokens.append(RoutedToken(text, expert, weights[expert], probability, in_prompt, strength))
     label = "the gate is surer" if gate else "it has more weight"
     return RoutedCode(line["task_id"], tokens, routing["expert_names"], label)
 
 
 def example(content: ReportContent) -> RoutedCode | None:
-    """One task for a picture: of the short ones that the router passes, the first with the most experts
-    leading."""
+    """Choose a task for a picture: of the short ones that the router passes, that with the most experts."""
     found, best = None, None
     passed = {task["task_id"]: task["passed"] for task in content.routing["tasks"]} if content.routing else {}
     for line in content.routing_lines():

@@ -1,13 +1,12 @@
-"""Prints a routing analysis as tables. Knows the fields of `routing_analysis.json`, computes nothing."""
+"""The tables of a routing analysis, from `routing_analysis.json`, and what the command prints of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from .run_labels import benchmark_label
+from ..analysis.routing_summary import HISTOGRAM_BINS
+from .report_table import DECIMALS, ONE_DECIMAL, ReportTable
+from .run_labels import SEVERAL_CATEGORIES, analysis_label, expert_label, sampling_label
 
 
 if TYPE_CHECKING:
@@ -16,108 +15,196 @@ if TYPE_CHECKING:
     from ..analysis.routing_analysis import RoutingAnalysis
 
 
+PRINTED = ("routing_load", "routing_categories", "routing_agreement")  # the others are long: see the report
+
+
+def routing_tables(routing: dict[str, Any]) -> list[ReportTable]:
+    """Make the tables of a routing analysis."""
+    names = routing["expert_names"]
+    labels = [expert_label(index, names) for index in range(len(names))]
+    tables = [_load(routing, labels), _confidence(routing), _categories(routing, labels)]
+    if why_no_agreement(routing) is None:
+        tables.append(_agreement(routing))
+    return [*tables, _tasks(routing, labels)]
+
+
 def print_routing_analysis(analysis: RoutingAnalysis, console: Console) -> None:
-    """The set's figures; those of every task are in the files and the report."""
+    """Print the set's figures; those of every task are in the files and the report."""
     summary = analysis.summary
-    console.print(_what(summary), markup=False)
-    console.print(_figures(summary))
-    console.print(_load(summary))
-    console.print(_categories(summary))
-    if summary["agreement"] is None:
-        console.print(
-            "agreement: unknown, since not every expert alone was scored on these tasks (expert-analysis)"
-        )
-    elif summary["agreement"]["num_tasks"] == 0:
-        console.print("agreement: every expert solves the same tasks, so no choice matters")
-    else:
-        console.print(_agreement(summary))
+    console.print(describe_routing(summary), markup=False)
+    tables = [table for table in routing_tables(summary) if table.name in PRINTED]
+    for table in [_tokens(summary), *tables]:
+        table.print(console)
+    reason = why_no_agreement(summary)
+    if reason is not None:
+        console.print(reason, markup=False)
 
 
-def _what(summary: dict[str, Any]) -> str:
-    routing = summary["routing"]
-    how = "all experts" if routing["mode"] == "dense" else f"top {routing['num_experts_per_tok']}"
-    tasks = summary["subset"] or f"all {summary['num_tasks']} tasks"
-    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary["dataset_file"])
-    return f"{summary['model_label']} on {benchmark}, {tasks}; routing: {routing['mode']}, {how}"
+def describe_routing(routing: dict[str, Any]) -> str:
+    """Say in a line what was analysed, and how its router mixes experts."""
+    how = routing["routing"]
+    experts = "all experts" if how["mode"] == "dense" else f"top {how['num_experts_per_tok']}"
+    what = f"{analysis_label(routing)}; routing: {how['mode']}, {experts} at every token"
+    if "temperature" in routing:
+        what += f"; {sampling_label(routing['n_samples'], routing['temperature'])}"
+    return what
 
 
-def _figures(summary: dict[str, Any]) -> Table:
-    table = Table("mean over the tokens of", title="What the router does", title_justify="left")
-    for column in ("tokens", "largest weight", "entropy (nats)", "of log N", "gate's largest probability", "gate's entropy",
-                   "switches per 100 tokens"):  # fmt: skip
-        table.add_column(column, justify="right")
+def why_no_agreement(routing: dict[str, Any]) -> str | None:
+    """Say why nothing is known of whether the router chooses well, or return None."""
+    if routing["agreement"] is None:
+        return "agreement: unknown, since not every expert alone was scored on these tasks (expert-analysis does that)"
+    if routing["agreement"]["num_tasks"] == 0:
+        return "agreement: every expert solves the same of these tasks, so no choice matters"
+    return None
+
+
+def _tokens(routing: dict[str, Any]) -> ReportTable:
+    columns = [
+        "mean over the tokens of",
+        "tokens",
+        "largest weight",
+        "entropy (nats)",
+        "of log N",
+        "gate's largest probability",
+        "gate's entropy",
+        "switches per 100 tokens",
+    ]
+    rows = []
     for name, label in (("prompt", "prompts"), ("completion", "completions"), ("all", "both")):
-        figures = summary["tokens"][name]
+        figures = routing["tokens"][name]
         if figures is None:
             continue
-        table.add_row(
+        rows.append(
+            [
+                label,
+                figures["num_tokens"],
+                figures["confidence"],
+                figures["entropy"],
+                figures["normalized_entropy"],
+                figures["gate_confidence"],
+                figures["gate_entropy"],
+                figures["switches_per_100_tokens"],
+            ]
+        )
+    formats = {
+        "largest weight": DECIMALS,
+        "entropy (nats)": DECIMALS,
+        "gate's largest probability": DECIMALS,
+        "gate's entropy": DECIMALS,
+        "switches per 100 tokens": ONE_DECIMAL,
+    }
+    return ReportTable("routing_tokens", "What the router does", columns, rows, formats=formats)
+
+
+def _load(routing: dict[str, Any], labels: list[str]) -> ReportTable:
+    unknown = [None] * len(labels)
+    none = {"expert_shares": unknown, "argmax_shares": unknown}
+    prompt = routing["tokens"]["prompt"] or none
+    completion = routing["tokens"]["completion"] or none
+    rows = [
+        [
             label,
-            f"{figures['num_tokens']:,}",
-            f"{figures['confidence']:.3f}",
-            f"{figures['entropy']:.3f}",
-            f"{figures['normalized_entropy']:.1%}",
-            f"{figures['gate_confidence']:.3f}",
-            f"{figures['gate_entropy']:.3f}",
-            "-"
-            if figures["switches_per_100_tokens"] is None
-            else f"{figures['switches_per_100_tokens']:.1f}",
-        )
-    return table
-
-
-def _load(summary: dict[str, Any]) -> Table:
-    prompt, completion = summary["tokens"]["prompt"], summary["tokens"]["completion"]
-    table = Table("expert", title="Load: mean weight of every expert", title_justify="left")
-    for column in ("prompts", "completions", "tokens it leads", "tasks it leads"):
-        table.add_column(column, justify="right")
-    for index, name in enumerate(summary["expert_names"]):
-        table.add_row(
-            escape(f"{index} {name}"),
-            _share(prompt, "expert_shares", index),
-            _share(completion, "expert_shares", index),
-            _share(completion, "argmax_shares", index),
-            str(summary["chosen_counts"][index]),
-        )
-    balance = summary["load_balance"]["completion"]
+            prompt["expert_shares"][index],
+            completion["expert_shares"][index],
+            completion["argmax_shares"][index],
+            routing["chosen_counts"][index],
+        ]
+        for index, label in enumerate(labels)
+    ]
+    columns = [
+        "expert",
+        "weight, prompts",
+        "weight, completions",
+        "tokens it leads, completions",
+        "tasks it leads",
+    ]
+    balance = routing["load_balance"]["completion"]
+    note = ""
     if balance is not None:
-        table.caption = (
-            f"completions: coefficient of variation {balance['coefficient_of_variation']:.2f} (0 is even), balance loss "
-            f"{balance['balance_loss']:.4f}"
+        note = (
+            f"Completions: coefficient of variation {balance['coefficient_of_variation']:.2f} (0 is even), balance loss "
+            f"{balance['balance_loss']:.4f}."
         )
-    return table
+    return ReportTable("routing_load", "Load: mean weight of every expert", columns, rows, note)
 
 
-def _categories(summary: dict[str, Any]) -> Table:
-    title = "Mean weight of every expert by category; a task may have several"
-    table = Table("category", title=title, title_justify="left")
-    for column in ("tasks", *summary["expert_names"]):
-        table.add_column(escape(column), justify="right")
-    for row in summary["categories"]:
-        shares = row["expert_shares"] or [None] * len(summary["expert_names"])
-        cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-        table.add_row(row["category"], str(row["num_tasks"]), *cells)
-    return table
+def _confidence(routing: dict[str, Any]) -> ReportTable:
+    counts = routing["gate_confidence_histogram"]
+    rows = [[bin / HISTOGRAM_BINS, (bin + 1) / HISTOGRAM_BINS, count] for bin, count in enumerate(counts)]
+    note = "The largest of the gate's probabilities at every token of the completions, before the top k."
+    return ReportTable("gate_confidence", "How sure the gate is", ["from", "to", "tokens"], rows, note)
 
 
-def _agreement(summary: dict[str, Any]) -> Table:
-    agreement = summary["agreement"]
-    title = (
-        f"Tasks that some experts solve alone and others do not ({summary['tests']} tests): who solves them"
+def _categories(routing: dict[str, Any], labels: list[str]) -> ReportTable:
+    unknown = [None] * len(labels)
+    rows = [
+        [row["category"], row["num_tasks"], *(row["expert_shares"] or unknown)]
+        for row in routing["categories"]
+    ]
+    return ReportTable(
+        "routing_categories",
+        "Mean weight of every expert by category",
+        ["category", "tasks", *labels],
+        rows,
+        SEVERAL_CATEGORIES,
     )
-    table = Table("category", title=title, title_justify="left")
-    for column in ("tasks", "the router's choice", "a choice by lot", "the best choice"):
-        table.add_column(column, justify="right")
-    for row in [{"category": "all", **agreement}, *agreement["by_category"]]:
-        low, high = row["chosen_interval"]
-        chosen = f"{row['chosen']:.1%} ({low:.1%} to {high:.1%})"
-        table.add_row(
-            row["category"], str(row["num_tasks"]), chosen, f"{row['uniform']:.1%}", f"{row['best']:.1%}"
+
+
+def _agreement(routing: dict[str, Any]) -> ReportTable:
+    agreement = routing["agreement"]
+    rows = [
+        [
+            part["category"],
+            part["num_tasks"],
+            part["chosen"],
+            *part["chosen_interval"],
+            part["uniform"],
+            part["best"],
+        ]
+        for part in [{"category": "all", **agreement}, *agreement["by_category"]]
+    ]
+    columns = [
+        "category",
+        "tasks",
+        "the router's choice",
+        "low",
+        "high",
+        "a random expert",
+        "the best choice",
+    ]
+    note = (
+        "How often the expert that the router leans on solves the task alone, over the tasks that some experts solve and "
+        f"others do not ({routing['tests']} tests); beside it what a random expert would give, and the best choice."
+    )
+    return ReportTable("routing_agreement", "Does the router choose an expert that can?", columns, rows, note)
+
+
+def _tasks(routing: dict[str, Any], labels: list[str]) -> ReportTable:
+    unknown = [None] * len(labels)
+    rows = []
+    for task in routing["tasks"]:
+        rows.append(
+            [
+                task["task_id"],
+                ", ".join(task["categories"]),
+                None if task["chosen"] is None else labels[task["chosen"]],
+                *(task["expert_shares"] or unknown),
+                task["passed"],
+                *(task["experts_passed"] or unknown),
+                task["gate_confidence"],
+                task["entropy"],
+                task["switches_per_100_tokens"],
+                task["num_tokens"],
+            ]
         )
-    return table
+    columns = ["task", "categories", "led by"]
+    columns += [f"weight {label}" for label in labels]
+    columns += ["router passes"]
+    columns += [f"{label} passes" for label in labels]
+    columns += ["gate confidence", "entropy", "switches per 100 tokens", "tokens"]
+    title = "Mean weight of every expert over each task's completion"
+    return ReportTable("routing_tasks", title, columns, rows)
 
 
-def _share(figures: dict[str, Any] | None, name: str, index: int) -> str:
-    return "-" if figures is None else f"{figures[name][index]:.1%}"
-
-
-__all__ = ["print_routing_analysis"]
+__all__ = ["describe_routing", "print_routing_analysis", "routing_tables", "why_no_agreement"]

@@ -1,6 +1,6 @@
 """What tables, pictures and pages call the runs of a folder, so that no two look the same.
 
-What tells a run apart is shown only where runs differ in it.
+What distinguishes a run is shown only where runs differ in it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from ..sampling.run_record import Run
 
 
 NAMES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
+SEVERAL_CATEGORIES = "A task may have several categories."
 HASH_DIGITS = 8
 # Of the table of scores, what says which run a row is of, in the order of a name in one line.
 COLUMNS = ("routing strategy", "model", "benchmark", "tasks", "samples a task", "settings")
 
 # Fields of a run and their words, by the part of the label that they belong to. Those of `MODEL` are shown
-# where they tell models of one name apart, those of `DATA` benchmarks of one name, those of `SETTINGS` where
+# where they distinguish models of one name, those of `DATA` benchmarks of one name, those of `SETTINGS` where
 # any two runs differ.
 MODEL: dict[str, Callable[[Any], str]] = {
     "backend": str,
@@ -70,8 +71,10 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
         )
         for run in runs
     ]
-    for part, words in (("model", MODEL), ("benchmark", DATA)):
-        _add(runs, labels, part, words)
+    models = _distinguished(runs, [label.model for label in labels], MODEL)
+    benchmarks = _distinguished(runs, [label.benchmark for label in labels], DATA)
+    for label, model, benchmark in zip(labels, models, benchmarks, strict=True):
+        label.model, label.benchmark = model, benchmark
     shown = [name for name in SETTINGS if _differs(runs, name)]
     for run, label in zip(runs, labels, strict=True):
         label.settings = ", ".join(filter(None, (SETTINGS[name](getattr(run, name)) for name in shown)))
@@ -83,24 +86,26 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
     return labels
 
 
-def _add(
-    runs: Sequence[Run], labels: list[RunLabel], part: str, words: dict[str, Callable[[Any], str]]
-) -> None:
-    """Put what tells models, or benchmarks, of one name apart in brackets behind that name."""
-    names = [getattr(label, part) for label in labels]
+def _distinguished(
+    runs: Sequence[Run], names: Sequence[str], words: dict[str, Callable[[Any], str]]
+) -> list[str]:
+    """Put behind names that several runs have, in brackets, what distinguishes the runs."""
+    shown: dict[str, list[str]] = {}
     for name in set(names):
-        of_name = [(run, label) for run, label, own in zip(runs, labels, names, strict=True) if own == name]
-        shown: list[str] = []
-        for field in words:  # only those that tell apart what the ones before do not
-            if len(_values(of_name, [*shown, field])) > len(_values(of_name, shown)):
-                shown.append(field)
-        for run, label in of_name:
-            told = ", ".join(filter(None, (words[field](getattr(run, field)) for field in shown)))
-            setattr(label, part, f"{name} ({told})" if told else name)
+        namesakes = [run for run, own in zip(runs, names, strict=True) if own == name]
+        shown[name] = []
+        for field in words:  # only those that distinguish what the ones before do not
+            if len(_values(namesakes, [*shown[name], field])) > len(_values(namesakes, shown[name])):
+                shown[name].append(field)
+    distinguished = []
+    for run, name in zip(runs, names, strict=True):
+        told = ", ".join(filter(None, (words[field](getattr(run, field)) for field in shown[name])))
+        distinguished.append(f"{name} ({told})" if told else name)
+    return distinguished
 
 
-def _values(of_name: list[tuple[Run, RunLabel]], fields: Sequence[str]) -> set[tuple[Any, ...]]:
-    return {tuple(getattr(run, field) for field in fields) for run, _ in of_name}
+def _values(runs: Sequence[Run], fields: Sequence[str]) -> set[tuple[Any, ...]]:
+    return {tuple(getattr(run, field) for field in fields) for run in runs}
 
 
 def _differs(runs: Sequence[Run], field: str) -> bool:
@@ -116,6 +121,11 @@ def strategy_label(strategy: str, expert_names: Sequence[str]) -> str:
     return f"{strategy} ({expert_names[int(index)]})" if kind == "single" else strategy
 
 
+def expert_label(index: int, expert_names: Sequence[str]) -> str:
+    """Call an expert by its number and its name."""
+    return f"{index} {expert_names[index]}"
+
+
 def benchmark_label(benchmark: str, mini: bool = False, dataset_file: str | None = None) -> str:
     """What a data set is called; one that was read from a file of the user's own by that file's name, too."""
     whole = NAMES[benchmark] + (" mini" if mini else "")
@@ -126,11 +136,17 @@ def sampling_label(n_samples: int, temperature: float) -> str:
     return "greedy" if temperature == 0 else f"{n_samples} samples a task at temperature {temperature:g}"
 
 
+def analysis_label(summary: dict[str, Any]) -> str:
+    """Say in a line what an analysis is of: model, benchmark and tasks."""
+    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary.get("dataset_file"))
+    tasks = summary["subset"] or f"all {summary['num_tasks']} tasks"
+    return f"{summary['model_label']} on {benchmark}, {tasks}"
+
+
 def one_line_names(
     records: Sequence[dict[str, Any]], always: Sequence[str] = (), columns: Sequence[str] = COLUMNS
 ) -> list[str]:
-    """One text for each row of the table of scores: of these columns, those of `always`, and those in which
-    rows differ."""
+    """Name each row of the table of scores by the columns `always` and those in which rows differ."""
     spelt = {
         "tasks": lambda tasks: f"{tasks} tasks" if tasks.isdecimal() else tasks,
         "samples a task": lambda count: f"{count} sample{'s' if count != 1 else ''} a task",
@@ -142,4 +158,13 @@ def one_line_names(
     ]
 
 
-__all__ = ["RunLabel", "benchmark_label", "one_line_names", "run_labels", "sampling_label", "strategy_label"]
+__all__ = [
+    "RunLabel",
+    "analysis_label",
+    "benchmark_label",
+    "expert_label",
+    "one_line_names",
+    "run_labels",
+    "sampling_label",
+    "strategy_label",
+]

@@ -1,5 +1,4 @@
-"""Logs a report's tables to Weights & Biases, as one run. Knows tables and the SDK, and nothing of what is in
-them."""
+"""Logs a report's tables to Weights & Biases, as one run."""
 
 from __future__ import annotations
 
@@ -9,8 +8,9 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources.wandb_artifacts import NAME, connect, mode, sdk, wandb_errors
 
 from .content import read_folder
+from .report_table import ReportTable
 from .run_labels import one_line_names
-from .tables import ReportTable, report_tables
+from .tables import report_tables
 
 
 def check_wandb(project: str) -> tuple[str | None, str]:
@@ -70,8 +70,7 @@ def log_to_wandb(folder: str | Path, project: str) -> str:
 
 
 def scores_summary(scores: ReportTable) -> dict[str, float]:
-    """Every score under `model/strategy/benchmark/measure`, with what else tells runs apart before the
-    measure."""
+    """Return every score under `model/strategy/benchmark/measure`, with what else distinguishes its run."""
     records = scores.records()
     others = one_line_names(records, columns=("tasks", "samples a task", "settings"))
     summary = {}

@@ -2,7 +2,7 @@
 
 A decoding loop for `model.generate(custom_generate=…)`, so that caches, masks, positions and logits
 processors are those of transformers. Rows that are done leave the batch, unless fast decoding runs it, whose
-steps are recorded for a number of rows. Knows nothing about EvalPlus, files or routing strategies.
+steps are recorded for a number of rows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import StopStringCriteria
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
+from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 from dylora_moe.hub_export.foundation.last_position import LastPosition, last_position
 
 from .generation_options import refuse_options
+from .stop_strings import StopStrings
 
 
 # Settings of a generation config for which a row has to be alone: they count padding, or remember the batch.
@@ -76,11 +76,10 @@ def decode_rows(
     seed: int = 0,
     **arguments: Any,
 ) -> int:
-    """Generate for every row, batch by batch, and tell each as soon as it is done. Returns the batch size at
-    the end.
+    """Generate for every row, batch by batch, and report each when it is done; return the last batch size.
 
     Longest prompts first: rows of like length share a batch, and too large a batch shows at once. Where the
-    memory does not suffice the batch is halved and its unfinished rows begin anew.
+    memory does not suffice the batch is halved and its unfinished rows begin again.
 
     Args:
         stop_strings: a row is done at the token that completes one of them, or one of those of the generation
@@ -179,17 +178,18 @@ def _warn_of_positions(
 
 
 def _padding_takes_positions(end: LastPosition | None, longest: Row, max_new_tokens: int) -> bool:
-    """Whether rows of unlike length cannot share a batch, since padding would move the shorter ones, or end
-    them early."""
+    """Return whether rows of different lengths must not share a batch, since padding would change them."""
     if end is None:
         return False
     return end.shifts or (end.counts_padding and len(longest.input_ids) + max_new_tokens - 1 > end.positions)
 
 
 def _padding_gives_nan(model: Any) -> bool:
-    """Whether rows of unlike length cannot share a batch: the eager attention of transformers takes its
-    softmax in float32, in which the mask value of float64 is -inf, so that padding, which sees nothing,
-    becomes NaN."""
+    """Return whether rows of different lengths must not share a batch because of float64.
+
+    The eager attention of transformers takes its softmax in float32, in which the mask value of float64 is
+    -inf, so that padding, which sees nothing, becomes NaN.
+    """
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     return model.dtype == torch.float64 and attention == "eager"
 
@@ -228,9 +228,11 @@ def _decode_batch(
 
 
 def visible(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
-    """The attention mask that transformers makes of a prompt that comes alone and without a mask, as
-    EvalPlus's do: the padding token, here the tokenizer's end of sequence, which chat templates write, is
-    hidden unless the model ends with it, too."""
+    """Return the attention mask that transformers makes of a prompt that comes alone and without a mask.
+
+    EvalPlus's prompts do. The padding token, here the tokenizer's end of sequence, which chat templates
+    write, is hidden unless the model ends with it, too.
+    """
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     hidden = None if tokenizer.eos_token_id in ends else tokenizer.eos_token_id
@@ -238,8 +240,7 @@ def visible(model: Any, tokenizer: Any, input_ids: list[int]) -> list[int]:
 
 
 class _Loop:
-    """One batch's decoding loop, in the form that `generate` calls: see `GenerationMixin._sample`, its
-    model."""
+    """One batch's decoding loop, in the form that `generate` calls, after `GenerationMixin._sample`."""
 
     def __init__(
         self,
@@ -275,9 +276,8 @@ class _Loop:
         end = set() if end is None else set(end.reshape(-1).tolist())
         for processor in logits_processor:
             if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
-                processor.prompt_ignore_length = (
-                    None  # the padding of rows that may leave; it is harmless here
-                )
+                # the padding of rows that may leave; it is harmless here
+                processor.prompt_ignore_length = None
 
         def step(forward):
             inputs = model.prepare_inputs_for_generation(
@@ -286,9 +286,8 @@ class _Loop:
             return forward(**inputs, return_dict=True)
 
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        with (
-            model._optimize_model_for_decode()
-        ):  # as `generate` does: a mixture of experts has faster steps on a GPU
+        # as `generate` does: a mixture of experts has faster steps on a GPU
+        with model._optimize_model_for_decode():
             while True:
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
@@ -298,9 +297,8 @@ class _Loop:
                 read = _start_reading(torch.cat([tokens, wrong[None].to(tokens.dtype)]))
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
                 if decoding is not None and input_ids.shape[1] < generation_config.max_length:
-                    outputs = step(
-                        decoding
-                    )  # of all rows; while the GPU is at it, their tokens are looked at
+                    # of all rows; while the GPU computes, their tokens are looked at
+                    outputs = step(decoding)
                 *tokens, wrong = read()
                 if wrong:
                     name = self.rows[self.going_on[0]].task_id
@@ -350,8 +348,10 @@ class _Loop:
         return LAST_POSITION if len(new_tokens) >= self.room[place] else None
 
     def _drop_done(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]):
-        for name in ("rows", "new_tokens", "generators", "room"):
-            setattr(self, name, [getattr(self, name)[place] for place in self.going_on])
+        self.rows = [self.rows[place] for place in self.going_on]
+        self.new_tokens = [self.new_tokens[place] for place in self.going_on]
+        self.generators = [self.generators[place] for place in self.going_on]
+        self.room = [self.room[place] for place in self.going_on]
         kept = torch.tensor(self.going_on, device=input_ids.device)
         self.going_on = list(range(len(kept)))
         return _select_rows(input_ids, model_kwargs, kept)
@@ -369,50 +369,6 @@ def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
         return on_host.tolist()
 
     return read
-
-
-class StopStrings:
-    """Whether new tokens spell one of some strings, as EvalPlus asks: anywhere in the text of all of them,
-    special tokens included.
-
-    A string that was not there a token ago ends in the last tokens, so their text is looked at first. (A
-    string with tokens without text in it may be missed, and its row goes on; trimming cuts its text at the
-    same place.)
-
-    Args:
-        of_model: the stop strings of the model's generation config, which transformers looks for: at the end
-            of prompt and new tokens.
-
-    Raises:
-        InputError: transformers cannot look for them with this tokenizer.
-    """
-
-    SPARE_TOKENS = 8  # that spell nothing, or parts of one character
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str], of_model: str | Sequence[str] | None = None):
-        self.tokenizer = tokenizer
-        self.strings = tuple(strings)
-        try:
-            self.criterion = StopStringCriteria(tokenizer, of_model) if of_model else None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"the generation config of the model has stop_strings = {of_model!r}, which transformers cannot look for "
-                f"with this tokenizer ({type(error).__name__}: {one_line(error)}); take them out of generation_config.json"
-            ) from error
-        self.window = max(map(len, self.strings), default=0) + self.SPARE_TOKENS
-
-    def complete(self, new_tokens: list[int], prompt: Sequence[int] = ()) -> bool:
-        tail = new_tokens[-self.window :]
-        if self._spelt(tail) and (len(tail) == len(new_tokens) or self._spelt(new_tokens)):
-            return True
-        if self.criterion is None:
-            return False
-        tail = [*prompt, *new_tokens][-self.criterion.maximum_token_len :]
-        return bool(self.criterion(torch.tensor([tail]), None))
-
-    def _spelt(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens)
-        return any(string in text for string in self.strings)
 
 
 def row_generator(seed: int, row: Row) -> np.random.Generator:

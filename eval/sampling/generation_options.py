@@ -1,8 +1,7 @@
 """Which fields of a `GenerationConfig` decoding in batches obeys, and which it refuses.
 
-A generation config stands in a model's repo, so it may ask for anything that transformers' `generate` can do.
-Nothing of that is left out in silence. Knows the fields' names and meanings, of every release of transformers
-that is supported.
+A generation config comes with a model's repo, so it may ask for anything that transformers' `generate` can
+do, in any release that is supported. Nothing of that is left out in silence.
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOpti
 from dylora_moe.hub_export.tensors.mixture import Mixture
 from dylora_moe.version import __version__
 
+from ..options import DTYPES
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
 BACKENDS = ("hf", "peft_moe")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 LONGEST_LABEL = 120  # bytes
 
 
@@ -138,7 +138,7 @@ class FoundModel:
         Raises:
             InputError: it is damaged.
         """
-        from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+        from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
         try:
             found = read_generation_config(str(self.folder), {})
@@ -175,7 +175,7 @@ class FoundModel:
 
         from dylora_moe.modeling import DyloraMoeForCausalLM
         from dylora_moe.modeling.configuration_dylora_moe import read_config
-        from dylora_moe.modeling.layouts_dylora_moe import FoundationError, read_generation_config
+        from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
         if dtype not in DTYPES:
             raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
@@ -289,7 +289,7 @@ def load_model(
 
 
 def distinct_labels(models: list[FoundModel]) -> list[FoundModel]:
-    """Keep each model once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
+    """The same models, each once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
 
     Raises:
         InputError: two models cannot be told apart by their paths.

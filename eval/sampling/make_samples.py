@@ -1,7 +1,6 @@
-"""One samples file from beginning to end: what is asked, what is there already, what is missing, EvalPlus's
-files.
+"""One samples file from beginning to end: what is asked, what exists, what is missing, EvalPlus's files.
 
-Knows the order of these steps and how processes share them. Knows nothing about scores.
+Says as well how processes share this work.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def _make(
     questions, stop_strings = ask(benchmark, tokenizer, **decoder)
     there = journal.read()
     rows = _missing(run, questions, there)[process::processes]
-    _wait(state)  # nobody adds a sample before all have seen which are missing
+    _wait(state)  # no process adds a sample before all have seen which are missing
     seconds = 0.0
     if rows:
         loaded = load()
@@ -137,8 +136,7 @@ def _make(
 
 @contextmanager
 def _alone(run: Run, process: int) -> Iterator[None]:
-    """No other command makes the same samples file meanwhile. The operating system lets go of it for a killed
-    process."""
+    """Keep other commands from making the same samples file; the lock of a killed process is free."""
     from ..evalplus_bridge.decoder import unfinished_files
 
     if process:
@@ -170,7 +168,7 @@ def _claim(run: Run, journal: SampleJournal, overwrite: bool) -> Run:
     differences = [] if before is None else before.differences(run)
     problem = None
     if not run.samples_path.exists() and not journal.paths():
-        pass  # a run that was begun, and ended before its first sample, binds nobody
+        pass  # a run that was begun, and ended before its first sample, binds no other
     elif before is None:
         problem = "which no benchmark recorded"
     elif differences:
@@ -236,8 +234,7 @@ def _finish(
 
 
 def _stops(run: Run, samples: Samples) -> dict[str, int]:
-    """How many samples ended for which reason. A model's last position cuts them off where nobody asked for
-    it."""
+    """Count samples by why they ended; a model's last position cuts them off, too."""
     stops = Counter(sample.stop for sample in samples.values() if sample.stop is not None)
     if stops[LAST_POSITION]:
         message = (

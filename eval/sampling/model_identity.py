@@ -69,8 +69,7 @@ def mixture_hashes(folder: Path, config: Any) -> dict[str, str]:
 def foundation_hashes(
     name: str | None, revision: str | None, by_date: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Of a foundation's folder, its files' hashes under `foundation/`; of one on the Hub, its name and
-    commit."""
+    """Return the hashes of a foundation's files under `foundation/`, or its name and commit on the Hub."""
     if name is None:
         return {}
     if Path(name).is_dir():

@@ -1,9 +1,6 @@
-"""What `run.json` in a benchmark's folder says of each samples file: where it came from, and whether it is
-still that.
+"""What `run.json` in a benchmark's folder says of each samples file: where it came from, and if it changed.
 
-    {"format_version": 1, "runs": {"humaneval/NAME.jsonl": {…fields of Run…}, …}}
-
-Knows files and hashes. Knows nothing about how samples are made or scored.
+{"format_version": 1, "runs": {"humaneval/NAME.jsonl": {…fields of Run…}, …}}
 """
 
 from __future__ import annotations
@@ -140,8 +137,7 @@ class Run:
         )
 
     def differences(self, other: Run) -> list[str]:
-        """`field: mine, other's` for each decisive field in which two runs differ; of models, the files that
-        differ."""
+        """Return `field: mine, other's` for each decisive field in which two runs differ."""
         names, files = list(DECISIVE), []
         if self.model_sha256 != other.model_sha256:
             if self.model_files and other.model_files:
@@ -173,8 +169,7 @@ class Run:
 
 
 def read_runs(folder: str | Path) -> list[Run]:
-    """What a benchmark's folder holds, in the order in which it was begun; nothing where there is no
-    `run.json`.
+    """Return the runs in a benchmark's folder in the order in which they began; none without a `run.json`.
 
     Raises:
         InputError: the file is damaged, or was written by a newer version of this package.
@@ -218,7 +213,7 @@ def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
 
 
 def write_run(run: Run) -> None:
-    """Put one run into its folder's `run.json`, at one stroke; other processes may do the same for theirs."""
+    """Put one run into its folder's `run.json`, atomically; other processes may do the same for theirs."""
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / RUN_FILE
     with FileLock(str(path) + ".lock"):

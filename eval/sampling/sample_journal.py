@@ -2,8 +2,8 @@
 
     NAME.partial-0.jsonl    {"task_id": "HumanEval/0", "sample": 0, "tokens": [5, 17, …], "stop": "stop_string"}
 
-One file a process, so that nobody waits for anybody. Whatever moment a process ends at, at most the line that
-it was writing is lost. Knows nothing about models or EvalPlus.
+One file a process, so that none waits for another. Whenever a process ends, at most the line that it was
+writing is lost.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[Samples, int]:
             samples[entry["task_id"], int(entry["sample"])] = Sample(tokens, entry.get("stop"))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: line {number} is damaged; remove the file to make its samples anew"
+                f"{path}: line {number} is damaged; remove the file to make its samples again"
             ) from error
         whole += len(line)
     return samples, whole

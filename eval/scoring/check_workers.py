@@ -1,126 +1,33 @@
 """Checks many programs at once: keeps checking processes at work, and replaces those that end.
 
-Knows how `guarded_check` is started, asked and ended, inside a sandbox or not. Knows nothing about samples
-files, and does not import evalplus.
+`checking_process` is one of them. Which verdicts can be trusted is decided here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
-import os
-import pickle
-import secrets
 import selectors
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-from dylora_moe.hub_export.errors import FailureError, one_line
+from dylora_moe.hub_export.errors import FailureError
 
-from .folder_removal import remove_folders
-from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, READY, Task
-from .sandbox import PROCESSES, WRITABLE, sandbox_user, sandboxed
+from . import checking_process
+from .checking_process import Answer, Check, CheckingProcess, Verdict, insist
+from .guarded_check import Task
 from .shortage import remedy
 
 
-T = TypeVar("T")
-
-# No check may take longer, whatever it does to the process that checks it, which has a shorter limit of its
-# own.
-CHECK_SECONDS = 2 * EVALPLUS_SECONDS + 60
-ENDING_SECONDS = 5
 POLL_SECONDS = 1
-# So much longer than that it waits only if this machine, or this process, stood still: then time limits ran
-# out, too.
+# So much longer than that it waits only if this machine, or this process, stood still: then time limits ran out, too.
 STANDSTILL_SECONDS = 5
-# A check that cannot be set up makes other failures doubtful that are not further from it.
-TROUBLE_SECONDS = 60
 # How often a doubtful check is made again, with nothing beside it.
 TRIES = 2
-# Before each further attempt at what the machine has no room for just now.
-PAUSES = (0, 1, 2, 4, 8)
-PACKAGE_FOLDERS = ("site-packages", "dist-packages")
-
-# An empty package in place of this one, whose own `__init__` and requirements would cost time and memory.
-_START = """
-import json, sys, types
-code, settings = sys.argv[1], json.loads(sys.argv[2])
-packages = settings.pop("packages")
-first = next((place for place, path in enumerate(sys.path) if path in packages), len(sys.path))
-sys.path[first:first] = packages
-package = types.ModuleType("checking")
-package.__path__ = [code]
-sys.modules["checking"] = package
-from checking.guarded_check import serve
-serve(**settings)
-"""
 
 # Called with the number of checks done, and of all.
 Progress = Callable[[int, int], None]
-
-
-class Check(NamedTuple):
-    """A program, and what it is checked against. Checks of one task should share it and follow each other."""
-
-    task: Task
-    program: str
-
-
-class Verdict(NamedTuple):
-    """What EvalPlus says of a program: "pass", "fail" or "timeout", and for each input that was run whether
-    it passed.
-
-    `plus_status` is None without the plus tests. `lost` says why EvalPlus could not say it, and then the
-    program counts as failed.
-    """
-
-    base_status: str
-    base_details: Sequence[int]
-    plus_status: str | None
-    plus_details: Sequence[int]
-    lost: str | None = None
-
-    @property
-    def has_passed(self) -> bool:
-        return self.base_status == "pass" and self.plus_status in ("pass", None)
-
-
-class Answer(NamedTuple):
-    """A verdict and how far it can be trusted.
-
-    Attributes:
-        when: it came, in seconds of the monotonic clock.
-        unset: whether the check could not be set up, for the base or the plus tests; `errno` is the error's,
-            if any.
-        has_run: whether the program ran at all. Only then can what went wrong be its own doing.
-        early: whether the program counts as timed out but ended before its time, as one that could not be set
-            up does.
-    """
-
-    verdict: Verdict
-    when: float
-    unset: bool = False
-    has_run: bool = True
-    errno: int | None = None
-    early: bool = False
-
-    def is_doubtful(self, troubles: Iterable[float]) -> bool:
-        """Whether this may say more about the machine than about the program, after troubles at these
-        times."""
-        if self.verdict.has_passed:
-            return False
-        near = any(abs(self.when - trouble) < TROUBLE_SECONDS for trouble in troubles)
-        return near or not self.is_certain()
-
-    def is_certain(self) -> bool:
-        """Whether the program was run until it passed, failed or had its time."""
-        return self.verdict.lost is None and not self.early
 
 
 def check_start(sandbox: bool = False) -> None:
@@ -157,8 +64,10 @@ def run_checks(
         FailureError: the process that checks cannot be started, or checks cannot be set up.
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(_insist(tempfile.gettempdir))
-        pool = _Pool([_Worker(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))])
+        folder = Path(insist(tempfile.gettempdir))
+        pool = _Pool(
+            [CheckingProcess(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))]
+        )
         answers: dict[int, Answer] = {}
         while len(answers) < len(checks):
             waiting = (number for number in range(len(checks)) if number not in answers)
@@ -174,7 +83,7 @@ def run_checks(
 class _Pool:
     """Checking processes, and the times at which the machine was in trouble."""
 
-    def __init__(self, workers: list[_Worker]):
+    def __init__(self, workers: list[CheckingProcess]):
         self.workers = workers
         self.troubles: list[float] = []
 
@@ -210,8 +119,7 @@ class _Pool:
                         progress(len(answers), len(checks))
 
     def answer_alone(self, check: Check) -> Answer:
-        """The answer to a check that is made while no other is, and again if it is doubtful and the machine
-        is not.
+        """Check a program while no other is checked, and again if only the answer is doubtful.
 
         Raises:
             FailureError: it cannot be set up, and that is not the program's doing.
@@ -240,7 +148,7 @@ class _Pool:
         """The answer to a check that is made alone; again and again for a while, until it is good enough."""
         for worker in self.workers[:-1]:  # `answer` asks the last
             worker.rest()
-        for seconds in PAUSES:
+        for seconds in checking_process.PAUSES:
             time.sleep(seconds)
             answers: dict[int, Answer] = {}
             self.answer([check], iter([0]), answers, None)
@@ -254,9 +162,11 @@ class _Pool:
             f"programs cannot be checked: {why}; {remedy(answer.errno, self.workers[0].folder)}"
         )
 
-    def _wait(self, selector: selectors.BaseSelector) -> set[_Worker]:
-        """The workers that answer or end, after a second at most. Much longer means that all stood still
-        meanwhile."""
+    def _wait(self, selector: selectors.BaseSelector) -> set[CheckingProcess]:
+        """Return the workers that answer or end, after a second at most.
+
+        Much longer means that all stood still meanwhile.
+        """
         asked = time.monotonic()
         ready = {key.data for key, _ in selector.select(POLL_SECONDS)}
         if time.monotonic() - asked > POLL_SECONDS + STANDSTILL_SECONDS:
@@ -264,174 +174,4 @@ class _Pool:
         return ready
 
 
-class _Worker:
-    """A checking process, and the next one once that has ended.
-
-    It takes room for one folder in the temporary folder, and during a check EvalPlus for another in that.
-    """
-
-    def __init__(self, folder: Path, number: int, sandbox: bool, stack: contextlib.ExitStack):
-        self.what = "the sandbox" if sandbox else "the process that checks programs"
-        self.folder, self.prefix = folder, f"dylora-moe-checks-{secrets.token_hex(8)}-"
-        self.command = _command(folder, self.prefix, number, sandbox)
-        self._start()
-        stack.callback(self.end)
-
-    @property
-    def is_overdue(self) -> bool:
-        return self.asked is not None and time.monotonic() - self.asked > CHECK_SECONDS
-
-    def ask(self, check: Check) -> None:
-        if not self.is_ready:
-            self._wait_until_ready()
-        given = None if check.task is self.task else tuple(check.task)
-        self.task, self.asked = check.task, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it has just ended, as `answer` will find
-            pickle.dump((given, check.program), self.process.stdin, pickle.HIGHEST_PROTOCOL)
-            self.process.stdin.flush()
-
-    def rest(self) -> None:
-        """Have it take no room in the temporary folder until it is asked again."""
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump((None, None), self.process.stdin)
-            self.process.stdin.flush()
-
-    def answer(self, is_ready: bool) -> Answer:
-        """What it says of what it was asked. If it has ended or is overdue, that is said; then the next one
-        is started.
-
-        Args:
-            is_ready: whether there is something to read. An answer that came in time is read, however late.
-        """
-        has_plus = not self.task.base_only
-        try:
-            said = json.loads(self.process.stdout.readline() if is_ready else b"")
-        except ValueError:
-            said = {
-                "lost": "fail",
-                "reason": "the process that checks it ended or did not answer",
-                "last": True,
-            }
-        if "last" in said:
-            self.end()
-            self._start()
-        self.asked = None
-        if "base" in said:
-            verdict = Verdict(*said["base"], *(said["plus"] if has_plus else (None, [])))
-            return Answer(verdict, time.monotonic(), early=said["early"])
-        status = said.get("lost", "fail")
-        reason = f"it could not be set up: {said['unset']}" if "unset" in said else said["reason"]
-        verdict = Verdict(status, [], status if has_plus else None, [], reason)
-        return Answer(
-            verdict, time.monotonic(), "unset" in said, said.get("has_run", True), said.get("errno")
-        )
-
-    def end(self) -> None:
-        """End it and all that it started. It does that itself once nobody asks; what does not listen is
-        killed.
-
-        Its folder is removed here if it could not do that.
-        """
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(0 if self.is_overdue else ENDING_SECONDS)
-        except subprocess.TimeoutExpired:
-            _kill_tree(self.process.pid)
-            self.process.wait()
-        self.process.stdout.close()
-        remove_folders(self.folder, self.prefix)
-
-    def _wait_until_ready(self) -> None:
-        said = []
-        for line in self.process.stdout:
-            if line.endswith(READY):
-                self.is_ready = True
-                return
-            said.append(line)
-        raise FailureError(f"{self.what} does not start: {_cause(b''.join(said).decode(errors='replace'))}")
-
-    def _start(self) -> None:
-        self.is_ready, self.task, self.asked = False, None, None
-        self.process = _insist(self._popen)
-
-    def _popen(self) -> subprocess.Popen:
-        return subprocess.Popen(
-            self.command,
-            cwd=self.folder,
-            env=_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # until it is ready
-            start_new_session=True,  # an interrupt from the terminal is for the process that asks
-        )
-
-
-def _insist(action: Callable[[], T]) -> T:
-    """Do what needs room, files or a process; again and again for a while if the operating system refuses it.
-
-    Raises:
-        FailureError: it refuses still.
-    """
-    for seconds in PAUSES:
-        time.sleep(seconds)
-        try:
-            return action()
-        except OSError as error:
-            refused = error
-    advice = remedy(refused.errno, tempfile.tempdir or os.curdir)
-    raise FailureError(f"programs cannot be checked: {one_line(refused)}; {advice}") from refused
-
-
-def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]:
-    code = str(Path(__file__).resolve().parent)
-    evalplus = _package_folder("evalplus")
-    paths = [os.path.abspath(path) for path in sys.path]
-    packages = [path for path in paths if _holds_packages(path) or path == str(evalplus.parent)]
-    if str(evalplus.parent) not in packages:  # an editable installation's finder knows where it is
-        packages.insert(0, str(evalplus.parent))
-    settings = {
-        "packages": packages,
-        "folder": WRITABLE[0] if sandbox else str(folder),
-        "prefix": prefix,
-        "private": WRITABLE if sandbox else [],
-        "user": sandbox_user(number) if sandbox else None,
-        "processes": PROCESSES if sandbox else None,
-    }
-    command = [sys.executable, "-I", "-c", _START, code, json.dumps(settings)]
-    # Of a clone, evalplus alone.
-    return sandboxed(command, [code, evalplus, *filter(_holds_packages, packages)]) if sandbox else command
-
-
-def _package_folder(name: str) -> Path:
-    """Where the package that this process imports by a name lies, wherever that is."""
-    return Path(importlib.util.find_spec(name).submodule_search_locations[0]).absolute()
-
-
-def _holds_packages(path: str) -> bool:
-    """Whether packages were installed there, by `pip install --target` as well."""
-    folder = Path(path)
-    return folder.is_dir() and (folder.name in PACKAGE_FOLDERS or any(folder.glob("*.dist-info")))
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in (KEPT_VARIABLE, "LD_LIBRARY_PATH") if name in os.environ}
-    return {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", **kept}
-
-
-def _kill_tree(process_id: int) -> None:
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(process_id)
-        for each in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-
-
-def _cause(text: str) -> str:
-    """What a process ended with that said this: the exception of a traceback, else its last line."""
-    *_, after = text.rpartition("Traceback (most recent call last):\n")
-    lines = [line for line in after.splitlines() if line.strip()]
-    exceptions = [line for line in lines if not line[0].isspace()] if after != text else []
-    return (exceptions or lines[-1:] or ["it ended without a word"])[0].strip()
+__all__ = ["Check", "Verdict", "check_start", "run_checks"]

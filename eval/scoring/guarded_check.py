@@ -1,14 +1,13 @@
-"""The process that checks samples: EvalPlus is imported once, and each sample is checked in a fork of its
-own.
+"""The process that checks samples: EvalPlus is imported once, and each sample is checked in its own fork.
 
     checking process    (this file's `serve`; adopts orphans, ends whatever a sample leaves behind)
-      guard             (one a sample: own session, empty folder and environment; calls EvalPlus's check_correctness)
-        program         (EvalPlus's own child, once for the base and once for the plus tests; restricted as it is forked)
+      guard             (one a sample: own session, empty folder and environment; calls check_correctness)
+        program         (EvalPlus's own child, once for base and once for plus tests; restricted when forked)
 
 It is started in an environment and, with a sandbox, in a file system without this package: from here it
 imports `restrictions` and `folder_removal` only. Questions come pickled on stdin, from the process that
 started it; answers go to stdout as a line of JSON each, since nothing that a program may have touched is ever
-unpickled. Knows nothing about samples files.
+unpickled.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class _Folder:
     """Where programs write to, one after the other: made for the first, and emptied after each.
 
     A folder that Landlock let a program write to takes room for a while after it was removed: with one for
-    each program there would have to be room for two. It is made anew only where a program has changed the
+    each program there would have to be room for two. It is made again only where a program has changed the
     folder itself.
     """
 
@@ -112,16 +111,14 @@ class _Folder:
     def _state(self) -> list[Any]:
         """What the next program could notice. On some file systems a folder stays as large as it ever was."""
         found = os.stat(self.path)
-        names = (
-            os.listxattr(self.path) if sys.platform == "linux" else []
-        )  # access control lists are there, too
+        # access control lists are there, too
+        names = os.listxattr(self.path) if sys.platform == "linux" else []
         attributes = {name: os.getxattr(self.path, name) for name in names}
         return [os.listdir(self.path), found.st_mode, found.st_gid, found.st_size, attributes]
 
 
 def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
-    """Answer questions from stdin until it ends, or until a program has changed what the next one would run
-    in.
+    """Answer questions from stdin until it ends, or until a program has changed the place of the next.
 
     What is said on stdout and stderr before the line `READY` is why it does not start, if it does not.
 
@@ -135,7 +132,7 @@ def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, pr
 
     Args:
         folder: where this process makes the folder for its samples; `prefix`: how that one's name begins.
-        private: folders that nobody else writes to, in a sandbox; then shared memory is nobody else's either.
+        private: folders that no other process writes to, in a sandbox; then shared memory is its own, too.
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
     """
@@ -226,8 +223,7 @@ def _unset(error: BaseException) -> dict[str, Any]:
 
 
 def _read(descriptor: int, deadline: float) -> bytes | None:
-    """All that is written to a pipe until its last writer ends; None if that has not happened by the
-    deadline."""
+    """Read a pipe until its last writer ends; return None if that has not happened by the deadline."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     poll.register(sys.stdin.fileno(), 0)  # the end of that comes unasked
@@ -245,9 +241,8 @@ def _read(descriptor: int, deadline: float) -> bytes | None:
 
 
 def _end_all(guard: int) -> None:
-    """End the guard, its session, and what has left that: each is this process's child by now, or a child's
-    child."""
-    if os.getpid() == 1:  # in a sandbox: all but this one, at one stroke, so that no fork gets away
+    """End the guard, its session, and what has left that: this process's children and theirs."""
+    if os.getpid() == 1:  # in a sandbox: all but this one in one call, so that no fork gets away
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
     else:
@@ -315,7 +310,7 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
 def _state(private: Sequence[str], place: _Folder) -> list[Any]:
     """What a program can change that outlives it and that the next one would be checked under.
 
-    Whoever has the same user id may set the limits and the priority of another process.
+    A process of the same user id may set the limits and the priority of another process.
     """
     state: list[Any] = [[resource.getrlimit(limit) for limit in LIMITS], os.getpriority(os.PRIO_PROCESS, 0)]
     if sys.platform == "linux":

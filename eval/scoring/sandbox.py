@@ -1,8 +1,4 @@
-"""The command line that runs a command inside bubblewrap: no network, no files but Python's, no processes but
-its own.
-
-Knows bubblewrap's options and where Python lies. Knows nothing about what is run.
-"""
+"""The command line that runs a command inside bubblewrap: no network, no files but Python's, no processes."""
 
 from __future__ import annotations
 
@@ -68,8 +64,7 @@ def find_bubblewrap() -> str:
 
 
 def sandbox_user(number: int) -> int | None:
-    """Whom the process in a sandbox must become; None where bubblewrap has given it rights of its own
-    already.
+    """Return the user that the process in a sandbox must become; None if bubblewrap has given it rights.
 
     Args:
         number: of the sandbox; those that run at the same time should differ.

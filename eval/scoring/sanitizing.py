@@ -1,8 +1,7 @@
-"""EvalPlus's `sanitize` for many programs: in processes where it takes long, and what is done is kept on
-disk.
+"""EvalPlus's `sanitize` for many programs: in processes where it takes long, and kept on disk.
 
 EvalPlus parses every run of a program's lines, so a sample of a thousand lines takes seconds, and one of a
-few thousand minutes. Knows programs and their texts.
+few thousand minutes.
 """
 
 from __future__ import annotations
@@ -106,8 +105,7 @@ def serve() -> None:
 
 
 def _without_blank_end(code: str) -> str:
-    """The program with at most `BLANK_LINES` blank lines at its end, of which a model that repeats itself
-    writes hundreds.
+    """Cut the blank lines at a program's end to `BLANK_LINES`; a model that repeats itself writes hundreds.
 
     EvalPlus looks for the run of lines that parses with the most lines that are not blank, and of several for
     the first and shortest: none of these ends in a blank line too many.
@@ -163,8 +161,7 @@ def _sanitize_in_processes(
 
 
 class _Worker:
-    """A process that sanitizes one program after the other. It is started by the thread whose end shall be
-    its own."""
+    """A process that sanitizes one program after the other; it ends with the thread that started it."""
 
     def __init__(self, log: IO[bytes]):
         self.log = log
@@ -211,7 +208,7 @@ def _key(program: Program) -> str:
 
 
 def _read(kept: Path) -> dict[str, Sanitized]:
-    """What a file of kept texts holds; a line that was cut off is nobody's, and its text is made again."""
+    """What a file of kept texts holds; a line that was cut off is left out, and its text made again."""
     done: dict[str, Sanitized] = {}
     if kept.exists():
         for line in kept.read_bytes().splitlines():

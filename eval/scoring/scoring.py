@@ -2,7 +2,7 @@
 
 Data, expected outputs, checks and estimates are EvalPlus's own functions. Unlike `evalplus.evaluate` it can
 score a part of a data set, never takes old results for new ones, and runs the programs as `check_workers`
-guards them. Knows nothing about models.
+guards them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dylora_moe.hub_export.repo.results import PASS, read_results
 from dylora_moe.hub_export.staging import staged_file
 
 from ..evalplus_bridge.data import Benchmark, expected_outputs, load_benchmark
-from .check_workers import Check, Verdict, run_checks
+from .check_workers import run_checks
+from .checking_process import Check, Verdict
 from .guarded_check import Task
 from .sandbox import find_bubblewrap
 
@@ -49,8 +50,7 @@ def score_samples(
     sandbox: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Score the samples in an EvalPlus samples file, and write `<samples>_eval_results.json` beside it at one
-    stroke.
+    """Score an EvalPlus samples file, and write `<samples>_eval_results.json` beside it atomically.
 
     The verdicts and the file are those of `evalplus.evaluate --samples`. The file of a part of a set has one
     key more, `"subset": {"tasks": 10, "of": 164}`. A sample whose checks end without a verdict, although
@@ -109,8 +109,7 @@ def score_samples(
 
 
 def lost_checks(results: str | Path) -> int:
-    """How many samples in a result file of `score_samples` count as failed because their checks had no
-    verdict."""
+    """Count the samples in a result file of `score_samples` that failed as their checks had no verdict."""
     return json.loads(Path(results).read_text(encoding="utf-8")).get("lost", 0)
 
 
@@ -183,9 +182,8 @@ def check_settings(sandbox: bool) -> None:
         return
     memory = min((limit for name, limit in short.items() if name != "STACK"), default=None)
     if memory is None or short.get("STACK", memory) < memory:
-        memory = (
-            -1
-        )  # EvalPlus has one number for all three: the stack's would leave programs too little memory
+        # EvalPlus has one number for all three: the stack's would leave programs too little memory
+        memory = -1
     said = ", ".join(f"{limit} of RLIMIT_{name}" for name, limit in short.items())
     raise InputError(
         f"EvalPlus gives each program {wanted} bytes of memory and of stack, and this process may have less ({said}); "
@@ -208,8 +206,7 @@ def _part(benchmark: Benchmark, task_ids: Sequence[str] | None) -> Benchmark:
 
 
 def _read_samples(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
-    """Each task's whole programs, in the order of the file, after a check that all are there and no
-    others."""
+    """Read each task's programs, in the order of the file, and check that all are there and no others."""
     from evalplus.data import load_solutions
 
     programs: dict[str, list[str]] = {}

@@ -149,7 +149,7 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
     """
     from transformers import AutoModelForCausalLM
 
-    from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
+    from dylora_moe.modeling.loading_dylora_moe import NO_FOLDER
 
     config = load_foundation_config(reference)
     try:
@@ -176,7 +176,7 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
 
 def not_loaded(reference: FoundationReference, error: Exception) -> str:
     """Say that a foundation cannot be loaded, why, and what to do."""
-    from dylora_moe.modeling.layouts_dylora_moe import FoundationError, why_not_loaded
+    from dylora_moe.modeling.loading_dylora_moe import FoundationError, why_not_loaded
 
     why = error.why if isinstance(error, FoundationError) else why_not_loaded(reference.name, error)
     at = f" at revision {reference.revision}" if reference.revision else ""

@@ -143,7 +143,7 @@ def _stored_keys(config: Any, index: int) -> dict[str, str]:
 
     In layout `full` they are those of all experts.
     """
-    from dylora_moe.modeling.layouts_dylora_moe import peft_keys
+    from dylora_moe.modeling.saving_dylora_moe import peft_keys
 
     keys = peft_keys(config.expert_configs[index])
     if config.weights_layout == "full":
@@ -167,7 +167,7 @@ def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTensor]:
     """Describe the experts' tensors under `<expert>/<key>`, and the gate's as in layout `full`."""
-    from dylora_moe.modeling.layouts_dylora_moe import peft_config
+    from dylora_moe.modeling.saving_dylora_moe import peft_config
 
     weights = {}
     for name, entry in zip(config.expert_names, config.expert_configs, strict=True):

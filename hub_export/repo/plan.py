@@ -349,7 +349,7 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
 
 def _generation_config_on_hub(reference: FoundationReference) -> Any:
     """Read the foundation's on the Hub; None where there is no such file, or the repo cannot be had."""
-    from dylora_moe.modeling.layouts_dylora_moe import read_generation_config
+    from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
     try:
         return read_generation_config(reference.name, {"revision": reference.revision})

@@ -113,7 +113,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+    from dylora_moe.modeling.loading_dylora_moe import why_not_loaded
 
     folder = Path(folder)
     try:
@@ -230,7 +230,7 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import errors, snapshot_download
 
-    from dylora_moe.modeling.layouts_dylora_moe import why_not_loaded
+    from dylora_moe.modeling.loading_dylora_moe import why_not_loaded
 
     network_errors = getattr(errors, "HTTPError", OSError)
     patterns = [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), f"{TEMPLATE_FOLDER}/*", "*.py"]

@@ -69,7 +69,7 @@ def write_adapter(
     Raises:
         As `write_full`.
     """
-    from dylora_moe.modeling.layouts_dylora_moe import (
+    from dylora_moe.modeling.saving_dylora_moe import (
         ADAPTER_CONFIG,
         ADAPTER_WEIGHTS,
         ROUTER_WEIGHTS,

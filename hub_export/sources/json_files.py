@@ -31,6 +31,6 @@ def why_unreadable(path: Path) -> str | None:
 
     None where it is none of that.
     """
-    from dylora_moe.modeling.layouts_dylora_moe import why_unreadable
+    from dylora_moe.modeling.loading_dylora_moe import why_unreadable
 
     return why_unreadable(path)

@@ -38,6 +38,7 @@ from dylora_moe.eval.sampling.loading import FoundModel, _label, distinct_labels
 from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.eval.sampling.sample_journal import SampleJournal
 from dylora_moe.eval.scoring import scoring
+from dylora_moe.eval.scoring.sanitizing import sanitize_programs
 from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
 
@@ -541,7 +542,7 @@ def test_a_sample_that_evalplus_cannot_sanitize_ends_nothing(repo, tmp_path):
     }
     decoder = {"temperature": 0.0, "max_new_tokens": 9000, "force_base_prompt": True}
     with pytest.warns(DyloraMoeWarning, match="cannot sanitize"):
-        write_samples(tmp_path / "samples.jsonl", data, tokenizer, tokens, 1, **decoder)
+        write_samples(tmp_path / "samples.jsonl", data, tokenizer, tokens, 1, sanitize_programs, **decoder)
     for task_id, line in zip(data.task_ids, lines(tmp_path / "samples.jsonl"), strict=True):
         assert line["solution"].endswith(texts[task_id].rstrip())
     path = score_samples(tmp_path / "samples.jsonl", "humaneval", task_ids=data.task_ids)

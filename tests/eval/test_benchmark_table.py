@@ -4,7 +4,7 @@ import json
 
 from rich.console import Console
 
-from dylora_moe.eval.report.benchmark_table import benchmark_table
+from dylora_moe.eval.report.tables import scores
 from dylora_moe.eval.sampling.run_record import Run
 from dylora_moe.eval.scoring.scoring import pass_at_k
 
@@ -42,7 +42,7 @@ def test_every_figure_has_its_interval_and_a_part_of_a_set_its_label(tmp_path):
     sampled = scored(tmp_path, "sampled", [10, 10, 10, 10], 10, mini=True)
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(benchmark_table([greedy, sampled]))
+        scores([greedy, sampled]).print(console)
     header, first, second = [line for line in capture.get().splitlines() if line[:1] in "┃│"]
     assert [cell.strip() for cell in header.split("┃")[6:10]] == [
         "pass@1",
@@ -57,9 +57,9 @@ def test_every_figure_has_its_interval_and_a_part_of_a_set_its_label(tmp_path):
         "HumanEval",
         "tasks 0 to 3, 4 of 164",
         "1",
-        "50.0 % [15.0, 85.0]",
+        "50.0% (15.0% to 85.0%)",
     ]
-    assert cells[7].startswith("0.0 % [0.0, ") and cells[8:10] == ["", ""]
+    assert cells[7].startswith("0.0% (0.0% to ") and cells[8:10] == ["-", "-"]
     cells = [cell.strip() for cell in second.split("│")]
     assert cells[3:6] == ["HumanEval mini", "4", "10"]
-    assert cells[6].startswith("100.0 % [") and cells[8].startswith("100.0 % [")
+    assert cells[6].startswith("100.0% (") and cells[8].startswith("100.0% (")

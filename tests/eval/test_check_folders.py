@@ -5,8 +5,9 @@ import tempfile
 
 import pytest
 
-from dylora_moe.eval.scoring import check_workers
-from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring import checking_process
+from dylora_moe.eval.scoring.check_workers import run_checks
+from dylora_moe.eval.scoring.checking_process import Check
 from dylora_moe.eval.scoring.guarded_check import Task
 
 
@@ -48,12 +49,12 @@ serve("""
 @pytest.fixture
 def room(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1))
-    start = check_workers._START
+    monkeypatch.setattr(checking_process, "PAUSES", (0, 0.1))
+    start = checking_process._START
 
     def limit(folders, most=100):
         given = ROOM.format(parent=str(tmp_path), room=folders, most=most)
-        monkeypatch.setattr(check_workers, "_START", start.replace("serve(", given))
+        monkeypatch.setattr(checking_process, "_START", start.replace("serve(", given))
 
     yield limit
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from dylora_moe.eval.sampling import batch_decoding as decoding
-from dylora_moe.eval.sampling.batch_decoding import Row, StopStrings, _Loop, decode_rows, row_generator
+from dylora_moe.eval.sampling.batch_decoding import Row, _Loop, decode_rows, row_generator
+from dylora_moe.eval.sampling.stop_strings import StopStrings
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 
 

@@ -201,10 +201,9 @@ def test_what_is_printed(tmp_path):
     text = printed(analysis)
     for part in (
         "mixture on HumanEval, all 8 tasks, greedy",
-        "single:0 sorter",
+        "single:0 (sorter)",
         "62.5%",
         "sorting",
-        "4 (50%)",
         "53.6%",
         "50%",
     ):
@@ -214,7 +213,7 @@ def test_what_is_printed(tmp_path):
         "no expert solves 2 and every expert solves 1; the router solves 0 that no expert solves alone, and misses 1"
         in said
     )
-    assert "single:0 (best single)" in text
+    assert "single:0 (sorter), best single" in text
     assert text.rstrip().endswith(analysis.summary["verdict"]["text"].split()[-1])
 
 
@@ -234,14 +233,14 @@ def test_many_experts_share_a_column(tmp_path):
         expert_names=names,
     )
     text = printed(expert_analysis(output_dir=tmp_path))
-    assert "single:8 e8" in text
+    assert "single:8 (e8)" in text
     assert "25.0% (5 of them)" in text and "25.0% (4 of them)" in text  # tasks 0 to 3; 4 to 7
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path):
     write_runs(tmp_path, expert_names=["[red]one", "two"], model_label="[bold]m")
     text = printed(expert_analysis(output_dir=tmp_path))
-    assert "single:0 [red]one" in text and "[bold]m on HumanEval" in text
+    assert "single:0 ([red]one)" in text and "[bold]m on HumanEval" in text
 
 
 # what a folder alone may lack

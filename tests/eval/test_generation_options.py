@@ -12,7 +12,7 @@ from tokenizers import normalizers
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, cache_utils
 
 from dylora_moe.cli import main
-from dylora_moe.eval.benchmark import LOWEST_TEMPERATURE
+from dylora_moe.eval.options import LOWEST_TEMPERATURE
 from dylora_moe.eval.sampling import generation_options
 from dylora_moe.eval.sampling.batch_decoding import Row, decode_rows
 from dylora_moe.eval.sampling.generation_options import (

@@ -17,8 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dylora_moe.eval.scoring import check_workers, sandbox
-from dylora_moe.eval.scoring.check_workers import Check, Verdict, run_checks
+from dylora_moe.eval.scoring import check_workers, checking_process, sandbox
+from dylora_moe.eval.scoring.check_workers import run_checks
+from dylora_moe.eval.scoring.checking_process import Check, Verdict
 from dylora_moe.eval.scoring.guarded_check import Task
 from dylora_moe.eval.scoring.restrictions import FILE_BYTES, landlock_version
 from dylora_moe.hub_export.errors import FailureError, InputError
@@ -126,8 +127,8 @@ def nothing_is_left(tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1))
-    monkeypatch.setattr(check_workers, "_START", f"# {tmp_path}\n{check_workers._START}")
+    monkeypatch.setattr(checking_process, "PAUSES", (0, 0.1))
+    monkeypatch.setattr(checking_process, "_START", f"# {tmp_path}\n{checking_process._START}")
     yield
     assert processes(str(tmp_path)) == []
     assert list(temporary.iterdir()) == []
@@ -197,7 +198,7 @@ def test_what_outlives_a_program_in_the_sandbox_is_not_there_for_the_next(monkey
     unconfined = (
         "import checking.guarded_check\nchecking.guarded_check.confine = lambda folder: False\nserve("
     )
-    monkeypatch.setattr(check_workers, "_START", check_workers._START.replace("serve(", unconfined))
+    monkeypatch.setattr(checking_process, "_START", checking_process._START.replace("serve(", unconfined))
     lasting = "import ctypes\ndef f(x):\n    return x if ctypes.CDLL(None).{} >= 0 else None\n"
     leaves_memory, leaves_messages = map(lasting.format, ("shmget(0, 4096, 0o1600)", "msgget(0, 0o1600)"))
     leaves_file = (
@@ -355,7 +356,7 @@ def f(x):
 
 
 def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
-    monkeypatch.setattr(check_workers, "CHECK_SECONDS", 3)  # EvalPlus would take 7
+    monkeypatch.setattr(checking_process, "CHECK_SECONDS", 3)  # EvalPlus would take 7
     monkeypatch.setattr(check_workers, "TRIES", 1)
     verdicts = run([HOSTILE["loops"], RIGHT], task=TASK)
     assert [verdict.base_status for verdict in verdicts] == ["fail", "pass"]
@@ -364,7 +365,7 @@ def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
 
 def test_an_answer_that_came_in_time_is_read_however_late(monkeypatch):
     """As after a stop from the terminal, which the checking processes do not get."""
-    monkeypatch.setattr(check_workers, "CHECK_SECONDS", 3)
+    monkeypatch.setattr(checking_process, "CHECK_SECONDS", 3)
     asked = []
     monkeypatch.setattr(check_workers._Pool, "answer_alone", lambda pool, check: asked.append(check))
     verdicts = run([RIGHT, RIGHT], progress=lambda done, total: time.sleep(3.5))
@@ -376,10 +377,10 @@ def test_an_answer_that_came_in_time_is_read_however_late(monkeypatch):
 def test_when_scoring_is_ended_so_is_all_that_it_started(sandboxed, ending, tmp_path):
     code = f"""
 import json, signal, sys
-from dylora_moe.eval.scoring import check_workers
+from dylora_moe.eval.scoring import check_workers, checking_process
 from dylora_moe.eval.scoring.guarded_check import Task
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
-check_workers._START = "# {tmp_path}\\n" + check_workers._START
+checking_process._START = "# {tmp_path}\\n" + checking_process._START
 check = check_workers.Check(Task(**json.loads(sys.argv[1])), "while True: pass")
 check_workers.run_checks([check] * 8, workers=2, sandbox=json.loads(sys.argv[2]))
 """
@@ -412,7 +413,7 @@ def test_a_missing_bubblewrap_is_named(monkeypatch):
 
 
 def test_a_checking_process_that_does_not_start_says_why(monkeypatch):
-    monkeypatch.setattr(check_workers, "_START", "raise RuntimeError('broken\\nas ever')")
+    monkeypatch.setattr(checking_process, "_START", "raise RuntimeError('broken\\nas ever')")
     with pytest.raises(FailureError, match=r"does not start: RuntimeError: broken$"):
         run([RIGHT])
 

@@ -23,8 +23,9 @@ from dylora_moe.eval.report import page as report
 from dylora_moe.eval.report import palette
 from dylora_moe.eval.report.content import read_folder
 from dylora_moe.eval.report.page import render, write_report
+from dylora_moe.eval.report.report_table import ReportTable
 from dylora_moe.eval.report.routed_code import RoutedCode, RoutedToken
-from dylora_moe.eval.report.tables import ReportTable, report_tables, scores
+from dylora_moe.eval.report.tables import report_tables, scores
 from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import InputError
 
@@ -135,9 +136,10 @@ def test_the_page_is_one_file_whose_policy_allows_its_own_script_and_style_alone
 
 
 def test_what_the_page_is_made_of_is_part_of_the_package():
-    root = Path(report.__file__).parents[1]
-    listed = re.search(r'"dylora_moe.eval" = (\[.*jinja.*\])', (root / "pyproject.toml").read_text())[1]
-    others = {path.name for path in (root / "eval").iterdir() if path.is_file() and path.suffix != ".py"}
+    folder = Path(report.__file__).parent
+    project = (folder.parents[1] / "pyproject.toml").read_text()
+    listed = re.search(r'"dylora_moe.eval.report" = (\[.*jinja.*\])', project)[1]
+    others = {path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
     assert set(json.loads(listed)) == others == {report.TEMPLATE, report.STYLE, report.SCRIPT}
 
 

@@ -12,7 +12,6 @@ from evalplus.data import humaneval, mbpp
 from rich.console import Console
 
 from dylora_moe.eval.evalplus_bridge.data import load_benchmark
-from dylora_moe.eval.report.benchmark_table import benchmark_table
 from dylora_moe.eval.report.content import read_folder
 from dylora_moe.eval.report.figures import _draw_scores, _figure, _new, _style
 from dylora_moe.eval.report.page import write_report
@@ -71,16 +70,19 @@ def made(folder=None, **others) -> Run:
     return Run(**{**values, **others})
 
 
+def no_intervals(run) -> dict[str, tuple[float, float]]:
+    return dict.fromkeys(run.scores, (0.0, 1.0))
+
+
 def texts(runs, monkeypatch) -> dict[str, list]:
     """What each place calls the runs."""
-    monkeypatch.setattr("dylora_moe.eval.report.tables._interval", lambda run, name: (0.0, 1.0))
-    monkeypatch.setattr("dylora_moe.eval.report.benchmark_table._cell", lambda run, column: "")
+    monkeypatch.setattr("dylora_moe.eval.report.tables._intervals", no_intervals)
     table = scores(runs)
     axes = _new(8, 4).add_subplot()
     _draw_scores(axes, table)
     console = Console(width=400)
     with console.capture() as capture:
-        console.print(benchmark_table(runs))
+        table.print(console)
     return {
         "cells": [label.cells() for label in run_labels(runs)],
         "table": [tuple(row[:6]) for row in table.rows],
@@ -116,12 +118,12 @@ def test_any_runs_look_different_everywhere(monkeypatch):
 
 
 def test_a_commands_table_tells_its_runs_from_those_that_the_folder_held(monkeypatch):
-    monkeypatch.setattr("dylora_moe.eval.report.benchmark_table._cell", lambda run, column: "")
+    monkeypatch.setattr("dylora_moe.eval.report.tables._intervals", no_intervals)
     greedy, sampled = made(), made(samples="humaneval/t2.jsonl", temperature=2.0)
     for shown, words in ((greedy, "greedy"), (sampled, "temperature 2")):
         console = Console(width=200)
         with console.capture() as capture:
-            console.print(benchmark_table([shown], [greedy, sampled]))
+            scores([shown], [greedy, sampled]).print(console)
         (line,) = [line for line in capture.get().splitlines() if line.startswith("│")]
         assert f" {words} " in line
 

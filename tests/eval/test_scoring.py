@@ -19,7 +19,7 @@ from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_bridge import data as expected_outputs_module
 from dylora_moe.eval.evalplus_bridge.data import expected_outputs, load_benchmark
 from dylora_moe.eval.scoring import sandbox, scoring
-from dylora_moe.eval.scoring.check_workers import Verdict
+from dylora_moe.eval.scoring.checking_process import Verdict
 from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError
 

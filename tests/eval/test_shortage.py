@@ -15,8 +15,9 @@ import pytest
 
 from dylora_moe.demo.problems import load_problems
 from dylora_moe.eval.benchmark import benchmark
-from dylora_moe.eval.scoring import check_workers
-from dylora_moe.eval.scoring.check_workers import Check, check_start, run_checks
+from dylora_moe.eval.scoring import check_workers, checking_process
+from dylora_moe.eval.scoring.check_workers import check_start, run_checks
+from dylora_moe.eval.scoring.checking_process import Check
 from dylora_moe.eval.scoring.guarded_check import Task
 from dylora_moe.eval.scoring.scoring import score_samples
 from dylora_moe.eval.scoring.shortage import remedy
@@ -59,10 +60,10 @@ def fault(monkeypatch):
     """Have folders made with a statement before, and no long wait between two attempts."""
 
     def inject(statement):
-        start = check_workers._START.replace("serve(", FAULT.format(statement))
-        monkeypatch.setattr(check_workers, "_START", start)
+        start = checking_process._START.replace("serve(", FAULT.format(statement))
+        monkeypatch.setattr(checking_process, "_START", start)
 
-    monkeypatch.setattr(check_workers, "PAUSES", (0, 0.1, 0.1))
+    monkeypatch.setattr(checking_process, "PAUSES", (0, 0.1, 0.1))
     return inject
 
 
@@ -146,7 +147,7 @@ def test_a_program_that_makes_its_own_shortage_counts_as_failed(fault, tmp_path)
 
 STOPPED = """
 import json, sys
-from dylora_moe.eval.scoring import check_workers
+from dylora_moe.eval.scoring import check_workers, checking_process
 from dylora_moe.eval.scoring.guarded_check import Task
 check_workers.STANDSTILL_SECONDS = 1
 waits = "import time\\ndef f(x):\\n    time.sleep(0.7)\\n    return x\\n"
@@ -177,9 +178,9 @@ def test_a_machine_that_stands_still_costs_no_verdict():
 
 SCORES = """
 import json, os, sys
-from dylora_moe.eval.scoring import check_workers
+from dylora_moe.eval.scoring import check_workers, checking_process
 from dylora_moe.eval.scoring.scoring import pass_at_k, score_samples
-check_workers.PAUSES = (0, 0.2, 0.5)
+checking_process.PAUSES = (0, 0.2, 0.5)
 samples, *task_ids = sys.argv[1:]
 print(json.dumps(pass_at_k(score_samples(samples, "humaneval", parallel=2, task_ids=task_ids))))
 """
@@ -277,7 +278,7 @@ def test_a_temporary_folder_that_cannot_be_used_is_said(monkeypatch):
     def refused():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "folder")
 
-    monkeypatch.setattr(check_workers, "PAUSES", (0, 0))
+    monkeypatch.setattr(checking_process, "PAUSES", (0, 0))
     monkeypatch.setattr(check_workers.tempfile, "gettempdir", refused)
     with pytest.raises(FailureError, match=r"No space left on device.*TMPDIR"):
         statuses([RIGHT])

@@ -201,12 +201,12 @@ def test_a_failure_is_one_line_and_exit_code_1(run, checkpoint, tmp_path, monkey
 
 
 def test_an_unforeseen_error_is_one_line_and_debug_shows_where(run, checkpoint, tmp_path, monkeypatch):
-    from dylora_moe.hub_export import exporter
+    from dylora_moe.hub_export import preparation
 
     def broken(*arguments):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(exporter, "make_plan", broken)
+    monkeypatch.setattr(preparation, "make_plan", broken)
     arguments = ["export", str(checkpoint), "-o", str(tmp_path / "out")]
     result = run(*arguments)
     assert result[0] == 1

@@ -40,8 +40,8 @@ def test_paths_are_not_split_at_commas_and_names_are(command, monkeypatch, tmp_p
         given.update(models=models, **options)
         raise InputError("far enough")
 
-    for module in ("benchmark", "expert_analysis", "routing_analysis"):
-        monkeypatch.setattr(f"dylora_moe.eval.{module}.{module}", stop)
+    for module in ("benchmark", "analysis.expert_analysis", "analysis.routing_analysis"):
+        monkeypatch.setattr(f"dylora_moe.eval.{module}.{module.rsplit('.', 1)[-1]}", stop)
     arguments = ["--model", "/data/run,1/best", "--adapter_path=/data/a,b", "c,d", "e", "-o", str(tmp_path)]
     names = ["--benchmarks", "humaneval,mbpp", "--routing_strategy=router,base", "single:0"]
     with pytest.raises(SystemExit):

@@ -7,9 +7,8 @@ import pytest
 from rich.console import Console
 
 from dylora_moe.demo.problems import FAMILIES, family_of, load_problems
-from dylora_moe.demo.report import ALL, ALL_PLUS, build_table, summarise
 from dylora_moe.demo.runner import STRATEGIES, _clear, run_demo
-from dylora_moe.demo.scoring import folder_name
+from dylora_moe.demo.scoring import ALL, ALL_PLUS, build_table, folder_name, summarise
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.repo.results import TaskResult, read_results
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dylora_moe.demo.batches import IGNORED, Example, encode, pad, random_batches
 from dylora_moe.demo.checkpoint import save_final_checkpoint, save_foundation
-from dylora_moe.demo.exercises import vocabulary_exercises
+from dylora_moe.demo.fitting import IGNORED, Example, encode, pad, random_batches
+from dylora_moe.demo.foundation import vocabulary_exercises
 from dylora_moe.demo.problems import load_problems
 from dylora_moe.demo.texts import family_texts
 from dylora_moe.demo.training import ADAPTERS, Recipe, train

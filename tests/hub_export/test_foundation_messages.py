@@ -16,7 +16,7 @@ from transformers.utils import find_adapter_config_file
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
-from dylora_moe.modeling.layouts_dylora_moe import NO_FOLDER
+from dylora_moe.modeling.loading_dylora_moe import NO_FOLDER
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
 from dylora_moe.modeling.experts_dylora_moe import is_gate, use_experts
-from dylora_moe.modeling.gates_dylora_moe import DyloraMoeFoundationGate
+from dylora_moe.modeling.stacked_experts_dylora_moe import DyloraMoeFoundationGate
 
 
 ROWS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -78,17 +78,17 @@ def test_a_subset_loads_by_the_repos_own_code(saved):
 
 
 def test_a_subset_reads_no_other_experts_rows(saved, monkeypatch):
-    from dylora_moe.modeling import layouts_dylora_moe
+    from dylora_moe.modeling import loading_dylora_moe
 
     _, folder = saved
     rows = []
-    original = layouts_dylora_moe._rows
+    original = loading_dylora_moe._rows
 
     def counting(stack, layout, numbers):
         rows.append((original(stack, layout, numbers).shape[0], sum(layout[number][0] for number in numbers)))
         return original(stack, layout, numbers)
 
-    monkeypatch.setattr(layouts_dylora_moe, "_rows", counting)
+    monkeypatch.setattr(loading_dylora_moe, "_rows", counting)
     DyloraMoeForCausalLM.from_pretrained(folder / "full", experts=["first"])
     assert rows and all(read == wanted == 4 for read, wanted in rows)
 
@@ -190,11 +190,13 @@ def test_full_is_what_is_saved_unless_asked_otherwise(saved):
 
 
 def test_a_subset_of_layout_adapter_reads_no_other_experts_files(saved, monkeypatch):
-    from dylora_moe.modeling import layouts_dylora_moe
+    from dylora_moe.modeling import loading_dylora_moe
 
     read = []
-    original = layouts_dylora_moe._opened
-    monkeypatch.setattr(layouts_dylora_moe, "_opened", lambda path: read.append(Path(path)) or original(path))
+    original = loading_dylora_moe._open_safetensors
+    monkeypatch.setattr(
+        loading_dylora_moe, "_open_safetensors", lambda path: read.append(Path(path)) or original(path)
+    )
     DyloraMoeForCausalLM.from_pretrained(saved[1] / "adapter", experts=["third"])
     assert [path.parent.name for path in read] == ["third", "adapter"]  # its file and the router's
 

@@ -1,0 +1,123 @@
+"""The options of `benchmark` and of the analyses: name, type, default and help, each said here alone.
+
+The command line makes its own options from these fields, so this file imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
+
+
+DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
+# What says where a model is, and what its source does not say itself.
+OF_SOURCE = (
+    "base_model",
+    "adapter_path",
+    "backend",
+    "revision",
+    "subfolder",
+    "lora_alpha",
+    "trust_remote_code",
+)
+
+
+@dataclass
+class BenchmarkOptions:
+    """How samples are made and scored. Names and defaults are EvalPlus's where it has them.
+
+    Every field is annotated with what it means. In Python, `adapter_path` may be one folder, and `device_map` whatever
+    transformers understands.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    base_model: Annotated[str | None, "The foundation: a folder or a Hub id."] = None
+    adapter_path: Annotated[
+        list[str] | None, "Adapter folders, an expert each; --model is then the foundation."
+    ] = None
+    backend: Annotated[str | None, "hf: what transformers loads; peft_moe: what is exported first."] = None
+    n_samples: Annotated[int, "Samples a task."] = 1
+    temperature: Annotated[float, "0: greedy."] = 0.0
+    greedy: Annotated[bool, "One sample a task at temperature 0."] = False
+    seed: Annotated[int, "Of sampling."] = 0
+    batch_size: Annotated[int, "Halved where the memory does not suffice."] = 32
+    max_new_tokens: Annotated[int, "A sample's length, in tokens."] = 768
+    dtype: Annotated[str, "bfloat16, float16, float32 or float64."] = "bfloat16"
+    device_map: Annotated[str | None, "auto: spread over the GPUs."] = None
+    attn_implementation: Annotated[str | None, "eager, sdpa or flash_attention_2."] = "eager"
+    id_range: Annotated[tuple[int, int] | None, "LOW HIGH: tasks from LOW up to but not with HIGH."] = None
+    limit: Annotated[int | None, "The first so many tasks."] = None
+    mini: Annotated[bool, "The set with few plus inputs."] = False
+    base_only: Annotated[bool, "Without the plus inputs."] = False
+    parallel: Annotated[int | None, "Processes that score, and that sanitize."] = None
+    force_base_prompt: Annotated[bool, "No chat template."] = False
+    sandbox: Annotated[bool, "Run generated programs inside bubblewrap."] = False
+    lora_alpha: Annotated[float | None, "Alpha, where it is not stored."] = None
+    subfolder: Annotated[str | None, "Which of several checkpoints."] = None
+    revision: Annotated[str | None, "The model's revision on the Hub."] = None
+    trust_remote_code: Annotated[bool, "Run code that a model's repo brings."] = False
+    overwrite: Annotated[bool, "Throw away what another run left under the same name."] = False
+
+    def __post_init__(self) -> None:
+        if self.greedy and (self.temperature or self.n_samples != 1):
+            raise InputError(
+                "--greedy makes one sample a task at temperature 0; leave out the others, or --greedy"
+            )
+        for name in ("n_samples", "batch_size", "max_new_tokens", "parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}; it must be at least 1")
+        check_temperature(self.temperature)
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if self.n_samples > 1 and self.temperature == 0:
+            raise InputError(
+                f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], function: Callable) -> BenchmarkOptions:
+        """Make them from what a caller of `function` gave by name beside its own parameters.
+
+        Raises:
+            InputError: a name that neither has, or a value that cannot be used.
+        """
+        cls.check_names(options, function)
+        return cls(**options)
+
+    @classmethod
+    def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
+        """Raise InputError for a name that neither these options nor the parameters of `function` have."""
+        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
+
+    @property
+    def of_source(self) -> dict[str, Any]:
+        """Those that say where the model is, and what its source does not say itself."""
+        return {name: getattr(self, name) for name in OF_SOURCE}
+
+
+def check_temperature(temperature: float) -> None:
+    """Check that logits can be divided by it.
+
+    Raises:
+        InputError: it is no number, negative, or so small that divided logits overflow float32.
+    """
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature is {temperature}; it must be a number, and not negative")
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise InputError(
+            f"--temperature is {temperature}; logits divided by less than {LOWEST_TEMPERATURE} overflow float32; pass 0 "
+            "for greedy decoding"
+        )
+
+
+__all__ = ["DEFAULT_FOLDER", "DTYPES", "OF_SOURCE", "BenchmarkOptions", "check_temperature"]
