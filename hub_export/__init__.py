@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .checking.check import CheckReport
+    from .checking.comparison import CheckReport
     from .checking.verify import Verification, verify
     from .errors import DyloraMoeError, DyloraMoeWarning, FailureError, InputError
     from .exporter import export
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .variant import VariantResult, make_variant
 
 _PLACES = {
-    "CheckReport": "checking.check",
+    "CheckReport": "checking.comparison",
     "Detection": "readers.detect",
     "DyloraMoeError": "errors",
     "DyloraMoeWarning": "errors",

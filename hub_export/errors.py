@@ -1,13 +1,15 @@
-"""The two ways a command of this package ends badly, and the warning it may give on the way.
+"""User errors (exit 2) and failures (exit 1), and the warning that stops nothing.
 
-An error's text is one line: what is wrong, where (file, key, layer), and what to do about it. This file knows
-nothing about any format.
+An error's text is one line: what is wrong, where (file, key, layer), and what to do about it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class DyloraMoeError(Exception):
-    """Base of the errors that are meant to be read by a person. `exit_code` is what the command line ends
-    with."""
+    """Base of the errors that are written for the user. `exit_code` is what the command line ends with."""
 
     exit_code = 1
 
@@ -16,14 +18,13 @@ class DyloraMoeError(Exception):
 
 
 class InputError(DyloraMoeError, ValueError):
-    """What was given cannot be used as it is: a wrong option, a damaged or unknown folder. Exit code 2."""
+    """What was given cannot be used: a wrong option, a damaged or unknown folder. Exit code 2."""
 
     exit_code = 2
 
 
 class FailureError(DyloraMoeError, RuntimeError):
-    """The input was right and the work failed all the same: a full disk, a check that found a difference.
-    Exit code 1."""
+    """The input was right, and the work failed: a full disk, a check that found a difference. Exit code 1."""
 
     exit_code = 1
 
@@ -33,9 +34,15 @@ class DyloraMoeWarning(UserWarning):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The first line of another library's error, shortened, for use inside one of ours."""
+    """Shorten another library's error to its first line, for use inside one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if text.endswith(":") and len(lines) > 1:  # and what it announces
         text = f"{text} {lines[1]}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def few(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
+    """Join names for a message: the first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

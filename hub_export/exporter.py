@@ -25,8 +25,8 @@ from .repo.model_card import foundation_licence, keep_edits, model_card, stored_
 from .repo.options import ExportOptions, ExportResult
 from .repo.plan import Plan
 from .repo.repo_config import is_exported_repo
-from .repo.repo_files import is_replaceable
-from .repo.results import BenchmarkResult, read_results
+from .repo.repo_files import KEPT_FILES, is_replaceable
+from .repo.results import Score, read_scores
 from .repo.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 from .repo.writer import (
     make_readable,
@@ -37,10 +37,6 @@ from .repo.writer import (
 )
 from .staging import check_output, staged_folder
 from .tensors.mixture import Mixture, idle_experts
-
-
-# What a person may have put into a repo, or added lines to: overwriting keeps it.
-KEPT_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "requirements.txt", ".gitattributes")
 
 
 def export(
@@ -84,7 +80,7 @@ def export(
             `output_dir` then that was not there before.
     """
     chosen = ExportOptions.of(options)
-    results = read_results(chosen.results)
+    scores = read_scores(chosen.results)  # before anything else, since it may be wrong
     tell = progress or (lambda message: None)
     output = check_output(Path(output_dir), chosen.overwrite, is_replaceable)
     tell("reading the source")
@@ -96,8 +92,8 @@ def export(
         warn_about_older_transformers(tokenizer)
     _warn_about_idle_experts(mixture)
     strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
-    for scored in results:
-        _routing_strategy(scored.routing_strategy, plan.config)
+    for score in scores:
+        _routing_strategy(score.routing_strategy, plan.config)
     result = ExportResult(
         output_dir=output,
         format=mixture.format,
@@ -112,7 +108,7 @@ def export(
     )
     with staged_folder(output, chosen.overwrite, is_replaceable) as folder:
         tell("writing the repo")
-        _write(folder, output, mixture, plan, tokenizer, strategy, chosen, results)
+        _write(folder, output, mixture, plan, tokenizer, strategy, scores, chosen)
         if chosen.verify:
             tell("checking the repo against the source")
             result.check = _check(folder, mixture, plan, chosen)
@@ -164,8 +160,8 @@ def _write(
     plan: Plan,
     tokenizer: FoundTokenizer | None,
     strategy: str,
+    scores: list[Score],
     options: ExportOptions,
-    results: list[BenchmarkResult],
 ) -> None:
     """Write everything an exported repo holds.
 
@@ -190,7 +186,7 @@ def _write(
         mixture,
         num_foundation_parameters=plan.num_foundation_parameters,
         licence=foundation_licence(plan.foundation) or stored_licence(mixture),
-        results=results,
+        results=scores,
     )
     (folder / "README.md").write_text(keep_edits(card, output / "README.md"), encoding="utf-8")
     write_checksums(folder)

@@ -1,5 +1,7 @@
-"""The optional packages, and which extra of this one brings each: a missing one is named before any work
-begins."""
+"""The optional packages, and which extra of this package brings each.
+
+A missing one is named before any work begins.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,15 @@ def check_packages(*names: str) -> None:
     """
     missing = [name for name in names if not _is_installed(name)]
     if missing:
-        are = "are" if len(missing) > 1 else "is"
+        verb = "are" if len(missing) > 1 else "is"
         extras = ",".join(dict.fromkeys(EXTRAS[name] for name in missing))
         raise InputError(
-            f"this needs {', '.join(missing)}, which {are} not installed: {how_to_install(extras)}"
+            f"this needs {', '.join(missing)}, which {verb} not installed: {how_to_install(extras)}"
         )
 
 
 def how_to_install(extra: str) -> str:
-    """The command, from an index and from a clone."""
+    """Give the command that installs an extra, from an index and from a clone."""
     return f"pip install 'dylora-moe[{extra}]', or in a clone: pip install -e '.[{extra}]'"
 
 
@@ -40,9 +42,8 @@ def _is_installed(name: str) -> bool:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        if (
-            error.name is not None and error.name.split(".")[0] != name
-        ):  # it is there, and lacks something itself
+        is_there = error.name is not None and error.name.split(".")[0] != name  # and lacks something itself
+        if is_there:
             raise InputError(f"{name} cannot be imported: {one_line(error)}") from error
         return False
     return True

@@ -1,7 +1,4 @@
-"""An exported repo to the Hub: created or updated, in one commit, with nothing but the repo's files.
-
-It knows nothing about weights or formats.
-"""
+"""An exported repo to the Hub: created or updated, in one commit, with nothing but the repo's files."""
 
 from __future__ import annotations
 
@@ -107,8 +104,7 @@ def push(
 
 
 def check_foundation(folder: Path, content: RepoFiles) -> None:
-    """Whoever loads the repo, or one of its experts with PEFT, must be able to find the foundation by its
-    name.
+    """Check that others find the foundation by its name: those who load the repo, or one expert with PEFT.
 
     Raises:
         InputError: a name is a folder of this machine, or can be no Hub id.
@@ -126,18 +122,18 @@ def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
         return
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"{path}: base_model_name_or_path is {name!r}, so nobody can find the foundation; {way_out}"
+            f"{path}: base_model_name_or_path is {name!r}, so that it cannot be found; {way_out}"
         )
     if Path(name).is_absolute() or os.path.exists(os.path.expanduser(name)):
         raise InputError(
-            f"{path}: base_model_name_or_path is {name}, a folder of this machine, which nobody else has; {way_out}"
+            f"{path}: base_model_name_or_path is {name}, a folder of this machine alone; {way_out}"
         )
     if not is_hub_id(name):
         raise InputError(f"{path}: base_model_name_or_path is {name!r}, which is not a Hub id; {way_out}")
 
 
 def _check_card(path: Path) -> None:
-    """The Hub would refuse the commit after the repo had been created."""
+    """Check the metadata, which the Hub would refuse after the repo had been created."""
     from huggingface_hub.repocard import metadata_load
 
     if path.is_symlink() or not path.is_file():
@@ -174,7 +170,7 @@ def _licence_note(content: RepoFiles) -> str | None:
 
 
 def _ready_repo(api: Any, hub_id: str, private: bool, notes: list[str]) -> bool:
-    """The Hub repo is there, and as private as was asked for. Returns whether it is private."""
+    """Make the Hub repo, or find it, and make it private if that was asked for. Returns whether it is private."""
     from huggingface_hub import errors
 
     try:
@@ -210,7 +206,7 @@ def _ready_branch(api: Any, hub_id: str, revision: str | None) -> str:
 
 
 def _check_holds_no_other_model(api: Any, hub_id: str, branch: str, token: str) -> None:
-    """Weights of ours beside another model's config would be neither."""
+    """Refuse a Hub repo with another model, whose config would stand beside this one's weights."""
     from huggingface_hub import errors
 
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +217,7 @@ def _check_holds_no_other_model(api: Any, hub_id: str, branch: str, token: str) 
         try:
             model_type = read_json(Path(path)).get("model_type")
         except InputError:
-            return  # whatever it is, it is no model that anybody can load
+            return  # whatever it is, it is no model that can be loaded
     if model_type != MODEL_TYPE:
         raise InputError(
             f"{hub_id} already holds another model (config.json has model_type {model_type}); choose another name"
@@ -229,8 +225,7 @@ def _check_holds_no_other_model(api: Any, hub_id: str, branch: str, token: str) 
 
 
 def _foundation_notes(api: Any, config: dict[str, Any]) -> list[str]:
-    """Layout `adapter` needs its foundation on the Hub. That this token cannot see it does not mean that
-    nobody can."""
+    """Say whether those who load layout `adapter` will find its foundation, as far as this token sees."""
     from huggingface_hub import errors
 
     name, revision = config["base_model_name_or_path"], config.get("base_model_revision")
@@ -239,15 +234,16 @@ def _foundation_notes(api: Any, config: dict[str, Any]) -> list[str]:
     except errors.RevisionNotFoundError:
         return [f"{name} has no revision {revision}, so this repo cannot be loaded as it is"]
     except errors.RepositoryNotFoundError:
-        return [f"the foundation {name} is not on the Hub for this token; whoever loads this repo needs it"]
+        return [f"the foundation {name} is not on the Hub for this token; those who load this repo need it"]
     if info.private:
-        return [f"the foundation {name} is private; whoever loads this repo must be able to read it"]
-    return [f"the foundation {name} is gated; whoever loads this repo must have access"] if info.gated else []
+        return [f"the foundation {name} is private; those who load this repo must be able to read it"]
+    if info.gated:
+        return [f"the foundation {name} is gated; those who load this repo must have access"]
+    return []
 
 
 def _stale(on_hub: list[str], content: RepoFiles) -> list[str]:
-    """What an earlier export left. A tokenizer that lies there alone stays: somebody added what the export
-    lacks."""
+    """List what an earlier export left. A tokenizer that lies there alone stays: a person added it."""
     own_tokenizer = any(is_tokenizer_file(file) for file in content.files)
     return sorted(
         file
@@ -257,12 +253,11 @@ def _stale(on_hub: list[str], content: RepoFiles) -> list[str]:
 
 
 def _content(folder: Path, file: str, hub_id: str) -> str | bytes:
-    """The file's path; of the card, the text with the examples naming the repo as others will."""
+    """Give the file's path; of the card, the text with the examples naming the repo as others will."""
     if file != "README.md":
         return str(folder / file)
-    return restate((folder / file).read_text(encoding="utf-8", errors="surrogateescape"), hub_id).encode(
-        "utf-8", errors="surrogateescape"
-    )
+    card = (folder / file).read_text(encoding="utf-8", errors="surrogateescape")
+    return restate(card, hub_id).encode("utf-8", errors="surrogateescape")
 
 
 def _commit(api: Any, folder: Path, hub_id: str, branch: str, files: list[str], deleted: list[str]) -> str:

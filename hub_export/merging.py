@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .checking import rounding
-from .checking.check import Comparison, compared
+from .checking.comparison import Comparison, compared
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation

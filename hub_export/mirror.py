@@ -1,7 +1,6 @@
 """Exported repos to and from W&B artifacts, by the wandb SDK.
 
-What is pulled is an exported repo, as EvalPlus takes it: one that was pushed comes as it is, and what
-training left is exported on the way.
+A repo that was pushed comes back as it is; what training left in an artifact is exported on the way.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, few
 from .readers.exported_repo import FORMAT
 from .repo.checksums import sha256
 from .repo.options import ExportOptions
@@ -23,7 +22,7 @@ from .sources.hub_and_folders import is_on_hub
 from .sources.wandb_artifacts import (
     ArtifactName,
     cached,
-    check_ready,
+    connect,
     download_to,
     fetch_artifact,
     mode,
@@ -37,14 +36,16 @@ from .unknown_options import refuse_unknown
 
 Progress = Callable[[str], None]
 
-# what tells an exported repo from training's folders before anything is downloaded
+# By these an exported repo is known before anything is downloaded.
 REPO_MARKS = {"config.json", "modeling_dylora_moe.py"}
 
 
 @dataclass
 class MirrorPushResult:
-    """What was handed to W&B. `artifact` has a version unless the run is offline, where `run_folder` is to be
-    synced."""
+    """What was handed to W&B.
+
+    `artifact` has a version unless the run is offline; then `run_folder` is to be synced.
+    """
 
     artifact: str
     offline: bool
@@ -107,12 +108,12 @@ def mirror_push(
             raise InputError("WANDB_MODE is disabled, so nothing would be sent; use online or offline")
         offline = mode(wandb) in ("offline", "dryrun")
         if not offline:
-            check_ready(wandb)
+            connect()
     tell("computing checksums")
     metadata = _metadata(folder, content)
     if content.layout == "adapter" and metadata["foundation"] is None:
         notes.append(
-            "the foundation is a folder of this machine, so whoever pulls this repo needs to pass base_model="
+            "the foundation is a folder of this machine: wherever this repo is pulled, it needs base_model="
         )
     with wandb_errors(str(name)), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         tell(f"{'staging' if offline else 'sending'} {len(content.files)} files")
@@ -134,8 +135,11 @@ def _log(
     aliases: tuple[str, ...],
     scratch: str | None,
 ) -> MirrorPushResult:
-    """One run that logs one artifact. `scratch` is for what an online run writes here, which nobody needs
-    later."""
+    """Log one artifact in a run of its own.
+
+    Args:
+        scratch: where an online run writes what is of no use later; None for an offline run.
+    """
     offline = scratch is None
     run = wandb.init(
         entity=name.entity,
@@ -143,7 +147,7 @@ def _log(
         job_type="mirror",
         dir=scratch,
         reinit="create_new",  # a run that is going on in this process stays alone
-        settings=wandb.Settings(**_nothing_else(wandb)),
+        settings=wandb.Settings(**_private_settings(wandb)),
     )
     try:
         logged = wandb.Artifact(name.name, type="model", metadata=metadata)
@@ -162,9 +166,8 @@ def _log(
     return MirrorPushResult(full, offline, run_folder, files, metadata)
 
 
-def _nothing_else(wandb: Any) -> dict[str, Any]:
-    """Settings under which the run tells nothing about this machine, as far as the installed SDK knows
-    them."""
+def _private_settings(wandb: Any) -> dict[str, Any]:
+    """Settings under which the run records nothing about this machine, as far as the installed SDK has them."""
     settings = {
         "console": "off",
         "disable_git": True,
@@ -206,7 +209,7 @@ def mirror_pull(
     export: Callable[..., Any] | None = None,
     **options: Any,
 ) -> MirrorPullResult:
-    """Fetch an artifact as an exported repo, which appears under its name at one stroke.
+    """Fetch an artifact as an exported repo, which appears under its name complete or not at all.
 
     Args:
         artifact: `entity/project/name:version`, with or without a leading `wandb:`.
@@ -224,6 +227,8 @@ def mirror_pull(
     """
     final, tell = Path(output_dir), progress or (lambda message: None)
     if export is None:
+        from .exporter import export
+
         refuse_unknown(options, ExportOptions.names())
     name = parse_name(artifact, version=True)
     parts = subfolder.split("/") if subfolder else []
@@ -233,13 +238,12 @@ def mirror_pull(
     with wandb_errors(artifact, token):
         tell("looking at W&B")
         found = fetch_artifact(artifact, token)
-        entries = {str(path): entry for path, entry in found.manifest.entries.items()}
-        size = sum(entry.size or 0 for entry in entries.values())
-        result = MirrorPullResult(
-            final.resolve(), str(name._replace(version=found.version)), found.digest, []
-        )
-        tell(f"fetching {len(entries)} files, {size / 1e6:,.1f} MB")
-        if not subfolder and entries.keys() >= REPO_MARKS:
+        files = found.manifest.entries
+        size = sum(entry.size or 0 for entry in files.values())
+        tell(f"fetching {len(files)} files, {size / 1e6:,.1f} MB")
+        full_name = str(name._replace(version=found.version))
+        result = MirrorPullResult(final.resolve(), full_name, found.digest, [])
+        if not subfolder and set(map(str, files)) >= REPO_MARKS:
             _refuse(options, artifact)
             with staged_folder(final, overwrite, is_replaceable) as content:
                 download_to(found, content, artifact)
@@ -255,8 +259,6 @@ def mirror_pull(
             shutil.copytree(source, content, dirs_exist_ok=True)
             _keep_the_repo(content, result)
         return result
-    if export is None:
-        from .exporter import export
     if subfolder:
         options["subfolder"] = subfolder
     result.export = export(folder, final, overwrite=overwrite, progress=progress, **options)
@@ -265,6 +267,7 @@ def mirror_pull(
 
 
 def _refuse(options: dict[str, Any], artifact: str) -> None:
+    """Refuse options of an export, where there is nothing to be exported."""
     harmless = ("verify", "trust_remote_code")  # they change nothing about the result
     given = sorted(name for name, value in options.items() if value is not None and name not in harmless)
     if given:
@@ -275,12 +278,11 @@ def _refuse(options: dict[str, Any], artifact: str) -> None:
 
 
 def _keep_the_repo(folder: Path, result: MirrorPullResult) -> None:
-    """Whatever else the artifact holds stays there: nobody has looked at it, and it is no part of a repo."""
+    """Remove what else the artifact holds: it is no part of the repo, and was not looked at."""
     content = repo_files(folder)
     for name in content.left_out:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if content.left_out:
-        more = f" and {len(content.left_out) - 8} more" if len(content.left_out) > 8 else ""
-        result.notes.append(f"not part of the repo, so not kept: {', '.join(content.left_out[:8])}{more}")
+        result.notes.append(f"not part of the repo, so not kept: {few(content.left_out)}")
     result.files = content.files

@@ -1,9 +1,9 @@
-"""A folder that appears under its name at one stroke, complete, or not at all.
+"""Atomic writing: a folder or a file appears under its name complete, or not at all.
 
-What is written goes to a hidden folder beside the final one (`.NAME.partial-XXXXXXXX/content`), which is then
+A folder is written as a hidden one beside the final one (`.NAME.partial-XXXXXXXX/content`), which is then
 renamed. An old folder of that name is exchanged for the new one in a single system call where Linux offers
 it. A killed run leaves at most its hidden folder, which the next run removes; a lock keeps runs from removing
-each other's. This file knows nothing about what is written.
+each other's. A file is written beside the final one, too, and then renamed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Path:
-    """The absolute path of the final folder, if it may be written. `is_replaceable` may say why not with
-    `InputError`.
+    """Resolve the path of the final folder, if it may be written.
+
+    Args:
+        is_replaceable: whether what is there may be replaced; it may say why not with `InputError`.
 
     Raises:
         InputError: something is there that may not be replaced; nothing was touched.
@@ -58,7 +60,7 @@ def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], 
 
 @contextlib.contextmanager
 def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yields an empty folder to write to; it becomes `final` when the block ends without an exception.
+    """Yield an empty folder to write to; it becomes `final` when the block ends without an exception.
 
     Args:
         final: the folder to make. It may be missing or empty, or with `overwrite` hold what `is_replaceable`
@@ -102,6 +104,30 @@ def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path],
                 parent.rmdir()
 
 
+@contextlib.contextmanager
+def staged_file(final: Path, work: Path | None = None, *, keep: bool = True) -> Iterator[Path]:
+    """Yield a path to write a file to, which replaces `final` when the block ends without an exception.
+
+    Args:
+        work: that path, on the same file system; one of this process's own beside `final`, if left out.
+        keep: False removes what was written instead.
+    """
+    work = work or final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        yield work
+        if keep:
+            _sync_path(work)
+            os.replace(work, final)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_atomically(final: Path, text: str) -> None:
+    """Write a text file, so that no reader ever sees half of it."""
+    with staged_file(final) as work:
+        work.write_text(text, encoding="utf-8")
+
+
 def _is_of_writing(error: OSError, work: Path) -> bool:
     """Whether what failed was to write below `work`, and not to read something else or to reach a server.
 
@@ -128,14 +154,14 @@ def _reason(error: OSError) -> str:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Creates the folders above the final one and returns those that were missing, the outermost first."""
+    """Create the folders above the final one, and return those that were missing, the outermost first."""
     missing = [path for path in [folder, *folder.parents] if not path.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _make_work_folder(final: Path) -> tuple[Path, int | None]:
-    """A new hidden folder and the handle that locks it (None where the system has no such locks)."""
+    """Make a hidden folder and the handle that locks it (None where the system has no such locks)."""
     while True:
         work = final.parent / f".{final.name}.partial-{secrets.token_hex(4)}"
         work.mkdir()
@@ -150,10 +176,10 @@ def _make_work_folder(final: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path, required: bool) -> int:
-    """An open handle on a folder, locked; with `required=False` unlocked on file systems without locks.
+    """Open a handle on a folder, locked; with `required=False` unlocked on file systems without locks.
 
     Raises:
-        BlockingIOError: somebody else holds it.
+        BlockingIOError: another run holds it.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -166,7 +192,7 @@ def _lock(folder: Path, required: bool) -> int:
 
 
 def remove_leftovers(final: Path) -> None:
-    """Removes hidden folders that killed runs left for this output, unless a run still holds them.
+    """Remove hidden folders that killed runs left for this output, unless a run still holds them.
 
     A run killed in the middle of the slow way of replacing (see `_publish`) has moved the old folder aside:
     if nothing is under the final name, it goes back there.
@@ -191,18 +217,23 @@ def _escape(name: str) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Everything in the folder is on the disk and not only in memory when this returns."""
+    """Have everything in the folder on the disk, and not only in memory, when this returns."""
     for directory, _, files in os.walk(folder, topdown=False):
         paths = [os.path.join(directory, name) for name in files]
         for path in [*(path for path in paths if not os.path.islink(path)), directory]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync_path(path)
+
+
+def _sync_path(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _publish(content: Path, final: Path, aside: Path) -> None:
+    """Give the finished folder its final name."""
     if not final.exists() or not any(final.iterdir()):
         os.rename(content, final)  # replaces an empty folder, too
     elif not exchange(content, final):
@@ -212,16 +243,11 @@ def _publish(content: Path, final: Path, aside: Path) -> None:
         except OSError:
             os.rename(aside, final)
             raise
-    handle = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync_path(final.parent)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swaps two folders in one step. False where the system or the file system has no such call; nothing
-    changed then.
+    """Swap two folders in one step; False, with nothing changed, where the file system has no such call.
 
     The call is Linux's renameat2 with RENAME_EXCHANGE (https://man7.org/linux/man-pages/man2/rename.2.html).
     """

@@ -20,9 +20,14 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     if not unknown:
         return
     nearest = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
-    named = [f"{name} (did you mean {near[0]}?)" if near else name for name, near in nearest.items()]
+    named = []
+    for name in unknown:
+        near = nearest[name]
+        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
     text = f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(named)}"
-    raise InputError(text if all(nearest.values()) else f"{text}; there are {', '.join(known)}")
+    if not all(nearest.values()):
+        text += f"; there are {', '.join(known)}"
+    raise InputError(text)
 
 
 def parameter_names(*functions: Callable) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 import transformers
 from helpers_models import PeftLoop
 
-from dylora_moe.hub_export.checking import check, check_repo
-from dylora_moe.hub_export.checking.check_source import Reference
+from dylora_moe.hub_export.checking import check_repo, comparison
+from dylora_moe.hub_export.checking.peft_reference import Reference
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -77,26 +77,26 @@ def random_mixture(
     return words, model
 
 
-def source_side(model: DyloraMoeForCausalLM, precision: torch.dtype) -> check.Computed:
+def source_side(model: DyloraMoeForCausalLM, precision: torch.dtype) -> comparison.Computed:
     """What PEFT computes of the same weights, with its rounding."""
     loop, config = PeftLoop(model), model.config
     names = ("router_input", "router_mode", "num_experts_per_tok", "router_temperature")
     gate = {name: getattr(config, name) for name in names}
     gate.update({name: getattr(model.router.gate, name).detach().clone() for name in ("weight", "bias")})
-    return check.Computed(*Reference(loop.peft, config.expert_names, gate, precision).measure(ROWS))
+    return comparison.Computed(*Reference(loop.peft, config.expert_names, gate, precision).measure(ROWS))
 
 
 def repo_side(
-    model: DyloraMoeForCausalLM, precision: torch.dtype, source: check.Computed
+    model: DyloraMoeForCausalLM, precision: torch.dtype, source: comparison.Computed
 ) -> dict[str, torch.Tensor]:
     """What the model itself computes, with the experts chosen by the source's router logits."""
     ready = check_repo.ready(copy.deepcopy(model), precision)
     return dict(check_repo.quantities(ready, ROWS, source.values["router logits"]))
 
 
-def report(model: DyloraMoeForCausalLM, source: check.Computed, found: dict, precision: torch.dtype):
-    comparisons = check.compare(source, found, model.router.gate.bias.detach())
-    return check.CheckReport(
+def report(model: DyloraMoeForCausalLM, source: comparison.Computed, found: dict, precision: torch.dtype):
+    comparisons = comparison.compare(source, found, model.router.gate.bias.detach())
+    return comparison.CheckReport(
         comparisons, model.config.expert_names, precision=str(precision).removeprefix("torch.")
     )
 

@@ -8,13 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dylora_moe.eval.evalplus_bridge.stock import (
-    TaskResult,
-    pass_at_1,
-    prepare_ground_truth,
-    read_results,
-    run_stock_evalplus,
-)
+from dylora_moe.eval.evalplus_bridge.stock import prepare_ground_truth, run_stock_evalplus
+from dylora_moe.hub_export.repo.results import TaskResult, pass_at_1, read_results
 
 from .problems import FAMILIES, family_of
 

@@ -18,13 +18,14 @@ from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.repo.results import TaskResult, read_results
+from dylora_moe.hub_export.staging import write_atomically
 
 from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import canonical_benchmark, load_benchmark
-from ..evalplus_bridge.stock import TaskResult, read_results
 from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
 from ..sampling.loading import find_model
-from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned, replace_text
+from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
 from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
 from .task_categories import categories_of
@@ -110,7 +111,7 @@ def expert_analysis(
         trace = partial(_trace_router, source, dataset, folder, options, progress)
     choices = _router_choices(runs[ROUTER], folder, trace) if ROUTER in runs else None
     summary = analyse(runs, choices)
-    replace_text(folder / EXPERTS_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / EXPERTS_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return ExpertAnalysis(folder, summary)
 
 

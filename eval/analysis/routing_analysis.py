@@ -10,7 +10,6 @@ Reads the completions that `benchmark` left in its folder, or has it make them. 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.staging import staged_file, write_atomically
 
 from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import Benchmark, load_benchmark
 from ..options import DEFAULT_FOLDER, BenchmarkOptions
 from ..sampling.loading import FoundModel, LoadedModel, find_model
-from ..sampling.run_record import Run, file_sha256, replace_text
+from ..sampling.run_record import Run, file_sha256
 from .files import ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
 from .routing_inputs import STRATEGY, Results, read_texts, run_of_router, runs_of
 from .routing_summary import RoutingSummary
@@ -139,7 +139,7 @@ def routing_analysis(
     subset = tasks.subset or run.subset
     summary = {**_description(run, loaded), "subset": subset, "tests": results.tests, **traced}
     summary["tasks_sha256"] = file_sha256(folder / ROUTING_TASKS_FILE)
-    replace_text(folder / ROUTING_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / ROUTING_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return RoutingAnalysis(folder, summary)
 
 
@@ -162,22 +162,17 @@ def _trace(
     """Write each task's line as soon as it is traced, and return what the set as a whole shows."""
     summary = RoutingSummary(loaded.expert_names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for number, trace in enumerate(traces, start=1):
-                name = trace.text.name
-                known = summary.add(
-                    trace,
-                    categories_of(tasks.tasks[name]),
-                    results.passed(name),
-                    results.experts_passed(name),
-                )
-                file.write(json.dumps(task_line(known, trace), allow_nan=False, separators=(",", ":")) + "\n")
-                done(number)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(path) as staged, open(staged, "w", encoding="utf-8") as file:
+        for number, trace in enumerate(traces, start=1):
+            name = trace.text.name
+            known = summary.add(
+                trace,
+                categories_of(tasks.tasks[name]),
+                results.passed(name),
+                results.experts_passed(name),
+            )
+            file.write(json.dumps(task_line(known, trace), allow_nan=False, separators=(",", ":")) + "\n")
+            done(number)
     return summary.to_dict()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.results import read_results
 
 from ..evalplus_bridge.data import Benchmark
-from ..evalplus_bridge.stock import read_results
 from ..sampling.loading import FoundModel
 from ..sampling.run_record import DECISIVE, Run, file_sha256, read_runs
 from .routing_trace import Text

@@ -6,7 +6,6 @@ Everything is read by EvalPlus's own functions.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import sys
 import time
@@ -20,6 +19,7 @@ from filelock import FileLock
 
 from dylora_moe.hub_export.errors import FailureError, InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.staging import staged_file
 
 
 # What users write, and what EvalPlus calls it. Its two sets are HumanEval+ and MBPP+, with the base tests
@@ -171,7 +171,8 @@ def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
 
     tasks_not_none = evaluate.MBPP_OUTPUT_NOT_NONE_TASKS if benchmark.name == "mbpp" else []
     kept = Path(evaluate.CACHE_DIR, f"{benchmark.dataset_hash}.pkl")
-    # EvalPlus names its file after the hash that it is told.
+    # EvalPlus names its file after the hash that it is told. The name is fixed, so that what a killed process
+    # left is found.
     partial = kept.with_name(f"{benchmark.dataset_hash}.partial.pkl")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -179,14 +180,9 @@ def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
         with FileLock(kept.with_suffix(".lock")), contextlib.redirect_stdout(sys.stderr), _steady_clock():
             if kept.exists():
                 return evaluate.get_groundtruth(benchmark.tasks, benchmark.dataset_hash, tasks_not_none)
-            partial.unlink(missing_ok=True)  # of a process that was killed
-            try:
-                outputs = evaluate.get_groundtruth(benchmark.tasks, partial.stem, tasks_not_none)
-                if benchmark.subset is None:
-                    os.replace(partial, kept)
-            finally:
-                partial.unlink(missing_ok=True)
-            return outputs
+            partial.unlink(missing_ok=True)
+            with staged_file(kept, partial, keep=benchmark.subset is None):
+                return evaluate.get_groundtruth(benchmark.tasks, partial.stem, tasks_not_none)
     except (EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{kept}, EvalPlus's cache of expected outputs, is damaged; remove it") from error
     except OSError as error:

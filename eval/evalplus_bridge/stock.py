@@ -5,7 +5,6 @@ Neither evalplus nor torch is imported here.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,12 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from dylora_moe.hub_export.errors import FailureError, InputError
 
 
-PASS = "pass"
 LOG_FILE = "evalplus.log"
 OVERRIDE_VARIABLES = {"humaneval": "HUMANEVAL_OVERRIDE_PATH", "mbpp": "MBPP_OVERRIDE_PATH"}
 POLL_SECONDS = 0.5
@@ -53,16 +50,6 @@ class StockEvalPlusError(FailureError):
         self.tail = [line for line in lines if line.strip()][-TAIL_LINES:]
         quoted = f"; it ends with: {self.tail[-1].strip()}" if self.tail else ", which is empty"
         super().__init__(f"{what}. See its log {log}{quoted}")
-
-
-class TaskResult(NamedTuple):
-    """The share of a task's samples (0.0 to 1.0) that pass the base tests, and base and plus tests together.
-
-    `plus` is None when only the base tests were run.
-    """
-
-    base: float
-    plus: float | None
 
 
 def run_stock_evalplus(
@@ -120,36 +107,6 @@ def prepare_ground_truth(
         timeout=None,
         poll=lambda: None,
     )
-
-
-def read_results(path: str | Path) -> dict[str, TaskResult]:
-    """Each task's result from an EvalPlus result file (`…_eval_results.json`); `InputError` if it is not
-    one."""
-    try:
-        tasks = json.loads(Path(path).read_text(encoding="utf-8"))["eval"]
-        results = {task_id: _task_result(samples) for task_id, samples in tasks.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{path} is not an EvalPlus result file: {type(error).__name__}: {error}") from error
-    if not results:
-        raise InputError(f"{path} holds no task")
-    return results
-
-
-def pass_at_1(results: Iterable[TaskResult], *, plus: bool = False) -> float:
-    """The mean share of passing samples, with the plus tests too if `plus`; `ValueError` if there is none to
-    mean."""
-    shares = [result.plus if plus else result.base for result in results]
-    if not shares or any(share is None for share in shares):
-        raise ValueError("no results, or results without the plus tests")
-    return sum(shares) / len(shares)
-
-
-def _task_result(samples: Sequence[Mapping]) -> TaskResult:
-    base = [sample["base_status"] == PASS for sample in samples]
-    plus = [sample["plus_status"] for sample in samples]
-    # EvalPlus's own rule: a sample passes "plus" if it passes both.
-    both = [passed and status == PASS for passed, status in zip(base, plus, strict=True)]
-    return TaskResult(sum(base) / len(base), None if None in plus else sum(both) / len(both))
 
 
 def _fresh_folder(folder: str | Path) -> Path:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.extras import REPORT, check_packages
+from dylora_moe.hub_export.staging import write_atomically
 from dylora_moe.version import __version__
 
-from ..sampling.run_record import Run, replace_text
+from ..sampling.run_record import Run
 from .content import ReportContent, read_folder
 from .expert_tables import describe_experts
 from .figures import write_figures
@@ -103,7 +104,7 @@ def write_report(folder: str | Path) -> Path:
     content = read_folder(folder)
     tables = report_tables(content)
     path = content.folder / REPORT_FILE
-    replace_text(path, render(content, tables))
+    write_atomically(path, render(content, tables))
     write_figures(content, tables)  # last: a figure that cannot be drawn takes nothing else with it
     return path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.sources.wandb_artifacts import NAME, check_ready, mode, sdk, wandb_errors
+from dylora_moe.hub_export.sources.wandb_artifacts import NAME, connect, mode, sdk, wandb_errors
 
 from .content import read_folder
 from .report_table import ReportTable
@@ -29,7 +29,7 @@ def check_wandb(project: str) -> tuple[str | None, str]:
     wandb = sdk()
     with wandb_errors(project):
         if mode(wandb) not in ("offline", "dryrun", "disabled"):
-            check_ready(wandb)
+            connect()
     return (entity[0] if entity else None), name
 
 

@@ -12,22 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.hub_export.repo.repo_files import NOT_COMPUTED_WITH
 from dylora_moe.hub_export.sources.hub_and_folders import NAMES
 
 from .run_record import RUN_FILE
 
 
-# What stands in a folder and changes nothing that a model computes.
-NO_PART_OF_A_MODEL = (
-    "README.md",
-    "requirements.txt",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-    "SHA256SUMS",
-    ".gitattributes",
-)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Fields of a mixture's files that say where its foundation lies; what it is, its own files say.
@@ -54,7 +44,7 @@ def file_hashes(folder: Path, by_date: tuple[str, ...] = ()) -> dict[str, str]:
         if benchmarks.intersection(path.parents):
             continue
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if hidden or path.name in NO_PART_OF_A_MODEL or any(path.match(pattern) for pattern in NAMES):
+        if hidden or path.name in NOT_COMPUTED_WITH or any(path.match(pattern) for pattern in NAMES):
             continue
         dated = path.suffix in by_date
         hashes[name.as_posix()] = _size_and_date(path) if dated else sha256(path)

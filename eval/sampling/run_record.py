@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +15,8 @@ from typing import Any
 from filelock import FileLock
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.hub_export.staging import write_atomically
 from dylora_moe.version import __version__
 
 
@@ -223,7 +223,7 @@ def write_run(run: Run) -> None:
             "format_version": FORMAT_VERSION,
             "runs": {samples: other.to_dict() for samples, other in runs.items()},
         }
-        replace_text(path, json.dumps(content, indent=2) + "\n")
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def find_run(runs: Sequence[Run], **wanted: Any) -> Run | None:
@@ -235,32 +235,7 @@ def find_run(runs: Sequence[Run], **wanted: Any) -> Run | None:
 
 def file_sha256(path: Path) -> str | None:
     """The file's SHA-256, or None where there is no file."""
-    try:
-        with open(path, "rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else _digest(file)
-            )
-    except FileNotFoundError:
-        return None
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10
-    while part := file.read(1 << 20):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a name of its own first, so that no reader sees half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return sha256(path) if path.is_file() else None
 
 
 def _difference(name: str, mine: Any, theirs: Any) -> str:

@@ -1,8 +1,7 @@
-"""What a process can give up on Linux before it runs code that nobody has read: resources, writing, its
-parent's end.
+"""What a process can give up on Linux before it runs untrusted code: resources, privileges, writing.
 
-Each is for the calling process and what it starts, and cannot be taken back. Imports the standard library
-only, so that a bare interpreter in a sandbox can use it, and knows nothing about what is run.
+Each function restricts the calling process and what it starts, for good. Imports the standard library only,
+so that a bare interpreter in a sandbox can use it.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class _PathBeneath(ctypes.Structure):
 
 
 def limit_resources(cpu_seconds: int, processes: int | None = None) -> None:
-    """Limit CPU time, the size of a file, open files, core dumps, and the user's processes if a number is
-    given.
+    """Limit CPU time, file size, open files, core dumps and, if given, the user's number of processes.
 
     Memory is not limited here: EvalPlus does that. A limit that is lower already stays.
     """
@@ -83,8 +81,7 @@ def landlock_version() -> int:
 
 
 def drop_privileges() -> None:
-    """Keep the user id, and no more rights than that: root's capabilities, and programs that give rights, are
-    given up."""
+    """Give up root's capabilities and the effect of set-user-id programs; the user id stays."""
     if sys.platform == "linux":
         _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         none = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits of each
@@ -92,7 +89,7 @@ def drop_privileges() -> None:
 
 
 def confine(folder: str | Path) -> bool:
-    """Let this process change files in `folder` only, and read the memory and environment of nobody outside.
+    """Let this process change files in `folder` only, and not read other processes' memory or environment.
 
     By Landlock, after `drop_privileges`. Where that is new enough it also refuses TCP (version 4, Linux 6.7)
     and signals to processes outside (version 6, Linux 6.12). Everything may still be read.
@@ -106,17 +103,20 @@ def confine(folder: str | Path) -> bool:
     version = landlock_version()
     if version == 0:
         return False
-    write = WRITE_FILE | (TRUNCATE if version >= 3 else 0)
-    files = write | CHANGE_FOLDER | (REFER if version >= 2 else 0)
-    ruleset = _Ruleset(
-        files, BIND_AND_CONNECT_TCP if version >= 4 else 0, SOCKETS_AND_SIGNALS if version >= 6 else 0
-    )
-    size = ctypes.sizeof(ctypes.c_uint64) * (3 if version >= 6 else 2 if version >= 4 else 1)
-    rules = _check(
-        _libc.syscall(
-            LANDLOCK_CREATE_RULESET, ctypes.byref(ruleset), ctypes.c_size_t(size), ctypes.c_uint32(0)
-        )
-    )
+    write = WRITE_FILE
+    if version >= 3:
+        write |= TRUNCATE
+    files = write | CHANGE_FOLDER
+    if version >= 2:
+        files |= REFER
+    ruleset, fields = _Ruleset(files=files), 1  # the kernel takes as many fields as its version has
+    if version >= 4:
+        ruleset.network, fields = BIND_AND_CONNECT_TCP, 2
+    if version >= 6:
+        ruleset.scoped, fields = SOCKETS_AND_SIGNALS, 3
+    size = ctypes.c_size_t(fields * ctypes.sizeof(ctypes.c_uint64))
+    create = (LANDLOCK_CREATE_RULESET, ctypes.byref(ruleset), size, ctypes.c_uint32(0))
+    rules = _check(_libc.syscall(*create))
     try:
         for path, allowed in ((folder, files), (os.devnull, write)):
             _allow(rules, path, allowed)
@@ -144,23 +144,22 @@ def _allow(rules: int, path: str | Path, allowed: int) -> None:
 
 
 def prefer_oom_kill() -> None:
-    """Have the kernel end this process, and what it starts, before all others when the machine's memory runs
-    out.
+    """Have the kernel end this process, and what it starts, first when the machine's memory runs out.
 
-    Where it does not let itself be told, nothing is done.
+    Does nothing where the kernel refuses.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent ends, however that ends."""
+    """Have the kernel kill this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends, so that none gets out of sight."""
+    """Become the parent of every descendant whose own parent ends, so that none escapes."""
     if sys.platform == "linux":
         _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 

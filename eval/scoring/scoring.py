@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +22,10 @@ import numpy as np
 
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.repo.results import PASS, read_results
+from dylora_moe.hub_export.staging import staged_file
 
 from ..evalplus_bridge.data import Benchmark, expected_outputs, load_benchmark
-from ..evalplus_bridge.stock import PASS, read_results
 from .check_workers import run_checks
 from .checking_process import Check, Verdict
 from .guarded_check import Task
@@ -264,17 +264,13 @@ def _failed_test(status: str | None, details: Sequence[int], inputs: Sequence[An
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with staged_file(path) as staged, open(staged, "w", encoding="utf-8") as file:
             json.dump(content, file)
-        os.replace(partial, path)
     except OSError as error:
         raise FailureError(
             f"{path} cannot be written: {one_line(error)}; the samples are kept: make room, and run the same command again"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _some(task_ids: Sequence[str]) -> str:

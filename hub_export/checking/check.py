@@ -3,8 +3,7 @@
 Both sides run on the same random tokens: the source by PEFT's layers from the raw files (check_source), the
 repo in a fresh process that imports nothing of this package (check_repo). Compared are the logits of the
 foundation alone, of every expert alone, of all experts mixed equally and by the router, and the gate's own
-logits. How far the two may lie apart is measured (rounding). This file knows how to compare, and nothing
-about formats.
+logits. How far the two may lie apart is measured (rounding, comparison).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,141 +32,16 @@ from ..repo.writer import finest_dtype
 from ..sources.source_folder import open_folder
 from ..sources.source_options import ReadOptions
 from ..tensors.mixture import Mixture
+from .comparison import CheckReport, Computed, compare
 from .own_code import link_with_own_code
 from .rounding import finest_precision
 
 
-# Times a quantity's measured rounding. The two right ways to compute it differ by up to 1.4 times of that on
-# random models (tests/hub_export/test_check_rounding.py), and an error of 100 times is to be caught.
-ALLOWED_PER_ROUNDING = 20
-# The share of what the experts do to a quantity that must show as an error, or comparing it says nothing
-# about them.
-SMALLEST_ERROR = 0.01
-
 NUM_ROWS, NUM_TOKENS = 3, 8
 
 
-@dataclass
-class Computed:
-    """One side's quantities by name, and how far rounding moves each of them, where that was measured."""
-
-    values: dict[str, torch.Tensor]
-    rounding: dict[str, float]
-
-
-@dataclass
-class Comparison:
-    """One quantity of both sides.
-
-    Attributes:
-        difference: the largest one between any two numbers.
-        rounding: how far rounding alone moves the source's, and `allowed` what is allowed because of it.
-        effect: how far the experts move it from the foundation's; for the gate's logits the smaller of what
-            its weight and its bias do, for the foundation's own the largest of them.
-        positions: how many tokens were compared.
-    """
-
-    quantity: str
-    difference: float
-    rounding: float
-    allowed: float
-    effect: float
-    positions: int
-
-    @property
-    def passed(self) -> bool | None:
-        """None if it cannot be told: an error in the experts could hide in what is allowed. Where they do
-        nothing at all, none can."""
-        if not self.difference <= self.allowed:  # not a number is not less, either
-            return False
-        return None if 0 < SMALLEST_ERROR * self.effect < self.allowed else True
-
-
-@dataclass
-class CheckReport:
-    """`num_tensors` experts' and gate's tensors are the source's bit by bit; `comparisons` are of logits,
-    computed in `precision`, none where the foundation is not on this machine."""
-
-    comparisons: list[Comparison]
-    expert_names: list[str]
-    num_tensors: int = 0
-    precision: str = "float32"
-
-    @property
-    def passed(self) -> bool | None:
-        """False if any quantity differs; None if none does, and of some it cannot be told."""
-        outcomes = {comparison.passed for comparison in self.comparisons}
-        return False if False in outcomes else None if None in outcomes else True
-
-    @property
-    def compared_logits(self) -> bool:
-        return bool(self.comparisons)
-
-    @property
-    def largest_difference(self) -> float:
-        return max((comparison.difference for comparison in self.comparisons), default=0.0)
-
-    @property
-    def allowed_from(self) -> str:
-        """Where what is allowed comes from."""
-        return (
-            f"{ALLOWED_PER_ROUNDING} times how far a quantity moves when each weight of the source moves by its last bit in "
-            f"{self.precision}"
-        )
-
-    def describe(self) -> str:
-        """The largest difference, and what rounding allows for it, in one line."""
-        worst = max(self.comparisons, key=lambda comparison: comparison.difference)
-        return f"largest difference {worst.difference:.1e} in {self.precision} (rounding allows {worst.allowed:.1e})"
-
-    def describe_failures(self) -> str:
-        """Which quantity of which expert differs by how much, in one line."""
-        return "; ".join(
-            f"{self._name(comparison.quantity)} differ by {comparison.difference:.2g} (rounding in {self.precision} allows "
-            f"{comparison.allowed:.2g})"
-            for comparison in self.comparisons
-            if comparison.passed is False
-        )
-
-    def describe_unclear(self) -> str:
-        """Of which quantities it cannot be told whether they are right, and why, in one line."""
-        return "; ".join(
-            f"{self._name(comparison.quantity)} cannot be told from wrong ones: rounding in {self.precision} allows a "
-            f"difference of {comparison.allowed:.2g}, and {self._cause(comparison.quantity)} {comparison.effect:.2g}"
-            for comparison in self.comparisons
-            if comparison.passed is None
-        )
-
-    @staticmethod
-    def _cause(quantity: str) -> str:
-        if quantity == "base":
-            return "none of them is more than"
-        if quantity == "router logits":
-            return "the gate's weight or its bias makes no more than"
-        return "the experts make no more than"
-
-    def _name(self, quantity: str) -> str:
-        if quantity.startswith("single:"):
-            index = int(quantity.removeprefix("single:"))
-            return f"the logits of expert {index} ({self.expert_names[index]})"
-        if quantity == "router logits":
-            return "the gate's logits"
-        return f"the logits of strategy {quantity}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "tensors_equal": self.num_tensors,
-            "compared_logits": self.compared_logits,
-            "largest_difference": self.largest_difference,
-            "precision": self.precision,
-            "allowed_from": self.allowed_from,
-            "quantities": [{**asdict(entry), "passed": entry.passed} for entry in self.comparisons],
-        }
-
-
 def check_export(repo: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> CheckReport:
-    """Compare a repo with what it was exported from: all tensors, and logits where the foundation is at hand.
+    """Compare a repo with what it was exported from: all tensors, and logits if the foundation is on this machine.
 
     Raises:
         FailureError: a tensor or a setting is not the source's, or one of the sides could not be computed.
@@ -181,8 +54,7 @@ def check_export(repo: Path, mixture: Mixture, plan: Plan, options: ExportOption
 
 
 def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> CheckReport:
-    """Every quantity of the source against the repo's own code in a process of its own; none without a
-    foundation.
+    """Compare every quantity of the source with what the repo's own code computes; none without a foundation.
 
     Raises:
         InputError: the foundation's files are damaged, or not all there.
@@ -191,37 +63,24 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
     names = [expert.name for expert in mixture.experts]
     if plan.weights is None:
         return CheckReport([], names)
-    precision = finest_precision(plan.num_foundation_parameters + _num_expert_parameters(mixture))
+    num_parameters = sum(expert.num_parameters for expert in mixture.experts)
+    precision = finest_precision(plan.num_foundation_parameters + num_parameters)
     rows = _random_rows(plan)
-    # a repo of layout `adapter` whose foundation is elsewhere by now
-    is_elsewhere = (
-        options.layout == "adapter" and options.base_model is not None and is_local(plan.foundation)
-    )
-    base_model = plan.foundation.name if is_elsewhere else None
-    if mixture.parts:
-        expected = _appended_quantities(mixture, plan, rows, options, precision)
-    else:
-        expected = _expected_quantities(mixture, plan, rows, options, precision)
-        if options.drops_router:
-            for name in [name for name in expected.values if name.startswith("router")]:
-                del expected.values[name]
+    expected = _expected_quantities(mixture, plan, rows, options, precision)
     gc.collect()  # the source's model goes before the repo's takes as much memory
+    base_model = None
+    if options.layout == "adapter" and options.base_model is not None and is_local(plan.foundation):
+        base_model = plan.foundation.name  # the repo may name a place where it is no longer
     router_logits = expected.values.get("router logits")
     found = _repo_quantities(repo, rows, precision, base_model=base_model, router_logits=router_logits).values
     if mixture.parts:
         found = {name: value for name, value in found.items() if name in expected.values}
     gate_bias = None if mixture.router is None else mixture.router.read()[1]
-    return CheckReport(
-        compare(expected, found, gate_bias), names, precision=str(precision).removeprefix("torch.")
-    )
-
-
-def _num_expert_parameters(mixture: Mixture) -> int:
-    return sum(expert.num_parameters for expert in mixture.experts)
+    return CheckReport(compare(expected, found, gate_bias), names, precision=_name(precision))
 
 
 def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> int:
-    """Experts and gate as they lie in the repo against the source's, bit by bit, and every rank and alpha.
+    """Compare the repo's experts and gate with the source's, bit by bit, and every rank and alpha.
 
     Returns:
         How many tensors were compared.
@@ -244,9 +103,8 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
     if (mixture.router is None) != (written.router is None):
         raise FailureError("only one of source and repo has a router")
     if mixture.router is not None:
-        for tensor, other, name in zip(
-            mixture.router.read(), written.router.read(), ("weight", "bias"), strict=True
-        ):
+        gates = zip(mixture.router.read(), written.router.read(), ("weight", "bias"), strict=True)
+        for tensor, other, name in gates:
             count += 1
             if not torch.equal(tensor.float(), other):
                 raise FailureError(f"the gate's {name} is not the source's")
@@ -256,15 +114,23 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
 def _expected_quantities(
     mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
 ) -> Computed:
+    """Compute the source's side, by what can compute it."""
+    if mixture.parts:
+        return _appended_quantities(mixture, plan, rows, options, precision)
     if mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        return _own_code_quantities(mixture, plan, rows, options.router_settings, options, precision)
-    return _source_quantities(mixture, plan, rows, options, precision)
+        computed = _own_code_quantities(mixture, plan, rows, options.router_settings, options, precision)
+    else:
+        computed = _source_quantities(mixture, plan, rows, options, precision)
+    if options.drops_router:
+        for name in [name for name in computed.values if name.startswith("router")]:
+            del computed.values[name]
+    return computed
 
 
 def _appended_quantities(
     mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
 ) -> Computed:
-    """The foundation and every expert alone: the mixture's own by its repo, the appended ones by PEFT.
+    """Compute the foundation and every expert alone: the mixture's own by its repo, the appended ones by PEFT.
 
     What they do together is something that neither part has.
     """
@@ -272,15 +138,16 @@ def _appended_quantities(
     of_repo = _own_code_quantities(old, plan, rows, {}, options, precision)
     of_adapters = _source_quantities(new, plan, rows, options, precision, plan.load_foundation(precision))
     expected = Computed({}, {})
-    wanted = [("base", of_repo, "base")]
-    wanted += [(f"single:{index}", of_repo, f"single:{index}") for index in range(len(old.experts))]
-    wanted += [
-        (f"single:{len(old.experts) + index}", of_adapters, f"single:{index}")
-        for index in range(len(new.experts))
-    ]
-    for name, side, its_name in wanted:
+
+    def take(name: str, side: Computed, its_name: str) -> None:
         expected.values[name] = side.values[its_name]
         expected.rounding[name] = side.rounding[its_name]
+
+    take("base", of_repo, "base")
+    for index in range(len(old.experts)):
+        take(f"single:{index}", of_repo, f"single:{index}")
+    for index in range(len(new.experts)):
+        take(f"single:{len(old.experts) + index}", of_adapters, f"single:{index}")
     return expected
 
 
@@ -297,15 +164,14 @@ def _own_code_quantities(
     options: ExportOptions,
     precision: torch.dtype,
 ) -> Computed:
-    """What an exported repo computes by this package's code: its own could do anything."""
+    """Compute what a source repo does, by this package's code: its own could do anything."""
     repo = mixture.folders[0].path.resolve()
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         link_with_own_code(repo, Path(directory))
         base_model = options.base_model
         if mixture.foundation_weights is None and is_local(plan.foundation):
-            base_model = (
-                plan.foundation.name
-            )  # the repo may call it by a name that is relative to its own folder
+            # the repo may call it by a name that is relative to its own folder
+            base_model = plan.foundation.name
         return _repo_quantities(
             Path(directory),
             rows,
@@ -367,7 +233,7 @@ def _repo_quantities(
     router_logits: torch.Tensor | None = None,
     measure_rounding: bool = False,
 ) -> Computed:
-    """What a repo computes, by its own code in a process of its own.
+    """Compute what a repo does, by its own code in a process of its own.
 
     Args:
         precision: the dtype to compute in.
@@ -382,93 +248,61 @@ def _repo_quantities(
     Raises:
         FailureError: it could not be loaded or run; with the last line it said.
     """
+    is_adapter = open_folder(repo).read_json("config.json")["weights_layout"] == "adapter"
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         request, result = Path(directory, "request.json"), Path(directory, "result.safetensors")
-        choice = None if router_logits is None else Path(directory, "router_logits.safetensors")
-        if choice is not None:
+        choice = None
+        if router_logits is not None:
+            choice = str(Path(directory, "router_logits.safetensors"))
             save_file({"router logits": router_logits.contiguous()}, choice)
-        request.write_text(
-            json.dumps(
-                {
-                    "rows": rows.tolist(),
-                    "base_model": base_model
-                    if open_folder(repo).read_json("config.json")["weights_layout"] == "adapter"
-                    else None,
-                    "precision": str(precision).removeprefix("torch."),
-                    "router_settings": settings or {},
-                    "round_to": None if dtype is None else str(dtype).removeprefix("torch."),
-                    "round_foundation": round_foundation,
-                    "router_logits": None if choice is None else str(choice),
-                    "measure_rounding": measure_rounding,
-                }
-            )
-        )
-        script = Path(__file__).with_name("check_repo.py")
-        environment = {
-            **os.environ,
-            "HF_MODULES_CACHE": os.path.join(
-                directory, "modules"
-            ),  # transformers copies the repo's code there
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        fields = {
+            "rows": rows.tolist(),
+            "base_model": base_model if is_adapter else None,
+            "precision": _name(precision),
+            "router_settings": settings or {},
+            "round_to": None if dtype is None else _name(dtype),
+            "round_foundation": round_foundation,
+            "router_logits": choice,
+            "measure_rounding": measure_rounding,
         }
-        process = subprocess.run(
-            [sys.executable, str(script), str(repo), str(request), str(result)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if process.returncode != 0:
-            said = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-            raise FailureError(
-                f"the repo does not load with transformers: {said[-1] if said else 'no message'}"
-            )
+        request.write_text(json.dumps(fields))
+        _run_check_repo(repo, request, result, modules=Path(directory, "modules"))
         with safe_open(result, "pt") as file:
             return Computed(load_file(result), json.loads(file.metadata()["rounding"]))
 
 
-def compare(
-    expected: Computed, found: dict[str, torch.Tensor], gate_bias: torch.Tensor | None = None
-) -> list[Comparison]:
-    """Every quantity of both sides; one that only one side has differs infinitely.
+def _run_check_repo(repo: Path, request: Path, result: Path, modules: Path) -> None:
+    """Run `check_repo` in a process of its own, without the network.
 
     Args:
-        expected: the source's quantities, with their rounding; `found` the repo's.
-        gate_bias: the gate's, [experts].
+        modules: where transformers copies the repo's code to.
+
+    Raises:
+        FailureError: it ended with an error; quotes its last line.
     """
-    comparisons = []
-    for quantity in [*expected.values, *(name for name in found if name not in expected.values)]:
-        left, right = expected.values.get(quantity), found.get(quantity)
-        if left is None or right is None or left.shape != right.shape:
-            comparisons.append(Comparison(quantity, float("inf"), 0.0, 0.0, 0.0, 0))
-            continue
-        base = None if quantity == "base" else expected.values.get("base")
-        effect = _effect_of_gate(left, gate_bias) if quantity == "router logits" else _difference(left, base)
-        rounding = expected.rounding[quantity]
-        comparisons.append(compared(quantity, left, right, rounding, effect))
-    return comparisons
-
-
-def compared(
-    quantity: str, expected: torch.Tensor, found: torch.Tensor, rounding: float, effect: float
-) -> Comparison:
-    """One quantity of both sides, [rows, tokens, numbers], with what its measured rounding allows."""
-    allowed = ALLOWED_PER_ROUNDING * rounding
-    return Comparison(
-        quantity, _difference(expected, found), rounding, allowed, effect, expected[..., 0].numel()
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(modules),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    script = Path(__file__).with_name("check_repo.py")
+    process = subprocess.run(
+        [sys.executable, str(script), str(repo), str(request), str(result)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
     )
+    if process.returncode != 0:
+        said = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+        last = said[-1] if said else "no message"
+        raise FailureError(f"the repo does not load with transformers: {last}")
 
 
-def _difference(left: torch.Tensor, right: torch.Tensor | None) -> float:
-    return float((left if right is None else left - right).abs().max())
-
-
-def _effect_of_gate(router_logits: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """The smaller of what weight and bias do, of those that do anything."""
-    parts = [router_logits] if bias is None else [router_logits - bias.to(router_logits.dtype), bias]
-    return min((float(part.abs().max()) for part in parts if part.any()), default=0.0)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 
 class NotHere:
-    """Keeps this package, which those who load the repo need not have, from being imported."""
+    """Keep this package, which those who load the repo need not have, from being imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "dylora_moe":
@@ -29,7 +29,7 @@ class NotHere:
 
 
 if __name__ == "__main__":
-    # This script's own folder: its neighbours are not modules for anybody.
+    # This script's own folder: its neighbours are no modules here.
     sys.path[:] = [folder for folder in sys.path if folder != os.path.dirname(os.path.abspath(__file__))]
     sys.meta_path.insert(0, NotHere())
 
@@ -63,7 +63,7 @@ def load(repo, request):
 
 
 def ready(model, dtype):
-    """The model made ready for `quantities` in this dtype."""
+    """Make the model ready for `quantities` in this dtype."""
     rounding.convert(model, dtype)
     # The plain loop over a mixture-of-experts foundation's own experts: the other ways know no float64.
     model.foundation.set_experts_implementation("eager")
@@ -71,8 +71,10 @@ def ready(model, dtype):
 
 
 def quantities(model, rows, router_logits=None):
-    """Name and value of each. `router_logits` are those by which sparse weights choose; None for the model's
-    own."""
+    """Give name and value of each quantity.
+
+    `router_logits` are those by which sparse weights choose; None for the model's own.
+    """
 
     def run(strategy, **options):
         with rounding.computing_in(model.dtype):

@@ -1,9 +1,7 @@
-"""A repo's weights and settings under this package's code: what it computes, without running anything that it
-brings.
+"""A repo's weights and settings under this package's code: what it computes, without running its own code.
 
 Whatever of a folder makes transformers run code (its Python files, `auto_map`, `custom_generate/`, an
-adapter's config that names another model) is left behind. It knows which files a repo is loaded from, and
-nothing about what they hold.
+adapter's config that names another model) is left behind.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Two right ways to compute the same logits add up the same products in another or
 that of a model whose weights are moved by a few of their last bits (Higham, Accuracy and Stability of
 Numerical Algorithms, 3.1). So every weight is moved by its last bit, up or down at random, and what that does
 to a quantity is that quantity's rounding, on this model: it grows with its depth and its scale, and shows
-where a choice of a mixture-of-experts model is a tie. Knows torch alone, since check_repo runs it where this
+where a choice of a mixture-of-experts model is a tie. Imports torch alone, since check_repo runs it where this
 package is not.
 """
 
@@ -25,8 +25,11 @@ MODELS_IN_MEMORY = 2
 
 
 class _Float64(TorchFunctionMode):
-    """Whatever asks for float32 gets float64: models compute norms, softmaxes and routers in float32 on
-    purpose, and one rounding there would be all that is left."""
+    """Give float64 to all that asks for float32.
+
+    Models compute norms, softmaxes and routers in float32 on purpose, and one rounding there would be all that is
+    left.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.float:
@@ -40,8 +43,10 @@ class _Float64(TorchFunctionMode):
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Without gradients, and in float64 with nothing in float32. A model must have been made ready by
-    `convert`."""
+    """Compute without gradients, and in float64 with nothing in float32.
+
+    A model must have been made ready by `convert`.
+    """
     with torch.no_grad():
         if dtype != torch.float64:
             yield
@@ -56,15 +61,14 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def convert(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Make all numbers of a model of this dtype, those too that it keeps in float32 of its own accord."""
+    """Convert all numbers of a model to this dtype, those too that it keeps in float32 of its own accord."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
 
 
 def move_last_bits(tensors: Iterable[torch.Tensor], seed: int) -> None:
-    """Move every number, in place, by about its last bit: up or down, by a random sign for each index of each
-    axis."""
+    """Move every number, in place, by about its last bit, up or down by a random sign for each index of each axis."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors:
         for axis, size in enumerate(tensor.shape):
@@ -76,7 +80,7 @@ def move_last_bits(tensors: Iterable[torch.Tensor], seed: int) -> None:
 def measure(
     compute: Callable[[torch.Tensor | None], Iterable[tuple[str, torch.Tensor]]], tensors: list[torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """What is computed, and how far rounding moves it. The weights are moved afterwards, and not moved back.
+    """Compute, and measure how far rounding moves the results. The weights stay moved afterwards.
 
     Args:
         compute: gives the quantities by name; it is told by which router logits to choose experts, None for
@@ -97,13 +101,13 @@ def measure(
 
 
 def finest_precision(num_parameters: int) -> torch.dtype:
-    """float64 where the free memory holds loading a model of so many parameters in it, else float32."""
+    """Choose float64 where the free memory holds loading a model of so many parameters in it, else float32."""
     needed = MODELS_IN_MEMORY * torch.float64.itemsize * num_parameters
     return torch.float64 if needed <= free_memory() else torch.float32
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take, of the machine and of the container it may run in."""
+    """Count the bytes that this process may still take, of the machine and of the container it may run in."""
     import psutil
 
     available = psutil.virtual_memory().available

@@ -1,7 +1,6 @@
 """Verify: is a repo whole, is its code this package's, does it compute what it was made from?
 
-Nothing of the repo is run unless its code is this package's, byte for byte, or the user trusts it. It knows
-how a repo is looked at, and nothing about how one is made.
+Nothing of the repo is run unless its code is this package's, byte for byte, or the user trusts it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DyloraMoeError, FailureError, InputError
+from ..errors import DyloraMoeError, FailureError, few
 from ..foundation.reference import check_experts_fit, check_router_fits
 from ..foundation.weight_conversion import named_as_now
 from ..foundation.weights import skeleton, tied_names
@@ -24,22 +23,19 @@ from ..readers.open_source import open_source
 from ..repo.checksums import FILE, covered_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
-from ..repo.tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
-from ..repo.tokenizer_arguments import arguments_that_are_opened
-from ..repo.tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
-from ..repo.tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
+from ..repo.repo_files import needed_weights
+from ..repo.tokenizer_files import has_tokenizer
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
-from ..tensors.mixture import FoundationReference
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
 from ..unknown_options import refuse_unknown
 from .check import check_export
+from .verify_tokenizer import check_tokenizer, compare_with_source
 
 
-SAMPLES = (TEXTS[0], TEXTS[1], "naïve Σ 数 🙂")  # which every tokenizer of code gives back
 MOST_DIFFERING_LINES = 40
 # What may be said of the export that is checked; its layout is in the repo's config.
 OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
@@ -56,6 +52,8 @@ class Finding:
 
 @dataclass
 class Verification:
+    """What `verify` found of a repo."""
+
     repo: Path
     findings: list[Finding] = field(default_factory=list)
 
@@ -101,49 +99,43 @@ def verify(
     config = load_config(folder)
     result = Verification(folder.path)
     for look in (_files, _headers, _checksums, _code, _tokenizer):
+        what = look.__name__.strip("_")
         try:
-            look(folder, config, result)
+            result.findings.append(look(folder, config))
         except DyloraMoeError as error:
-            result.add(look.__name__.strip("_"), False, str(error))
+            result.add(what, False, str(error))
         except OSError as error:
-            result.add(look.__name__.strip("_"), False, f"{error.filename} cannot be read: {error.strerror}")
-    if against is not None:
-        is_ours = all(finding.passed for finding in result.findings if finding.what == "code")
-        if not is_ours and not trust_remote_code:
-            result.add(
-                "logits",
-                False,
-                "not compared: the repo's code is not this package's; --trust_remote_code runs it",
-            )
-        else:
-            _against(folder, config, against, options, result, tell)
+            result.add(what, False, f"{error.filename} cannot be read: {error.strerror}")
+    if not folder.has("README.md"):
+        result.add("card", None, "there is no README.md")
+    if against is None:
+        return result
+    is_ours = all(finding.passed for finding in result.findings if finding.what == "code")
+    if is_ours or trust_remote_code:
+        _compare_with_source(folder, config, against, options, result, tell)
+    else:
+        why = "the repo's code is not this package's; --trust_remote_code runs it"
+        result.add("logits", False, f"not compared: {why}")
     return result
 
 
-def _files(folder: SourceFolder, config: Any, result: Verification) -> None:
-    """What every repo needs to be loaded by its own. Saving the model writes neither a card nor a
-    tokenizer."""
-    needed = [
-        "config.json",
-        "generation_config.json",
-        *(name for name in _code_files() if name != "__init__.py"),
-    ]
-    if config.weights_layout == "full":
-        needed += [path.name for path in weight_files(folder, (FULL_WEIGHTS,))] or [FULL_WEIGHTS]
-    else:
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        needed += [f"experts/{expert}/{name}" for expert in config.expert_names for name in names]
-        needed += ["router.safetensors"] if config.router_input is not None else []
+def _files(folder: SourceFolder, config: Any) -> Finding:
+    """Look for what every repo needs to be loaded by its own.
+
+    Saving the model writes neither a card nor a tokenizer.
+    """
+    code = [name for name in _code_files() if name != "__init__.py"]
+    weights = needed_weights(folder.path, folder.read_json("config.json"))
+    needed = ["config.json", "generation_config.json", *code, *sorted(weights)]
     missing = [name for name in needed if not folder.has(name)]
     strategy = stored_routing_strategy(folder, config)
-    detail = f"lacks {', '.join(missing)}" if missing else f"{len(needed)} files; strategy {strategy}"
-    result.add("files", not missing, detail)
-    if not folder.has("README.md"):
-        result.add("card", None, "there is no README.md")
+    if missing:
+        return Finding("files", False, f"lacks {', '.join(missing)}")
+    return Finding("files", True, f"{len(needed)} files; strategy {strategy}")
 
 
-def _headers(folder: SourceFolder, config: Any, result: Verification) -> None:
-    """Names and shapes of all tensors are those that the config asks for, and all numbers are numbers."""
+def _headers(folder: SourceFolder, config: Any) -> Finding:
+    """Check that names and shapes of all tensors are those of the config, and that all numbers are numbers."""
     mixture = read([folder], ReadOptions())  # compares experts and gate with the config's ranks
     wrong = []
     if config.base_config is not None:
@@ -154,13 +146,7 @@ def _headers(folder: SourceFolder, config: Any, result: Verification) -> None:
         if mixture.foundation_weights is not None:
             wrong += _differences(mixture.foundation_weights, model)
     is_full = config.weights_layout == "full"
-    if is_full:
-        paths = weight_files(folder, (FULL_WEIGHTS,))
-    else:
-        experts = folder.folder("experts").folders()
-        paths = [place / name for place in experts for name in place.names("*.safetensors")]
-        paths += [folder / name for name in folder.names("router.*")]
-    files = [TensorFile(path) for path in sorted(paths)]
+    files = [TensorFile(path) for path in _weight_paths(folder, is_full)]
     for file in files:
         for key in file.keys():  # noqa: SIM118
             if file.dtype(key).is_floating_point and not is_finite(_readable(file.read(key))):
@@ -170,12 +156,21 @@ def _headers(folder: SourceFolder, config: Any, result: Verification) -> None:
     expected = 2 * own + (2 if mixture.router is not None else 0) + len(mixture.foundation_weights or ())
     if count != expected:
         wrong.append(f"{count} tensors, and the config asks for {expected}")
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    detail = "; ".join(wrong[:3]) + more if wrong else f"{count} tensors in {len(files)} files"
-    result.add("safetensors", not wrong, detail)
+    if wrong:
+        return Finding("safetensors", False, few(wrong, 3, "; "))
+    return Finding("safetensors", True, f"{count} tensors in {len(files)} files")
+
+
+def _weight_paths(folder: SourceFolder, is_full: bool) -> list[Path]:
+    if is_full:
+        return sorted(weight_files(folder, (FULL_WEIGHTS,)))
+    experts = folder.folder("experts").folders()
+    paths = [place / name for place in experts for name in place.names("*.safetensors")]
+    return sorted([*paths, *(folder / name for name in folder.names("router.*"))])
 
 
 def _differences(weights: dict[str, StoredTensor], model: Any) -> list[str]:
+    """Say which tensors of the foundation are missing, unknown, or of another shape."""
     tied = tied_names(model)
     weights, unknown = named_as_now(weights, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -194,21 +189,21 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # 8-bit floats cannot be asked
 
 
-def _checksums(folder: SourceFolder, config: Any, result: Verification) -> None:
+def _checksums(folder: SourceFolder, config: Any) -> Finding:
+    """Compare files with what was exported."""
     stored = read_checksums(folder.path)
     if stored is None:
-        result.add("checksums", None, f"not compared: there is no {FILE}")
-        return
-    missing = [name for name in stored if not folder.has(name)]
-    unlisted = [name for name in covered_files(folder.path) if name not in stored]
-    changed = [name for name in stored if name not in missing and sha256(folder / name) != stored[name]]
-    wrong = [f"{name} is missing" for name in missing] + [
-        f"{name} is not what was exported" for name in changed
-    ]
-    wrong += [f"{name} was not exported" for name in unlisted]
-    result.add(
-        "checksums", not wrong, "; ".join(wrong) if wrong else f"{len(stored)} files are what was exported"
-    )
+        return Finding("checksums", None, f"not compared: there is no {FILE}")
+    wrong = []
+    for name, digest in stored.items():
+        if not folder.has(name):
+            wrong.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            wrong.append(f"{name} is not what was exported")
+    wrong += [f"{name} was not exported" for name in covered_files(folder.path) if name not in stored]
+    if wrong:
+        return Finding("checksums", False, "; ".join(wrong))
+    return Finding("checksums", True, f"{len(stored)} files are what was exported")
 
 
 def _code_files() -> dict[str, Path]:
@@ -217,8 +212,8 @@ def _code_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(Path(dylora_moe.modeling.__file__).parent.glob("*.py"))}
 
 
-def _code(folder: SourceFolder, config: Any, result: Verification) -> None:
-    """Every Python file is this package's, and `auto_map` names nothing that lies elsewhere."""
+def _code(folder: SourceFolder, config: Any) -> Finding:
+    """Check that every Python file is this package's, and that `auto_map` names nothing that lies elsewhere."""
     ours, wrong = _code_files(), []
     theirs = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*.py")}
     for name in sorted(theirs | ours.keys()):
@@ -233,119 +228,39 @@ def _code(folder: SourceFolder, config: Any, result: Verification) -> None:
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
     for name in ("config.json", "tokenizer_config.json"):
         wrong += _code_elsewhere(folder, name)
-    result.add(
-        "code", not wrong, "; ".join(wrong) if wrong else f"{len(ours)} files are those of this package"
-    )
+    if wrong:
+        return Finding("code", False, "; ".join(wrong))
+    return Finding("code", True, f"{len(ours)} files are those of this package")
 
 
 def _code_elsewhere(folder: SourceFolder, file: str) -> list[str]:
+    """Say which entries of `auto_map` take code from elsewhere."""
     from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 
     entries = folder.read_json(file, required=False).get("auto_map") or {}
-    values = entries.values() if isinstance(entries, dict) else [entries]
-    names = [
-        str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name
-    ]
-    return [
-        f"{file} takes code from {name.partition('--')[0]}" for name in names if name not in AUTO_MAP.values()
-    ]
+    names = []
+    for value in entries.values() if isinstance(entries, dict) else [entries]:
+        names += [str(name) for name in (value if isinstance(value, list) else [value]) if name]
+    foreign = [name.partition("--")[0] for name in names if name not in AUTO_MAP.values()]
+    return [f"{file} takes code from {place}" for place in foreign]
 
 
 def _difference(ours: Path, theirs: Path) -> str:
+    """Show the first lines in which two files differ."""
     sides = [path.read_text(encoding="utf-8", errors="replace").splitlines() for path in (ours, theirs)]
     lines = list(difflib.unified_diff(*sides, "this package", "the repo", lineterm="", n=1))
-    more = [f"… {len(lines) - MOST_DIFFERING_LINES} more lines"] if len(lines) > MOST_DIFFERING_LINES else []
-    return "\n".join(lines[:MOST_DIFFERING_LINES] + more)
+    if len(lines) > MOST_DIFFERING_LINES:
+        more = f"… {len(lines) - MOST_DIFFERING_LINES} more lines"
+        lines = [*lines[:MOST_DIFFERING_LINES], more]
+    return "\n".join(lines)
 
 
-def _tokenizer(folder: SourceFolder, config: Any, result: Verification) -> None:
-    """The tokenizer has a vocabulary, and gives the ids here that it gives beside the foundation."""
-    if not has_tokenizer(folder):
-        result.add("tokenizer", None, "there is none")
-        return
-    for name in FILTERS:
-        opened = arguments_that_are_opened(folder.read_json(name, required=False))
-        if opened:
-            detail = f"{name} gives {', '.join(opened)}, which a tokenizer may open as a file of the machine that loads it"
-            result.add("tokenizer", False, detail)
-            return
-    tokenizer = load_tokenizer(folder, config)
-    rows = None if config.base_config is None else config.get_text_config().vocab_size
-    lack = lacks_vocabulary(tokenizer)
-    if lack is not None:
-        result.add("tokenizer", False, f"it {lack}; the file that holds its vocabulary is missing")
-        return
-    here = behaviour(tokenizer, str(folder))
-    wrong = _not_read_back(tokenizer)
-    if wrong is not None:
-        result.add("tokenizer", False, wrong)
-        return
-    if config.base_config is not None:
-        beside = open_tokenizer(str(folder), folder.path, config.base_config, config.base_model_name_or_path)
-        names = differences(here, beside.behaviour)
-        if names:
-            detail = describe(names[0], here, beside.behaviour)
-            result.add(
-                "tokenizer", False, f"beside its foundation it is read otherwise: {detail}; export it again"
-            )
-            return
-    notes = _tokenizer_notes(here, len(tokenizer), rows, config)
-    if notes:
-        result.add("tokenizer", None, "; ".join(notes))
-        return
-    result.add(
-        "tokenizer",
-        True,
-        f"{len(tokenizer)} tokens; {len(TEXTS)} texts become the foundation's tokens and text again",
-    )
+def _tokenizer(folder: SourceFolder, config: Any) -> Finding:
+    """Check that the tokenizer gives the ids that it gives beside the foundation."""
+    return Finding("tokenizer", *check_tokenizer(folder, config))
 
 
-def _not_read_back(tokenizer: Any) -> str | None:
-    """The first text whose tokens become a text of other tokens, in words. Unknown tokens are let through."""
-    for text in SAMPLES:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        again = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        ids_again = tokenizer(again, add_special_tokens=False)["input_ids"]
-        unknown = tokenizer.unk_token_id
-        if ids_again != ids and (unknown is None or unknown not in ids):
-            return f"{text!r} becomes {len(ids)} tokens, and their text {len(ids_again)} others"
-    return None
-
-
-def _tokenizer_notes(here: dict[str, Any], num_tokens: int, rows: int | None, config: Any) -> list[str]:
-    """What a user should know and an owner may have meant."""
-    notes = []
-    if rows is not None and num_tokens > rows:
-        notes.append(f"it has {num_tokens} tokens, and the foundation embeds {rows}")
-    reference = FoundationReference(config.base_model_name_or_path, config.base_model_revision)
-    own = foundations_tokenizer(reference)
-    texts = [] if own is None else text_differences(here, own.behaviour)
-    if texts:
-        notes.append(f"it is not the foundation's ({own.folder}): {describe(texts[0], here, own.behaviour)}")
-    return notes
-
-
-def _compare_tokenizers(
-    folder: SourceFolder, config: Any, source: FoundTokenizer | None, result: Verification
-) -> None:
-    """The repo's tokenizer gives the ids that the source's gives beside the foundation."""
-    if source is None or not has_tokenizer(folder):
-        return
-    try:
-        here = behaviour(load_tokenizer(folder, config), str(folder))
-    except InputError as error:
-        result.add("tokenizer of the source", False, str(error))
-        return
-    texts, others = text_differences(here, source.behaviour), differences(here, source.behaviour)
-    if not others:
-        result.add("tokenizer of the source", True, f"it gives the tokens of {source.origin}")
-        return
-    # a chat template or a padding side is the owner's to change
-    passed = False if texts else None
-    result.add("tokenizer of the source", passed, describe((texts or others)[0], here, source.behaviour))
-
-
-def _against(
+def _compare_with_source(
     folder: SourceFolder,
     config: Any,
     against: Any,
@@ -353,11 +268,13 @@ def _against(
     result: Verification,
     tell: Callable[[str], None],
 ) -> None:
+    """Compare tokenizer, tensors and logits with what the repo was exported from."""
     chosen = ExportOptions(layout=config.weights_layout, **options)
     tell("reading the source")
     mixture = open_source(against, chosen)
     plan, tokenizer = prepare(mixture, chosen, tell)
-    _compare_tokenizers(folder, config, tokenizer, result)
+    if tokenizer is not None and has_tokenizer(folder):
+        result.add("tokenizer of the source", *compare_with_source(folder, config, tokenizer))
     tell("checking the repo against the source")
     try:
         report = check_export(folder.path, mixture, plan, chosen)
@@ -368,11 +285,10 @@ def _against(
         "tensors", True, f"{report.num_tensors} tensors of experts and router are the source's, bit by bit"
     )
     if not report.compared_logits:
-        result.add("logits", None, "not compared: the foundation is not at hand")
+        result.add("logits", None, "not compared: the foundation is not on this machine")
+    elif report.passed is None:
+        result.add("logits", None, report.describe_unclear())
+    elif report.passed:
+        result.add("logits", True, f"{len(report.comparisons)} quantities, {report.describe()}")
     else:
-        details = {
-            True: f"{len(report.comparisons)} quantities, {report.describe()}",
-            False: report.describe_failures(),
-            None: report.describe_unclear(),
-        }
-        result.add("logits", report.passed, details[report.passed])
+        result.add("logits", False, report.describe_failures())

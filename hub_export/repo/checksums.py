@@ -19,11 +19,9 @@ LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    """Hash a file's content."""
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def covered_files(folder: Path) -> list[str]:
@@ -37,8 +35,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def replace_covered(folder: Path, name: str, text: str) -> None:
-    """Write another text to a file, and its checksum, unless the file was not what the checksum says
-    already."""
+    """Write another text to a file, and its checksum, unless the old one did not match already."""
     checksums = read_checksums(folder) or {}
     was_right = checksums.get(name) == sha256(folder / name)
     (folder / name).write_text(text, encoding="utf-8")
@@ -49,7 +46,7 @@ def replace_covered(folder: Path, name: str, text: str) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
-    """File to checksum as they were written; None where there is no such file.
+    """Read the checksum of each file; None where there is no such list.
 
     Raises:
         InputError: a line is none of a checksum file, or names a file outside the folder.

@@ -39,10 +39,10 @@ class Plan:
     Attributes:
         foundation: where it is named to be.
         config: the repo's config.
-        skeleton: the foundation without weights; None where not even its config is at hand (layout `adapter`
-            alone).
-        find_weights: gives its tensors by their own names; None where they are not at hand (layout `adapter`
-            alone).
+        skeleton: the foundation without weights; None where not even its config is available (layout
+            `adapter` alone).
+        find_weights: gives its tensors by their own names; None where they are not available (layout
+            `adapter` alone).
         generation: the fields of the repo's `generation_config.json`, the strategy apart.
     """
 
@@ -54,7 +54,7 @@ class Plan:
 
     @cached_property
     def weights(self) -> dict[str, StoredTensor] | None:
-        """The foundation's tensors; looked for when they are asked for, as that may mean to download them."""
+        """The foundation's tensors; found when they are first used, as that may mean a download."""
         return None if self.find_weights is None else self.find_weights()
 
     @property
@@ -73,13 +73,13 @@ class Plan:
 
     @property
     def num_foundation_parameters(self) -> int | None:
-        """Tied ones once."""
+        """How many parameters the foundation has, tied ones counted once; None where its config is missing."""
         if self.skeleton is None:
             return None
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     def load_foundation(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The foundation in memory."""
+        """Load the foundation into memory."""
         state = {name: tensor.to(dtype).read() for name, tensor in self.weights.items()}
         config = copy.deepcopy(self.config.base_config)
         return type(self.skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
@@ -94,7 +94,7 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
     carried = mixture.foundation_weights is not None
     reference = _reference(mixture, options)
     _warn_about_adapter(mixture, reference)
-    base_config = mixture.foundation_config if carried else _config_at_hand(mixture, reference, options)
+    base_config = mixture.foundation_config if carried else _available_config(mixture, reference, options)
     model = find = None
     if base_config is not None:
         if getattr(base_config, "quantization_config", None) is not None:
@@ -139,26 +139,27 @@ def _check_it_can_be_built(config: Any) -> None:
 
 
 def _reference(mixture: Mixture, options: ExportOptions) -> FoundationReference:
-    """Where the foundation is named to be; for layout `full` of a source that carries it that need not be
-    anywhere."""
+    """Resolve where the foundation is named to be.
+
+    For layout `full` of a source that carries it, it need not be anywhere else.
+    """
     try:
         return resolve_foundation(mixture.foundation, options.base_model, options.base_revision)
     except InputError:
-        if (
-            mixture.foundation_weights is None
-            or options.base_model is not None
-            or options.layout == "adapter"
-        ):
-            raise
-        return mixture.foundation
+        carried = mixture.foundation_weights is not None
+        if carried and options.base_model is None and options.layout == "full":
+            return mixture.foundation
+        raise
 
 
 def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> None:
-    """PEFT and transformers would apply an adapter that lies in the foundation's folder; it is no part of the
-    model."""
-    if not is_local(reference) or Path(reference.name) in [
-        folder.path.resolve() for folder in mixture.folders
-    ]:
+    """Warn of an adapter in the foundation's folder.
+
+    PEFT and transformers would apply it; it is no part of the model.
+    """
+    if not is_local(reference):
+        return
+    if Path(reference.name) in [folder.path.resolve() for folder in mixture.folders]:
         return
     folder = local_folder(reference)
     if folder is not None and folder.has("adapter_config.json"):
@@ -169,9 +170,8 @@ def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> Non
         warnings.warn(message, DyloraMoeWarning, stacklevel=4)
 
 
-def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: ExportOptions) -> Any:
-    """The foundation's config; for layout `adapter`, where it cannot be had, what the source says, or else
-    None."""
+def _available_config(mixture: Mixture, reference: FoundationReference, options: ExportOptions) -> Any:
+    """Load the foundation's config; for layout `adapter`, without it, what the source says, or else None."""
     try:
         return load_foundation_config(reference)
     except InputError as error:
@@ -179,7 +179,7 @@ def _config_at_hand(mixture: Mixture, reference: FoundationReference, options: E
             raise
         if mixture.foundation_config is None:
             message = (
-                f"the experts could not be compared with their foundation, which is not at hand: {error}"
+                f"the experts could not be compared with their foundation, which is not available: {error}"
             )
             warnings.warn(message, DyloraMoeWarning, stacklevel=4)
         return mixture.foundation_config
@@ -211,7 +211,7 @@ def _find_weights(
     model: nn.Module,
     options: ExportOptions,
 ) -> Callable[[], dict[str, StoredTensor]] | None:
-    """What gives the foundation's tensors: the source itself, or where the foundation is named to be.
+    """Choose where the foundation's tensors come from: the source itself, or where the foundation is named to be.
 
     Args:
         carried: those that the source brings.
@@ -219,15 +219,16 @@ def _find_weights(
     Raises:
         InputError: the named one would stand in for the source's own, and is another one.
     """
-    is_light = options.layout == "adapter"
-    if carried is not None and not is_light and options.base_model is None:
-        return lambda: carried
-    if not is_available(reference) and (is_light or carried is not None):
-        if carried is not None:
-            _warn_not_compared(mixture, reference)
-        return None if is_light else lambda: carried
+    is_adapter = options.layout == "adapter"
     if carried is None:
+        if is_adapter and not is_available(reference):
+            return None
         return lambda: foundation_weights(reference, model)
+    if not is_adapter and options.base_model is None:
+        return lambda: carried
+    if not is_available(reference):
+        _warn_not_compared(mixture, reference)
+        return None if is_adapter else lambda: carried
     # By its own config, which those who load the repo will need; the source's may be of another one.
     named = foundation_weights(reference, skeleton(load_foundation_config(reference)))
     _check_same(carried, named, reference)
@@ -237,8 +238,7 @@ def _find_weights(
 def _check_same(
     carried: dict[str, StoredTensor], named: dict[str, StoredTensor], reference: FoundationReference
 ):
-    """A source's own foundation can be left away, or called by a name, only if the one of that name is the
-    same.
+    """Check that the named foundation is the source's own, which it stands in for.
 
     Raises:
         InputError: names the first tensor that differs.
@@ -253,7 +253,7 @@ def _check_same(
 
 
 def _warn_not_compared(mixture: Mixture, reference: FoundationReference) -> None:
-    """The named foundation will be taken for the source's own.
+    """Warn that the named foundation is taken for the source's own.
 
     Raises:
         InputError: it is known to be another one.
@@ -264,14 +264,14 @@ def _warn_not_compared(mixture: Mixture, reference: FoundationReference) -> None
             "--base_model and export with --layout full"
         )
     message = (
-        f"the source's own foundation could not be compared with {reference.name}, which is not at hand and will be taken "
+        f"the source's own foundation could not be compared with {reference.name}, which is not available and will be taken "
         "for it"
     )
     warnings.warn(message, DyloraMoeWarning, stacklevel=5)
 
 
 def _main_dtype(weights: dict[str, StoredTensor] | None) -> torch.dtype | None:
-    """The dtype that most of the foundation is stored in."""
+    """Find the dtype that most of the foundation is stored in."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in (weights or {}).values():
         if tensor.dtype.is_floating_point:
@@ -287,18 +287,12 @@ def _config(
     if base_config is not None:
         base_config = copy.deepcopy(base_config)
         base_config._name_or_path = ""  # the folder it happened to be loaded from means nothing elsewhere
-    router: dict[str, Any] = {"router_input": None}
-    if mixture.router is not None:
-        names = (
-            "router_input",
-            "router_mode",
-            "num_experts_per_tok",
-            "router_temperature",
-            "router_aux_loss_coef",
-        )
-        values = {name: getattr(mixture.router, name) for name in names}
-        router = {name: value for name, value in values.items() if value is not None}
-    finest_dtype(mixture)
+    finest_dtype(mixture)  # refuses experts that are not stored as floats
+    optional = _router_fields(mixture)
+    if mixture.has_trained_foundation:
+        optional["has_trained_foundation"] = True
+    if mixture.limits:
+        optional["limits"] = mixture.limits
     try:
         config = DyloraMoeConfig(
             base_config=base_config,
@@ -307,9 +301,7 @@ def _config(
             base_model_revision=reference.revision,
             weights_layout=options.layout,
             architectures=["DyloraMoeForCausalLM"],
-            **router,
-            **({"has_trained_foundation": True} if mixture.has_trained_foundation else {}),
-            **({"limits": mixture.limits} if mixture.limits else {}),
+            **optional,
         )
     except Exception as error:  # any wrong field may make a config class fail in its own way
         raise InputError(one_line(error, 500)) from error
@@ -317,9 +309,23 @@ def _config(
     return config
 
 
+def _router_fields(mixture: Mixture) -> dict[str, Any]:
+    """Give the router's fields of the config; what the source does not say is left to the config's default."""
+    router = mixture.router
+    if router is None:
+        return {"router_input": None}
+    fields = {
+        "router_input": router.router_input,
+        "router_mode": router.router_mode,
+        "num_experts_per_tok": router.num_experts_per_tok,
+        "router_temperature": router.router_temperature,
+        "router_aux_loss_coef": router.router_aux_loss_coef,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Module | None) -> dict[str, Any]:
-    """What the source's own `generation_config.json` says, else the foundation's, else the foundation's
-    config.
+    """Read the source's own `generation_config.json`, else the foundation's, else the foundation's config.
 
     Raises:
         InputError: that file is damaged; what is not said would be another way to generate.
@@ -334,13 +340,15 @@ def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Modu
         foundation = local_folder(reference)
         if foundation is not None and foundation.has(name):
             return _generation_config(foundation / name, foundation.read_json(name)).to_diff_dict()
-    elif reference.name is not None and (found := _generation_config_on_hub(reference)) is not None:
-        return found.to_diff_dict()
+    elif reference.name is not None:
+        found = _generation_config_on_hub(reference)
+        if found is not None:
+            return found.to_diff_dict()
     return {} if model is None else model.generation_config.to_diff_dict()
 
 
 def _generation_config_on_hub(reference: FoundationReference) -> Any:
-    """None where there is no such file, or the repo is not on this machine."""
+    """Read the foundation's on the Hub; None where there is no such file, or the repo cannot be had."""
     from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
     try:

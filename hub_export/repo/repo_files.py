@@ -1,7 +1,7 @@
-"""Which files of an exported repo's folder belong to it, and nothing else that happens to lie there.
+"""Which files an exported repo consists of: by name, and in a folder that holds other things, too.
 
 What leaves this machine is chosen by name from what an export writes, never by what is not on a list: a
-`.env`, a credentials file or a cache in the folder stays here. It knows neither the Hub nor W&B.
+`.env`, a credentials file or a cache in the folder stays here.
 """
 
 from __future__ import annotations
@@ -13,24 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, few
 from ..sources.json_files import read_json
 from ..sources.source_folder import open_folder
 from ..tensors.weight_files import read_index
+from .checksums import FILE as CHECKSUMS
 from .repo_config import check_is_exported_repo, is_exported_repo
 
 
-DESCRIPTIONS = {
-    "config.json",
-    "generation_config.json",
-    "README.md",
-    "requirements.txt",
-    "SHA256SUMS",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-}
+# What a person may have put into a repo, or added lines to: overwriting keeps it.
+KEPT_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "requirements.txt", ".gitattributes")
+# Nothing that a model computes depends on these.
+NOT_COMPUTED_WITH = ("README.md", CHECKSUMS, *KEPT_FILES)
+DESCRIPTIONS = {"config.json", "generation_config.json", *NOT_COMPUTED_WITH} - {".gitattributes"}
 TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,25 +67,13 @@ WEIGHTS = re.compile(
 CODE = re.compile(r"\w+_dylora_moe\.py")
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
-# Of what an export, or saving the model, leaves in a folder.
-REPO_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model", ".tiktoken")
-REPO_FILES = (
-    "README.md",
-    "requirements.txt",
-    "LICENSE",
-    "SHA256SUMS",
-    ".gitattributes",
-    "merges.txt",
-    "vocab.txt",
-    "vocab.bpe",
-)
-REPO_FOLDERS = ("experts", "__pycache__", "additional_chat_templates")
+# What git and Python leave in a repo's folder.
+LEFT_BY_TOOLS = re.compile(r"\.gitattributes|__init__\.py|__pycache__/.*")
 
 
 @dataclass
 class RepoFiles:
-    """Paths relative to the folder, with `/`, sorted; `left_out` are the things that lie there and are not
-    the repo's."""
+    """Paths relative to the folder, with `/`, sorted; `left_out` is what lies there and is not the repo's."""
 
     files: list[str]
     left_out: list[str]
@@ -101,15 +84,14 @@ class RepoFiles:
         return [file for file in self.files if file.endswith(".safetensors")]
 
     def note(self) -> str | None:
-        """What stays here, in words."""
+        """Say what stays here; None where that is nothing."""
         if not self.left_out:
             return None
-        more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
-        return f"not part of the repo, so not sent: {', '.join(self.left_out[:8])}{more}"
+        return f"not part of the repo, so not sent: {few(self.left_out)}"
 
 
 def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
-    """The files of a complete exported repo.
+    """Find the files of a complete exported repo.
 
     Args:
         follow_links: whether a link to a file counts as one. What leaves this machine must not follow any.
@@ -124,22 +106,22 @@ def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
         )
     check_is_exported_repo(folder)
     config = read_json(folder / "config.json")
-    layout = config.get("weights_layout", "full")
-    needed = {"config.json", *_weights(folder, config, layout), *_code(folder, config, is_file)}
+    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, is_file)}
     for file in sorted(needed):
-        if not is_file(folder, file):
-            found = (folder / file).exists()
+        if is_file(folder, file):
+            continue
+        if (folder / file).exists():
             raise InputError(
                 f"{folder / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
-                if found
-                else f"{folder} is not a complete repo: {file} is missing"
             )
+        raise InputError(f"{folder} is not a complete repo: {file} is missing")
     optional = [
         path.relative_to(folder).as_posix()
         for path in [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
     ]
     wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
     files = needed | {file for file in wanted if is_file(folder, file)}
+    layout = config.get("weights_layout", "full")
     return RepoFiles(sorted(files), _others(folder, files), layout, config)
 
 
@@ -151,40 +133,56 @@ def may_be_stale(path: str) -> bool:
     """Whether an export may have written this path, so that another export that lacks it replaces it with
     nothing.
 
-    Descriptions are not meant: somebody may have put a LICENSE or a README.md beside the export by hand.
+    Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """
     return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
 
 
-def _weights(folder: Path, config: dict[str, Any], layout: str) -> set[str]:
+def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
+    """List the weight files, and what belongs to them, that a repo of this config must have.
+
+    Raises:
+        InputError: config or index name what is no such file.
+    """
+    layout = config.get("weights_layout", "full")
     if layout == "full":
-        weight_map = read_index(open_folder(folder), "model.safetensors")
-        if weight_map is None:
-            return {"model.safetensors"}
-        index = "model.safetensors.index.json"
-        if not all(WEIGHTS.fullmatch(name) and "/" not in name for name in weight_map.values()):
+        return _full_weights(folder)
+    if layout == "adapter":
+        return _adapter_weights(folder, config)
+    raise InputError(f"{folder}/config.json: there is no weights_layout {layout!r}")
+
+
+def _full_weights(folder: Path) -> set[str]:
+    """The one file, or the index and the shards that it names."""
+    weight_map = read_index(open_folder(folder), "model.safetensors")
+    if weight_map is None:
+        return {"model.safetensors"}
+    index = "model.safetensors.index.json"
+    for name in weight_map.values():
+        if not WEIGHTS.fullmatch(name) or "/" in name:
             raise InputError(f"{folder / index} names no shards of the form model-00001-of-00002.safetensors")
-        return {index, *weight_map.values()}
-    if layout != "adapter":
-        raise InputError(f"{folder}/config.json: there is no weights_layout {layout!r}")
+    return {index, *weight_map.values()}
+
+
+def _adapter_weights(folder: Path, config: dict[str, Any]) -> set[str]:
+    """A PEFT folder for every expert, and the router."""
     experts = config.get("expert_configs")
     experts = experts if isinstance(experts, list) and experts else [None]
-    names = [expert.get("name") if isinstance(expert, dict) else None for expert in experts]
-    for name in names:
+    files = set()
+    for expert in experts:
+        name = expert.get("name") if isinstance(expert, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
             raise InputError(
                 f"{folder}/config.json: expert_configs names an expert {name!r}, which is no folder's name"
             )
-    files = {
-        f"experts/{name}/{file}"
-        for name in names
-        for file in ("adapter_config.json", "adapter_model.safetensors")
-    }
-    return files | ({"router.safetensors"} if config.get("router_input", "base") is not None else set())
+        files |= {f"experts/{name}/adapter_config.json", f"experts/{name}/adapter_model.safetensors"}
+    if config.get("router_input", "base") is not None:
+        files.add("router.safetensors")
+    return files
 
 
 def _code(folder: Path, config: dict[str, Any], is_file: Callable[[Path, str], bool]) -> set[str]:
-    """The files that `auto_map` names, and those that they import: what the Hub's loader follows.
+    """Follow the files that `auto_map` names, and those that they import, as the Hub's loader does.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
     repo.
@@ -234,7 +232,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _others(folder: Path, files: set[str]) -> list[str]:
-    """What else lies there: a folder that holds nothing of the repo is named as one."""
+    """List what else lies there; a folder that holds nothing of the repo is named as one."""
     folders = {"/".join(file.split("/")[:depth]) for file in files for depth in range(1, file.count("/") + 1)}
     found, waiting = [], [folder]
     while waiting:
@@ -257,35 +255,19 @@ def is_replaceable(folder: Path) -> bool:
         return False
     others = foreign_files(folder)
     if others:
-        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         raise InputError(
-            f"{folder} is an exported repo that holds other things too ({', '.join(others[:4])}{more}), which would be "
-            "lost; move them, or choose another output folder"
+            f"{folder} is an exported repo that holds other things too ({few(others, 4)}), which would be lost; move "
+            "them, or choose another output folder"
         )
     return True
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in a repo's folder and is nothing that an export writes; whoever replaces the repo would lose
-    it."""
-    from ..repo.repo_files import (  # which ask this file what a repo is
-        is_tokenizer_file,
-        may_be_stale,
-        repo_files,
-    )
-
+    """List what lies in a repo's folder and no export writes; replacing the repo would lose it."""
     try:
         others = repo_files(folder).left_out
-        return [
-            name
-            for name in others
-            if name not in (".gitattributes", "__pycache__/") and not may_be_stale(name)
-        ]
-    except InputError:  # not complete: looked at by names
-        pass
-    found = []
-    for path in sorted(folder.iterdir()):
-        known = path.suffix in REPO_SUFFIXES or path.name in REPO_FILES or is_tokenizer_file(path.name)
-        if (path.is_dir() and path.name not in REPO_FOLDERS) or (not path.is_dir() and not known):
-            found.append(path.name + ("/" if path.is_dir() else ""))
-    return found
+    except InputError:  # not complete: known by names alone
+        files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        others = [path.relative_to(folder).as_posix() for path in files]
+        others = [name for name in others if name not in DESCRIPTIONS]
+    return [name for name in others if not LEFT_BY_TOOLS.fullmatch(name) and not may_be_stale(name)]

@@ -1,25 +1,36 @@
-"""Scores that EvalPlus wrote, to be stated in a model card.
+"""EvalPlus's result files: the share of every task's samples that pass, pass@1, and the scores for a model card.
 
-    <samples>_eval_results.json    {"eval": {"HumanEval/0": [{"base_status": "pass", "plus_status": "fail", …}, …], …}}
-
-It knows nothing about how the samples came about.
+<samples>_eval_results.json    {"eval": {"HumanEval/0": [{"base_status": "pass", "plus_status": "fail", …}, …], …}}
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..sources.json_files import read_json
 
 
+PASS = "pass"
 BENCHMARKS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
 
 
+class TaskResult(NamedTuple):
+    """The share of a task's samples (0.0 to 1.0) that pass the base tests, and base and plus tests together.
+
+    `plus` is None when only the base tests were run.
+    """
+
+    base: float
+    plus: float | None
+
+
 @dataclass(frozen=True)
-class BenchmarkResult:
-    """pass@1 as a fraction: the mean over tasks of the share of samples that pass."""
+class Score:
+    """A strategy's pass@1 on a benchmark, a fraction."""
 
     routing_strategy: str
     benchmark: str
@@ -27,45 +38,66 @@ class BenchmarkResult:
     num_tasks: int
 
 
-def read_results(entries: list[str]) -> list[BenchmarkResult]:
-    """`<strategy>=<file>` for each file of EvalPlus: one result for the base tests and one for the extended
-    ones.
+def read_results(path: str | Path) -> dict[str, TaskResult]:
+    """Read each task's result from a result file (`…_eval_results.json`).
+
+    Raises:
+        InputError: it is not one, or holds no task.
+    """
+    tasks = read_json(Path(path)).get("eval")
+    if not isinstance(tasks, dict) or not tasks:
+        raise InputError(f"{path} is not a result file of EvalPlus: it has no entry 'eval' with tasks")
+    return {task_id: _task_result(samples, task_id, path) for task_id, samples in tasks.items()}
+
+
+def pass_at_1(results: Iterable[TaskResult], *, plus: bool = False) -> float:
+    """Compute the mean share of passing samples, with the plus tests too if `plus`.
+
+    Raises:
+        ValueError: there are no results, or none of the plus tests.
+    """
+    shares = [result.plus if plus else result.base for result in results]
+    if not shares or any(share is None for share in shares):
+        raise ValueError("no results, or results without the plus tests")
+    return sum(shares) / len(shares)
+
+
+def read_scores(entries: Sequence[str]) -> list[Score]:
+    """Read `<strategy>=<file>` for each result file: a score of the base tests and, if run, one of the plus tests.
 
     Raises:
         InputError: not of that form, or not a file that EvalPlus wrote.
     """
-    found = []
+    scores = []
     for entry in entries:
         strategy, separator, name = str(entry).partition("=")
         if not separator or not strategy or not name:
             raise InputError(
                 f"--results takes STRATEGY=FILE, for instance router=samples_eval_results.json; got {entry}"
             )
-        tasks = read_json(Path(name)).get("eval")
-        if not isinstance(tasks, dict) or not tasks:
-            raise InputError(f"{name} is no result of EvalPlus: it has no entry 'eval' with tasks")
-        benchmark = BENCHMARKS.get(next(iter(tasks)).partition("/")[0])
+        results = read_results(name)
+        first_task = next(iter(results))
+        benchmark = BENCHMARKS.get(first_task.partition("/")[0])
         if benchmark is None:
-            raise InputError(f"{name} is about {next(iter(tasks))}, which is neither HumanEval nor MBPP")
-        for tests, label in (("base", benchmark), ("plus", f"{benchmark}+")):
-            value = _pass_at_1(tasks, tests, name)
-            if value is not None:
-                found.append(BenchmarkResult(strategy, label, value, len(tasks)))
-    return found
+            raise InputError(f"{name} is about {first_task}, which is neither HumanEval nor MBPP")
+        tasks = list(results.values())
+        scores.append(Score(strategy, benchmark, pass_at_1(tasks), len(tasks)))
+        if all(result.plus is not None for result in tasks):
+            scores.append(Score(strategy, f"{benchmark}+", pass_at_1(tasks, plus=True), len(tasks)))
+    return scores
 
 
-def _pass_at_1(tasks: dict, tests: str, name: str) -> float | None:
-    """A sample passes the extended tests if it passes both. None where they were not run."""
-    shares = []
-    for task, samples in tasks.items():
-        if (
-            not isinstance(samples, list)
-            or not samples
-            or not all(isinstance(sample, dict) for sample in samples)
-        ):
-            raise InputError(f"{name}: the results of {task} are no list of samples")
-        needed = ["base_status"] if tests == "base" else ["base_status", "plus_status"]
-        if any(sample.get(needed[-1]) is None for sample in samples):
-            return None
-        shares.append(sum(all(sample[key] == "pass" for key in needed) for sample in samples) / len(samples))
-    return sum(shares) / len(shares)
+def _task_result(samples: Any, task_id: str, path: str | Path) -> TaskResult:
+    if not isinstance(samples, list) or not samples or not all(map(_is_sample, samples)):
+        raise InputError(f"{path} is not a result file of EvalPlus: {task_id} has no list of samples")
+    base = [sample["base_status"] == PASS for sample in samples]
+    plus = [sample.get("plus_status") for sample in samples]
+    if None in plus:
+        return TaskResult(sum(base) / len(base), None)
+    # EvalPlus's own rule: a sample passes "plus" if it passes both.
+    both = [passed and status == PASS for passed, status in zip(base, plus, strict=True)]
+    return TaskResult(sum(base) / len(base), sum(both) / len(both))
+
+
+def _is_sample(sample: Any) -> bool:
+    return isinstance(sample, Mapping) and "base_status" in sample

@@ -29,8 +29,7 @@ BATCH_SIZE = 8
 
 
 def read_prompts(path: str | Path, mixture: Mixture) -> dict[str, list[str]]:
-    """The prompts by expert, in the experts' order: for all of them, or for those that the source's router
-    lacks.
+    """Read the prompts by expert, in order: for all of them, or for those that the source's router lacks.
 
     Raises:
         InputError: the file is no such mapping, or names other experts; lists both.
@@ -99,8 +98,7 @@ def router_from_prompts(
 
 
 def expert_rows(hidden_states: Any, tokenizer: Any, prompts: list[list[str]]) -> torch.Tensor:
-    """[experts, hidden]: for each expert the mean over its prompts of the mean over each prompt's tokens, of
-    length 1.
+    """Compute [experts, hidden]: each expert's mean over its prompts of the mean over a prompt's tokens, of length 1.
 
     Args:
         hidden_states: a function from `input_ids` and `attention_mask`, [batch, sequence], to [batch,
@@ -127,7 +125,7 @@ def expert_rows(hidden_states: Any, tokenizer: Any, prompts: list[list[str]]) ->
 
 
 def _model(mixture: Mixture, plan: Plan, router_input: str):
-    """What gives the hidden states that the gate will read."""
+    """Give the function that computes the hidden states that the gate will read."""
     from dylora_moe.modeling import DyloraMoeForCausalLM
     from dylora_moe.modeling.experts_dylora_moe import use_experts
 

@@ -33,8 +33,8 @@ from .tokenizer_files import (
 )
 
 
-# The class that takes tokenizer.json as it stands, by the name that transformers 4 knows, too.
-AS_IT_STANDS = "PreTrainedTokenizerFast"
+# The class that takes tokenizer.json unchanged, by the name that transformers 4 knows, too.
+UNCHANGED = "PreTrainedTokenizerFast"
 # Below this share of the model's tokens, a part of the vocabulary may be missing.
 LEAST_SHARE = 0.01
 
@@ -87,9 +87,10 @@ def open_tokenizer(
 def find_tokenizer(
     options: ExportOptions, mixture: Mixture, foundation: FoundationReference, base_config: Any
 ) -> FoundTokenizer | None:
-    """The tokenizer given, else the source's own, else the foundation's.
+    """Find the tokenizer given, else the source's own, else the foundation's.
 
-    For layout `adapter` it may be missing with the foundation, which is said; then None.
+    Returns:
+        None for layout `adapter` where it is missing with the foundation, with a warning.
 
     Raises:
         InputError: none is to be found, one cannot be read or has no vocabulary, or the adapters' own ones
@@ -107,7 +108,8 @@ def find_tokenizer(
         _compare_with_foundations(found, foundation)
         return found
     name = foundation.name
-    if name is not None and not (Path(name).is_absolute() and not has_tokenizer(Path(name))):
+    may_have_one = name is not None and (not Path(name).is_absolute() or has_tokenizer(Path(name)))
+    if may_have_one:
         try:
             return opened(name, fetch_tokenizer(name, foundation.revision))
         except InputError:
@@ -124,7 +126,7 @@ def find_tokenizer(
 
 
 def _common(found: list[FoundTokenizer]) -> FoundTokenizer:
-    """The first of several tokenizers that must agree on what each token is."""
+    """Take the first of several tokenizers, which must agree on what each token is."""
     first = found[0]
     for other in found[1:]:
         if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
@@ -133,19 +135,13 @@ def _common(found: list[FoundTokenizer]) -> FoundTokenizer:
                 "--tokenizer"
             )
         texts = text_differences(other.behaviour, first.behaviour)
+        which, kept = f"in {first.folder} and {other.folder}", "the first is kept (--tokenizer chooses)"
         if texts:
-            warnings.warn(
-                f"the tokenizers in {first.folder} and {other.folder} make different tokens of {texts[0]}; the first is kept "
-                "(--tokenizer chooses)",
-                DyloraMoeWarning,
-                stacklevel=2,
-            )
+            message = f"the tokenizers {which} make different tokens of {texts[0]}; {kept}"
+            warnings.warn(message, DyloraMoeWarning, stacklevel=2)
         if other.tokenizer.chat_template != first.tokenizer.chat_template:
-            warnings.warn(
-                f"the chat templates in {first.folder} and {other.folder} differ; the first is kept (--tokenizer chooses)",
-                DyloraMoeWarning,
-                stacklevel=2,
-            )
+            message = f"the chat templates {which} differ; {kept}"
+            warnings.warn(message, DyloraMoeWarning, stacklevel=2)
     return first
 
 
@@ -175,7 +171,7 @@ def _compare_with_foundations(found: FoundTokenizer, foundation: FoundationRefer
 
 
 def foundations_tokenizer(foundation: FoundationReference) -> FoundTokenizer | None:
-    """The tokenizer that lies beside the foundation's weights on this machine; None where there is none."""
+    """Load the tokenizer beside the foundation's weights on this machine; None where there is none."""
     opened = local_folder(foundation)
     if opened is None or not has_tokenizer(opened):
         return None
@@ -220,7 +216,7 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
 
 
 def lacks_vocabulary(tokenizer: Any) -> str | None:
-    """In what words a tokenizer has no vocabulary, or None where it has one.
+    """Say that a tokenizer has no vocabulary; None where it has one.
 
     Special and added tokens alone are none: `tokenizer_config.json` lists them, thousands with some models.
     """
@@ -232,8 +228,8 @@ def lacks_vocabulary(tokenizer: Any) -> str | None:
 
 
 def warn_about_older_transformers(found: FoundTokenizer) -> None:
-    """Warn where tokenizer.json, taken as it stands, gives other ids: transformers 4 trained with those."""
-    other = as_it_stands(found)
+    """Warn where tokenizer.json, taken unchanged, gives other ids: transformers 4 trained with those."""
+    other = unchanged_behaviour(found)
     texts = [] if other is None else text_differences(found.behaviour, other)
     if texts:
         message = (
@@ -244,16 +240,15 @@ def warn_about_older_transformers(found: FoundTokenizer) -> None:
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
 
 
-def as_it_stands(found: FoundTokenizer) -> dict[str, Any] | None:
-    """The behaviour of the source's tokenizer.json without what a class makes of it; None where no class
-    does."""
-    is_as_it_stands = type(found.tokenizer).__name__ == "TokenizersBackend"
-    if found.has_own_code or is_as_it_stands or not (found.folder / "tokenizer.json").is_file():
+def unchanged_behaviour(found: FoundTokenizer) -> dict[str, Any] | None:
+    """Measure the source's tokenizer.json without what a class makes of it; None where no class does."""
+    is_unchanged = type(found.tokenizer).__name__ == "TokenizersBackend"
+    if found.has_own_code or is_unchanged or not (found.folder / "tokenizer.json").is_file():
         return None
     with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
         folder = Path(directory)
         copy_tokenizer(found.folder, folder)
-        _declare_class(folder, AS_IT_STANDS)
+        _declare_class(folder, UNCHANGED)
         from transformers import PreTrainedConfig
 
         return behaviour(load_tokenizer(folder, PreTrainedConfig()), found.origin)
@@ -308,16 +303,16 @@ def _write_copy(found: FoundTokenizer, folder: Path) -> None:
 
 def _write_class(found: FoundTokenizer, folder: Path) -> None:
     name = type(found.tokenizer).__name__
-    _declare_class(folder, AS_IT_STANDS if name == "TokenizersBackend" else name)
+    _declare_class(folder, UNCHANGED if name == "TokenizersBackend" else name)
 
 
 def _write_saved(found: FoundTokenizer, folder: Path) -> None:
-    """The loaded tokenizer as it is in memory; classes that build theirs from parts would build it anew."""
+    """Save the loaded tokenizer as it is in memory; classes that build theirs from parts would build it again."""
     with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
         found.tokenizer.save_pretrained(directory)
         copy_tokenizer(Path(directory), folder)
     if (folder / "tokenizer.json").is_file():
-        _declare_class(folder, AS_IT_STANDS)
+        _declare_class(folder, UNCHANGED)
 
 
 def _declare_class(folder: Path, name: str) -> None:

@@ -44,7 +44,7 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def allowed_arguments(stored: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `tokenizer_config.json` that cannot name a file or code.
+    """Filter the fields of a `tokenizer_config.json` that cannot name a file or code.
 
     Numbers, booleans, token strings and token dicts under their own keys (`</s>` and `/` are tokens, not
     paths), chat templates, the class's name, and the few strings that are one of a fixed set. Everything else
@@ -54,31 +54,29 @@ def allowed_arguments(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def allowed_tokens(stored: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `special_tokens_map.json` that are tokens. transformers makes arguments of all of
-    them."""
+    """Filter the fields of a `special_tokens_map.json` that are tokens. transformers makes arguments of all."""
     return {key: value for key, value in stored.items() if _is_token_argument(key, value)}
 
 
 def missed_arguments(stored: dict[str, Any], tokenizer: Any) -> list[str]:
-    """Names of fields of a `tokenizer_config.json` that are left out and would have made other tokens,
-    perhaps.
+    """List the fields of a `tokenizer_config.json` that are left out, and might have made other tokens.
 
     Those that the tokenizer's class takes, but for the files that it opens, which the loader finds by itself.
     """
-    inits = [
-        kind.__init__ for kind in type(tokenizer).__mro__ if "__init__" in vars(kind) and kind is not object
-    ]
-    taken = {name for init in inits for name in inspect.signature(init).parameters}
+    taken: set[str] = set()
+    for kind in type(tokenizer).__mro__:
+        if "__init__" in vars(kind) and kind is not object:
+            taken |= inspect.signature(kind.__init__).parameters.keys()
     kept = allowed_arguments(stored).keys() | OF_THE_LOADING_CALL
     missed = [name for name in stored if name in taken - kept and not OPENED.fullmatch(name)]
     versions = stored.get(VERSIONS)
-    return missed + (
-        [VERSIONS] if isinstance(versions, list) and set(map(str, versions)) - {"tokenizer.json"} else []
-    )
+    if isinstance(versions, list) and set(map(str, versions)) - {"tokenizer.json"}:
+        missed.append(VERSIONS)
+    return missed
 
 
 def arguments_that_are_opened(stored: dict[str, Any]) -> list[str]:
-    """Names of arguments with a text that some classes open as a file. transformers saves none of them."""
+    """List the arguments with a text that some classes open as a file. transformers saves none of them."""
     return [key for key in ("vocab", "merges", "init_inputs") if not _has_no_text(stored.get(key))]
 
 

@@ -1,5 +1,4 @@
-"""What a tokenizer does with a battery of texts, so that two can be compared: the same ids, the same text
-again."""
+"""What a tokenizer does with a battery of texts, so that two can be compared: ids, and the texts they become."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ MOST_SPECIAL_TOKENS = 24
 
 
 def behaviour(tokenizer: Any, origin: str) -> dict[str, Any]:
-    """Everything about a tokenizer that decides what a model reads and what a reader sees.
+    """Record everything about a tokenizer that decides what a model reads and what a user sees.
 
     Keys are names for messages: a text in quotes has the ids with and without special tokens, and the text
     that the ids become; the others are settings.
@@ -61,27 +60,25 @@ def _behaviour(tokenizer: Any) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names of what differs."""
+    """List the names of what differs."""
     return [name for name in expected if found.get(name) != expected[name]]
 
 
 def text_differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names of the texts that become other ids."""
-    return [
-        name
-        for name in expected
-        if name.startswith(("'", '"')) and name in found and found[name]["ids"] != expected[name]["ids"]
-    ]
+    """List the names of the texts that become other ids."""
+    texts = [name for name in expected if name.startswith(("'", '"')) and name in found]
+    return [name for name in texts if found[name]["ids"] != expected[name]["ids"]]
 
 
 def describe(name: str, found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """One difference in words."""
-    if name in found and isinstance(expected[name], dict) and "ids" in expected[name]:
-        sides = [side[name]["with_special_tokens"] for side in (found, expected)]
-        if sides[0] == sides[1]:
-            return f"{name} is read back otherwise"
-        return f"{name} becomes {len(sides[0])} tokens {_start(sides[0])}, not {len(sides[1])} {_start(sides[1])}"
-    return f"{name} differs"
+    """Say in words what differs."""
+    is_text = name in found and isinstance(expected[name], dict) and "ids" in expected[name]
+    if not is_text:
+        return f"{name} differs"
+    here, there = (side[name]["with_special_tokens"] for side in (found, expected))
+    if here == there:
+        return f"{name} is read back otherwise"
+    return f"{name} becomes {len(here)} tokens {_start(here)}, not {len(there)} {_start(there)}"
 
 
 def _start(ids: list[int]) -> str:
@@ -98,8 +95,7 @@ def _read(tokenizer: Any, text: str) -> dict[str, Any]:
 
 
 def _around_special_tokens(tokenizer: Any) -> list[str]:
-    """Text directly after and before each special token, where some tokenizers put a blank and others
-    none."""
+    """Make texts with each special token, around which some tokenizers put a blank and others none."""
     tokens = list(dict.fromkeys(map(str, tokenizer.all_special_tokens)))[:MOST_SPECIAL_TOKENS]
     return [text for token in tokens for text in (f"{token}[INST] hi", f"x {token} y")]
 

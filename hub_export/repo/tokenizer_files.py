@@ -47,7 +47,7 @@ def has_tokenizer(folder: Path | SourceFolder) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """Paths of the tokenizer's files, relative to the folder, sorted.
+    """List the tokenizer's files, relative to the folder, sorted.
 
     Raises:
         InputError: one of them is a link that leads out of the folder: a chat template may be any text of
@@ -87,8 +87,10 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=64)  # a file of tens of megabytes, which an export copies several times
 def _check_vocabulary(path: Path, mtime_ns: int, size: int) -> None:
-    """A vocabulary given as a string would be opened as a file by the classes that rebuild a tokenizer from
-    its parts."""
+    """Check that the vocabulary is no string.
+
+    The classes that rebuild a tokenizer from its parts would open it as a file.
+    """
     model = read_json(path).get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise InputError(f"{path} holds no vocabulary; copy it again from where it came")
@@ -146,8 +148,7 @@ def load_tokenizer(
 
 
 def _what_it_lacks(folder: Path, error: Exception) -> str | None:
-    """What a tokenizer needs and has not, where transformers' error names something else or a folder that is
-    gone."""
+    """Say what a tokenizer needs and lacks; None where transformers' own error says it."""
     from transformers.utils import is_sentencepiece_available
 
     if needs_own_code(folder) and "trust_remote_code" in str(error):
@@ -165,15 +166,13 @@ def _what_it_lacks(folder: Path, error: Exception) -> str | None:
 
 
 def _is_protobuf(path: Path) -> bool:
-    """Whether a file is a model of SentencePiece, whose first field has this tag; tiktoken's, of the same
-    name, are text."""
+    """Whether a file is a model of SentencePiece, by the tag of its first field; tiktoken's are text."""
     with path.open("rb") as file:
         return file.read(1) == b"\n"
 
 
 def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
-    """Warn where a tokenizer was loaded without an argument that stock transformers would have given to its
-    class."""
+    """Warn of arguments that a tokenizer was loaded without, and stock transformers would give to its class."""
     path = folder / TOKENIZER_CONFIG
     fields = open_folder(folder).read_json(TOKENIZER_CONFIG, required=False)
     missed = [] if needs_own_code(folder) else missed_arguments(fields, tokenizer)
@@ -194,8 +193,7 @@ def _auto_map(folder: Path) -> Any:
 
 
 def _restore_auto_map(folder: Path, copy: Path) -> None:
-    """Say again that a tokenizer has code of its own, so that loading it without trust fails where stock's
-    does."""
+    """Put `auto_map` back, so that loading a tokenizer with own code fails without trust as it does in stock."""
     if needs_own_code(folder):
         write_json(
             copy / TOKENIZER_CONFIG, {**read_json(copy / TOKENIZER_CONFIG), "auto_map": _auto_map(folder)}
@@ -203,7 +201,7 @@ def _restore_auto_map(folder: Path, copy: Path) -> None:
 
 
 def _own_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The config of the model in this folder, as transformers' tokenizer loader looks for it."""
+    """Load the config of the model in this folder, as transformers' tokenizer loader does."""
     from transformers import AutoConfig, PreTrainedConfig
 
     from .repo_config import is_exported_repo, load_config
@@ -219,7 +217,7 @@ def _own_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
-    """The folder that holds a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
+    """Give the folder of a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
 
     Raises:
         InputError: there is no such folder, nor a Hub repo that can be had.
@@ -235,16 +233,7 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
     from dylora_moe.modeling.loading_dylora_moe import why_not_loaded
 
     network_errors = getattr(errors, "HTTPError", OSError)
-    patterns = [
-        "*.json",
-        "*.model",
-        "*.txt",
-        "*.bpe",
-        "*.tiktoken",
-        "*.jinja",
-        f"{TEMPLATE_FOLDER}/*",
-        "*.py",
-    ]
+    patterns = [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), f"{TEMPLATE_FOLDER}/*", "*.py"]
     try:
         fetched = snapshot_download(
             name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.index.json", "*/*.json"]

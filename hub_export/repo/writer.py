@@ -1,19 +1,16 @@
-"""Writes a repo's weights, in either layout, tensor by tensor.
+"""Writes a repo's weights, in either layout, file by file.
 
-    full       model.safetensors (or shards): foundation.<name>, foundation.<module>.base_layer.<name>,
-               foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias;
-               of stacked experts foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B [R, E,
-               out]
-    adapter    experts/<name>/adapter_config.json, adapter_model.safetensors in PEFT's form; router.safetensors
-
-It knows names and shapes of what it writes, and nothing about where tensors come from.
+full       model.safetensors (or shards): foundation.<name>, foundation.<module>.base_layer.<name>,
+           foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias;
+           of stacked experts foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B [R, E,
+           out]
+adapter    experts/<name>/adapter_config.json, adapter_model.safetensors in PEFT's form; router.safetensors
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,7 @@ def write_full(
     dtype: torch.dtype | None,
     max_shard_size: str,
 ) -> None:
-    """Everything in `model.safetensors`, sharded beyond `max_shard_size`.
+    """Write everything to `model.safetensors`, sharded beyond `max_shard_size`.
 
     Args:
         foundation: its tensors by their own names.
@@ -64,7 +61,7 @@ def write_full(
 def write_adapter(
     folder: Path, mixture: Mixture, config: Any, dtype: torch.dtype | None, transposed: frozenset[str]
 ) -> None:
-    """The experts as PEFT folders, and the gate.
+    """Write the experts as PEFT folders, and the gate.
 
     Args:
         transposed: modules whose weight is stored as [in, out] (GPT-2's Conv1D), which PEFT wants to be told.
@@ -104,7 +101,7 @@ def write_adapter(
 
 
 def finest_dtype(mixture: Mixture) -> torch.dtype:
-    """One dtype for all stacks, in which every expert's numbers are exact."""
+    """Find one dtype for all stacks, in which every expert's numbers are exact."""
     for expert in mixture.experts:
         for name, layer in expert.layers.items():
             if layer.dtype not in EXPERT_DTYPES:
@@ -117,8 +114,10 @@ def finest_dtype(mixture: Mixture) -> torch.dtype:
 
 
 def _stacks(mixture: Mixture, config: Any, dtype: torch.dtype) -> dict[str, StoredTensor]:
-    """lora_A [R, in] and lora_B [R, out] of every adapted layer, [R, E, in] and [R, E, out] of stacked
-    experts: the experts' rows, in their order."""
+    """Stack the experts' rows, in their order.
+
+    lora_A [R, in] and lora_B [R, out] of every adapted layer, [R, E, in] and [R, E, out] of stacked experts.
+    """
     tensors = {}
     for name, module in config.stack_modules().items():
         holders = [expert for expert in mixture.experts if name in expert.layers]
@@ -172,8 +171,10 @@ def _gate(router: Router, mixture: Mixture) -> dict[str, StoredTensor]:
 
 
 def _converted(tensor: StoredTensor, name: str, dtype: torch.dtype | None) -> StoredTensor:
-    """In another dtype, or as it is stored. Infinite numbers are the foundation's own affair, and said; those
-    that the conversion would make are refused."""
+    """Convert to another dtype, or leave as it is stored.
+
+    The foundation's own infinite numbers are a warning; those that the conversion would make are refused.
+    """
     told = []
     target = tensor.to(dtype).dtype
 
@@ -189,11 +190,11 @@ def _converted(tensor: StoredTensor, name: str, dtype: torch.dtype | None) -> St
         )
         return converted
 
-    return replace(tensor.through(convert), dtype=target)
+    return StoredTensor(tensor.shape, target, lambda: convert(tensor.read()))
 
 
 def write_config_and_code(folder: Path, config: Any) -> None:
-    """`config.json`, and the files of `modeling/` that it points to.
+    """Write `config.json`, and the files of `modeling/` that it points to.
 
     Raises:
         InputError: the config cannot be saved.
@@ -209,16 +210,13 @@ def write_config_and_code(folder: Path, config: Any) -> None:
 
 
 def write_generation_config(folder: Path, fields: dict[str, Any], strategy: str | None) -> None:
-    """`generation_config.json`: what the foundation's held, and the routing strategy; None: no such field.
+    """Write `generation_config.json`: what the foundation's held, and the routing strategy unless it is None.
 
     The mark that it was derived from a model config must go: with it, transformers drops unknown fields on
     reading.
     """
-    fields = {
-        name: value
-        for name, value in fields.items()
-        if not name.startswith("_") and name != "routing_strategy"
-    }
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    fields.pop("routing_strategy", None)
     if strategy is not None:
         fields["routing_strategy"] = strategy
     text = json.dumps(fields, indent=2, sort_keys=True)
@@ -226,8 +224,7 @@ def write_generation_config(folder: Path, fields: dict[str, Any], strategy: str 
 
 
 def make_readable(folder: Path) -> None:
-    """Every file with the permissions that a new file gets here: some libraries make theirs for the owner
-    alone."""
+    """Give every file the permissions of a new file: some libraries make theirs for the owner alone."""
     probe = folder / ".permissions"
     probe.touch()
     mode = probe.stat().st_mode

@@ -1,17 +1,15 @@
-"""W&B artifacts to folders: what the manifest says is checked before anything is fetched, what came is
-checked after it.
+"""W&B artifacts as folders, by the wandb SDK.
 
-It knows nothing about formats.
+An artifact may come from anyone: what its manifest says is checked before anything is fetched, and the SDK
+compares every file that came with the manifest's digest.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
+import netrc
 import os
 import re
-import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,138 +22,7 @@ from ..staging import staged_folder
 from .hub_errors import without
 
 
-def fetch_artifact(name: str, token: str | None = None) -> Any:
-    """The SDK's object for an artifact, its manifest checked. Nothing of its content is here yet. In
-    `wandb_errors`.
-
-    Raises:
-        InputError: a bad name; no key; no such artifact; a manifest with a path that leaves the folder.
-    """
-    artifact = connect(token).artifact(str(parse_name(name, version=True)))
-    check_manifest(artifact.manifest.entries, name)
-    return artifact
-
-
-def check_manifest(entries: dict[str, Any], name: str) -> None:
-    """No path leaves the folder or hides another, and nothing is taken from elsewhere: not from this
-    machine's own files (`file://`), and not from addresses that whoever made the artifact chose.
-
-    Raises:
-        InputError: names the first such entry.
-    """
-    if not entries:
-        raise InputError(f"{name} holds no files")
-    taken: set[str] = set()
-    for path, entry in entries.items():
-        parts = str(path).split("/")
-        unsafe = any(part in ("", ".", "..") for part in parts) or re.search(r"[\\:\0-\x1f]", str(path))
-        if unsafe or str(entry.path) != str(path):
-            raise InputError(
-                f"{name} holds a file with the path {str(path)!r}, which is not one inside a folder; refused"
-            )
-        if entry.ref is not None:
-            raise InputError(
-                f"{name} holds {path} as a reference to {entry.ref}, and not the file itself; refused"
-            )
-        taken.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-    for path in entries:
-        if str(path) in taken:
-            raise InputError(f"{name} holds {path} both as a file and as a folder; refused")
-
-
-def download_to(artifact: Any, folder: Path, name: str) -> list[str]:
-    """Fetch everything into an empty folder and compare it with the manifest. Returns the paths. In
-    `wandb_errors`.
-
-    Raises:
-        FailureError: a file is missing or differs from what the manifest promises.
-    """
-    # not skip_cache=True: the SDK (0.31) keeps that path in an object that its threads share, and mixes files
-    # up
-    with wandb_errors(name):  # else a lost connection, an OSError too, would be taken for a full disk
-        artifact.download(root=str(folder))
-    entries = artifact.manifest.entries
-    found = set()
-    for directory, folders, files in os.walk(folder):
-        for path in (Path(directory, name) for name in [*folders, *files]):
-            if path.is_symlink():
-                raise FailureError(f"{name}: {path.relative_to(folder)} came as a link; refused")
-        found |= {Path(directory, file).relative_to(folder).as_posix() for file in files}
-    if found != set(map(str, entries)):
-        wrong = sorted(found ^ set(map(str, entries)))
-        raise FailureError(f"{name}: what came differs from the manifest: {', '.join(wrong[:3])}")
-    for path, entry in entries.items():
-        if _digest(folder / path, entry) != entry.digest:
-            raise FailureError(
-                f"{name}: {path} differs from what the manifest promises; if it happens again, empty the SDK's cache "
-                "with `wandb artifact cache cleanup 0B`"
-            )
-    return sorted(found)
-
-
-def _digest(path: Path, entry: Any) -> str:
-    if (entry.extra or {}).get("alg", "MD5") != "MD5":
-        from wandb.sdk.lib.hashutil import xxh128_file_b64  # newer servers may ask for it
-
-        return xxh128_file_b64(str(path))
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return base64.b64encode(digest.digest()).decode()
-
-
-def download_artifact(artifact: str, *, token: str | None = None) -> Path:
-    """The folder of a W&B artifact, in a cache: complete or absent, and fetched once for each content.
-
-    Args:
-        artifact: `entity/project/name:version`, with or without a leading `wandb:`.
-        token: an API key, otherwise what the SDK finds (WANDB_API_KEY, `wandb login`).
-
-    Returns:
-        A folder with the artifact's own name, below $WANDB_CACHE_DIR or the SDK's cache.
-
-    Raises:
-        InputError: the SDK is not installed; a bad name; no API key, or one that is not accepted; no such
-            artifact; one whose paths leave the folder.
-        FailureError: no network; damaged files; a full disk.
-    """
-    parse_name(artifact, version=True)
-    with wandb_errors(artifact, token):
-        return cached(fetch_artifact(artifact, token), artifact)
-
-
-def cached(artifact: Any, name: str) -> Path:
-    """As `download_artifact`, of an artifact whose manifest was checked. In `wandb_errors`."""
-    # The digest stands for paths and contents, whatever alias was asked for; hashed, it is safe as a folder's
-    # name.
-    parts = parse_name(name, version=True)
-    key = hashlib.sha256(
-        f"{parts.entity}/{parts.project}/{parts.name} {artifact.digest}".encode()
-    ).hexdigest()[:32]
-    folder = cache_folder() / key / re.sub(r"[^\w.-]", "_", parts.name)
-    if not _is_complete(folder, artifact.manifest.entries):
-        # whatever is there was damaged after it had been put there complete
-        with staged_folder(folder, overwrite=True, is_replaceable=lambda _: True) as content:
-            download_to(artifact, content, name)
-    return folder
-
-
-def cache_folder() -> Path:
-    from wandb import env
-
-    return Path(env.get_cache_dir()) / "dylora-moe"
-
-
-def _is_complete(folder: Path, entries: dict[str, Any]) -> bool:
-    try:
-        return all((folder / path).lstat().st_size == entry.size for path, entry in entries.items())
-    except OSError:
-        return False
-
-
 PREFIX = "wandb:"
-TIMEOUT = 30  # seconds for the SDK's calls; file transfers take what they take
 NOT_INSTALLED = f"W&B needs the wandb SDK, which is not installed: {how_to_install('wandb')}"
 LOGIN = "log in with `wandb login`, or set WANDB_API_KEY"
 NAME = re.compile(r"(?!\.{1,2}$)[^/\\#?%:\s\0-\x1f][^/\\#?%:\r\n\0-\x1f]{0,127}")
@@ -172,8 +39,7 @@ class ArtifactName(NamedTuple):
 
 
 def parse_name(text: str, version: bool) -> ArtifactName:
-    """`entity/project/name:version` in parts; a leading `wandb:` is left off. A version is a number (v3) or
-    an alias.
+    """Split `entity/project/name:version`; a leading `wandb:` is left off. A version is a number (v3) or an alias.
 
     Raises:
         InputError: it has another form, or a version where there must be none, or none where there must be
@@ -195,8 +61,98 @@ def parse_name(text: str, version: bool) -> ArtifactName:
     return ArtifactName(parts[0], parts[1], name, tag or None)
 
 
+def download_artifact(artifact: str, *, token: str | None = None) -> Path:
+    """Fetch a W&B artifact into a cache, once for each content; it is there complete, or not at all.
+
+    Args:
+        artifact: `entity/project/name:version`, with or without a leading `wandb:`.
+        token: an API key, otherwise what the SDK finds (WANDB_API_KEY, `wandb login`).
+
+    Returns:
+        A folder with the artifact's own name, below $WANDB_CACHE_DIR or the SDK's cache.
+
+    Raises:
+        InputError: the SDK is not installed; a bad name; no API key, or one that is not accepted; no such
+            artifact; one whose paths leave the folder.
+        FailureError: no network; damaged files; a full disk.
+    """
+    parse_name(artifact, version=True)
+    with wandb_errors(artifact, token):
+        return cached(fetch_artifact(artifact, token), artifact)
+
+
+def fetch_artifact(name: str, token: str | None = None) -> Any:
+    """Get the SDK's object for an artifact, its manifest checked; nothing of its content is fetched.
+
+    Call it inside `wandb_errors`.
+
+    Raises:
+        InputError: a bad name; no key; no such artifact; a manifest with a path that leaves the folder.
+    """
+    artifact = connect(token).artifact(str(parse_name(name, version=True)))
+    check_manifest(artifact.manifest.entries, name)
+    return artifact
+
+
+def check_manifest(entries: dict[str, Any], name: str) -> None:
+    """Check that every path stays inside the folder, and that every entry is a file of the artifact's own.
+
+    A reference would be taken from this machine's files (`file://`), or from an address that the artifact's
+    maker chose.
+
+    Raises:
+        InputError: names the first entry that is not such a file.
+    """
+    if not entries:
+        raise InputError(f"{name} holds no files")
+    for path, entry in entries.items():
+        leaves = any(part in ("", ".", "..") for part in str(path).split("/"))
+        if leaves or re.search(r"[\\:\0-\x1f]", str(path)):
+            raise InputError(
+                f"{name} holds a file with the path {str(path)!r}, which is not one inside a folder; refused"
+            )
+        if entry.ref is not None:
+            raise InputError(
+                f"{name} holds {path} as a reference to {entry.ref}, and not the file itself; refused"
+            )
+
+
+def download_to(artifact: Any, folder: Path, name: str) -> None:
+    """Fetch an artifact's files into an empty folder, and compare them with the manifest.
+
+    Raises:
+        FailureError: the files cannot be had, or one differs from what the manifest promises.
+    """
+    with wandb_errors(name):  # a lost connection, an `OSError` too, must not be taken for a full disk
+        artifact.download(root=str(folder))
+        try:
+            artifact.verify(root=str(folder))
+        except ValueError as error:
+            raise FailureError(
+                f"{name} differs from what the manifest promises: {one_line(error)}; if it happens again, empty the "
+                "SDK's cache with `wandb artifact cache cleanup 0B`"
+            ) from None
+
+
+def cached(artifact: Any, name: str) -> Path:
+    """As `download_artifact`, of an artifact whose manifest was checked. Call it inside `wandb_errors`."""
+    from wandb import env
+
+    # The digest stands for paths and contents, whatever alias was asked for; hashed, it is safe as a folder's
+    # name.
+    parts = parse_name(name, version=True)
+    key = f"{parts.entity}/{parts.project}/{parts.name} {artifact.digest}"
+    place = Path(env.get_cache_dir()) / "dylora-moe" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    folder = place / re.sub(r"[^\w.-]", "_", parts.name)
+    if not folder.is_dir():
+        # another process may put the same there meanwhile
+        with staged_folder(folder, overwrite=True, is_replaceable=lambda _: True) as content:
+            download_to(artifact, content, name)
+    return folder
+
+
 def sdk() -> Any:
-    """The wandb module.
+    """Import wandb.
 
     Raises:
         InputError: it is not installed.
@@ -217,31 +173,15 @@ def sdk() -> Any:
 
 
 def connect(token: str | None = None) -> Any:
-    """A `wandb.Api` whose credentials were accepted. Call it inside `wandb_errors`.
+    """Make a `wandb.Api` whose credentials were accepted. Call it inside `wandb_errors`.
 
     Raises:
         InputError: there is no API key, where the SDK itself would ask for one.
-        FailureError: no server answers.
     """
     wandb = sdk()
-    check_ready(wandb, token)
-    return wandb.Api(timeout=TIMEOUT, **({"api_key": token} if token else {}))
-
-
-def check_ready(wandb: Any, token: str | None = None) -> None:
-    """There are credentials, and there is somebody to show them to. The SDK waits long where this does
-    not."""
-    url = base_url(wandb)
-    if not token and not _has_credentials(url):
+    if not token and not _has_credentials(wandb):
         raise InputError(f"no W&B API key on this machine; {LOGIN}")
-    address = urlsplit(url)
-    if urllib.request.getproxies().get(address.scheme):
-        return
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise FailureError(f"{url} cannot be reached ({one_line(error)}); is there a network?") from None
+    return wandb.Api(**({"api_key": token} if token else {}))
 
 
 def mode(wandb: Any) -> str:
@@ -249,37 +189,20 @@ def mode(wandb: Any) -> str:
     return os.environ.get("WANDB_MODE") or wandb.setup().settings.mode or "online"
 
 
-def base_url(wandb: Any) -> str:
-    return os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
-
-
-def _has_credentials(url: str) -> bool:
-    """What the SDK finds without asking anybody."""
-    try:
-        from wandb.sdk.lib import wbauth
-
-        # no public call looks without prompting
-        return (
-            wbauth.authenticate_session(host=url, source="dylora-moe", prompt=False, update_session=False)
-            is not None
-        )
-    except (ImportError, TypeError):
-        return _has_credentials_of_old(url)
-
-
-def _has_credentials_of_old(url: str) -> bool:
-    """The places that the SDK documents, for versions of it without the call above."""
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+def _has_credentials(wandb: Any) -> bool:
+    """Look into the places that the SDK documents; it has no public call that looks without prompting."""
+    settings = wandb.setup().settings
+    given = (os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_IDENTITY_TOKEN_FILE"), settings.api_key)
+    if any(given):
         return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or settings.base_url).hostname or ""
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         try:
-            if path and netrc.netrc(os.path.expanduser(path)).authenticators(urlsplit(url).hostname or ""):
+            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
-    return bool(getattr(sdk().setup().settings, "api_key", None))
+    return False
 
 
 @contextmanager

@@ -1,34 +1,31 @@
-"""Tensors that stay where they are until they are written: copied one at a time, in memory no more than the
-largest, and of tensors that lie in files no more than a piece.
+"""Tensors that stay on disk until they are needed, and safetensors files that are made of them.
 
-    safetensors: 8 bytes, the header's length (little-endian); the header, JSON; the tensors' bytes without
-        gaps
-    (https://huggingface.co/docs/safetensors). `safetensors.torch.save_file` wants all tensors of a file at
-    once.
-
-It knows nothing about what any tensor means.
+An export reads and writes one file's tensors at a time. Two tensors are compared in pieces: an embedding alone,
+or a stack of a mixture-of-experts model's own experts, may be larger than all LoRA experts together.
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from ..errors import InputError
+from ..errors import FailureError, InputError, one_line
 from .tensor_files import SAFETENSORS_DTYPES, TensorFile
 
 
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-PIECE = 16 * 1024**2  # bytes
+PIECE = 4 * 1024**2  # numbers
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class StoredTensor:
 
     Attributes:
         read: gives a new tensor or a view of a file at every call.
-        read_rows: gives the rows `start` to `stop` without the rest; None where there is no way to.
+        read_rows: gives the rows `start` to `stop` without reading the rest; None where there is no way to.
     """
 
     shape: tuple[int, ...]
@@ -54,112 +51,104 @@ class StoredTensor:
         return self.num_parameters * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype | None) -> StoredTensor:
-        """The same numbers in another dtype, converted when read; None, and tensors of integers, stay as they
-        are."""
+        """Convert to another dtype when read; None, and tensors of integers, stay as they are."""
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return replace(self.through(lambda content: content.to(dtype)), dtype=dtype)
-
-    def through(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StoredTensor:
-        """What `change` makes of it when it is read; of some rows or of all, which must come to the same."""
-        rows = self.read_rows
-        read_rows = None if rows is None else lambda start, stop: change(rows(start, stop))
-        return StoredTensor(self.shape, self.dtype, lambda: change(self.read()), read_rows)
+        return StoredTensor(self.shape, dtype, lambda: self.read().to(dtype))
 
     def rows(self, start: int, stop: int) -> StoredTensor:
-        """Rows of a matrix."""
+        """Take some rows of a matrix."""
         read_rows = self.read_rows or (lambda start, stop: self.read()[start:stop])
         return StoredTensor((stop - start, *self.shape[1:]), self.dtype, lambda: read_rows(start, stop))
 
-    def pieces(self, rows: int | None = None) -> Iterator[torch.Tensor]:
-        """All of it in order, `rows` rows at a time: as many as make up 16 MB, if left out."""
-        if not self.shape:
-            yield self.read()
-            return
-        rows = rows or max(1, PIECE * self.shape[0] // max(1, self.num_bytes))
-        if self.read_rows is None:
-            yield from self.read().split(rows)
-            return
-        for start in range(0, self.shape[0], rows):
-            yield self.read_rows(start, min(start + rows, self.shape[0]))
-
 
 def of_file(file: TensorFile, key: str) -> StoredTensor:
-    """One tensor of a file."""
+    """Describe one tensor of a file."""
     return StoredTensor(
         file.shape(key), file.dtype(key), partial(file.read, key), partial(file.read_rows, key)
     )
 
 
 def of_tensor(tensor: torch.Tensor) -> StoredTensor:
-    """A tensor that is in memory already."""
+    """Describe a tensor that is in memory already."""
     return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
-    """Whether two tensors are the same bit for bit, looked at a piece at a time."""
+    """Whether two tensors are the same bit for bit."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    pieces = zip(left.pieces(), right.pieces(), strict=True)
-    return all(torch.equal(*(piece.contiguous().view(torch.uint8) for piece in pair)) for pair in pieces)
+    pairs = zip(_pieces(left), _pieces(right), strict=True)
+    return all(torch.equal(_bytes(piece), _bytes(other)) for piece, other in pairs)
 
 
 def same_numbers(left: StoredTensor, right: StoredTensor) -> bool:
-    """Whether the second tensor, in the dtype of the first, is equal to it; looked at a piece at a time."""
+    """Whether the second tensor, in the dtype of the first, is equal to it."""
     if left.shape != right.shape:
         return False
-    rows = max(1, PIECE * left.shape[0] // max(1, left.num_bytes)) if left.shape else None
-    pieces = zip(left.pieces(rows), right.to(left.dtype).pieces(rows), strict=True)
-    return all(torch.equal(*pair) for pair in pieces)
+    pairs = zip(_pieces(left), _pieces(right), strict=True)
+    return all(torch.equal(piece, other.to(piece.dtype)) for piece, other in pairs)
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    """Read a tensor in order, a few million numbers at a time where that is possible."""
+    if not tensor.shape:
+        yield tensor.read()
+        return
+    num_rows = tensor.shape[0]
+    step = max(1, PIECE * num_rows // max(1, tensor.num_parameters))
+    if tensor.read_rows is None:
+        yield from tensor.read().split(step)
+        return
+    for start in range(0, max(1, num_rows), step):
+        yield tensor.read_rows(start, min(start + step, num_rows))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_finite(tensor: torch.Tensor, part: int = 1 << 20) -> bool:
-    """Whether no number is NaN or infinite; looked at in parts, since asking for all at once takes twice the
-    memory."""
+    """Whether no number is NaN or infinite.
+
+    It looks at parts, since asking for all at once takes twice the memory.
+    """
     return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(part))
 
 
 def write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """One safetensors file, each tensor read, written and forgotten before the next, piece by piece where it
-    can be.
+    """Write one safetensors file; all its tensors are in memory, or mapped from their own files, meanwhile.
 
     Raises:
         InputError: a tensor is of a type that the format does not have, or is not what was announced.
         OSError: the disk is full, or the file system refuses.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # Widest first, as the format's own writer orders them: so every tensor lies at a multiple of its item's
-    # size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    position = 0
-    for name, tensor in ordered.items():
-        if tensor.dtype not in DTYPE_NAMES:
+    content: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
             raise InputError(f"tensor {name} is of type {tensor.dtype}, which a safetensors file cannot hold")
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.num_bytes],
-        }
-        position += tensor.num_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in ordered.items():
-            written = 0
-            for content in tensor.pieces():
-                if tuple(content.shape[1:]) != tensor.shape[1:] or content.dtype != tensor.dtype:
-                    raise _not_as_announced(name, tensor, content)
-                part = content.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                written += file.write(memoryview(part.numpy()))
-            if written != tensor.num_bytes:
-                raise _not_as_announced(name, tensor, content)
+        read = tensor.read().detach().cpu().contiguous()
+        if (tuple(read.shape), read.dtype) != (tensor.shape, tensor.dtype):
+            raise InputError(
+                f"tensor {name} was announced as {tensor.dtype} {list(tensor.shape)} and is {read.dtype} {list(read.shape)}"
+            )
+        if read.untyped_storage().data_ptr() in storages:
+            read = read.clone()  # safetensors refuses tensors that share memory
+        storages.add(read.untyped_storage().data_ptr())
+        content[name] = read
+    try:
+        save_file(content, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise _os_error(error, path) from error
 
 
-def _not_as_announced(name: str, tensor: StoredTensor, content: torch.Tensor) -> InputError:
-    return InputError(
-        f"tensor {name} was announced as {tensor.dtype} {list(tensor.shape)} and is {content.dtype} {list(content.shape)}"
-    )
+def _os_error(error: SafetensorError, path: Path) -> Exception:
+    """The system's error that safetensors puts into words, as an `OSError` again."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        return FailureError(f"{path.name} cannot be written: {one_line(error)}")
+    return OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def write_shards(folder: Path, tensors: dict[str, StoredTensor], max_shard_size: str) -> list[Path]:

@@ -5,14 +5,9 @@ import json
 import pytest
 
 from dylora_moe.eval.evalplus_bridge import stock as stock_evalplus
-from dylora_moe.eval.evalplus_bridge.stock import (
-    StockEvalPlusError,
-    TaskResult,
-    pass_at_1,
-    read_results,
-    run_stock_evalplus,
-)
+from dylora_moe.eval.evalplus_bridge.stock import StockEvalPlusError, run_stock_evalplus
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.results import TaskResult, pass_at_1, read_results
 
 
 def sample(task_id, base, plus):

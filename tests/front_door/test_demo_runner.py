@@ -9,8 +9,8 @@ from rich.console import Console
 from dylora_moe.demo.problems import FAMILIES, family_of, load_problems
 from dylora_moe.demo.runner import STRATEGIES, _clear, run_demo
 from dylora_moe.demo.scoring import ALL, ALL_PLUS, build_table, folder_name, summarise
-from dylora_moe.eval.evalplus_bridge.stock import TaskResult, read_results
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.results import TaskResult, read_results
 
 
 def test_the_table_s_figures_are_means_of_the_results():

@@ -69,7 +69,7 @@ def test_wandb_without_a_login_is_said_before_any_work(command, tmp_path, monkey
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda url: False)
+    monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda wandb: False)
     line = error_of(
         [command, "--model", "no such model", "-o", str(tmp_path / "out"), "--wandb_project", "p"], capsys
     )
@@ -80,7 +80,7 @@ def test_mirror_push_without_a_login_reads_no_weights(tmp_path, monkeypatch, cap
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda url: False)
+    monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda wandb: False)
     monkeypatch.setattr(mirror, "repo_files", lambda folder: RepoFiles(["config.json"], [], "full", {}))
     line = error_of(
         ["mirror", "push", str(tmp_path), "guild/moe/mixture"], capsys

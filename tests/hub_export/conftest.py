@@ -7,7 +7,7 @@ from helpers_checkpoints import save_adapters, save_final_checkpoint, save_found
 from huggingface_hub import constants
 
 from dylora_moe.hub_export import export
-from dylora_moe.hub_export.checking import check, check_repo, rounding
+from dylora_moe.hub_export.checking import check, check_repo, comparison, rounding
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
 
@@ -37,9 +37,9 @@ def quick_check(monkeypatch):
         model = DyloraMoeForCausalLM.from_pretrained(repo, dtype=precision, **where, **(settings or {}))
         check_repo.ready(model, precision)
         if not measure_rounding:
-            return check.Computed(dict(check_repo.quantities(model, rows, router_logits)), {})
+            return comparison.Computed(dict(check_repo.quantities(model, rows, router_logits)), {})
         parameters = list(model.parameters())
-        return check.Computed(
+        return comparison.Computed(
             *rounding.measure(lambda choice: check_repo.quantities(model, rows, choice), parameters)
         )
 

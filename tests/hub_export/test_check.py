@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from dylora_moe.hub_export import FailureError, export, exporter
 from dylora_moe.hub_export.checking import check as check_module
-from dylora_moe.hub_export.checking.check import Computed, check_tensors, compare, compare_logits
+from dylora_moe.hub_export.checking.check import check_tensors, compare_logits
+from dylora_moe.hub_export.checking.comparison import Computed, compare
 from dylora_moe.hub_export.readers.open_source import open_source
 from dylora_moe.hub_export.repo.options import ExportOptions
 from dylora_moe.hub_export.repo.plan import make_plan

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dylora_moe.hub_export import DyloraMoeWarning, FailureError, export, merge, merging, verify
 from dylora_moe.hub_export.checking import rounding
-from dylora_moe.hub_export.checking.check import Comparison, compared
+from dylora_moe.hub_export.checking.comparison import Comparison, compared
 
 
 DETECTABLE = 100  # times its rounding that a quantity is off by

@@ -109,9 +109,10 @@ def assert_as_loaded(folder):
         content = tensor.read()
         assert (tensor.shape, tensor.dtype) == (tuple(content.shape), content.dtype), name
         assert content.dtype == expected[name].dtype and torch.equal(content, expected[name]), name
-        for rows in (1, 5, None):
-            pieces = list(tensor.pieces(rows))
-            assert torch.equal(torch.cat(pieces) if tensor.shape else pieces[0], content), name
+        for step in (1, 5) if tensor.shape else ():
+            starts = range(0, tensor.shape[0], step)
+            rows = [tensor.rows(start, min(start + step, tensor.shape[0])).read() for start in starts]
+            assert torch.equal(torch.cat(rows), content), name
     return tensors
 
 
@@ -326,7 +327,7 @@ def test_a_repo_that_was_saved_under_the_names_of_files(tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
-    """800 MB in shards of 50 MB, most of it in stacks of 75 MB, which are written expert by expert."""
+    """800 MB in shards of 50 MB, most of it in stacks of 75 MB."""
     sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 7, "num_local_experts": 8}
     folder = save_model(tmp_path / "base", "renamed and stacked: mixtral", "50MB", **sizes)
     save_tokenizer(folder)
@@ -336,7 +337,6 @@ def test_memory_stays_bounded_for_a_mixture_of_experts(tmp_path):
     largest = max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert sum(stored) > 790e6 and len(stored) > 10 and largest < 101e6
     assert rise < 2 * largest + 500e6
-    assert rise < 140e6, "a stack was made whole"
 
 
 PICKLES = """

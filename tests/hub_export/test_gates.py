@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
-from dylora_moe.hub_export.checking import check_source
+from dylora_moe.hub_export.checking import peft_layers
 from dylora_moe.modeling import DyloraMoeForCausalLM
 from dylora_moe.modeling.experts_dylora_moe import is_gate
 
@@ -247,8 +247,8 @@ def test_the_check_catches_a_wrong_gate(quick_check, mixtral, tmp_path, monkeypa
         return model
 
     old = write_gates(tmp_path / "old", mixtral, gates("mixtral"), ["gate"])
-    added = check_source._add_by_names
-    monkeypatch.setattr(check_source, "_add_by_names", weaker)
+    added = peft_layers._add_by_names
+    monkeypatch.setattr(peft_layers, "_add_by_names", weaker)
     with pytest.raises(Exception, match="does not compute what"):
         export(old, tmp_path / "out")
 

@@ -72,7 +72,7 @@ def test_an_adapter_that_peft_would_leave_out_in_part(quick_check, adapters, tmp
 
 
 def test_the_check_catches_a_wrong_repo_here_too(quick_check, adapters, tmp_path, monkeypatch):
-    from dylora_moe.hub_export.checking import check_source
+    from dylora_moe.hub_export.checking import peft_layers
 
     def weaker(*arguments):
         model = added(*arguments)
@@ -81,8 +81,8 @@ def test_the_check_catches_a_wrong_repo_here_too(quick_check, adapters, tmp_path
                 parameter.data *= 0.9
         return model
 
-    added = check_source._add_by_names
-    monkeypatch.setattr(check_source, "_add_by_names", weaker)
+    added = peft_layers._add_by_names
+    monkeypatch.setattr(peft_layers, "_add_by_names", weaker)
     with pytest.raises(Exception, match="does not compute what"):
         export(adapters[0], tmp_path / "out")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MixtralConfig
 
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
-from dylora_moe.hub_export.checking import check_source
+from dylora_moe.hub_export.checking import peft_layers
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -113,8 +113,8 @@ def test_a_wrong_repo_is_caught(quick_check, adapters, tmp_path, monkeypatch, wr
                 parameter.data *= 0.9
         return model
 
-    added = check_source._add_adapter
-    monkeypatch.setattr(check_source, "_add_adapter", weaker)
+    added = peft_layers.add_adapter
+    monkeypatch.setattr(peft_layers, "add_adapter", weaker)
     with pytest.raises(Exception, match="does not compute what"):
         export(adapters["new"], tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, whatever happens on the way."""
+"""A folder or a file appears whole or not at all, whatever happens on the way."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ import pytest
 from helpers_checkpoints import snapshot
 
 from dylora_moe.hub_export import FailureError, InputError, staging
-from dylora_moe.hub_export.staging import exchange, staged_folder
+from dylora_moe.hub_export.staging import exchange, staged_file, staged_folder, write_atomically
 
 
 def replaceable(folder):
@@ -32,6 +32,20 @@ def old(tmp_path):
     write(tmp_path / "repo", "old")
     (tmp_path / "repo" / "extra").write_text("old")
     return tmp_path / "repo"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.json"
+    for text in ("old", "new"):
+        write_atomically(path, text)
+        assert snapshot(tmp_path) == {"file.json": text.encode()}
+    with pytest.raises(ZeroDivisionError), staged_file(path) as work:
+        work.write_text("half")
+        assert path.read_text() == "new"
+        _ = 1 / 0
+    with staged_file(path, tmp_path / "mine", keep=False) as work:
+        work.write_text("thrown away")
+    assert snapshot(tmp_path) == {"file.json": b"new"}
 
 
 def test_a_new_folder_and_the_folders_above_it(tmp_path):
