@@ -1,6 +1,9 @@
 """Scoring with EvalPlus, and analysis of experts and routing.
 
-Names are imported when they are first used, so that `import dylora_moe.eval` is quick and needs no EvalPlus.
+Read `benchmark` first: every model, strategy and benchmark of one run. The folders follow its order:
+`sampling` asks the model in the words of `evalplus_bridge`, `scoring` checks the programs, `analysis` and
+`report` say what follows. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used,
+without EvalPlus.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Training checkpoints in, Hub repo out: reading, exporting, checking, and variants of a repo.
+"""Training checkpoints in, Hub repos out. A command of the same name calls each public function.
 
-Names are imported when they are first used, so that `import dylora_moe.hub_export` is quick.
+Read `exporter` first: one export from its options to the checked repo. The folders follow its order:
+`sources` finds, `readers` read into what `tensors` hold, `foundation` is the base model, `repo` writes,
+`checking` compares. `staging` makes folders and files appear atomically. Names are imported when they are
+first used.
 """
 
 from __future__ import annotations

@@ -123,7 +123,16 @@ def test_verdicts_and_file_are_those_of_stock_evalplus(mixed):
     statuses = {entry["base_status"] for entries in content["eval"].values() for entry in entries}
     assert statuses == {"pass", "fail", "timeout"}
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("problems", "cache")
+def test_without_the_plus_tests_verdicts_are_those_of_stock_evalplus_too(mixed):
+    run_stock(mixed)
+    written = mixed.with_name("mixed_eval_results.json")
+    stock = json.loads(written.read_text())
+    written.unlink()
     ours = score_samples(mixed, "humaneval", parallel=2, base_only=True)
+    assert ours == written
     without_plus, scores = json.loads(ours.read_text()), pass_at_k(ours)
     assert list(scores) == ["pass@1"]
     for entries in stock["eval"].values():

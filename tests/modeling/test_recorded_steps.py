@@ -168,7 +168,7 @@ SCALED = [scaled_forward, scaled_activation, scaled_forward_of_the_class, scaled
 
 @pytest.mark.parametrize(
     "scaled",
-    [*SCALED, scaled_positions_by_no_function],
+    slow_but(scaled_forward, of=[*SCALED, scaled_positions_by_no_function]),
     ids=lambda scaled: scaled.__name__,
 )
 def test_replacements_that_come_and_go_one_after_the_other(monkeypatch, scaled):
