@@ -1,4 +1,4 @@
-"""Score samples files anew, whoever made them, and say which of them are the same file under several names.
+"""Score samples files again, from any tool, and say which of them are the same file under several names.
 
     python examples/rescore_samples.py evalplus_results/humaneval --dataset humaneval --output_dir rescored
 

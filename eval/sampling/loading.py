@@ -292,7 +292,7 @@ def distinct_labels(models: list[FoundModel]) -> list[FoundModel]:
     """Keep each model once, with labels that differ: `run_a--best_model` and `run_b--best_model`.
 
     Raises:
-        InputError: two models cannot be told apart by their paths.
+        InputError: two models have paths that no label distinguishes.
     """
     once: dict[Path | str, FoundModel] = {}
     for model in models:  # by where they are: two checkpoints may well hold the same
