@@ -1,4 +1,4 @@
-"""What the experts and the router are worth.
+"""Analyses of experts and router on a benchmark.
 
 Read `expert_analysis` first (which expert is good at what), then `routing_analysis` (what the router does at
 which token). `expert_statistics`, `routing_trace` and `routing_summary` compute, `statistics` has intervals

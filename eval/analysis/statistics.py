@@ -1,4 +1,4 @@
-"""How sure a figure over tasks is: intervals of pass@k and of differences, tests of pairs, corrections.
+"""Confidence intervals of pass@k and of differences, tests of pairs, corrections for several comparisons.
 
 Every function takes one number for each task: the share of its samples that pass, or its estimate of pass@k,
 0.0 to 1.0. The tasks are treated as drawn from all tasks that could have been asked, independently of each

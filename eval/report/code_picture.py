@@ -1,4 +1,4 @@
-"""The picture of a task's code, every token on the colour of the expert that leads there."""
+"""The figure of a task's code, each token in the colour of the expert with the largest weight."""
 
 from __future__ import annotations
 

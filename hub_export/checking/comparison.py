@@ -1,4 +1,4 @@
-"""How far two computations of the same quantities lie apart, and what their measured rounding allows."""
+"""Compares two computations of the same quantities, with a tolerance that their measured rounding gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repo's weights and settings under this package's code: what it computes, without running its own code.
+"""Puts a repo's weights and settings beside this package's modeling code, to run them without the repo's own.
 
 Whatever of a folder makes transformers run code (its Python files, `auto_map`, `custom_generate/`, an
 adapter's config that names another model) is left behind.

@@ -1,8 +1,7 @@
-"""Where a model's positions end, for the models that have an end.
+"""The last position of a model (its context length), for the models that cannot go past one.
 
 GPT-2 and similar models look positions up in a table, learned or computed once: a token after the last one is
-an IndexError on a CPU, and on a GPU the end of the process. Rotary models go on, however badly. Knows models,
-and nothing about texts.
+an IndexError on a CPU, and on a GPU the end of the process. Rotary models go on, however badly.
 """
 
 from __future__ import annotations

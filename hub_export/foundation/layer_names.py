@@ -1,5 +1,4 @@
-"""Names of adapted layers: those that PEFT converts to a foundation's own, and why there are others that
-nothing reads.
+"""Converts names of adapted layers to the base model's as PEFT does, and explains names that match no layer.
 
 Tried with PEFT 0.21: names of older versions of transformers are converted where PEFT has conversions for a
 model type (`language_model.model.…` of Gemma 3, for instance). Names in which a wrapper of training is left

@@ -1,4 +1,4 @@
-"""What a tokenizer does with a battery of texts, so that two can be compared: ids, and the texts they become."""
+"""Compares two tokenizers on a fixed set of texts: their ids, and what the ids decode to."""
 
 from __future__ import annotations
 

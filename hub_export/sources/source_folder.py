@@ -1,4 +1,4 @@
-"""The door to every folder that a command reads: `open_folder` checks the folder, `folder / name` the paths in it.
+"""Opens the folders that commands read: `open_folder` checks the folder, `folder / name` the paths in it.
 
 A source, a base model, a tokenizer or an exported repo may come from anywhere. No link in it, and no path that
 a file of it names, may lead to other files of this machine. The Hub's cache is made of links, from

@@ -1,4 +1,4 @@
-"""What every reader makes and the exporter writes: experts, perhaps a router, and the foundation they are for.
+"""`Mixture`: the in-memory form of a checkpoint, which readers make and the exporter writes.
 
 A description in memory; tensors are read when they are asked for.
 """
