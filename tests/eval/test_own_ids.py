@@ -84,6 +84,7 @@ def test_verdicts_are_those_of_stock_evalplus(tmp_path):
     assert verdicts(results) == ours
 
 
+@pytest.mark.slow
 def test_the_commands_end_to_end(repo, tmp_path, capsys):
     arguments = ["--model", repo, "--dtype", "float32", "--max_new_tokens", "8", "-o", tmp_path]
     command("benchmark", *arguments, "--routing_strategy", "router", "best")

@@ -117,6 +117,7 @@ def test_experts_of_one_shape_take_turns_in_one_graph(sessions, how, strategy):
     assert how == "called" or RecordedGraph.replays == 11 * 11
 
 
+@pytest.mark.slow
 def test_experts_of_one_shape_while_other_strategies_and_training_come_between(sessions):
     model = build(experts=alike_experts(), seed=7)
     strategies = ["single:0", "ensemble", "single:2", "uniform", "best", "single:1", "round_robin", "router"]
