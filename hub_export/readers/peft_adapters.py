@@ -28,7 +28,7 @@ from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Mixture
 from ..tensors.stored_tensors import StoredTensor, of_file
 from ..tensors.tensor_files import TensorFile
 from . import adalora
-from .peft_fields import NamePatterns, check_fields
+from .peft_fields import NamePatterns, check_expression, check_fields
 from .training_run import number
 
 
@@ -306,6 +306,8 @@ class _Scales:
     def __init__(self, folder: SourceFolder, config: dict[str, Any]):
         self.path = folder / "adapter_config.json"
         self._config = config
+        if isinstance(config.get("target_modules"), str):
+            check_expression(config["target_modules"], f"{self.path}: target_modules")
         self._ranks = NamePatterns(config.get("rank_pattern"), f"{self.path}: a key of rank_pattern")
         self._alphas = NamePatterns(config.get("alpha_pattern"), f"{self.path}: a key of alpha_pattern")
 

@@ -9,6 +9,7 @@ Every field that PEFT's LoraConfig had from 0.1 to 0.21, and those that ms-swift
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,14 @@ def _check_parameters(path: Path, parameters: Any) -> None:
             )
 
 
+def check_expression(expression: str, what: str) -> None:
+    """Raises InputError: Python's `re`, which PEFT uses, does not take it for a regular expression."""
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{what} is no regular expression: {error}") from error
+
+
 class NamePatterns:
     """Values by expressions, of which the first that matches the end of a layer's name counts, as in PEFT
     (`peft.utils.get_pattern_key`).
@@ -185,6 +194,7 @@ class NamePatterns:
         return otherwise
 
     def _compiled(self, key: str) -> regex.Pattern:
+        check_expression(key, self._what)
         try:
             return regex.compile(rf"(.*\.)?({key})$")
         except (regex.error, RecursionError, OverflowError, ValueError) as error:

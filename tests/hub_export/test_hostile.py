@@ -427,6 +427,15 @@ def test_expressions_that_take_too_long_are_refused(foundation, tmp_path, field,
         assert "is no regular expression" in refused(tmp_path, source, expected=field)
 
 
+def test_targets_that_are_no_expression_are_refused_as_by_peft(foundation, tmp_path):
+    source = save_adapter(tmp_path / "source", foundation)
+    for pattern in [*NO_EXPRESSIONS, "(((", r"\p{L}+.*"]:
+        change_json(source / "adapter_config.json", target_modules=pattern)
+        assert "target_modules is no regular expression" in refused(
+            tmp_path, source, expected="target_modules"
+        )
+
+
 @pytest.mark.parametrize("save", [save_adapter, save_adalora_adapter])
 def test_no_expression_keeps_an_export_and_its_check_busy(quick_check, foundation, tmp_path, save):
     """PEFT, which recomputes the source, would match them by `re`."""
