@@ -120,7 +120,7 @@ class PromptLayer(DynamicLayer):
         return key_states, value_states
 
     def show(self, length: int) -> None:
-        """Let whoever looks at the layer see as many tokens as the batch is wide."""
+        """Expose keys and values including left padding."""
         self.keys, self.values = (buffer[self.written, :, :length] for buffer in self.buffers)
 
 

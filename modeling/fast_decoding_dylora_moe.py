@@ -6,7 +6,7 @@ by the replay of a CUDA graph. Prefill takes the default path, and its keys and 
 cache. `why_not` says where fast decoding applies.
 
 Words of the `fast_` files: a *session* is a decode graph (one CUDA graph a strategy, batch size and cache
-capacity), *recorded* is captured, the *ordinary way* is the default path, *buffers* are a static KV cache.
+capacity), *recorded* is captured, *buffers* are a static KV cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer
 
 
 def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
-    """Why a call of `generate` decodes the ordinary way, or `None` where it may decode fast."""
+    """Why a call of `generate` takes the default path, or `None` where it may decode fast."""
     wanted = getattr(generation_config, "fast_decoding", None)
     if not (ON_BY_ITSELF if wanted is None else wanted):
         return "switched off"
@@ -80,7 +80,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         or cache.get_seq_length() > 0
         or any(type(layer) not in (DynamicLayer, RowExpertsLayer) for layer in cache.layers),
         "a mask of another form": mask is not None and mask.dim() != 2,
-        "a strategy of somebody's own, which may read what no graph has": type(strategy).__module__
+        "a custom strategy, which may read what no CUDA graph holds": type(strategy).__module__
         != RoutingStrategy.__module__,
         "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
         "weights that consist of several tensors": any(map(is_traceable_wrapper_subclass, tensors)),
@@ -117,7 +117,7 @@ def _looks_on(hook: Callable) -> bool:
 
 
 def _is_overridden(model) -> bool:
-    """Whether somebody replaced what makes a step, on the model, on its class, or in a class of their own."""
+    """Whether what makes a decode step was replaced, on the model, on its class, or in a subclass."""
     own = type(model)._own_methods
     return any(name in vars(model) or getattr(type(model), name) is not own[name] for name in OF_THE_MODEL)
 
@@ -131,7 +131,7 @@ class FastDecodingMixin:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "_own_methods"):  # of the model's class; not of what somebody derives from it
+        if not hasattr(cls, "_own_methods"):  # of the model's class, not of a subclass
             cls._own_methods = {name: getattr(cls, name) for name in OF_THE_MODEL}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
@@ -144,7 +144,7 @@ class FastDecodingMixin:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get(CACHE) is not None:
-            generation_config.fast_decoding = False  # somebody else has a hold of that cache
+            generation_config.fast_decoding = False  # the caller owns this cache
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
@@ -369,7 +369,7 @@ class Decoding:
             self.session.step()
         except NotRecordable as error:
             logger.warning_once(
-                f"Decoding goes the ordinary way, since no CUDA graph can record a step: {error}."
+                f"Decoding takes the default path, since no CUDA graph can capture a decode step: {error}."
             )
             self.session = None
             self.hand_back()

@@ -192,7 +192,7 @@ class SessionStore:
         self.refused = False
 
     def give_up(self) -> None:
-        """Keep nothing, and go the ordinary way until the model changes: a step of it cannot be recorded."""
+        """Keep nothing, and take the default path until the model changes: a step of it cannot be captured."""
         self.sessions.clear()
         self.products.__init__()
         self.buffers = Buffers(on_growth=self.sessions.clear)

@@ -1,8 +1,4 @@
-"""Debian's Chromium without a display, driven over the pipe of its debugging protocol: no other package is
-needed.
-
-Knows the protocol. Knows nothing about the pages.
-"""
+"""Drive Debian's Chromium without a display, over the pipe of its debugging protocol."""
 
 import base64
 import json

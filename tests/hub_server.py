@@ -1,6 +1,6 @@
-"""A Hub on the loopback address: enough of the Hub's HTTP protocol for `huggingface_hub` as it stands.
+"""A Hub on the loopback address: enough of the Hub's HTTP protocol for an unmodified `huggingface_hub`.
 
-Repos, branches, commits, large files, tokens. Knows nothing about this project. Facts about the protocol are
+Repos, branches, commits, large files, tokens. Facts about the protocol are
 those of https://huggingface.co/docs/hub/api and of what the client sends. The client is pointed here by
 `HF_ENDPOINT`.
 """

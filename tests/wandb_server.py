@@ -1,7 +1,6 @@
 """A W&B server on the loopback address: enough for `wandb.Api().artifact(...)`, its manifest and its files.
 
-The SDK is pointed here by `WANDB_BASE_URL`. The queries are those that SDK 0.31 sends. Knows nothing about
-this project.
+The SDK is pointed here by `WANDB_BASE_URL`. The queries are those that SDK 0.31 sends.
 """
 
 import base64

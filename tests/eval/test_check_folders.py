@@ -28,8 +28,7 @@ TASK = Task(
 RIGHT = "def f(x):\n    return x\n"
 PASSED = ("pass", [1], "pass", [1], None)
 
-# The checking process and its forks have room for so many folders, whoever made them. It makes so many itself
-# at most.
+# The checking process and its forks have room for this many folders in all. It makes at most as many itself.
 ROOM = """
 import errno, os, tempfile
 import checking.guarded_check

@@ -1,5 +1,4 @@
-"""What somebody prepared who wishes harm gains nothing: no code runs, no file elsewhere is read, nothing
-takes forever."""
+"""Hostile sources gain nothing: no code runs, no file elsewhere is read, nothing takes forever."""
 
 import contextlib
 import io

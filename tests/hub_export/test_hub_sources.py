@@ -69,8 +69,7 @@ def test_a_source_on_the_hub_at_a_revision(hub, tmp_path):
     assert result["foundation"] == "guild/foundation" and "best_model" in result["notes"][0]
     assert not any("optimizer" in path for path in hub.downloads())
 
-    # Here the foundation is in the cache, and so at hand; there only its config can be had, and that is
-    # enough.
+    # Here the foundation is in the cache; there only its config can be downloaded, and that is enough.
     light = command(hub, tmp_path, "export", repo, "--layout", "adapter", "-o", tmp_path / "light")
     assert light.returncode == 0 and "8 quantities" in light.stdout, light.stdout + light.stderr
     empty = tmp_path / "elsewhere"

@@ -1,5 +1,4 @@
-"""Both layouts: what lies in the folders, one to the other and back, without the foundation at hand, and who
-reads them."""
+"""Both layouts: their files, conversion to each other, a base model that is missing, and readers."""
 
 import json
 import shutil
@@ -241,8 +240,7 @@ def test_memory_stays_bounded_whatever_the_embeddings_size(tmp_path):
 
 
 def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypatch):
-    """Known to differ: refused even where the named one is not at hand. A relative name becomes an absolute
-    one."""
+    """Known to differ: refused even where the named one is missing. A relative name becomes absolute."""
     foundation = save_foundation(tmp_path / "run" / "foundation", tie_word_embeddings=True)
     changed = save_whole_model(tmp_path / "run" / "changed", foundation, head="trained")
     plain = save_whole_model(tmp_path / "run" / "plain", foundation)

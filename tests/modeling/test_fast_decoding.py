@@ -136,7 +136,7 @@ def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
     model.reset_round_robin()
     arguments = {**GREEDY, "max_new_tokens": 3, "routing_strategy": strategy}
     continued = model.generate(**again, **{CACHE: output[CACHE]}, **arguments)
-    assert len(steps) == count  # a cache that is handed in goes the ordinary way
+    assert len(steps) == count  # a cache that is handed in takes the default path
     model.reset_round_robin()
     longer = model.generate(**BATCH, **{**arguments, "max_new_tokens": 15}, fast_decoding=False)
     assert continued.tolist() == longer.tolist()

@@ -1,4 +1,4 @@
-"""What goes the ordinary way though fast decoding is on, and how it is switched off or left out."""
+"""What takes the default path though fast decoding is on, and how it is switched off or left out."""
 
 import functools
 

@@ -1,5 +1,5 @@
 """What the GPU benchmarks share: a foundation of Qwen2.5-Coder-1.5B's shape with random weights, routed
-models on it, PEFT's peers, and how time is taken. Knows nothing about the questions.
+models on it, PEFT's peers, and how time is taken.
 """
 
 import gc
