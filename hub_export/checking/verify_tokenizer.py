@@ -42,7 +42,7 @@ def check_tokenizer(folder: SourceFolder, config: Any) -> Outcome:
     if wrong is not None:
         return False, wrong
     if config.base_config is not None:
-        beside = open_tokenizer(str(folder), folder.path, config.base_config, config.base_model_name_or_path)
+        beside = open_tokenizer(str(folder), folder, config.base_config, config.base_model_name_or_path)
         names = differences(here, beside.behaviour)
         if names:
             detail = describe(names[0], here, beside.behaviour)
