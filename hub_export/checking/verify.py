@@ -28,6 +28,7 @@ from ..repo.tokenizer_files import has_tokenizer
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
+from ..sources.text_files import read_text
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
@@ -37,6 +38,7 @@ from .verify_tokenizer import check_tokenizer, compare_with_source
 
 
 MOST_DIFFERING_LINES = 40
+MOST_LINES = 5_000  # to be compared line by line; the files of an honest repo have 500
 # What may be said of the export that is checked; its layout is in the repo's config.
 OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
 
@@ -224,7 +226,7 @@ def _code(folder: SourceFolder, config: Any) -> Finding:
             wrong.append(f"{name} is no file of this package's")
         elif not folder.has(name):
             wrong.append(f"{name} is missing")
-        elif (folder / name).read_bytes() != ours[name].read_bytes():
+        elif sha256(folder / name) != sha256(ours[name]):
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
     for name in ("config.json", "tokenizer_config.json"):
         wrong += _code_elsewhere(folder, name)
@@ -247,7 +249,9 @@ def _code_elsewhere(folder: SourceFolder, file: str) -> list[str]:
 
 def _difference(ours: Path, theirs: Path) -> str:
     """Show the first lines in which two files differ."""
-    sides = [path.read_text(encoding="utf-8", errors="replace").splitlines() for path in (ours, theirs)]
+    sides = [read_text(path, errors="replace").splitlines() for path in (ours, theirs)]
+    if len(sides[1]) > MOST_LINES:
+        return f"{theirs.name} has {len(sides[1]):,} lines, this package's {len(sides[0]):,}"
     lines = list(difflib.unified_diff(*sides, "this package", "the repo", lineterm="", n=1))
     if len(lines) > MOST_DIFFERING_LINES:
         more = f"… {len(lines) - MOST_DIFFERING_LINES} more lines"
