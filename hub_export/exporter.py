@@ -27,7 +27,6 @@ from .repo.plan import Plan
 from .repo.repo_config import is_exported_repo
 from .repo.repo_files import KEPT_FILES, is_replaceable
 from .repo.results import Score, read_scores
-from .repo.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 from .repo.writer import (
     make_readable,
     write_adapter,
@@ -38,6 +37,7 @@ from .repo.writer import (
 from .sources.source_folder import open_folder
 from .staging import check_output, staged_folder
 from .tensors.mixture import Mixture, idle_experts
+from .tokenizers.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 
 
 def export(

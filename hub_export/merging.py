@@ -20,13 +20,13 @@ from .repo.model_card import foundation_licence
 from .repo.options import DTYPES, torch_dtype
 from .repo.repo_config import foundation_of, load_config
 from .repo.repo_files import repo_files
-from .repo.tokenizer import open_tokenizer, write_tokenizer
-from .repo.tokenizer_files import has_tokenizer
 from .repo.writer import make_readable, write_generation_config
 from .sources.hub_and_folders import is_on_hub, open_source_folder
 from .sources.source_folder import SourceFolder
 from .staging import check_output, staged_folder
 from .tensors.mixture import FoundationReference
+from .tokenizers.tokenizer import open_tokenizer, write_tokenizer
+from .tokenizers.tokenizer_files import has_tokenizer
 
 
 @dataclass

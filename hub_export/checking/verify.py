@@ -24,13 +24,13 @@ from ..repo.checksums import FILE, covered_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
 from ..repo.repo_files import needed_weights
-from ..repo.tokenizer_files import has_tokenizer
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
+from ..tokenizers.tokenizer_files import has_tokenizer
 from ..unknown_options import refuse_unknown
 from .check import check_export
 from .verify_tokenizer import check_tokenizer, compare_with_source

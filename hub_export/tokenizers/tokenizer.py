@@ -16,10 +16,10 @@ from typing import Any
 
 from ..errors import DyloraMoeWarning, FailureError, InputError
 from ..foundation.reference import is_available, is_local, local_folder
+from ..repo.options import ExportOptions
 from ..sources.json_files import read_json
 from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference, Mixture
-from .options import ExportOptions
 from .tokenizer_arguments import OF_THE_LOADING_CALL
 from .tokenizer_battery import behaviour, describe, differences, text_differences
 from .tokenizer_files import (

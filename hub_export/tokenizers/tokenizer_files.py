@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DyloraMoeWarning, InputError
+from ..repo.repo_files import TEMPLATE_FOLDER, is_tokenizer_file
 from ..sources.hub_and_folders import is_hub_id
 from ..sources.json_files import read_json
 from ..sources.source_folder import SourceFolder, open_folder
-from .repo_files import TEMPLATE_FOLDER, is_tokenizer_file
 from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
 
 
@@ -205,7 +205,7 @@ def _own_config(folder: SourceFolder, trust_remote_code: bool) -> Any:
     """Load the config of the model in this folder, as transformers' tokenizer loader does."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    from .repo_config import is_exported_repo, load_config
+    from ..repo.repo_config import is_exported_repo, load_config
 
     if not folder.has("config.json"):
         return PreTrainedConfig()
