@@ -259,7 +259,7 @@ def unchanged_behaviour(found: FoundTokenizer) -> dict[str, Any] | None:
         _declare_class(folder, UNCHANGED)
         from transformers import PreTrainedConfig
 
-        return behaviour(load_tokenizer(folder, PreTrainedConfig()), found.origin)
+        return behaviour(load_tokenizer(folder, PreTrainedConfig(), is_unknown=False), found.origin)
 
 
 def _version() -> str:
@@ -288,7 +288,7 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
     first = None
     for write in (_write_copy, _write_class, _write_saved):
         write(found, folder)
-        written = behaviour(load_tokenizer(folder, config), found.origin)
+        written = behaviour(load_tokenizer(folder, config, is_unknown=False), found.origin)
         wrong = differences(written, found.behaviour)
         if not wrong:
             return
