@@ -64,7 +64,7 @@ class FoundTokenizer:
 
 def open_tokenizer(
     origin: str,
-    folder: SourceFolder,
+    folder: str | Path | SourceFolder,
     base_config: Any,
     foundation: str | None,
     trust_remote_code: bool = False,
@@ -82,6 +82,7 @@ def open_tokenizer(
 
     config = PreTrainedConfig() if base_config is None else copy.deepcopy(base_config)
     config._name_or_path = foundation or ""
+    folder = open_folder(folder)
     tokenizer = load_tokenizer(folder, config, trust_remote_code)
     warn_about_missed_arguments(folder, tokenizer)
     return FoundTokenizer(
