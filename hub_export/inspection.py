@@ -14,7 +14,7 @@ from .foundation.weights import foundation_weights, skeleton, tied_head
 from .foundation.whole_weights import check_whole_weights
 from .readers.open_source import open_source
 from .repo.plan import check_fit
-from .repo.tokenizer_files import has_tokenizer
+from .repo.tokenizer_files import has_tokenizer, tokenizer_files
 from .sources.hub_and_folders import is_elsewhere
 from .sources.source_folder import SourceFolder
 from .sources.source_options import ReadOptions, SourceOptions
@@ -205,6 +205,9 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     """Find the folder that an export would take it from.
 
     A named foundation may have it where the source brings its own.
+
+    Raises:
+        InputError: a file of it is a link that leads out of the folder, which an export refuses.
     """
     try:
         _, foundation = _place(mixture.foundation, base_model)
@@ -215,7 +218,10 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     found = next((folder for folder in places if has_tokenizer(folder)), None)
     if found is None and not elsewhere:
         missing.append(f"no tokenizer in {', '.join(map(str, places))}; pass one with --tokenizer")
-    return None if found is None else str(found)
+    if found is None:
+        return None
+    tokenizer_files(found.path)  # checks every file's links, as an export does
+    return str(found)
 
 
 def _gate_parameters(mixture: Mixture) -> int:

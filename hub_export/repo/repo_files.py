@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InputError, few
 from ..sources.json_files import read_json
-from ..sources.source_folder import open_folder
+from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.weight_files import read_index
 from .checksums import FILE as CHECKSUMS
 from .repo_config import check_is_exported_repo, is_exported_repo
@@ -106,7 +106,7 @@ def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
         )
     check_is_exported_repo(folder)
     config = read_json(folder / "config.json")
-    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, is_file)}
+    needed = {"config.json", *needed_weights(folder, config), *needed_code(folder, config, is_file)}
     for file in sorted(needed):
         if is_file(folder, file):
             continue
@@ -181,8 +181,10 @@ def _adapter_weights(folder: Path, config: dict[str, Any]) -> set[str]:
     return files
 
 
-def _code(folder: Path, config: dict[str, Any], is_file: Callable[[Path, str], bool]) -> set[str]:
-    """Follow the files that `auto_map` names, and those that they import, as the Hub's loader does.
+def needed_code(
+    folder: Path | SourceFolder, config: dict[str, Any], is_file: Callable[[Any, str], bool]
+) -> set[str]:
+    """List the files of code that a repo needs: what `auto_map` names and what that imports, as the Hub's loader does.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
     repo.

@@ -93,9 +93,20 @@ def test_an_ordinary_model_needs_no_export(foundation, tmp_path):
     found = inspect(foundation)
     assert found.format == "merged model" and found.experts == [] and "needs no export" in found.missing[0]
     assert found.foundation.num_parameters > 0 and found.reason.endswith("model_type llama")
-    with pytest.raises(InputError, match="needs no export"):
+    with pytest.raises(InputError, match=r"\(model.safetensors holds .*\): it needs no export"):
         export(foundation, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_is_refused_as_an_export_refuses_it(checkpoint, tmp_path, name):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    outside = shutil.copyfile(source / name, tmp_path / "outside")
+    (source / name).unlink()
+    (source / name).symlink_to(outside)
+    for command in (inspect, lambda folder: export(folder, tmp_path / "out")):
+        with pytest.raises(InputError, match=f"{name} leads out of"):
+            command(source)
 
 
 def test_what_was_chosen_among_several_is_said(checkpoint, tmp_path):

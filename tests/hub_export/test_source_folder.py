@@ -63,6 +63,8 @@ def test_links_lead_where_they_may(place):
             folder / name
     with pytest.raises(InputError, match=r"out\.json leads out of"):
         folder.folder("inner") / "out.json"
+    with pytest.raises(InputError, match=r"itself cannot be followed: .*; put the file in its place"):
+        folder / "itself"
     assert open_folder(place, may_link_out=True).read_json("link/out.json") == {"name": "outside.json"}
     assert folder.parent().read_json("outside.json") == {"name": "outside.json"}
 
