@@ -207,7 +207,7 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     A named foundation may have it where the source brings its own.
 
     Raises:
-        InputError: a file of it is a link that leads out of the folder, which an export refuses.
+        InputError: a file of the source's own is a link that leads out of it, which an export refuses.
     """
     try:
         _, foundation = _place(mixture.foundation, base_model)
@@ -220,7 +220,12 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
         missing.append(f"no tokenizer in {', '.join(map(str, places))}; pass one with --tokenizer")
     if found is None:
         return None
-    tokenizer_files(found.path)  # checks every file's links, as an export does
+    try:
+        tokenizer_files(found.path)  # checks every file's links, as an export does
+    except InputError as error:
+        if found is not foundation:
+            raise
+        missing.append(str(error))
     return str(found)
 
 

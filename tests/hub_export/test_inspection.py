@@ -109,6 +109,17 @@ def test_a_tokenizer_is_refused_as_an_export_refuses_it(checkpoint, tmp_path, na
             command(source)
 
 
+def test_a_foundations_tokenizer_that_an_export_refuses_is_listed(foundation, adapters, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in foundation.iterdir():
+        (linked / path.name).symlink_to(path)
+    (problem,) = inspect(adapters[0], base_model=str(linked)).missing
+    assert "chat_template.jinja leads out of" in problem
+    with pytest.raises(InputError, match=r"chat_template\.jinja leads out of"):
+        export(adapters[0], tmp_path / "out", base_model=str(linked))
+
+
 def test_what_was_chosen_among_several_is_said(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-20")
     shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-100")
