@@ -14,12 +14,12 @@ from .foundation.weights import foundation_weights, skeleton, tied_head
 from .foundation.whole_weights import check_whole_weights
 from .readers.open_source import open_source
 from .repo.plan import check_fit
-from .repo.tokenizer_files import has_tokenizer, tokenizer_files
 from .sources.hub_and_folders import is_elsewhere
-from .sources.source_folder import SourceFolder
+from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions, SourceOptions
 from .tensors.mixture import Expert, FoundationReference, Mixture, Router, idle_experts
 from .tensors.weight_files import stored_tensors, weight_files
+from .tokenizers.tokenizer_files import has_tokenizer, tokenizer_files
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -220,12 +220,15 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
         missing.append(f"no tokenizer in {', '.join(map(str, places))}; pass one with --tokenizer")
     if found is None:
         return None
-    try:
-        tokenizer_files(found.path)  # checks every file's links, as an export does
-    except InputError as error:
-        if found is not foundation:
-            raise
-        missing.append(str(error))
+    if found is foundation:
+        try:
+            tokenizer_files(
+                open_folder(found.path)
+            )  # of a tokenizer, an export follows no link that leads out
+        except InputError as error:
+            missing.append(str(error))
+    else:
+        tokenizer_files(found)
     return str(found)
 
 
