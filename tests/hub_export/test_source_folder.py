@@ -141,7 +141,8 @@ OPENED_BY_THE_DOOR = {
     "repo/checksums.py",
     "repo/model_card.py",
     "repo/repo_files.py",
-    "repo/tokenizer_files.py",
+    "tokenizers/tokenizer_files.py",
+    "tokenizers/tokenizer_trial.py",
     "variant.py",
 }
 
