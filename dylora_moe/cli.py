@@ -219,11 +219,11 @@ def merge(
     base_model: Annotated[
         str | None,
         typer.Option(
-            "--base_model", help="The foundation of a repo of layout adapter, if it is elsewhere now."
+            "--base_model", help="The base model of a repo of layout adapter, if it is elsewhere now."
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the foundation.")
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the base model.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -255,7 +255,7 @@ def _print_inspection(result: Any) -> None:
     out.print(f"{result.format}: {result.reason}", markup=False)
     revision = f" at revision {result.foundation.revision}" if result.foundation.revision else ""
     where = result.foundation.folder or "not on this machine"
-    out.print(f"foundation: {result.foundation.name or 'not named'}{revision} ({where})", markup=False)
+    out.print(f"base model: {result.foundation.name or 'not named'}{revision} ({where})", markup=False)
     table = Table("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
     for index, expert in enumerate(result.experts):
         table.add_row(
@@ -278,7 +278,7 @@ def _print_inspection(result: Any) -> None:
         out.print(f"default strategy: {result.routing_strategy}", markup=False)
     out.print(f"tokenizer: {result.tokenizer or 'none'}", markup=False)
     for dtype, parts in result.memory.items():
-        total = "foundation unknown" if parts["total"] is None else f"{size(parts['total'])} in all"
+        total = "base model unknown" if parts["total"] is None else f"{size(parts['total'])} in all"
         out.print(f"memory in {dtype}: {total}, experts {size(parts['experts'])}")
     for note in result.notes:
         out.print(f"note: {note}", markup=False)
@@ -304,7 +304,7 @@ def _print_export(result: Any) -> None:
         )
         out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
-        out.print("not checked: logits, because the foundation is not on this machine")
+        out.print("not checked: logits, because the base model is not on this machine")
 
 
 def _quiet() -> None:

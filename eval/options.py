@@ -40,9 +40,9 @@ class BenchmarkOptions:
         InputError: a value that cannot be used.
     """
 
-    base_model: Annotated[str | None, "The foundation: a folder or a Hub id."] = None
+    base_model: Annotated[str | None, "The base model: a folder or a Hub id."] = None
     adapter_path: Annotated[
-        list[str] | None, "Adapter folders, an expert each; --model is then the foundation."
+        list[str] | None, "Adapter folders, an expert each; --model is then the base model."
     ] = None
     backend: Annotated[str | None, "hf: what transformers loads; peft_moe: what is exported first."] = None
     n_samples: Annotated[int, "Samples a task."] = 1

@@ -162,7 +162,7 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
         return FoundationSummary(base_model or reference.name, reference.revision, None, None)
     if folder is None:
         missing.append(
-            f"the foundation {found.name} is not on this machine; an export downloads it, or takes --base_model"
+            f"the base model {found.name} is not on this machine; an export downloads it, or takes --base_model"
         )
         return FoundationSummary(found.name, found.revision, None, None)
     tensors = stored_tensors(weight_files(folder))

@@ -233,7 +233,7 @@ def _foundation(folder: SourceFolder, config: Any, base_model: str | None) -> Fo
         return resolve_foundation(named, base_model, None)
     if base_model is not None:
         raise InputError(
-            f"{folder} holds its own foundation, so that --base_model would do nothing; leave it out"
+            f"{folder} holds its own base model, so that --base_model would do nothing; leave it out"
         )
     return named
 
@@ -254,6 +254,6 @@ def _card(name: str, expert: str, config: Any, foundation: FoundationReference) 
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"The {config.base_config.model_type} model `{Path(foundation.name or 'unnamed').name}` with the LoRA expert `{expert}` "
-        "of a mixture folded into its weights: an ordinary model that needs no code of its own. The foundation's licence "
+        "of a mixture folded into its weights: an ordinary model that needs no code of its own. The base model's licence "
         "applies to it.\n"
     )

@@ -318,7 +318,7 @@ def _as_config(base_config: PreTrainedConfig | dict | None) -> PreTrainedConfig 
     fields = dict(base_config)
     model_type = fields.pop("model_type", None)
     if model_type is None:
-        raise ValueError("`base_config` has no `model_type`: it must be a complete config of the foundation.")
+        raise ValueError("`base_config` has no `model_type`: it must be a complete config of the base model.")
     return AutoConfig.for_model(model_type, **fields)
 
 

@@ -262,8 +262,8 @@ class ExpertSetMixin:
 def _check_shape(name: str, given: torch.Tensor, needed: torch.Tensor) -> None:
     if given.shape != needed.shape:
         raise ValueError(
-            f"{name} is of shape {tuple(given.shape)}, and this foundation needs {tuple(needed.shape)}. It was trained "
-            "on a foundation of other shapes."
+            f"{name} is of shape {tuple(given.shape)}, and this base model needs {tuple(needed.shape)}. It was trained "
+            "on a base model of other shapes."
         )
 
 

@@ -77,7 +77,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self._is_resized = False
         self._recomputes_layers = False  # gradient checkpointing; torch.compile cannot ask every module
         if config.base_config is None:
-            raise ValueError("The config has no `base_config`, so there is no foundation to build.")
+            raise ValueError("The config has no `base_config`, so there is no base model to build.")
         if foundation is None:
             foundation = AutoModelForCausalLM.from_config(config.base_config)
         self.foundation = foundation
@@ -129,7 +129,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         needs_custom_state_dict = is_adapter or (location is not None and experts is not None)
         if base_model is not None and not is_adapter:
             raise ValueError(
-                "`base_model` is for repos of layout `adapter`; this one holds its own foundation."
+                "`base_model` is for repos of layout `adapter`; this one holds its own base model."
             )
         generation_config = None
         if location is not None:  # read here, since transformers ignores a damaged file

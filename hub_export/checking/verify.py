@@ -174,13 +174,13 @@ def _differences(weights: dict[str, StoredTensor], model: Any) -> list[str]:
     tied = tied_names(model)
     weights, unknown = named_as_now(weights, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    wrong = [f"{name} of the foundation is missing" for name in sorted(expected.keys() - weights.keys())]
+    wrong = [f"{name} of the base model is missing" for name in sorted(expected.keys() - weights.keys())]
     unknown += sorted(weights.keys() - expected.keys())
-    wrong += [f"{name} is nothing that the foundation has" for name in unknown]
+    wrong += [f"{name} is nothing that the base model has" for name in unknown]
     for name in sorted(weights.keys() & expected.keys()):
         if weights[name].shape != expected[name]:
             wrong.append(
-                f"{name} is {list(weights[name].shape)}, and the foundation's is {list(expected[name])}"
+                f"{name} is {list(weights[name].shape)}, and the base model's is {list(expected[name])}"
             )
     return wrong
 
@@ -285,7 +285,7 @@ def _compare_with_source(
         "tensors", True, f"{report.num_tensors} tensors of experts and router are the source's, bit by bit"
     )
     if not report.compared_logits:
-        result.add("logits", None, "not compared: the foundation is not on this machine")
+        result.add("logits", None, "not compared: the base model is not on this machine")
     elif report.passed is None:
         result.add("logits", None, report.describe_unclear())
     elif report.passed:

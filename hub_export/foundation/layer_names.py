@@ -41,7 +41,7 @@ DATA_PARALLEL = (
 
 ADAPTABLE = (
     "only linear layers, and of a mixture-of-experts layer its stacked experts and its gate, can be adapted. Train without "
-    "it, or merge the adapter into its foundation with PEFT's merge_and_unload"
+    "it, or merge the adapter into its base model with PEFT's merge_and_unload"
 )
 
 
@@ -89,7 +89,7 @@ def _check_peft_reads(expert: Expert, name: str, layer: AdaptedLayer) -> None:
     if expert.is_adalora:
         raise InputError(
             f"{where} is of AdaLoRA, which PEFT puts on linear layers alone, and adapts {name}, which is none in the "
-            "foundation; train without it"
+            "base model; train without it"
         )
     weight = f"{name}.weight"
     if not layer.num_stacked and expert.alpha_of is not None and expert.alpha_of(weight) != layer.lora_alpha:
@@ -174,7 +174,7 @@ def why_missing(name: str, layers: Iterable[str], foundation: nn.Module, called:
             f"Rename the tensors: in each key, replace {name!r} by {now!r}"
         )
     return (
-        f", which the foundation {called} does not have; pass the model it was trained on with --base_model"
+        f", which the base model {called} does not have; pass the model it was trained on with --base_model"
     )
 
 

@@ -36,13 +36,13 @@ def check_whole_weights(
             what = f"expert {expert.name} ({expert.origin}) brings {tensor_name}, a whole weight,"
             if weights is None:
                 raise InputError(
-                    f"{what} which cannot be compared with that of the foundation {name}, as that is not on this machine; download "
+                    f"{what} which cannot be compared with that of the base model {name}, as that is not on this machine; download "
                     "it, or say with --base_model where it lies"
                 )
             own = weights.get(tensor_name) or weights.get(tied.get(tensor_name, ""))
             if own is None or not same_numbers(tensor, own):
                 has = "which does not have it" if own is None else "whose own is another"
                 raise InputError(
-                    f"{what} for the foundation {name}, {has}. Either it was trained, and a trained weight cannot be an "
-                    "expert, only LoRA on it can, or the adapter is for another foundation (--base_model)"
+                    f"{what} for the base model {name}, {has}. Either it was trained, and a trained weight cannot be an "
+                    "expert, only LoRA on it can, or the adapter is for another base model (--base_model)"
                 )

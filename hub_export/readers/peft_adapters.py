@@ -343,7 +343,7 @@ def same_foundation(
     for folder, reference in named:
         if reference != (name, revision) and options.base_model is None:
             problems.append(
-                f"the adapters name different foundations: {_called((name, revision))} in {first}, {_called(reference)} in "
+                f"the adapters name different base models: {_called((name, revision))} in {first}, {_called(reference)} in "
                 f"{folder}; if they are the same model, say which with --base_model"
             )
             break

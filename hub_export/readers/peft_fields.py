@@ -137,7 +137,7 @@ def _check_initialisation(path: Path, initialisation: Any) -> None:
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if name not in PLAIN_INITIALISATIONS:
         raise InputError(
-            f"{path}: init_lora_weights is {initialisation!r}, which changes the foundation's own weights; convert the "
+            f"{path}: init_lora_weights is {initialisation!r}, which changes the base model's own weights; convert the "
             "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
         )
 

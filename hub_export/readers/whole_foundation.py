@@ -58,14 +58,14 @@ def foundation_config(
     else:
         if not (options.base_model or reference.name):
             raise InputError(
-                f"{folder} has no config.json that says what kind of model its foundation is; name the foundation that it "
+                f"{folder} has no config.json that says what kind of model its base model is; name the base model that it "
                 "was trained on with --base_model, of which only the config is read"
             )
         found = load_foundation_config(resolve_foundation(reference, options.base_model, None))
     layers = getattr(found.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > num_tensors:
         raise InputError(
-            f"the foundation's config has {layers!r} layers, {folder} only {num_tensors} tensors"
+            f"the base model's config has {layers!r} layers, {folder} only {num_tensors} tensors"
         )
     return found
 
@@ -93,7 +93,7 @@ def foundation_weights(
     if unknown:
         why = why_unreadable(f"{PREFIX}{unknown[0]}")
         raise InputError(
-            f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have"
+            f"{folder} holds {unknown[0]}, which a base model of model_type {config.model_type} does not have"
             + ("; what it does is not known" if why is None else f": {why}")
         )
     _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, notes)
@@ -101,12 +101,12 @@ def foundation_weights(
     missing = [name for name in names if name not in found and name not in tied]
     if missing:
         raise InputError(
-            f"{folder} lacks {missing[0]} of its foundation; the file is incomplete, copy it again"
+            f"{folder} lacks {missing[0]} of its base model; the file is incomplete, copy it again"
         )
     for name, tensor in found.items():
         if tensor.shape != names[name]:
             raise InputError(
-                f"{folder}: {name} of the foundation is {list(tensor.shape)}, its config says {list(names[name])}"
+                f"{folder}: {name} of the base model is {list(tensor.shape)}, its config says {list(names[name])}"
             )
     return found
 

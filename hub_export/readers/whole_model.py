@@ -52,7 +52,7 @@ GATE = {"weight": "router.gate.weight", "bias": "router.gate.bias"}
 MATURITY = "router.expert_maturity"
 ROUTED_OTHERWISE = (
     "training mixed its experts in another way when it saved whole models, so routed figures differ from training's own "
-    "figures; each expert alone, and the foundation, are the same"
+    "figures; each expert alone, and the base model, are the same"
 )
 
 
@@ -162,14 +162,14 @@ def _foundation_name(folder: SourceFolder, key: str) -> str:
     name = key.removeprefix(FOUNDATION_PREFIX)
     if not key.startswith(FOUNDATION_PREFIX):
         raise InputError(
-            f"{folder}: {key} belongs to neither the foundation, an expert nor the gate; it is not known"
+            f"{folder}: {key} belongs to neither the base model, an expert nor the gate; it is not known"
         )
     for part, meaning in (
         ("lora_embedding_", "LoRA on an embedding"),
         ("lora_magnitude_vector", "a DoRA magnitude"),
         ("lora_", "a LoRA tensor that is no plain matrix, such as a bias"),
         ("modules_to_save", "a fully trained module (modules_to_save)"),
-        ("original_module", "the foundation's own copy of a fully trained module (modules_to_save)"),
+        ("original_module", "the base model's own copy of a fully trained module (modules_to_save)"),
     ):
         if any(piece.startswith(part) for piece in name.split(".")):
             raise InputError(
@@ -189,7 +189,7 @@ def _expert_names(folder: SourceFolder, matrices: dict[str, Any], config: dict[s
             )
     if not matrices:
         raise InputError(
-            f"{folder} holds the training wrapper's foundation, but no expert (….lora_A.expert_<i>.weight)"
+            f"{folder} holds the training wrapper's base model, but no expert (….lora_A.expert_<i>.weight)"
         )
     return names
 

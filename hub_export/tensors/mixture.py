@@ -184,7 +184,7 @@ def idle_experts(mixture: Mixture) -> str | None:
     which = f"expert {names[0]} does" if len(names) == 1 else f"experts {', '.join(names)} do"
     return (
         f"{which} nothing: A or B is zero on every layer, as in an adapter that was saved before training or pruned away; "
-        "with such an expert alone, the mixture computes what its foundation does"
+        "with such an expert alone, the mixture computes what its base model does"
     )
 
 
