@@ -100,7 +100,7 @@ def inspect(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
+    """Show what a source holds: format and why, base model, experts, router, and what is missing."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -190,7 +190,7 @@ def verify(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Look at a repo's files, checksums, code and tokenizer, and compare it with its source."""
+    """Check a repo's files, checksums, code and tokenizer, and compare it with its source."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -227,7 +227,7 @@ def merge(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fold one expert into the foundation: an ordinary model that any server loads without custom code."""
+    """Merge one expert into the base model: an ordinary model that any server loads without custom code."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -308,7 +308,7 @@ def _print_export(result: Any) -> None:
 
 
 def _quiet() -> None:
-    """Other libraries' chatter stays away; a person at a terminal sees loading bars."""
+    """Silence other libraries' messages; on a terminal their loading bars stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(error: Exception) -> int:
-    """One clear line on stderr; the exit code."""
+    """Print an error as one line on stderr, and return the exit code."""
     from dylora_moe.hub_export.errors import DyloraMoeError, one_line
 
     if isinstance(error, ClickException):

@@ -80,7 +80,7 @@ def inspect(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Inspection:
-    """Look at one or several sources without loading a model.
+    """Inspect one or several sources without loading a model.
 
     Args:
         sources: a folder, a Hub id or `wandb:entity/project/name:version`; several only for PEFT adapters,

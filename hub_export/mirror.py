@@ -167,7 +167,7 @@ def _log(
 
 
 def _private_settings(wandb: Any) -> dict[str, Any]:
-    """Settings under which the run records nothing about this machine, as far as the installed SDK has them."""
+    """Make settings under which the run records nothing about this machine, if the installed SDK has them."""
     settings = {
         "console": "off",
         "disable_git": True,

@@ -23,7 +23,7 @@ TEMPERATURE = 2.0
 def save_foundation(
     foundation: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> Path:
-    """Writes the foundation and its tokenizer by `save_pretrained`; `foundation` must carry no adapters."""
+    """Write the foundation and its tokenizer by `save_pretrained`; `foundation` must carry no adapters."""
     folder = Path(folder).resolve()
     foundation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -39,7 +39,7 @@ def save_final_checkpoint(
     foundation_folder: str | Path,
     folder: str | Path,
 ) -> Path:
-    """Writes `folder`, which must not exist: config.json, peft_adapters/, dylo_moe_state/ and the tokenizer.
+    """Write `folder`, which must not exist: config.json, peft_adapters/, dylo_moe_state/ and the tokenizer.
 
     `adapters` are the experts' names in the order of the gate's rows [experts, hidden].
     """
@@ -58,7 +58,7 @@ def save_final_checkpoint(
 
 
 def checkpoint_config(peft_model: PeftModel, adapters: Sequence[str], foundation_folder: str | Path) -> dict:
-    """The foundation's own config, under the training project's model type and with its fields added."""
+    """Make the checkpoint's config: the foundation's, with the training project's model type and fields."""
     lora = peft_model.peft_config[adapters[0]]
     config = json.loads(peft_model.base_model.model.config.to_json_string(use_diff=False))
     return {
@@ -87,7 +87,7 @@ def adapter_parameters(peft_model: PeftModel, adapter: str) -> dict[str, torch.T
 
 
 def router_state(gate: nn.Linear) -> dict:
-    """What the training project's router file holds: the gate's weights and how it routes."""
+    """Make the content of the training project's router file: the gate's weights and how it routes."""
     return {
         "gate_state_dict": {name: tensor.detach().clone() for name, tensor in gate.state_dict().items()},
         "num_experts": gate.out_features,

@@ -117,7 +117,7 @@ def _figure(table: ReportTable) -> Any:
 
 
 def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
-    """The scores, what each expert is good at or given, and one task's code: as much of it as there is."""
+    """Draw scores, what each expert is good at or given, and one task's code: as much as there is."""
     heat = next(
         (tables[name] for name in ("routing_categories", "expert_categories") if name in tables), None
     )
@@ -140,7 +140,7 @@ def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
 
 
 def _score_width(table: ReportTable) -> float:
-    """Inches that the scores need: their rows' names, and as much again as a bar takes to be read."""
+    """Compute the width in inches that the scores need: their rows' names, and as much for the bars."""
     return 4.5 + CHARACTER_WIDTH * max(map(len, _score_names(table)))
 
 
@@ -162,12 +162,12 @@ def _share_axis(axes: Axes, label: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Below everything, where it covers nothing."""
+    """Draw the legend below everything, where it covers nothing."""
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
 
 
 def _rows(axes: Axes, labels: list[str]) -> range:
-    """The table's first row at the top; the labels of very many rows are left out."""
+    """Label the rows, the first at the top; return their places. Labels of very many rows are left out."""
     places = range(len(labels))
     axes.set_yticks(
         places if len(labels) <= MOST_LABELS else [], labels if len(labels) <= MOST_LABELS else []
@@ -177,7 +177,7 @@ def _rows(axes: Axes, labels: list[str]) -> range:
 
 
 def _draw_scores(axes: Axes, table: ReportTable) -> None:
-    """A point with its interval for pass@1 of the base tests, and one of base and plus tests."""
+    """Draw a point with its interval for pass@1 of the base tests, and one of base and plus tests."""
     records = table.records()
     _rows(axes, _score_names(table))
     measures = [("pass@1", "base tests", "o", -0.14), ("plus_pass@1", "base and plus tests", "D", 0.14)]
@@ -236,7 +236,7 @@ def _draw_gain(axes: Axes, table: ReportTable) -> None:
 
 
 def _draw_pairs(axes: Axes, table: ReportTable) -> None:
-    """Several figures side by side for every row, as bars with patterns."""
+    """Draw several figures side by side for every row, as bars with patterns."""
     wanted = PAIRS[table.name]
     records = table.records()
     first = table.columns[0]
@@ -277,7 +277,7 @@ def _draw_confidence(axes: Axes, table: ReportTable) -> None:
 
 
 def _draw_heat(axes: Axes, table: ReportTable) -> None:
-    """Shades with their figures: categories or tasks against experts or strategies."""
+    """Draw a heatmap with its figures: categories or tasks against experts or strategies."""
     start, end = HEAT_COLUMNS[table.name](table.columns)
     columns = table.columns[start:end]
     rows = table.rows
@@ -313,14 +313,14 @@ def _short_names(columns: list[str]) -> list[str]:
 
 
 def _slant(names: list[str]) -> int:
-    """In degrees, so that names of columns do not lie over each other."""
+    """Choose the angle, in degrees, at which names of columns do not overlap."""
     if len(names) > MOST_SLANTED:
         return 90
     return 35 if sum(map(len, names)) > 70 else 0
 
 
 def _shades() -> Any:
-    """From white to as dark as black text allows."""
+    """Make the heatmap's colours: from white to as dark as black text allows."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     darkest = [1 - STRONGEST["light"] * (1 - part) for part in to_rgb(SCALE["light"])]

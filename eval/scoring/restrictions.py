@@ -74,7 +74,7 @@ def limit_resources(cpu_seconds: int, processes: int | None = None) -> None:
 
 
 def landlock_version() -> int:
-    """Which version of Landlock this kernel has; 0 for none."""
+    """Return the version of Landlock that this kernel has; 0 for none."""
     if sys.platform != "linux":
         return 0
     return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))

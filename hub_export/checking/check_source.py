@@ -183,7 +183,7 @@ def _carried_foundation(
 
 
 def _number(name: str) -> int:
-    """The number of `expert_<number>`."""
+    """Return the number of `expert_<number>`."""
     return int(name.rpartition("_")[2])
 
 

@@ -43,7 +43,7 @@ OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
 
 @dataclass
 class Finding:
-    """One thing that was looked at. `passed` is None where it was not."""
+    """The result of one check. `passed` is None where it was not made."""
 
     what: str
     passed: bool | None
@@ -80,7 +80,7 @@ def verify(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Verification:
-    """Look at a repo's files, headers, checksums, code and tokenizer, and compare it with a source.
+    """Check a repo's files, headers, checksums, code and tokenizer, and compare it with a source.
 
     Args:
         repo: a folder or a Hub id.
@@ -120,7 +120,7 @@ def verify(
 
 
 def _files(folder: SourceFolder, config: Any) -> Finding:
-    """Look for what every repo needs to be loaded by its own.
+    """Check that the files are there that every repo needs to be loaded on its own.
 
     Saving the model writes neither a card nor a tokenizer.
     """

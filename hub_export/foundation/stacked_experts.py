@@ -74,7 +74,7 @@ def _is_target(parameter: str, targets: Iterable[str]) -> bool:
 
 
 def shape_in(foundation: nn.Module, name: str) -> tuple[int, int, int] | None:
-    """(experts, in, out) of a parameter of stacked experts; None where the foundation has no module for it.
+    """Return (experts, in, out) of a parameter of stacked experts; None without a module for it.
 
     Raises:
         ValueError: the module has none of that name, or computes something else.

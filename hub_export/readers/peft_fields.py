@@ -143,7 +143,7 @@ def _check_initialisation(path: Path, initialisation: Any) -> None:
 
 
 def _check_parameters(path: Path, parameters: Any) -> None:
-    """LoRA on a parameter called `weight` is that on its layer, which is seen to be linear later."""
+    """Check `target_parameters`. One called `weight` is its layer's, later found to be linear or refused."""
     from dylora_moe.modeling.configuration_dylora_moe import STACKED_PARAMETERS
 
     for name in parameters or ():
@@ -158,7 +158,7 @@ def _check_parameters(path: Path, parameters: Any) -> None:
 
 
 def check_expression(expression: str, what: str) -> None:
-    """Raises InputError: Python's `re`, which PEFT uses, does not take it for a regular expression."""
+    """Raise InputError if Python's `re`, which PEFT uses, does not take it for a regular expression."""
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:

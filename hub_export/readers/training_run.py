@@ -182,7 +182,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def gate_of_state(path: Path, state: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Weight and bias under `gate_state_dict`."""
+    """Read weight and bias under `gate_state_dict`."""
     gate = state.get("gate_state_dict")
     if (
         not isinstance(gate, dict)

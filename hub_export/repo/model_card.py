@@ -276,7 +276,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 
 
 def _literal(name: str) -> str:
-    """A string as Python and JSON both write it."""
+    """Quote a string as Python and JSON both write it."""
     return json.dumps(name, ensure_ascii=False)
 
 
@@ -301,7 +301,7 @@ def _results(results: Sequence[Score]) -> str:
 
 
 def _limits(config: Any, mixture: Mixture) -> str:
-    """What a reader might expect and should not."""
+    """Write what a reader might expect and should not."""
     lines = ["## Limits", ""]
     if config.has_router:
         lines.append(

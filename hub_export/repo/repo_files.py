@@ -153,7 +153,7 @@ def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
 
 
 def _full_weights(folder: Path) -> set[str]:
-    """The one file, or the index and the shards that it names."""
+    """List the one file, or the index and the shards that it names."""
     weight_map = read_index(open_folder(folder), "model.safetensors")
     if weight_map is None:
         return {"model.safetensors"}
@@ -165,7 +165,7 @@ def _full_weights(folder: Path) -> set[str]:
 
 
 def _adapter_weights(folder: Path, config: dict[str, Any]) -> set[str]:
-    """A PEFT folder for every expert, and the router."""
+    """List the files of a PEFT folder for every expert, and the router."""
     experts = config.get("expert_configs")
     experts = experts if isinstance(experts, list) and experts else [None]
     files = set()
