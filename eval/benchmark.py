@@ -87,7 +87,7 @@ def benchmark(
             for name in dict.fromkeys(map(canonical_benchmark, names))
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
-    # Everything that may be wrong is looked at before anything long begins.
+    # Everything that may be wrong is checked before anything long begins.
     found = distinct_labels([find_model(model, **chosen.of_source) for model in _as_list(models)])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.

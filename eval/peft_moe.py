@@ -40,7 +40,7 @@ class PeftMoEDecoder(PromptDecoder):
     """EvalPlus's `HuggingFaceDecoder` on any source that this package reads.
 
     Args:
-        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the foundation, with
+        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the base model, with
             `adapter_path`.
         wandb_artifact: `entity/project/name:version`, in place of `name`.
         dataset: "humaneval" or "mbpp".

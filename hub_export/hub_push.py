@@ -68,7 +68,7 @@ def push(
         progress: is told what is being done.
 
     Raises:
-        InputError: not a complete exported repo; its foundation is a folder of this machine; no token, or one
+        InputError: not a complete exported repo; its base model is a folder of this machine; no token, or one
             that may not write there; the Hub repo holds another model.
         FailureError: no network, or the Hub failed.
     """

@@ -349,7 +349,7 @@ def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
 
 
 class FoundationError(OSError, ValueError):
-    """The foundation that a repo of layout `adapter` names cannot be loaded.
+    """The base model that a repo of layout `adapter` names cannot be loaded.
 
     An `OSError`, as transformers raises for a model that does not exist.
 

@@ -108,14 +108,14 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Load a model as `PreTrainedModel.from_pretrained` does, with the foundation frozen.
 
         Args:
-            base_model: the folder or Hub id of the foundation of a repo of layout `adapter`, instead of the
+            base_model: the folder or Hub id of the base model of a repo of layout `adapter`, instead of the
                 one in its config; the loaded model's config has this one.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
             routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`),
                 instead of the repo's; a number in `single:<number>` counts the loaded experts.
 
         Raises:
-            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of
+            ValueError: no such expert or strategy, a base model that is missing (`FoundationError`) or of
                 other shapes, a damaged file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path

@@ -74,13 +74,13 @@ class SavingMixin:
 
         Args:
             layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the
-                foundation taken from `config.base_model_name_or_path` on loading. The default is `"full"`,
+                base model taken from `config.base_model_name_or_path` on loading. The default is `"full"`,
                 also for a model that was loaded from layout `adapter`, from which the Trainer could not
                 resume.
 
         Raises:
-            ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter
-                was merged into, or whose config names no foundation, or, with `push_to_hub`, one on this
+            ValueError: layout `adapter` of a model whose embeddings were resized, whose base model an adapter
+                was merged into, or whose config names no base model, or, with `push_to_hub`, one on this
                 machine alone.
         """
         directory = Path(save_directory)

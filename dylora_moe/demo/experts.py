@@ -1,8 +1,8 @@
 """Trains the demo's experts: LoRA adapters on one foundation, each for its own family.
 
-An expert is trained for the router's errors, too. Nothing tells a router the family of a text's first tokens, and
-later it errs now and then. On a text of one family the other experts do next to nothing, so an expert meets that case
-in training by being switched off at some tokens.
+An expert is trained for the router's errors, too. Nothing tells a router the family of a text's first tokens,
+and later it errs now and then. On a text of one family the other experts do next to nothing, so an expert
+meets that case in training by being switched off at some tokens.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The demo's foundation: a tokenizer and a tiny Llama that learns Python's syntax and some everyday functions.
+"""The demo's foundation: a tokenizer and a tiny Llama that learns Python's syntax and everyday functions.
 
-The tokenizer is an ordinary fast one without a chat template, so that stock tools complete the prompt unchanged. None
-of the scored functions is among the texts. The foundation also learns vocabulary exercises, random tokens each said
-twice: embeddings, which also serve as the output layer, are frozen when the experts are trained, and no expert can
-learn to write a token that the foundation never wrote.
+The tokenizer is an ordinary fast one without a chat template, so that stock tools complete the prompt
+unchanged. None of the scored functions is among the texts. The foundation also learns vocabulary exercises,
+random tokens each said twice: embeddings, which also serve as the output layer, are frozen when the experts
+are trained, and no expert can learn to write a token that the foundation never wrote.
 """
 
 from __future__ import annotations

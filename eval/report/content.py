@@ -1,6 +1,6 @@
 """What a benchmark's folder holds, read for a report: runs and scores, expert analysis, routing analysis.
 
-Says as well what does not belong together any more.
+Its notes name results and analyses of samples that have changed since.
 """
 
 from __future__ import annotations

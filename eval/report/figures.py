@@ -3,7 +3,7 @@
     figures/<name>.png, .csv, .json    for every table
     overview.png                       scores, categories and one task's code
 
-Drawn by matplotlib without a display.
+Drawn by matplotlib without a display. `DRAWINGS` at the end says which function draws which table.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def _draw_pairs(axes: Axes, table: ReportTable) -> None:
     for index, name in enumerate(wanted):
         places = [place - 0.4 + height * (index + 0.5) for place in range(len(records))]
         values = [record[name] or 0 for record in records]
-        look = {"color": expert_color(index), "hatch": hatch(index), "edgecolor": "white", "linewidth": 0}
-        axes.barh(places, values, height=height * 0.92, label=name, **look)
+        style = {"color": expert_color(index), "hatch": hatch(index), "edgecolor": "white", "linewidth": 0}
+        axes.barh(places, values, height=height * 0.92, label=name, **style)
     if table.name == "routing_load":
         axes.axvline(1 / len(records), color=MUTED, linewidth=1, linestyle="--", label="all equal")
     if table.name == "experts":

@@ -1,6 +1,6 @@
-"""Makes a folder's `report.html`: one file that shows everything in it and asks nothing of the network.
+"""Makes a folder's `report.html`: one file that shows everything in it and loads nothing from the network.
 
-Whatever comes from data is escaped where it is text and encoded where it is data, and the page's own policy
+Text from results is escaped, data for the script is encoded as JSON, and the page's content security policy
 allows no script and no style but the two that are in it, by their hashes.
 """
 
@@ -94,7 +94,7 @@ RECORDED = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` and `figures/` from whatever a benchmark's folder holds; return the page's path.
+    """Write `report.html` and `figures/` from what a benchmark's folder holds; return the page's path.
 
     Raises:
         InputError: the folder holds nothing to report on, or a damaged file; or a package that the report

@@ -1,4 +1,4 @@
-"""What tables, pictures and pages call the runs of a folder, so that no two look the same.
+"""The labels of a folder's runs in tables, figures and pages; no two runs have the same.
 
 What distinguishes a run is shown only where runs differ in it.
 """

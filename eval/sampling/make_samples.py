@@ -1,6 +1,6 @@
 """One samples file from beginning to end: what is asked, what exists, what is missing, EvalPlus's files.
 
-Says as well how processes share this work.
+The processes of `accelerate launch` share the missing samples; the main one writes the files.
 """
 
 from __future__ import annotations

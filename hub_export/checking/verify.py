@@ -1,4 +1,4 @@
-"""Verify: is a repo whole, is its code this package's, does it compute what it was made from?
+"""Verify: is a repo complete, is its code this package's, does it compute what it was made from?
 
 Nothing of the repo is run unless its code is this package's, byte for byte, or the user trusts it.
 """

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..repo.tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
 from ..repo.tokenizer_arguments import arguments_that_are_opened
-from ..repo.tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
+from ..repo.tokenizer_comparison import TEXTS, behaviour, describe, differences, text_differences
 from ..repo.tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
 from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference

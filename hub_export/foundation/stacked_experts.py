@@ -9,8 +9,6 @@ other, so that the names in an adapter's file say how deep a layer lies, and not
 On the matrices as older versions of transformers had them, one layer for each expert (`experts.0.w1`,
 `experts.0.gate_proj`): those that are one parameter by now become one pair of stacks. A_e has their ranks one
 below the other, B_e is block-diagonal.
-
-Knows names and shapes, and nothing about files.
 """
 
 from __future__ import annotations
@@ -35,8 +33,7 @@ INSIDE = ".base_layer"
 def parameters_of(
     modules: Iterable[str], targets: Iterable[str], is_linear: Callable[[str], bool]
 ) -> dict[str, str]:
-    """Map layers in an adapter's file to the parameters that PEFT puts them on; those on modules are left
-    out.
+    """Map layers in an adapter's file to the parameters that PEFT puts them on; leave out those on modules.
 
     Args:
         modules: the names in the file, without PEFT's prefix and `.lora_A.weight`.

@@ -4,10 +4,9 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight [r, in], ….lora_B.weight [out, r]
     (or adapter_model.bin)
 
-An adapter that was trained on a quantised foundation (QLoRA) is such a folder, too; what AdaLoRA (peft_type
-ADALORA) stores, adalora makes the same of. Which layers are adapted and with which rank is read from the
-tensors, so every way of writing `target_modules` works.
-What is more than a plain low-rank sum is refused by name.
+An adapter that was trained on a quantised foundation (QLoRA) is such a folder, too; `adalora` converts what
+AdaLoRA (peft_type ADALORA) stores. Which layers are adapted and with which rank is read from the tensors, so
+every way of writing `target_modules` works. What is more than a plain low-rank sum is refused by name.
 """
 
 from __future__ import annotations
@@ -168,7 +167,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
         )
     file = TensorFile(path)
     pattern = adalora.MATRIX if _is_adalora(config) else MATRIX
-    keys, whole = _sorted(file, pattern, OTHER_ADAPTER if is_nested else None)
+    keys, copied = _sorted(file, pattern, OTHER_ADAPTER if is_nested else None)
     if not keys:
         raise InputError(f"{path} holds no LoRA matrices; the adapter was saved empty")
     if _is_adalora(config):
@@ -178,7 +177,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
             read=lambda module: adalora.read(file, keys[module]),
             origin=folder.path,
             lora_dropout=config.get("lora_dropout") or 0.0,
-            whole_weights=whole,
+            copied_weights=copied,
             is_adalora=True,
         )
     scales = _Scales(folder, config)
@@ -195,7 +194,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
         origin=folder.path,
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
-        whole_weights=whole,
+        copied_weights=copied,
         alpha_of=scales.alpha,
         peft_version=str(config.get("peft_version") or ""),
     )
@@ -213,7 +212,7 @@ def _sorted(
         InputError: names the first tensor that is neither.
     """
     keys: dict[str, dict[str, str]] = {}
-    whole, unknown = {}, []
+    copied, unknown = {}, []
     for key in sorted(file.keys(), key=natural_order):
         if (passed_over is not None and passed_over.fullmatch(key)) or key.endswith(BACKWARD_ALONE):
             continue
@@ -223,14 +222,14 @@ def _sorted(
         if match is not None:
             keys.setdefault(match["module"], {})[match["matrix"]] = key
         elif key.startswith(PREFIX) and ".lora_" not in key and not key.endswith(".ranknum"):
-            whole[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = of_file(file, key)
+            copied[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = of_file(file, key)
         else:
             unknown.append(key)
     if unknown:
         raise InputError(
             f"{file.path}: {unknown[0]} is {_what_it_is(unknown[0])}; only lora_A and lora_B of linear layers can be exported"
         )
-    return keys, whole
+    return keys, copied
 
 
 def _parameters(

@@ -1,8 +1,7 @@
-"""The fields of `adapter_config.json`: which ones leave what an adapter computes as it is, and which ones do
-not.
+"""The fields of `adapter_config.json`: which an expert may have, and which are refused by name.
 
-The keys of `rank_pattern` and `alpha_pattern` are regular expressions, and one such as `(.*)*x` tries more ways to
-match a name than there is time for. Python's `re` cannot be stopped; the package `regex` can.
+The keys of `rank_pattern` and `alpha_pattern` are regular expressions, and one such as `(.*)*x` tries more
+ways to match a name than there is time for. Python's `re` cannot be stopped; the package `regex` can.
 
 Every field that PEFT's LoraConfig had from 0.1 to 0.21, and those that ms-swift's and LoRA+'s trainers add.
 """
@@ -166,7 +165,7 @@ def check_expression(expression: str, what: str) -> None:
 
 
 class NamePatterns:
-    """Values by expressions, of which the first that matches the end of a layer's name counts, as in PEFT
+    """Values by regular expression: the first that matches the end of a layer's name counts, as in PEFT
     (`peft.utils.get_pattern_key`).
 
     Args:

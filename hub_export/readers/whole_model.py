@@ -39,7 +39,7 @@ from .training_run import (
     settings_or_defaults,
     state_files,
 )
-from .whole_foundation import foundation_config, foundation_weights
+from .whole_model_foundation import foundation_config, foundation_weights
 
 
 FORMAT = "whole-model state dict"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import DyloraMoeWarning, InputError, one_line
+from ..foundation.copied_weights import check_copied_weights
 from ..foundation.layer_names import named_as_now
 from ..foundation.reference import (
     check_experts_fit,
@@ -25,7 +26,6 @@ from ..foundation.reference import (
     resolve_foundation,
 )
 from ..foundation.weights import carried_weights, foundation_weights, skeleton
-from ..foundation.whole_weights import check_whole_weights
 from ..tensors.mixture import FoundationReference, Mixture
 from ..tensors.stored_tensors import StoredTensor, same_numbers
 from .options import ExportOptions
@@ -107,8 +107,8 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
         find = _find_weights(mixture, own, reference, model, options)
     config = _config(mixture, base_config, reference, options)
     plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
-    if any(expert.whole_weights for expert in mixture.experts):
-        check_whole_weights(mixture.experts, model, plan.weights, reference.name)
+    if any(expert.copied_weights for expert in mixture.experts):
+        check_copied_weights(mixture.experts, model, plan.weights, reference.name)
     main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
     config.dtype = options.torch_dtype or main_dtype or getattr(base_config, "dtype", None)
     return plan

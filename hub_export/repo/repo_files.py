@@ -130,8 +130,7 @@ def is_tokenizer_file(path: str) -> bool:
 
 
 def may_be_stale(path: str) -> bool:
-    """Whether an export may have written this path, so that another export that lacks it replaces it with
-    nothing.
+    """Say whether an export may have written this path, so that an export that lacks it removes it.
 
     Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """

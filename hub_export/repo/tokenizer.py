@@ -20,7 +20,7 @@ from ..sources.json_files import read_json
 from ..tensors.mixture import FoundationReference, Mixture
 from .options import ExportOptions
 from .tokenizer_arguments import OF_THE_LOADING_CALL
-from .tokenizer_battery import behaviour, describe, differences, text_differences
+from .tokenizer_comparison import behaviour, describe, differences, text_differences
 from .tokenizer_files import (
     TOKENIZER_CONFIG,
     copy_tokenizer,

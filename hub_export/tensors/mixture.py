@@ -54,8 +54,8 @@ class Expert:
             of stacked experts (`model.layers.0.mlp.experts.down_proj`), to its ranks and shapes.
         read: such a name to the pair (`lora_A`, `lora_B`), in the dtype they are stored in.
         origin: the file or folder it was read from, for error messages.
-        whole_weights: tensors of the foundation that the adapter's file holds as well, by their names there.
-            They are left out, once they are seen to be the foundation's own.
+        copied_weights: copies of the foundation's tensors in the adapter's file, by their names there. An
+            export leaves them out, after checking that they equal the foundation's own.
         alpha_of: the alpha that the source's settings give a layer of a name, where they go by names.
         peft_version: of the PEFT that saved it, where that is known.
         is_adalora: whether it is of that kind, which PEFT puts on linear layers alone.
@@ -68,7 +68,7 @@ class Expert:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     mature: bool = True
-    whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
+    copied_weights: dict[str, StoredTensor] = field(default_factory=dict)
     alpha_of: Callable[[str], float] | None = None
     peft_version: str = ""
     is_adalora: bool = False
@@ -113,8 +113,11 @@ class Expert:
 
 @dataclass
 class Router:
-    """The gate and how its logits become weights. `read` gives (weight [num_experts, hidden_size], bias
-    [num_experts])."""
+    """The gate and how its logits become weights.
+
+    Attributes:
+        read: gives (weight [num_experts, hidden_size], bias [num_experts]).
+    """
 
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     num_experts: int
@@ -128,8 +131,7 @@ class Router:
 
 @dataclass
 class FoundationReference:
-    """Which frozen model the experts are for. `named_in` is the file that says so; relative paths start
-    there."""
+    """Which frozen model the experts are for. Relative paths start at `named_in`, the file that says so."""
 
     name: str | None
     revision: str | None = None

@@ -1,6 +1,7 @@
-"""Tensors of the foundation that an adapter's file holds beside its matrices: PEFT saves an adapted head
-whole, and with `save_embedding_layers` the embeddings. An export leaves them out, so they must be the
-foundation's own.
+"""Checks the copies of the foundation's tensors that an adapter's file may hold beside its LoRA matrices.
+
+PEFT saves the full weight of an adapted head, and with `save_embedding_layers` the embeddings. An export
+leaves them out, so they must equal the foundation's own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from ..tensors.stored_tensors import StoredTensor, same_numbers
 from .weight_conversion import named_as_now
 
 
-def check_whole_weights(
+def check_copied_weights(
     experts: list[Expert], model: nn.Module, weights: dict[str, StoredTensor] | None, name: str
 ) -> None:
-    """Compare what the experts bring with what the foundation has, in the dtype in which they bring it.
+    """Compare the experts' copies with what the foundation has, in the dtype of the copies.
 
     Args:
         model: the foundation without weights, and `weights` what it holds; None where it is not on this
@@ -28,7 +29,7 @@ def check_whole_weights(
     """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for expert in experts:
-        brought = dict(expert.whole_weights)
+        brought = dict(expert.copied_weights)
         if weights is not None:  # names of older versions of transformers become those of today
             found, unknown = named_as_now(brought, model)
             brought = found | {tensor_name: brought[tensor_name] for tensor_name in unknown}

@@ -1,4 +1,4 @@
-"""The foundation inside a training wrapper's state dict: its config, and which of its tensors are its own.
+"""The foundation inside a whole model's state dict (`whole_model`): its config and its tensors.
 
 transformers says, on the meta device, which tensors a model of that config has.
 """
