@@ -257,6 +257,6 @@ def _card(name: str, expert: str, config: Any, foundation: FoundationReference) 
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"The {config.base_config.model_type} model `{Path(foundation.name or 'unnamed').name}` with the LoRA expert `{expert}` "
-        "of a mixture folded into its weights: an ordinary model that needs no code of its own. The base model's licence "
+        "of a mixture merged into its weights: an ordinary model that needs no code of its own. The base model's licence "
         "applies to it.\n"
     )
