@@ -43,8 +43,6 @@ def save_final_checkpoint(
 
     `adapters` are the experts' names in the order of the gate's rows [experts, hidden].
     """
-    if gate.out_features != len(adapters):
-        raise ValueError(f"the gate has {gate.out_features} rows, but there are {len(adapters)} experts")
     folder = Path(folder)
     (folder / "peft_adapters").mkdir(parents=True)
     (folder / "dylo_moe_state").mkdir()
@@ -74,16 +72,11 @@ def checkpoint_config(peft_model: PeftModel, adapters: Sequence[str], foundation
 
 def adapter_parameters(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     """Return one expert's LoRA matrices by their full parameter names, which hold the adapter's name."""
-    parameters = {
+    return {
         name: parameter.detach().clone()
         for name, parameter in peft_model.named_parameters()
         if adapter in name.split(".")
     }
-    if not parameters:
-        raise ValueError(
-            f"the model has no adapter named {adapter!r}; it has {', '.join(peft_model.peft_config)}"
-        )
-    return parameters
 
 
 def router_state(gate: nn.Linear) -> dict:

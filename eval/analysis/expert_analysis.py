@@ -295,13 +295,9 @@ def _routing_analysis_of(run: Run, folder: Path) -> dict[str, Any] | None:
     path = folder / ROUTING_FILE
     if not path.is_file():
         return None
-    remedy = "delete it, and it is made again"
-    content = read_versioned(path, ROUTING_VERSION, remedy)
-    try:
-        of_these = (content["samples"], content["samples_sha256"]) == (run.samples, run.samples_sha256)
-        traced = {task["task_id"] for task in content["tasks"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    content = read_versioned(path, ROUTING_VERSION, "delete it, and it is made again")
+    of_these = (content["samples"], content["samples_sha256"]) == (run.samples, run.samples_sha256)
+    traced = {task["task_id"] for task in content["tasks"]}
     return content if of_these and traced >= set(run.task_ids) else None
 
 

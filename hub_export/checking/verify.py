@@ -15,7 +15,7 @@ import torch
 
 from ..errors import DyloraMoeError, FailureError, few
 from ..foundation.reference import check_experts_fit, check_router_fits
-from ..foundation.weight_conversion import named_as_now
+from ..foundation.weight_conversion import by_current_name
 from ..foundation.weights import skeleton, tied_names
 from ..preparation import prepare
 from ..readers.exported_repo import FULL_WEIGHTS, read
@@ -172,7 +172,7 @@ def _weight_paths(folder: SourceFolder, is_full: bool) -> list[Path]:
 def _differences(weights: dict[str, StoredTensor], model: Any) -> list[str]:
     """Say which tensors of the foundation are missing, unknown, or of another shape."""
     tied = tied_names(model)
-    weights, unknown = named_as_now(weights, model)
+    weights, unknown = by_current_name(weights, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     wrong = [f"{name} of the base model is missing" for name in sorted(expected.keys() - weights.keys())]
     unknown += sorted(weights.keys() - expected.keys())

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import InputError
 from ..tensors.mixture import Expert
 from ..tensors.stored_tensors import StoredTensor, same_numbers
-from .weight_conversion import named_as_now
+from .weight_conversion import by_current_name
 
 
 def check_copied_weights(
@@ -31,7 +31,7 @@ def check_copied_weights(
     for expert in experts:
         brought = dict(expert.copied_weights)
         if weights is not None:  # names of older versions of transformers become those of today
-            found, unknown = named_as_now(brought, model)
+            found, unknown = by_current_name(brought, model)
             brought = found | {tensor_name: brought[tensor_name] for tensor_name in unknown}
         for tensor_name, tensor in brought.items():
             what = f"expert {expert.name} ({expert.origin}) brings {tensor_name}, a whole weight,"

@@ -68,8 +68,8 @@ def _sentence(part: str, cause: str, remedy: str) -> str:
     )
 
 
-def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
-    """Call the layers of an expert as the foundation calls them, where PEFT reads them so.
+def with_current_names(expert: Expert, foundation: nn.Module) -> Expert:
+    """Rename an expert's layers to the names that the foundation has today, where PEFT does so, too.
 
     Raises:
         InputError: its alphas go by names that PEFT does not look for, old ones or a gate's without its
@@ -125,7 +125,7 @@ def _renamed(expert: Expert, foundation: nn.Module, modules: dict[str, nn.Module
 
 
 def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
-    """Name to the layer that PEFT puts its adapter on, for those that it converts one by one."""
+    """Map names to the layers that PEFT puts their adapters on, where it converts names one by one."""
     from peft import LoraConfig
 
     # the number of rows tells them apart afterwards
@@ -189,7 +189,7 @@ def _what_is_missing(name: str, layers: Iterable[str], foundation: nn.Module) ->
 
 def _converted_by_transformers(name: str, foundation: nn.Module) -> str | None:
     """Find the linear layer or gate whose weight a checkpoint has under this name; None where there is none."""
-    found, _ = weight_conversion.named_as_now({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
+    found, _ = weight_conversion.by_current_name({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
     modules = dict(foundation.named_modules())
     layers = [weight.removesuffix(".weight") for weight in found]
     return next((layer for layer in layers if _is_adaptable(modules.get(layer))), None)

@@ -20,7 +20,7 @@ from ..tensors.mixture import FoundationReference
 from ..tensors.stored_tensors import StoredTensor, of_tensor, same_bits
 from ..tensors.weight_files import stored_tensors, weight_files
 from .reference import is_local, load_foundation, not_loaded, open_foundation
-from .weight_conversion import UnknownConversion, by_model_name, named_as_now
+from .weight_conversion import UnknownConversion, by_current_name, by_model_name
 
 
 PATTERNS = ("*.safetensors", "*.json")
@@ -87,7 +87,7 @@ def carried_weights(
     Raises:
         InputError: a tensor is missing, unknown, or of another shape than the model's.
     """
-    found, unknown = named_as_now(carried, model)
+    found, unknown = by_current_name(carried, model)
     if unknown:
         raise InputError(
             f"{folder} holds {unknown[0]}, which its base model, a {model.config.model_type}, does not have"

@@ -28,7 +28,7 @@ from ..tensors.stored_tensors import StoredTensor, of_file
 from ..tensors.tensor_files import TensorFile
 from . import adalora
 from .peft_fields import NamePatterns, check_expression, check_fields
-from .training_run import number
+from .training_run import number, pair_shapes
 
 
 FORMAT = "PEFT LoRA adapters"
@@ -271,18 +271,13 @@ def _layer(
     scales: _Scales,
     is_stacked: bool,
 ) -> AdaptedLayer:
-    if set(matrices) != {"A", "B"}:
-        raise InputError(f"{file.path}: {module} has lora_{'/'.join(matrices)} but not both matrices")
-    shape_a, shape_b = file.shape(matrices["A"]), file.shape(matrices["B"])
-    if len(shape_a) > 2 or len(shape_b) > 2:
-        raise InputError(
-            f"{file.path}: {module} is a convolution (lora_A {list(shape_a)}); only linear layers can be exported"
-        )
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
-        raise InputError(
-            f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
-            "expected [rank, in] and [out, rank] of one rank"
-        )
+    stored = {matrix: of_file(file, key) for matrix, key in matrices.items()}
+    for tensor in stored.values():
+        if len(tensor.shape) > 2:
+            raise InputError(
+                f"{file.path}: {module} is a convolution ({list(tensor.shape)}); only linear layers can be exported"
+            )
+    shape_a, shape_b = pair_shapes(f"{file.path}: {module}", stored)
     rank = scales.rank(module)
     if shape_a[0] != rank and not (is_stacked and rank > 0 and shape_a[0] % rank == 0):
         raise InputError(

@@ -35,6 +35,7 @@ from .training_run import (
     make_router,
     maturity_note,
     number,
+    only_folder,
     read_state,
     settings_or_defaults,
     state_files,
@@ -81,11 +82,7 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
         InputError: a file is damaged, a tensor is not understood, or two parts contradict each other. A
             missing alpha and a missing gate are listed in the mixture's `problems` instead.
     """
-    if len(folders) > 1:
-        raise InputError(
-            f"{folders[0]} is a whole-model state dict, which holds all its experts; export one at a time"
-        )
-    folder = folders[0]
+    folder = only_folder(folders, FORMAT)
     config = folder.read_json("config.json", required=False)
     problems: list[str] = []
     notes = [ROUTED_OTHERWISE]

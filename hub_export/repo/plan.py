@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import DyloraMoeWarning, InputError, one_line
 from ..foundation.copied_weights import check_copied_weights
-from ..foundation.layer_names import named_as_now
+from ..foundation.layer_names import with_current_names
 from ..foundation.reference import (
     check_experts_fit,
     check_router_fits,
@@ -200,7 +200,7 @@ def check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReference
         )
     if mixture.router is not None:
         check_router_fits(mixture.router, model.config, name)
-    mixture.experts[:] = [named_as_now(expert, model) for expert in mixture.experts]
+    mixture.experts[:] = [with_current_names(expert, model) for expert in mixture.experts]
     check_experts_fit(mixture.experts, model, name)
 
 

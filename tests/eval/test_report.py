@@ -405,13 +405,6 @@ def test_a_damaged_or_newer_file_is_an_error_that_names_it(folder, name, content
     assert ("is damaged" in str(error.value)) == ("is damaged" in words)
 
 
-def test_a_damaged_line_is_an_error_that_names_it(folder):
-    path = folder / "routing_tasks.jsonl"
-    path.write_text(path.read_text().splitlines()[0] + "\n{\n")
-    with pytest.raises(InputError, match=r"routing_tasks\.jsonl, line 2, is damaged"):
-        rendered(folder)
-
-
 def test_a_mixture_without_a_router_is_not_judged(folder):
     summary = json.loads((folder / "expert_analysis.json").read_text())
     for figures in summary["tests"].values():
