@@ -1,8 +1,7 @@
-"""What a process can give up on Linux before it runs untrusted code or reads untrusted files: resources,
-privileges, writing, reading.
+"""What a process gives up on Linux before untrusted code or files: resources, privileges, writing, reading.
 
-Each function restricts the calling process and what it starts, for good. `guarded_check` calls them: `_restrict`
-for a sample's program, `_guard` and `serve` for the processes above it. Imports the standard library only,
+Each function restricts the calling process and what it starts, for good. In `eval/scoring/guarded_check`,
+`_restrict` calls them for a sample's program, `_guard` and `serve` for the processes above it. Imports the standard library only,
 so that a bare interpreter in a sandbox can use it.
 """
 
