@@ -1,8 +1,8 @@
 """What a process gives up on Linux before untrusted code or files: resources, privileges, writing, reading.
 
 Each function restricts the calling process and what it starts, for good. In `eval/scoring/guarded_check`,
-`_restrict` calls them for a sample's program, `_guard` and `serve` for the processes above it. Imports the standard library only,
-so that a bare interpreter in a sandbox can use it.
+`_restrict` calls them for a sample's program, `_guard` and `serve` for the processes above it. Imports the
+standard library only, so that a bare interpreter in a sandbox can use it.
 """
 
 from __future__ import annotations
