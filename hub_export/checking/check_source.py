@@ -180,7 +180,7 @@ def _carried_foundation(
         None, config=config, state_dict=weights, dtype=precision, output_loading_info=True
     )
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(f"the foundation in {folder} is not whole: {info}")
+        raise ValueError(f"the base model in {folder} is not whole: {info}")
     rounding.convert(foundation, precision)
     return foundation
 
@@ -191,7 +191,7 @@ def _torch_file(path: Path) -> Any:
 
 
 def _number(name: str) -> int:
-    """The number of `expert_<number>`."""
+    """Return the number of `expert_<number>`."""
     return int(name.rpartition("_")[2])
 
 

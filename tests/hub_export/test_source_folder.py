@@ -133,7 +133,10 @@ PAST_THE_DOOR = {
     "repo/writer.py": "a folder that was just written",
     "sources/json_files.py": "what the door hands it",
     "sources/source_folder.py": "the door",
+    "sources/text_files.py": "what the door hands it",
+    "restrictions.py": "paths that the kernel gets, unread",
     "staging.py": "folders that are being written",
+    "tokenizers/tokenizer_trial.py": "a copy that was just made",
 }
 # Files that open a path which the door gave them.
 OPENED_BY_THE_DOOR = {
@@ -141,7 +144,10 @@ OPENED_BY_THE_DOOR = {
     "repo/checksums.py",
     "repo/model_card.py",
     "repo/repo_files.py",
-    "repo/tokenizer_files.py",
+    "tensors/pickle_limits.py",
+    "tensors/tensor_files.py",
+    "tokenizers/tokenizer_files.py",
+    "tokenizers/tokenizer_trial.py",
     "variant.py",
 }
 
