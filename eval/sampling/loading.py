@@ -27,6 +27,7 @@ from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
 from dylora_moe.hub_export.repo import repo_config
 from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.hub_export.repo.model_size import check_mixture_size, check_model_size
 from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOptions
 from dylora_moe.hub_export.tensors.mixture import Mixture
@@ -154,6 +155,17 @@ class FoundModel:
         tokenizer_files.warn_about_missed_arguments(open_folder(self.folder), loaded)
         return loaded
 
+    def _check_size(self, config: Any) -> None:
+        """Raise InputError if the model's config asks for more than its files hold."""
+        folder = open_folder(self.folder, may_link_out=True)
+        if not self.is_mixture:
+            check_model_size(folder, config)
+            return
+        foundation = repo_config.foundation_of(self.folder, config)
+        if config.weights_layout == "adapter":
+            foundation = resolve_foundation(foundation, None, None)
+        check_mixture_size(folder, config, foundation)
+
     def load(
         self,
         *,
@@ -193,6 +205,7 @@ class FoundModel:
             if not self.trust_remote_code:
                 config = self.config if self.is_mixture else read_config(str(self.folder))
                 check_needs_no_kernels(config, self.source)
+                self._check_size(config)
                 arguments |= {} if self.is_mixture else {"config": config}
             if self.is_mixture:
                 model = loader.from_pretrained(self.folder, **arguments)

@@ -24,6 +24,8 @@ from helpers_checkpoints import (
 from safetensors.torch import load_file, save_file
 
 from dylora_moe import cli
+from dylora_moe.eval.sampling.loading import find_model
+from dylora_moe.hub_export import export
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.foundation import weights
 from dylora_moe.hub_export.readers.peft_fields import NamePatterns
@@ -240,11 +242,11 @@ def test_a_list_of_checksums_without_end(repo):
         read_checksums(repo)
 
 
-def test_a_file_of_code_of_a_million_lines_is_told_not_compared(repo, capsys):
-    (repo / "modeling_dylora_moe.py").write_text("x\n" * 1_000_000)
+def test_a_file_of_code_of_thousands_of_lines_is_told_not_compared(repo, capsys):
+    (repo / "modeling_dylora_moe.py").write_text("x\n" * 6_000)
     with pytest.raises(SystemExit):
         cli.main(["verify", str(repo)])
-    assert "modeling_dylora_moe.py has 1,000,000 lines" in capsys.readouterr().out
+    assert "modeling_dylora_moe.py has 6,000 lines" in capsys.readouterr().out
 
 
 MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
@@ -306,6 +308,28 @@ def test_a_repo_whose_model_is_endless(repo, tmp_path, command, field):
     change_foundations_config(repo, **{field: 10**12}, model_type="qwen2")
     options = {"export": ("-o", tmp_path / "out"), "merge": ("--expert", "0", "-o", tmp_path / "out")}
     refused(command, repo, *options.get(command, ()), expected=f"{field} is 1000000000000")
+
+
+@pytest.mark.parametrize("layout", ["full", "adapter", "ordinary model"])
+def test_a_model_that_is_larger_than_its_files(foundation, checkpoint, tmp_path, layout):
+    """Memory for what the files lack would be taken before it is seen that they lack it."""
+    base = source = shutil.copytree(foundation, tmp_path / "foundation")
+    if layout != "ordinary model":
+        source = tmp_path / "repo"
+        export(checkpoint, source, base_model=str(base), layout=layout, verify=False)
+    if layout == "full":
+        change_foundations_config(source, vocab_size=2**27)
+    else:
+        change_json(base / "config.json", vocab_size=2**27)
+    holder = source if layout == "full" else base
+    tensors = load_file(holder / "model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if "embed" not in key and "lm_head" not in key}
+    save_file(kept, holder / "model.safetensors", metadata={"format": "pt"})
+    expected = "asks for a model of 8,"
+    if layout != "ordinary model":
+        refused("merge", source, "--expert", "0", "-o", tmp_path / "out", expected=expected)
+    with pytest.raises(InputError, match=expected):
+        find_model(str(source)).load()
 
 
 def test_a_foundation_of_endless_layers(foundation, damaged, tmp_path):
