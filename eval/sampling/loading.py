@@ -138,10 +138,11 @@ class FoundModel:
         """Read `generation_config.json`, by field; empty where there is none.
 
         Raises:
-            InputError: it is damaged.
+            InputError: it is damaged, or larger than honest ones are.
         """
         from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
+        open_folder(self.folder, may_link_out=True).read_json("generation_config.json", required=False)
         try:
             found = read_generation_config(str(self.folder), {})
         except ValueError as error:

@@ -165,6 +165,8 @@ def _measured(node: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple
         return 1, 0
     if depth > MOST_NESTED:
         return 1, depth
+    if not node:  # of which there may be millions
+        return 1, 1
     if id(node) not in known:
         inside = [_measured(child, known, depth + 1) for child in node]
         known[id(node)] = (

@@ -39,8 +39,8 @@ SAFETENSORS_DTYPES = {
 # mapping it again takes time, which many small files that are read in turn, such as experts, are not worth.
 MAPPED_AT_ONCE = 64 * 1024**2
 SMALL_FILE = 32 * 1024**2
-# Bytes, for 200,000 tensors; safetensors itself reads up to 100 MB.
-MOST_HEADER = 32 * 1024**2
+# Bytes, for 150,000 tensors, twice those of 64 experts on 560 layers; safetensors itself reads up to 100 MB.
+MOST_HEADER = 24 * 1024**2
 
 
 def load_torch_file(path: Path) -> Any:
