@@ -15,8 +15,9 @@ from pathlib import Path
 from dylora_moe.hub_export.errors import FailureError
 
 from . import checking_process
-from .checking_process import Answer, Check, CheckingProcess, Verdict, insist
+from .checking_process import Answer, Check, CheckingProcess, Verdict, insist, keep_state
 from .guarded_check import Task
+from .process_state import own_state
 from .shortage import remedy
 
 
@@ -61,12 +62,18 @@ def run_checks(
 
     Raises:
         InputError: bubblewrap is not installed.
-        FailureError: the process that checks cannot be started, or checks cannot be set up.
+        FailureError: the process that checks cannot be started, checks cannot be set up, or a program has lowered
+            this process's own limits for good.
     """
+    state = own_state()
     with contextlib.ExitStack() as stack:
+        stack.callback(keep_state, state)  # when all have ended
         folder = Path(insist(tempfile.gettempdir))
         pool = _Pool(
-            [CheckingProcess(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))]
+            [
+                CheckingProcess(folder, number, sandbox, state, stack)
+                for number in range(min(workers, len(checks)))
+            ]
         )
         answers: dict[int, Answer] = {}
         while len(answers) < len(checks):

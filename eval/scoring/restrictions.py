@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 
 FILE_BYTES = 64 * 1024**2
@@ -28,14 +29,17 @@ LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_ADD_RULE = 445
 LANDLOCK_RESTRICT_SELF = 446
 LANDLOCK_RULE_PATH_BENEATH = 1
-WRITE_FILE = 1 << 1
+WRITE_FILE, READ_FILE = 1 << 1, 1 << 2
 # Removing and making folders, files, devices, sockets, pipes and links: bits 4 to 12.
 CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))
-# What later versions of Landlock know besides: moving between folders (2), truncating (3); TCP (4); abstract
-# sockets of, and signals to, processes outside (6).
-REFER, TRUNCATE = 1 << 13, 1 << 14
+# What later versions of Landlock know besides: moving between folders (2), truncating (3); TCP (4); settings of
+# devices (5); abstract sockets of, and signals to, processes outside (6).
+REFER, TRUNCATE, SET_DEVICES = 1 << 13, 1 << 14, 1 << 15
 BIND_AND_CONNECT_TCP = 3
 SOCKETS_AND_SIGNALS = 3
+# Where terminals and other devices lie, and what is there for every program.
+DEVICES = Path("/dev")
+HARMLESS_DEVICES = ("null", "zero", "full", "random", "urandom", "shm")
 
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 
@@ -80,10 +84,21 @@ def landlock_version() -> int:
     return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
+def prctl(option: int, *arguments: Any) -> None:
+    """Raises OSError: the kernel refuses, or does not know this."""
+    _check(_libc.prctl(option, *arguments, *[0] * (4 - len(arguments))))
+
+
+def give_up_new_privileges() -> None:
+    """Have set-user-id programs take no effect; root's capabilities stay."""
+    if sys.platform == "linux":
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
 def drop_privileges() -> None:
     """Give up root's capabilities and the effect of set-user-id programs; the user id stays."""
     if sys.platform == "linux":
-        _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        give_up_new_privileges()
         none = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits of each
         _check(_libc.capset(ctypes.byref(_CapabilityHeader(CAPABILITY_VERSION_3, 0)), none))
 
@@ -92,7 +107,8 @@ def confine(folder: str | Path) -> bool:
     """Let this process change files in `folder` only, and not read other processes' memory or environment.
 
     By Landlock, after `drop_privileges`. Where that is new enough it also refuses TCP (version 4, Linux 6.7)
-    and signals to processes outside (version 6, Linux 6.12). Everything may still be read.
+    and signals to processes outside (version 6, Linux 6.12). All files may still be read, but no terminals and
+    other devices.
 
     Returns:
         False where the kernel has no Landlock, and nothing was done.
@@ -106,9 +122,11 @@ def confine(folder: str | Path) -> bool:
     write = WRITE_FILE
     if version >= 3:
         write |= TRUNCATE
-    files = write | CHANGE_FOLDER
+    files = write | CHANGE_FOLDER | READ_FILE
     if version >= 2:
         files |= REFER
+    if version >= 5:
+        files |= SET_DEVICES
     ruleset, fields = _Ruleset(files=files), 1  # the kernel takes as many fields as its version has
     if version >= 4:
         ruleset.network, fields = BIND_AND_CONNECT_TCP, 2
@@ -118,12 +136,21 @@ def confine(folder: str | Path) -> bool:
     create = (LANDLOCK_CREATE_RULESET, ctypes.byref(ruleset), size, ctypes.c_uint32(0))
     rules = _check(_libc.syscall(*create))
     try:
-        for path, allowed in ((folder, files), (os.devnull, write)):
-            _allow(rules, path, allowed)
+        _allow(rules, folder, files & ~SET_DEVICES)
+        _allow(rules, os.devnull, write | READ_FILE)
+        for path in _readable():
+            with contextlib.suppress(OSError):  # it has gone, or this user may not look there
+                _allow(rules, path, READ_FILE)
         _check(_libc.syscall(LANDLOCK_RESTRICT_SELF, ctypes.c_int(rules), ctypes.c_uint32(0)))
     finally:
         os.close(rules)
     return True
+
+
+def _readable() -> list[Path]:
+    """All that lies in the root folder but devices, and of those the harmless ones."""
+    top = [path for path in Path("/").iterdir() if path != DEVICES and not path.is_symlink()]
+    return top + [path for name in HARMLESS_DEVICES if (path := DEVICES / name).exists()]
 
 
 def _allow(rules: int, path: str | Path, allowed: int) -> None:
@@ -155,13 +182,13 @@ def prefer_oom_kill() -> None:
 def end_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
-        _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none escapes."""
     if sys.platform == "linux":
-        _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def become_user(user: int) -> None:
