@@ -16,6 +16,7 @@ from dylora_moe.hub_export.errors import FailureError
 
 from . import checking_process
 from .checking_process import Answer, Check, CheckingProcess, Verdict, insist, keep_state
+from .folder_removal import remove_folders
 from .guarded_check import Task
 from .process_state import own_state
 from .shortage import remedy
@@ -24,6 +25,8 @@ from .shortage import remedy
 POLL_SECONDS = 1
 # So much longer than that it waits only if this machine, or this process, stood still: then time limits ran out, too.
 STANDSTILL_SECONDS = 5
+# A folder of checks that were killed together with their checking process; others change with every check.
+STALE_SECONDS = 24 * 3600
 # How often a doubtful check is made again, with nothing beside it.
 TRIES = 2
 
@@ -69,6 +72,7 @@ def run_checks(
     with contextlib.ExitStack() as stack:
         stack.callback(keep_state, state)  # when all have ended
         folder = Path(insist(tempfile.gettempdir))
+        remove_folders(folder, checking_process.PREFIX, older_than=STALE_SECONDS)
         pool = _Pool(
             [
                 CheckingProcess(folder, number, sandbox, state, stack)

@@ -37,6 +37,7 @@ ENDING_SECONDS = 5
 TROUBLE_SECONDS = 60
 # Before each further attempt at what the machine has no room for just now.
 PAUSES = (0, 1, 2, 4, 8)
+PREFIX = "dylora-moe-checks-"
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
 # An empty package in place of this one, whose own `__init__` and requirements would cost time and memory.
@@ -122,7 +123,7 @@ class CheckingProcess:
         self, folder: Path, number: int, sandbox: bool, state: dict[str, Any], stack: contextlib.ExitStack
     ):
         self.what = "the sandbox" if sandbox else "the process that checks programs"
-        self.folder, self.prefix = folder, f"dylora-moe-checks-{secrets.token_hex(8)}-"
+        self.folder, self.prefix = folder, f"{PREFIX}{secrets.token_hex(8)}-"
         self.state = state
         self.command = _command(folder, self.prefix, number, sandbox, state)
         self._start()
