@@ -17,7 +17,7 @@ import struct
 import sys
 from collections.abc import Sequence
 
-from .restrictions import give_up_new_privileges, prctl
+from dylora_moe.hub_export.restrictions import give_up_new_privileges, prctl
 
 
 # linux/seccomp.h, linux/bpf_common.h

@@ -1,7 +1,7 @@
 """Puts a repo's weights and settings beside this package's modeling code, to run them without the repo's own.
 
-Whatever of a folder makes transformers run code (its Python files, `auto_map`, `custom_generate/`, an
-adapter's config that names another model) is left behind.
+Left behind is what makes transformers run a folder's code: its Python files, `auto_map`, `custom_generate/`,
+an adapter's config that names another model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ LINKED = re.compile(
 
 
 def link_with_own_code(repo: Path | SourceFolder, folder: Path) -> None:
-    """Fill an empty folder with links to the repo's weights, its config without what names other code, and
-    this package's code.
+    """Fill an empty folder with links to a repo's weights, its config cleared of other code, and our code.
 
     Raises:
         InputError: a file of the repo lies elsewhere.

@@ -25,9 +25,9 @@ from dylora_moe.eval.scoring.check_workers import run_checks
 from dylora_moe.eval.scoring.checking_process import Answer, Check, Verdict
 from dylora_moe.eval.scoring.guarded_check import Task
 from dylora_moe.eval.scoring.process_state import own_state
-from dylora_moe.eval.scoring.restrictions import FILE_BYTES, landlock_version
 from dylora_moe.eval.scoring.syscall_filter import MACHINES
 from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.restrictions import FILE_BYTES, landlock_version
 
 
 evalplus = pytest.importorskip("evalplus")
@@ -277,8 +277,8 @@ def test_a_failure_under_changed_limits_is_not_believed():
 
 def test_a_program_whose_guard_was_ended_is_not_run_without_limits(tmp_path, monkeypatch):
     """The base tests may leave a process that ends the guard just when that has forked for the plus tests."""
-    fakes = "checking.guarded_check.os.getppid = lambda: 1\nimport checking.restrictions\n"
-    change_start(monkeypatch, fakes + "checking.restrictions.landlock_version = lambda: 5")
+    fakes = "checking.guarded_check.os.getppid = lambda: 1\nimport dylora_moe.hub_export.restrictions as restrictions\n"
+    change_start(monkeypatch, fakes + "restrictions.landlock_version = lambda: 5")
     writes = f"import posix\nposix.close(posix.open({str(tmp_path / 'written')!r}, posix.O_CREAT))\n{RIGHT}"
     with pytest.raises(FailureError):  # no program runs that way
         run([writes])
@@ -318,7 +318,7 @@ def f(x):
     with io.open("/dev/null", "w") as nowhere, io.open("/dev/urandom", "rb") as random, io.open("own", "w+") as own:
         nowhere.write(str(random.read(1)))
         own.read()
-    return x if io.open("/etc/ld.so.cache", "rb").read(1) else None
+    return x if io.open(os.__file__, "rb").read(1) else None
 """
     assert run([needs], sandbox=sandboxed)[0].base_status == "pass"
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from ..errors import DyloraMoeWarning, FailureError, InputError
 from ..foundation.reference import is_available, is_local, local_folder
+from ..repo.options import ExportOptions
 from ..sources.json_files import read_json
 from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference, Mixture
-from .options import ExportOptions
 from .tokenizer_arguments import OF_THE_LOADING_CALL
-from .tokenizer_battery import behaviour, describe, differences, text_differences
+from .tokenizer_comparison import behaviour, describe, differences, text_differences
 from .tokenizer_files import (
     TOKENIZER_CONFIG,
     copy_tokenizer,
@@ -64,7 +64,7 @@ class FoundTokenizer:
 
 def open_tokenizer(
     origin: str,
-    folder: SourceFolder,
+    folder: str | Path | SourceFolder,
     base_config: Any,
     foundation: str | None,
     trust_remote_code: bool = False,
@@ -82,6 +82,7 @@ def open_tokenizer(
 
     config = PreTrainedConfig() if base_config is None else copy.deepcopy(base_config)
     config._name_or_path = foundation or ""
+    folder = open_folder(folder)
     tokenizer = load_tokenizer(folder, config, trust_remote_code)
     warn_about_missed_arguments(folder, tokenizer)
     return FoundTokenizer(
@@ -167,13 +168,13 @@ def _compare_with_foundations(found: FoundTokenizer, foundation: FoundationRefer
     moved = [token for token, id_ in expected.items() if vocabulary.get(token) != id_]
     if 2 * len(moved) > len(expected):
         raise InputError(
-            f"the tokenizer in {found.folder} has {len(moved)} of the {len(expected)} tokens of the foundation's own "
+            f"the tokenizer in {found.folder} has {len(moved)} of the {len(expected)} tokens of the base model's own "
             f"({own.folder}) not at all, or under other ids; a file of it may be missing, or pass one with --tokenizer"
         )
     texts = text_differences(found.behaviour, own.behaviour)
     if texts:
         message = (
-            f"the tokenizer in {found.folder}, which the repo gets, is not the foundation's ({own.folder}): "
+            f"the tokenizer in {found.folder}, which the repo gets, is not the base model's ({own.folder}): "
             f"{describe(texts[0], found.behaviour, own.behaviour)}; --tokenizer chooses"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
@@ -211,13 +212,13 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
         )
     if num_embeddings is not None and len(tokenizer) > num_embeddings:
         message = (
-            f"the tokenizer has {len(tokenizer)} tokens, the foundation embeds {num_embeddings}: the rest cannot be read by "
+            f"the tokenizer has {len(tokenizer)} tokens, the base model embeds {num_embeddings}: the rest cannot be read by "
             "the model"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
     elif num_embeddings is not None and len(tokenizer) < LEAST_SHARE * num_embeddings:
         message = (
-            f"the tokenizer of {found.origin} has {len(tokenizer)} tokens, and the foundation embeds {num_embeddings}: a file "
+            f"the tokenizer of {found.origin} has {len(tokenizer)} tokens, and the base model embeds {num_embeddings}: a file "
             "of it may be missing"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
@@ -259,7 +260,7 @@ def unchanged_behaviour(found: FoundTokenizer) -> dict[str, Any] | None:
         _declare_class(folder, UNCHANGED)
         from transformers import PreTrainedConfig
 
-        return behaviour(load_tokenizer(folder, PreTrainedConfig()), found.origin)
+        return behaviour(load_tokenizer(folder, PreTrainedConfig(), is_unknown=False), found.origin)
 
 
 def _version() -> str:
@@ -288,13 +289,13 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
     first = None
     for write in (_write_copy, _write_class, _write_saved):
         write(found, folder)
-        written = behaviour(load_tokenizer(folder, config), found.origin)
+        written = behaviour(load_tokenizer(folder, config, is_unknown=False), found.origin)
         wrong = differences(written, found.behaviour)
         if not wrong:
             return
         first = first or describe(wrong[0], written, found.behaviour)
     raise FailureError(
-        f"the tokenizer of {found.origin} cannot be written so that it gives the same tokens apart from its foundation: {first}; "
+        f"the tokenizer of {found.origin} cannot be written so that it gives the same tokens apart from its base model: {first}; "
         "pass another one with --tokenizer"
     )
 
