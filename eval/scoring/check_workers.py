@@ -15,7 +15,7 @@ from pathlib import Path
 from dylora_moe.hub_export.errors import FailureError
 
 from . import checking_process
-from .checking_process import Answer, Check, CheckingProcess, Verdict, insist, keep_state
+from .checking_process import Answer, Check, CheckingProcess, Verdict, insist, keep_limits
 from .folder_removal import remove_folders
 from .guarded_check import Task
 from .process_state import own_state
@@ -70,7 +70,7 @@ def run_checks(
     """
     state = own_state()
     with contextlib.ExitStack() as stack:
-        stack.callback(keep_state, state)  # when all have ended
+        stack.callback(keep_limits, state)  # when all have ended
         folder = Path(insist(tempfile.gettempdir))
         remove_folders(folder, checking_process.PREFIX, older_than=STALE_SECONDS)
         pool = _Pool(

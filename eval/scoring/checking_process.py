@@ -24,7 +24,7 @@ from dylora_moe.hub_export.errors import FailureError, one_line
 
 from .folder_removal import remove_folders
 from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, READY, Task
-from .process_state import own_state, restore_state
+from .process_state import LIMITS, own_state, restore_limits
 from .sandbox import PROCESSES, WRITABLE, sandbox_user, sandboxed
 from .shortage import remedy
 
@@ -136,7 +136,7 @@ class CheckingProcess:
         return self.asked is not None and time.monotonic() - self.asked > CHECK_SECONDS
 
     def ask(self, check: Check) -> None:
-        keep_state(self.state)
+        keep_limits(self.state)
         if not self.is_ready:
             self._wait_until_ready()
         given = None if check.task is self.task else tuple(check.task)
@@ -209,7 +209,7 @@ class CheckingProcess:
         raise FailureError(f"{self.what} does not start: {_cause(b''.join(said).decode(errors='replace'))}")
 
     def _start(self) -> None:
-        keep_state(self.state)
+        keep_limits(self.state)
         self.is_ready, self.task, self.asked = False, None, None
         self.process = insist(self._popen)
 
@@ -241,18 +241,18 @@ def insist(action: Callable[[], T]) -> T:
     raise FailureError(f"programs cannot be checked: {one_line(refused)}; {advice}") from refused
 
 
-def keep_state(state: dict[str, Any]) -> None:
-    """Undo what a program that was checked has done to the limits and the priority of this process.
+def keep_limits(state: dict[str, Any]) -> None:
+    """Undo what a program that was checked has done to the limits of this process.
 
     Raises:
         FailureError: it cannot be undone.
     """
     try:
-        restore_state(state)
+        restore_limits(state)
     except (OSError, ValueError) as error:
         now = own_state()
         changed = ", ".join(
-            f"{name} is {now[name]}, was {was}" for name, was in state.items() if now[name] != was
+            f"{name} is {now[name]}, was {state[name]}" for name in LIMITS if now[name] != state[name]
         )
         raise FailureError(
             f"a program that was checked has changed what this command may use ({changed}), and that cannot be undone "
@@ -319,4 +319,4 @@ def _cause(text: str) -> str:
     return (exceptions or lines[-1:] or ["it ended without a word"])[0].strip()
 
 
-__all__ = ["Answer", "Check", "CheckingProcess", "Verdict", "insist", "keep_state"]
+__all__ = ["Answer", "Check", "CheckingProcess", "Verdict", "insist", "keep_limits"]

@@ -40,7 +40,7 @@ from dylora_moe.hub_export.restrictions import (
 )
 
 from .folder_removal import empty_folder, remove_folder
-from .process_state import own_state, restore_state
+from .process_state import own_state, restore_limits
 from .syscall_filter import filter_calls
 
 
@@ -145,9 +145,10 @@ def serve(
         private: folders that no other process writes to, in a sandbox; then shared memory is its own, too.
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
-        state: the limits and priority that this process must have, whatever a program did to its parent's.
+        state: has the limits that this process must have, whatever a program did to its parent's.
     """
-    restore_state(state)
+    restore_limits(state)
+    state = own_state()
     prefer_oom_kill()
     if user is not None:
         become_user(user)

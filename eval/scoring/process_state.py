@@ -24,19 +24,14 @@ def own_state() -> dict[str, Any]:
     return state
 
 
-def restore_state(wanted: dict[str, Any]) -> None:
-    """Give this process the limits, priority, scheduling and cores of an earlier `own_state`.
+def restore_limits(wanted: dict[str, Any]) -> None:
+    """Give this process the resource limits of an earlier `own_state`.
+
+    Its priority and cores stay, which a user may change meanwhile.
 
     Raises:
-        OSError, ValueError: this user may not.
+        OSError, ValueError: this user may not raise a limit that was lowered.
     """
-    state = own_state()
-    for name in [name for name, value in wanted.items() if state[name] != value]:
-        if name in LIMITS:
-            resource.setrlimit(LIMITS[name], tuple(wanted[name]))
-        elif name == "priority":
-            os.setpriority(os.PRIO_PROCESS, 0, wanted[name])
-        elif name == "scheduling":
-            os.sched_setscheduler(0, wanted[name], os.sched_param(0))
-        else:  # those that the machine still lets it have
-            os.sched_setaffinity(0, wanted[name])
+    for name, limit in LIMITS.items():
+        if list(resource.getrlimit(limit)) != wanted[name]:
+            resource.setrlimit(limit, tuple(wanted[name]))

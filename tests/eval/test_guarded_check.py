@@ -267,7 +267,7 @@ def test_limits_that_cannot_be_restored_are_an_error(monkeypatch):
     before = {**own_state(), "RLIMIT_FSIZE": [1, 1]}
     monkeypatch.setattr(process_state.resource, "setrlimit", refuse)
     with pytest.raises(FailureError, match=r"RLIMIT_FSIZE is .*, was \[1, 1\]\), and that cannot be undone"):
-        checking_process.keep_state(before)
+        checking_process.keep_limits(before)
 
 
 def test_a_failure_under_changed_limits_is_not_believed():
