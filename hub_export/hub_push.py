@@ -17,6 +17,7 @@ from .repo.repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_fi
 from .sources.hub_and_folders import is_hub_id
 from .sources.hub_errors import find_token, hub_errors
 from .sources.json_files import read_json
+from .sources.source_folder import SourceFolder, open_folder
 
 
 Progress = Callable[[str], None]
@@ -68,15 +69,16 @@ def push(
         progress: is told what is being done.
 
     Raises:
-        InputError: not a complete exported repo; its foundation is a folder of this machine; no token, or one
+        InputError: not a complete exported repo; its base model is a folder of this machine; no token, or one
             that may not write there; the Hub repo holds another model.
         FailureError: no network, or the Hub failed.
     """
-    folder, tell = Path(repo), progress or (lambda message: None)
+    folder, tell = open_folder(repo), progress or (lambda message: None)
     _check_names(hub_id, revision)
     content = repo_files(folder)
     check_foundation(folder, content)
-    _check_card(folder / "README.md")
+    if "README.md" in content.files:
+        _check_card(folder / "README.md")
     token = find_token(token)
     notes = [note for note in [content.note(), _licence_note(content)] if note]
     for note in notes:
@@ -103,7 +105,7 @@ def push(
     return PushResult(url, full_id, commit, branch, is_private, content.layout, content.files, deleted, notes)
 
 
-def check_foundation(folder: Path, content: RepoFiles) -> None:
+def check_foundation(folder: SourceFolder, content: RepoFiles) -> None:
     """Check that others find the foundation by its name: those who load the repo, or one expert with PEFT.
 
     Raises:
@@ -112,12 +114,12 @@ def check_foundation(folder: Path, content: RepoFiles) -> None:
     _check_foundation(folder / "config.json", content.config, needed=content.layout == "adapter")
     for file in content.files:
         if file.endswith("/adapter_config.json"):
-            _check_foundation(folder / file, read_json(folder / file), needed=True)
+            _check_foundation(folder / file, folder.read_json(file), needed=True)
 
 
 def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
     name = fields.get("base_model_name_or_path")
-    way_out = "export again with --base_model and the foundation's id on the Hub (org/name)"
+    way_out = "export again with --base_model and the base model's id on the Hub (org/name)"
     if name is None and not needed:
         return
     if not isinstance(name, str) or not name:
@@ -136,8 +138,6 @@ def _check_card(path: Path) -> None:
     """Check the metadata, which the Hub would refuse after the repo had been created."""
     from huggingface_hub.repocard import metadata_load
 
-    if path.is_symlink() or not path.is_file():
-        return
     try:
         metadata_load(path)
     except Exception as error:  # yaml's own kinds, ValueError, UnicodeDecodeError
@@ -162,7 +162,7 @@ def _check_names(hub_id: str, revision: str | None) -> None:
 def _licence_note(content: RepoFiles) -> str | None:
     if content.layout != "full":
         return None
-    name = content.config.get("base_model_name_or_path") or "the foundation, which the config does not name"
+    name = content.config.get("base_model_name_or_path") or "the base model, which the config does not name"
     return (
         f"layout full: the weights of {name} go along, and its licence applies to them wherever they go; "
         "layout adapter leaves them where they are"
@@ -234,11 +234,11 @@ def _foundation_notes(api: Any, config: dict[str, Any]) -> list[str]:
     except errors.RevisionNotFoundError:
         return [f"{name} has no revision {revision}, so this repo cannot be loaded as it is"]
     except errors.RepositoryNotFoundError:
-        return [f"the foundation {name} is not on the Hub for this token; those who load this repo need it"]
+        return [f"the base model {name} is not on the Hub for this token; those who load this repo need it"]
     if info.private:
-        return [f"the foundation {name} is private; those who load this repo must be able to read it"]
+        return [f"the base model {name} is private; those who load this repo must be able to read it"]
     if info.gated:
-        return [f"the foundation {name} is gated; those who load this repo must have access"]
+        return [f"the base model {name} is gated; those who load this repo must have access"]
     return []
 
 
@@ -252,7 +252,7 @@ def _stale(on_hub: list[str], content: RepoFiles) -> list[str]:
     )
 
 
-def _content(folder: Path, file: str, hub_id: str) -> str | bytes:
+def _content(folder: SourceFolder, file: str, hub_id: str) -> str | bytes:
     """Give the file's path; of the card, the text with the examples naming the repo as others will."""
     if file != "README.md":
         return str(folder / file)
@@ -260,7 +260,9 @@ def _content(folder: Path, file: str, hub_id: str) -> str | bytes:
     return restate(card, hub_id).encode("utf-8", errors="surrogateescape")
 
 
-def _commit(api: Any, folder: Path, hub_id: str, branch: str, files: list[str], deleted: list[str]) -> str:
+def _commit(
+    api: Any, folder: SourceFolder, hub_id: str, branch: str, files: list[str], deleted: list[str]
+) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [CommitOperationAdd(file, _content(folder, file, hub_id)) for file in files]

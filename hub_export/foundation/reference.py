@@ -35,16 +35,22 @@ def resolve_foundation(
         revision = reference.revision
     if not name:
         raise InputError(
-            f"{reference.named_in or 'the source'} names no foundation; pass it with --base_model"
+            f"{reference.named_in or 'the source'} names no base model; pass it with --base_model"
         )
     if not isinstance(name, str):
         raise InputError(
-            f"{reference.named_in} names {name!r} as the foundation, which is no folder or Hub id"
+            f"{reference.named_in} names {name!r} as the base model, which is no folder or Hub id"
         )
     named_in = reference.named_in if base_model is None else None
     path = _local_folder(name, named_in)
     if path is not None:
-        return FoundationReference(str(path), None, named_in, reference.vocab_size)
+        return FoundationReference(
+            str(path),
+            None,
+            named_in,
+            reference.vocab_size,
+            comes_with_source=named_in is not None and _comes_with(path, name, named_in),
+        )
     if not is_hub_id(name):
         where = "--base_model" if base_model is not None else f"named in {named_in}"
         why = (
@@ -53,7 +59,7 @@ def resolve_foundation(
             else "does not exist here"
         )
         raise InputError(
-            f"the foundation {name} ({where}) {why}; pass its folder or Hub id with --base_model"
+            f"the base model {name} ({where}) {why}; pass its folder or Hub id with --base_model"
         )
     return FoundationReference(name, revision, named_in, reference.vocab_size)
 
@@ -72,14 +78,22 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
     return None
 
 
+def _comes_with(path: Path, name: str, named_in: Path) -> bool:
+    """Whether a foundation's folder belongs to the source that names it: it lies in it, or beside it by a relative name."""
+    home = named_in.resolve().parent
+    return home in path.parents or (path != Path(name).expanduser() and home.parent in path.parents)
+
+
 def open_foundation(reference: FoundationReference) -> SourceFolder:
-    """Open a foundation's folder. The user vouches for it: often it consists of links to another disk.
+    """Open a foundation's folder.
+
+    One of this machine may consist of links to another disk; one that comes with the source may not.
 
     Raises:
         InputError: it is gone, or this user may not look into it.
     """
     try:
-        return open_folder(reference.name, may_link_out=True)
+        return open_folder(reference.name, may_link_out=not reference.comes_with_source)
     except InputError as error:
         raise InputError(not_loaded(reference, error)) from error
 
@@ -104,7 +118,7 @@ def in_hub_cache(reference: FoundationReference) -> SourceFolder | None:
         return None
     if not isinstance(config, str):  # it is not there, or known not to be on the Hub either
         return None
-    folder = open_folder(Path(config).parent, may_link_out=True)
+    folder = open_folder(Path(config).parent)
     return folder if has_all_weights(folder) else None
 
 
@@ -128,7 +142,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     if is_local(reference):
-        open_foundation(reference)
+        open_foundation(reference) / "config.json"
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         is_mixture = stored.get("model_type") == "dylora_moe"
@@ -137,7 +151,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(not_loaded(reference, error)) from error
     raise InputError(
-        f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model"
+        f"{reference.name} is itself an exported mixture; pass the plain base model with --base_model"
     )
 
 
@@ -167,7 +181,7 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
         raise InputError(
-            f"the foundation {reference.name} has no weights for {missing[0]}"
+            f"the base model {reference.name} has no weights for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + "; pass a complete one with --base_model"
         )
@@ -182,7 +196,7 @@ def not_loaded(reference: FoundationReference, error: Exception) -> str:
     at = f" at revision {reference.revision}" if reference.revision else ""
     named = f" (named in {reference.named_in})" if reference.named_in else ""
     return (
-        f"the foundation {reference.name}{at}{named} cannot be loaded: {why}; "
+        f"the base model {reference.name}{at}{named} cannot be loaded: {why}; "
         "pass another folder or Hub id with --base_model"
     )
 
@@ -227,7 +241,7 @@ def _check_stack_fits(
         raise InputError(f"{where} adapts {parameter} in {name}. {error}") from error
     if shape is None:
         raise InputError(
-            f"{where} adapts {parameter}, which the foundation {name} does not have; pass the model it was trained on with "
+            f"{where} adapts {parameter}, which the base model {name} does not have; pass the model it was trained on with "
             "--base_model"
         )
     found = (layer.num_stacked, layer.in_features, layer.out_features)

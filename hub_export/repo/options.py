@@ -19,15 +19,14 @@ LAYOUTS = ("full", "adapter")
 
 @dataclass
 class ExportOptions(ReadOptions):
-    """What a user may choose; None leaves what the source says, or the default. The fields are `export`'s
-    arguments, those of `SourceOptions` among them.
+    """The options of `export`, those of `SourceOptions` included; None leaves the source's, or the default.
 
     Raises:
         InputError: a value that is none of those there are.
     """
 
-    base_revision: Annotated[str | None, "The foundation's revision."] = None
-    layout: Annotated[str, "full, or adapter: the foundation stays where it is."] = "full"
+    base_revision: Annotated[str | None, "The base model's revision."] = None
+    layout: Annotated[str, "full, or adapter: the base model stays where it is."] = "full"
     routing_strategy: Annotated[str | None, "The repo's default strategy."] = None
     router_mode: Annotated[str | None, "auto, dense or sparse."] = None
     router_input: Annotated[str | None, "base, experts_sum, or none: no router."] = None

@@ -144,7 +144,7 @@ def write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _os_error(error: SafetensorError, path: Path) -> Exception:
-    """The system's error that safetensors puts into words, as an `OSError` again."""
+    """Turn safetensors' words for a system error back into an `OSError`."""
     found = re.search(r"os error (\d+)", str(error))
     if found is None:
         return FailureError(f"{path.name} cannot be written: {one_line(error)}")
@@ -152,8 +152,7 @@ def _os_error(error: SafetensorError, path: Path) -> Exception:
 
 
 def write_shards(folder: Path, tensors: dict[str, StoredTensor], max_shard_size: str) -> list[Path]:
-    """`model.safetensors`, or with more than `max_shard_size` several files and their index, named as on the
-    Hub.
+    """Write `model.safetensors`, or, beyond `max_shard_size`, shards and their index, named as on the Hub.
 
     Raises:
         InputError: `max_shard_size` is no size such as "5GB".
