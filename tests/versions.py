@@ -34,7 +34,8 @@ CORE = {
         "trainer_checkpoint", "whole_model",
     ),
     "eval": (
-        "benchmark", "expert_analysis", "expert_figures", "generation_options", "last_position", "peft_moe", "report",
+        "benchmark", "benchmark_models", "benchmark_resuming", "evalplus_bridge", "expert_analysis", "expert_figures",
+        "generation_options", "last_position", "peft_moe", "report_figures", "report_folder", "report_page",
         "routing_analysis", "scoring", "statistics", "stock_evalplus", "wandb_tables",
     ),
     "front_door": ("cli", "cli_eval", "missing_packages"),
