@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, MixtralConfig
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
 from dylora_moe.hub_export.checking import peft_layers
 from dylora_moe.hub_export.checking.check_source import ADAPTERS, reference
+from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -388,7 +389,7 @@ def test_the_check_leaves_gates_alone_that_no_expert_adapts(tmp_path):
     nemotron().save_pretrained(tmp_path / "base")
     targets = ["experts.up_proj", "experts.down_proj"]
     adapter = write_new_adapter(tmp_path / "new", tmp_path / "base", nemotron(), targets)
-    source = reference(ADAPTERS, [adapter], str(tmp_path / "base"), None, None, {}, None)
+    source = reference(ADAPTERS, [open_folder(adapter)], str(tmp_path / "base"), None, None, {}, None)
     layer = source.model.get_submodule("base_model.model.model.layers.1.mixer")
     assert hasattr(layer.gate, "e_score_correction_bias") and isinstance(layer.experts, ParamWrapper)
 
