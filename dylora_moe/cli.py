@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,9 @@ from dylora_moe.cli_common import (
     err,
     given,
     out,
+    plain_logging,
     print_json,
+    print_lines,
     progress,
     size,
     span,
@@ -206,7 +209,7 @@ def verify(
     else:
         marks = {True: "ok", False: "WRONG", None: "-"}
         for finding in result.findings:
-            out.print(f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", markup=False)
+            print_lines(out, f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", indent=" " * 7)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -321,6 +324,10 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     err.print(f"warning: {' '.join(str(message).split())}", markup=False)
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, where: Any) -> None:
+    print_lines(err, "".join(traceback.format_exception(kind, error, where)))
+
+
 INTERRUPTED = 130
 
 
@@ -333,13 +340,14 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_logging():
             _quiet()
             code = app(args=cli_eval.spread(arguments), prog_name="dylora-moe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
         if debug:
+            sys.excepthook = _show_traceback
             raise
         code = _report(error)
     if code == INTERRUPTED:  # typer has this code for it, too

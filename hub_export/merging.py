@@ -22,6 +22,7 @@ from .repo.repo_config import foundation_of, load_config
 from .repo.tokenizer import open_tokenizer, write_tokenizer
 from .repo.tokenizer_files import has_tokenizer
 from .repo.writer import make_readable, write_generation_config
+from .shown_text import as_markdown, as_markdown_code
 from .sources.hub_and_folders import is_on_hub, open_source_folder
 from .sources.source_folder import SourceFolder
 from .staging import check_output, staged_folder
@@ -101,7 +102,7 @@ def merge(
     merged.to(stored)
     merged.config.dtype = stored
     merged.config.name_or_path = ""
-    card = _card(Path(output_dir).resolve().name, name, config, foundation)
+    card = _card(Path(output_dir).resolve().name, name, merged.config.model_type, foundation)
     with staged_folder(Path(output_dir), False, _is_replaceable) as place:
         tell("writing the model")
         _write(place, merged, card)
@@ -110,7 +111,9 @@ def merge(
             write_tokenizer(found, place, merged.config)
         make_readable(place)
         tell("loading what was written")
-        again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        again = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         _check_same(again, merged)
         difference_of_files = float((_logits(again, rows) - expected).abs().max())
         if not math.isfinite(difference_of_files):
@@ -238,7 +241,7 @@ def _foundation(folder: SourceFolder, config: Any, base_model: str | None) -> Fo
     return named
 
 
-def _card(name: str, expert: str, config: Any, foundation: FoundationReference) -> str:
+def _card(name: str, expert: str, model_type: str, foundation: FoundationReference) -> str:
     from huggingface_hub import ModelCardData
 
     base_model = foundation.name if is_on_hub(foundation.name) else None
@@ -252,8 +255,8 @@ def _card(name: str, expert: str, config: Any, foundation: FoundationReference) 
         license_link=None if licence is None else licence.license_link,
     )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
-        f"The {config.base_config.model_type} model `{Path(foundation.name or 'unnamed').name}` with the LoRA expert `{expert}` "
-        "of a mixture folded into its weights: an ordinary model that needs no code of its own. The foundation's licence "
-        "applies to it.\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {as_markdown(name)}\n\n"
+        f"The {as_markdown(model_type)} model {as_markdown_code(Path(foundation.name or 'unnamed').name)} with the LoRA "
+        f"expert {as_markdown_code(expert)} of a mixture folded into its weights: an ordinary model that needs no code of "
+        "its own. The foundation's licence applies to it.\n"
     )

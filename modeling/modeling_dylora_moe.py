@@ -79,7 +79,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         if config.base_config is None:
             raise ValueError("The config has no `base_config`, so there is no foundation to build.")
         if foundation is None:
-            foundation = AutoModelForCausalLM.from_config(config.base_config)
+            # Without the argument, transformers asks at the terminal whether to run a config's own code.
+            foundation = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
         self.foundation = foundation
         # Of the input of each expert's A. They are modules, which trainers look for to switch dropout off.
         self.expert_dropouts = nn.ModuleList(

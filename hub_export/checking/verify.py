@@ -25,6 +25,7 @@ from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
 from ..repo.repo_files import needed_weights
 from ..repo.tokenizer_files import has_tokenizer
+from ..shown_text import printable, shortened
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
@@ -37,17 +38,21 @@ from .verify_tokenizer import check_tokenizer, compare_with_source
 
 
 MOST_DIFFERING_LINES = 40
+LONGEST_DETAIL = 100_000  # characters
 # What may be said of the export that is checked; its layout is in the repo's config.
 OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
 
 
 @dataclass
 class Finding:
-    """One thing that was looked at. `passed` is None where it was not."""
+    """One thing that was looked at. `passed` is None where it was not. `detail` may have several lines."""
 
     what: str
     passed: bool | None
     detail: str
+
+    def __post_init__(self):
+        self.detail = printable(shortened(self.detail, LONGEST_DETAIL), keep="\n")
 
 
 @dataclass
