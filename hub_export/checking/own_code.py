@@ -7,20 +7,18 @@ adapter's config that names another model) is left behind.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from ..sources.source_folder import open_folder
+from ..sources.source_folder import SourceFolder, open_folder
 
 
-LINKED = (
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "generation_config.json",
-    "experts/*/*.safetensors",
+LINKED = re.compile(
+    r"[^/]+\.safetensors|model\.safetensors\.index\.json|generation_config\.json|experts/[^/]+/[^/]+\.safetensors"
 )
 
 
-def link_with_own_code(repo: Path, folder: Path) -> None:
+def link_with_own_code(repo: Path | SourceFolder, folder: Path) -> None:
     """Fill an empty folder with links to the repo's weights, its config without what names other code, and
     this package's code.
 
@@ -31,8 +29,7 @@ def link_with_own_code(repo: Path, folder: Path) -> None:
     from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP, save_code
 
     source = open_folder(repo)
-    for path in sorted(path for pattern in LINKED for path in repo.glob(pattern)):
-        name = path.relative_to(repo)
+    for name in filter(LINKED.fullmatch, source.files()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to((source / name).resolve())
     config = without_code_elsewhere(source.read_json("config.json"))

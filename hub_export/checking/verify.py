@@ -24,7 +24,6 @@ from ..repo.checksums import FILE, covered_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
 from ..repo.repo_files import needed_weights
-from ..repo.tokenizer_files import has_tokenizer
 from ..shown_text import printable, shortened
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
@@ -32,6 +31,7 @@ from ..sources.source_options import ReadOptions
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
+from ..tokenizers.tokenizer_files import has_tokenizer
 from ..unknown_options import refuse_unknown
 from .check import check_export
 from .verify_tokenizer import check_tokenizer, compare_with_source
@@ -130,7 +130,7 @@ def _files(folder: SourceFolder, config: Any) -> Finding:
     Saving the model writes neither a card nor a tokenizer.
     """
     code = [name for name in _code_files() if name != "__init__.py"]
-    weights = needed_weights(folder.path, folder.read_json("config.json"))
+    weights = needed_weights(folder, folder.read_json("config.json"))
     needed = ["config.json", "generation_config.json", *code, *sorted(weights)]
     missing = [name for name in needed if not folder.has(name)]
     strategy = stored_routing_strategy(folder, config)
@@ -196,7 +196,7 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 
 def _checksums(folder: SourceFolder, config: Any) -> Finding:
     """Compare files with what was exported."""
-    stored = read_checksums(folder.path)
+    stored = read_checksums(folder)
     if stored is None:
         return Finding("checksums", None, f"not compared: there is no {FILE}")
     wrong = []
@@ -205,7 +205,7 @@ def _checksums(folder: SourceFolder, config: Any) -> Finding:
             wrong.append(f"{name} is missing")
         elif sha256(folder / name) != digest:
             wrong.append(f"{name} is not what was exported")
-    wrong += [f"{name} was not exported" for name in covered_files(folder.path) if name not in stored]
+    wrong += [f"{name} was not exported" for name in covered_files(folder) if name not in stored]
     if wrong:
         return Finding("checksums", False, "; ".join(wrong))
     return Finding("checksums", True, f"{len(stored)} files are what was exported")
@@ -220,7 +220,7 @@ def _code_files() -> dict[str, Path]:
 def _code(folder: SourceFolder, config: Any) -> Finding:
     """Check that every Python file is this package's, and that `auto_map` names nothing that lies elsewhere."""
     ours, wrong = _code_files(), []
-    theirs = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*.py")}
+    theirs = {name for name in folder.files() if name.endswith(".py")}
     for name in sorted(theirs | ours.keys()):
         is_empty = not folder.has(name) or (folder / name).stat().st_size == 0
         if is_empty and (name not in ours or name == "__init__.py"):
