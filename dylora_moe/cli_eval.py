@@ -13,6 +13,7 @@ import typer
 from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
 from dylora_moe.cli_old_options import option_name, translate
 from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions
+from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -211,7 +212,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in known:
-                known[what] = bars.add_task(what, total=total or None)
+                known[what] = bars.add_task(one_printable_line(what), total=total or None)
                 if not err.is_terminal and is_main_process():
                     err.print(what, markup=False)
             bars.update(known[what], completed=done, total=total or None)

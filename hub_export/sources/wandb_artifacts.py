@@ -28,6 +28,7 @@ NOT_INSTALLED = f"W&B needs the wandb SDK, which is not installed: {how_to_insta
 LOGIN = "log in with `wandb login`, or set WANDB_API_KEY"
 # What `wandb init`, `wandb online` and `wandb offline` write into a folder's settings.
 OF_A_FOLDER = {"entity", "project", "mode"}
+OWN_SERVER = "https://api.wandb.ai"  # of W&B, which older releases wrote there, too
 NAME = re.compile(r"(?!\.{1,2}$)[^/\\#?%:\s\0-\x1f][^/\\#?%:\r\n\0-\x1f]{0,127}")
 
 
@@ -193,9 +194,7 @@ def _check_folder_settings(path: Path, wandb: Any) -> None:
         found = dict(parser.items("default")) if parser.has_section("default") else {}
     except (OSError, ValueError, configparser.Error) as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}; remove it") from None
-    if (
-        found.get("base_url") == wandb.Settings().base_url
-    ):  # W&B's own server, which the SDK would take anyway
+    if found.get("base_url") in (wandb.Settings().base_url, OWN_SERVER):
         del found["base_url"]
     others = sorted(found.keys() - OF_A_FOLDER)
     if others:
