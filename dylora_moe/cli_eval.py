@@ -181,7 +181,7 @@ def _show(result: Any, show: Callable, folder: Path, project: str | None, as_jso
         else:
             show(result, out)
             if report is not None:
-                out.print(f"report: {report}", markup=False)
+                out.print(f"report: {report}")
 
 
 def _log(folder: Path, project: str | None) -> None:
@@ -214,7 +214,7 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
             if what not in known:
                 known[what] = bars.add_task(one_printable_line(what), total=total or None)
                 if not err.is_terminal and is_main_process():
-                    err.print(what, markup=False)
+                    err.print(what)
             bars.update(known[what], completed=done, total=total or None)
 
         yield tell

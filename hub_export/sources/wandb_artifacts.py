@@ -194,8 +194,8 @@ def _check_folder_settings(path: Path, wandb: Any) -> None:
         found = dict(parser.items("default")) if parser.has_section("default") else {}
     except (OSError, ValueError, configparser.Error) as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}; remove it") from None
-    if found.get("base_url") in (wandb.Settings().base_url, OWN_SERVER):
-        del found["base_url"]
+    if os.environ.get("WANDB_BASE_URL") or found.get("base_url") in (wandb.Settings().base_url, OWN_SERVER):
+        found.pop("base_url", None)
     others = sorted(found.keys() - OF_A_FOLDER)
     if others:
         raise InputError(

@@ -280,6 +280,7 @@ def test_settings_of_the_working_folder_may_not_send_the_key_elsewhere(
     sdk, tmp_path, monkeypatch, case, place
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     (tmp_path / place).mkdir()
     (tmp_path / place / "settings").write_text(f"[default]\n{REDIRECTING[case]}\n")
     with pytest.raises(
@@ -299,6 +300,9 @@ def test_settings_that_wandbs_own_commands_write_are_taken(sdk, tmp_path, monkey
     ):
         (tmp_path / "wandb" / "settings").write_text(content)
         assert wandb_artifacts.sdk().__name__ == "wandb"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8")  # which goes before the file's
+    (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    wandb_artifacts.sdk()
 
 
 @pytest.mark.slow
