@@ -15,11 +15,11 @@ from .foundation.whole_weights import check_whole_weights
 from .readers.open_source import open_source
 from .repo.plan import check_fit
 from .sources.hub_and_folders import is_elsewhere
-from .sources.source_folder import SourceFolder
+from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions, SourceOptions
 from .tensors.mixture import Expert, FoundationReference, Mixture, Router, idle_experts
 from .tensors.weight_files import stored_tensors, weight_files
-from .tokenizers.tokenizer_files import has_tokenizer
+from .tokenizers.tokenizer_files import has_tokenizer, tokenizer_files
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -205,6 +205,9 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     """Find the folder that an export would take it from.
 
     A named foundation may have it where the source brings its own.
+
+    Raises:
+        InputError: a file of the source's own is a link that leads out of it, which an export refuses.
     """
     try:
         _, foundation = _place(mixture.foundation, base_model)
@@ -215,7 +218,18 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     found = next((folder for folder in places if has_tokenizer(folder)), None)
     if found is None and not elsewhere:
         missing.append(f"no tokenizer in {', '.join(map(str, places))}; pass one with --tokenizer")
-    return None if found is None else str(found)
+    if found is None:
+        return None
+    if found is foundation:
+        try:
+            tokenizer_files(
+                open_folder(found.path)
+            )  # of a tokenizer, an export follows no link that leads out
+        except InputError as error:
+            missing.append(str(error))
+    else:
+        tokenizer_files(found)
+    return str(found)
 
 
 def _gate_parameters(mixture: Mixture) -> int:

@@ -86,8 +86,7 @@ def mirror_push(
     aliases: tuple[str, ...] = ("latest",),
     progress: Progress | None = None,
 ) -> MirrorPushResult:
-    """Log an exported repo as an artifact of type `model`, in a run of its own, in the user's own mode
-    (WANDB_MODE).
+    """Log an exported repo as an artifact of type `model`, in a run of its own, in the mode of WANDB_MODE.
 
     Args:
         repo: an exported repo, of either layout. Nothing but the repo's files goes along.

@@ -88,8 +88,9 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         )
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
-        self._wrap_modules(config.adapted_modules(), config)
-        self._wrap_parameters(config.adapted_parameters(), config)
+        layouts = config.rank_layouts()
+        self._wrap_modules(config.adapted_modules(), layouts)
+        self._wrap_parameters(config.adapted_parameters(), layouts)
         self._describe_foundation()
         self.router = None
         if config.has_router:
@@ -195,7 +196,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Store what every pass needs to know about the foundation."""
         text_config = self.config.get_text_config(decoder=True)
         self.num_layers_per_stream = len(DynamicCache(config=text_config).layers)
-        layers = self.expert_layers().values()
+        layers = self.unnamed_expert_layers()
         adapts_gates = any(isinstance(layer, DyloraMoeFoundationGate) for layer in layers)
         if adapts_gates or self.config.adapted_parameters():
             # Neither is compiled: a gate's own forward, and the loop over stacked experts that have tokens.
@@ -223,7 +224,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         # The foundation, a model of its own, initialises the modules inside it, but does not know expert
         # layers: without this they would stay uninitialised memory.
         super().initialize_weights()
-        for layer in self.expert_layers().values():
+        for layer in self.unnamed_expert_layers():
             layer.initialize_experts()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import inspect
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from evalplus.provider.utility import extra_eos_for_direct_completion, make_raw_
 from transformers import StoppingCriteriaList
 
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.staging import staged_file
 
 from .data import Benchmark
 
@@ -174,10 +174,10 @@ def write_samples(
         for noted in (written, written.with_suffix(".raw.jsonl")):
             noted.unlink()  # EvalPlus would add to them
         texts = iter(sanitize(programs))
-        write(written, lambda code, entrypoint: next(texts))
-        # The samples last: where they are, the raw ones are.
-        os.replace(written.with_suffix(".raw.jsonl"), path.with_suffix(".raw.jsonl"))
-        os.replace(written, path)
+        raw = staged_file(path.with_suffix(".raw.jsonl"), written.with_suffix(".raw.jsonl"))
+        # The samples are put in place last: where they are, the raw ones are.
+        with staged_file(path, written), raw:
+            write(written, lambda code, entrypoint: next(texts))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -91,8 +91,7 @@ class FoundModel:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """SHA-256 by file of everything that decides what the model computes, its foundation's files
-        included."""
+        """SHA-256 by file of what decides what the model computes, its foundation's files included."""
         return mixture_hashes(self.folder, self.config) if self.is_mixture else file_hashes(self.folder)
 
     @property

@@ -19,8 +19,7 @@ LINKED = re.compile(
 
 
 def link_with_own_code(repo: Path | SourceFolder, folder: Path) -> None:
-    """Fill an empty folder with links to the repo's weights, its config without what names other code, and
-    this package's code.
+    """Fill an empty folder with links to a repo's weights, its config cleared of other code, and our code.
 
     Raises:
         InputError: a file of the repo lies elsewhere.

@@ -23,7 +23,7 @@ from ..readers.open_source import open_source
 from ..repo.checksums import FILE, covered_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
-from ..repo.repo_files import needed_weights
+from ..repo.repo_files import needed_code, needed_weights
 from ..shown_text import printable, shortened
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
@@ -127,11 +127,13 @@ def verify(
 def _files(folder: SourceFolder, config: Any) -> Finding:
     """Look for what every repo needs to be loaded by its own.
 
-    Saving the model writes neither a card nor a tokenizer.
+    Saving the model writes neither a card nor a tokenizer. Which code a repo needs, its own config and code say: it may
+    be that of another version.
     """
-    code = [name for name in _code_files() if name != "__init__.py"]
-    weights = needed_weights(folder, folder.read_json("config.json"))
-    needed = ["config.json", "generation_config.json", *code, *sorted(weights)]
+    stored = folder.read_json("config.json")
+    code = needed_code(folder, stored, folder.has)
+    weights = needed_weights(folder, stored)
+    needed = ["config.json", "generation_config.json", *sorted(code), *sorted(weights)]
     missing = [name for name in needed if not folder.has(name)]
     strategy = stored_routing_strategy(folder, config)
     if missing:
@@ -228,7 +230,7 @@ def _code(folder: SourceFolder, config: Any) -> Finding:
         if name not in ours:
             wrong.append(f"{name} is no file of this package's")
         elif not folder.has(name):
-            wrong.append(f"{name} is missing")
+            wrong.append(f"{name} of this package is not there")
         elif (folder / name).read_bytes() != ours[name].read_bytes():
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
     for name in ("config.json", "tokenizer_config.json"):

@@ -1,9 +1,8 @@
-"""What the checkpoints of one training run have in common: how alpha, the gate and its settings are stored,
-and where else in the run the same expert lies.
+"""What checkpoints of one training run share: where alpha, the gate, its settings and other copies lie.
 
-    <run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
-    <run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
-    <run>/checkpoint-<step>/                   earlier and later states of the same experts
+<run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
+<run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
+<run>/checkpoint-<step>/                   earlier and later states of the same experts
 """
 
 from __future__ import annotations

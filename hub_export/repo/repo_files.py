@@ -106,7 +106,7 @@ def repo_files(folder: str | Path | SourceFolder, follow_links: bool = False) ->
 
     check_is_exported_repo(repo)
     config = repo.read_json("config.json")
-    needed = {"config.json", *needed_weights(repo, config), *_code(repo, config, is_file)}
+    needed = {"config.json", *needed_weights(repo, config), *needed_code(repo, config, is_file)}
     for file in sorted(needed):
         if is_file(file):
             continue
@@ -129,8 +129,7 @@ def is_tokenizer_file(path: str) -> bool:
 
 
 def may_be_stale(path: str) -> bool:
-    """Whether an export may have written this path, so that another export that lacks it replaces it with
-    nothing.
+    """Say whether an export may have written this path, so that an export that lacks it removes it.
 
     Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """
@@ -180,8 +179,8 @@ def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
     return files
 
 
-def _code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
-    """Follow the files that `auto_map` names, and those that they import, as the Hub's loader does.
+def needed_code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
+    """List the files of code that a repo needs: what `auto_map` names and what that imports, as the Hub's loader does.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
     repo.

@@ -64,7 +64,7 @@ class FoundTokenizer:
 
 def open_tokenizer(
     origin: str,
-    folder: SourceFolder,
+    folder: str | Path | SourceFolder,
     base_config: Any,
     foundation: str | None,
     trust_remote_code: bool = False,
@@ -82,6 +82,7 @@ def open_tokenizer(
 
     config = PreTrainedConfig() if base_config is None else copy.deepcopy(base_config)
     config._name_or_path = foundation or ""
+    folder = open_folder(folder)
     tokenizer = load_tokenizer(folder, config, trust_remote_code)
     warn_about_missed_arguments(folder, tokenizer)
     return FoundTokenizer(
@@ -259,7 +260,7 @@ def unchanged_behaviour(found: FoundTokenizer) -> dict[str, Any] | None:
         _declare_class(folder, UNCHANGED)
         from transformers import PreTrainedConfig
 
-        return behaviour(load_tokenizer(folder, PreTrainedConfig()), found.origin)
+        return behaviour(load_tokenizer(folder, PreTrainedConfig(), is_unknown=False), found.origin)
 
 
 def _version() -> str:
@@ -288,7 +289,7 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
     first = None
     for write in (_write_copy, _write_class, _write_saved):
         write(found, folder)
-        written = behaviour(load_tokenizer(folder, config), found.origin)
+        written = behaviour(load_tokenizer(folder, config, is_unknown=False), found.origin)
         wrong = differences(written, found.behaviour)
         if not wrong:
             return

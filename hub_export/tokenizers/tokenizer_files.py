@@ -21,6 +21,7 @@ from ..sources.hub_and_folders import is_hub_id
 from ..sources.json_files import read_json
 from ..sources.source_folder import SourceFolder, open_folder
 from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
+from .tokenizer_trial import try_tokenizer
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -99,6 +100,7 @@ def load_tokenizer(
     config: Any = None,
     trust_remote_code: bool = False,
     name: str | None = None,
+    is_unknown: bool = True,
 ) -> Any:
     """Load a tokenizer as stock transformers does beside a model of this config.
 
@@ -108,9 +110,11 @@ def load_tokenizer(
         trust_remote_code: run the tokenizer's own code, where `auto_map` names some.
         name: the model's, where the config is that of the folder; by it transformers knows some whose files
             name a wrong class.
+        is_unknown: False for one that was made here of one that was loaded; others are tried in a confined process
+            first.
 
     Raises:
-        InputError: there is none, it is damaged, or it needs code of its own that is not trusted.
+        InputError: there is none, it is damaged, takes too long for a short text, or it needs code of its own that is not trusted.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -133,6 +137,8 @@ def load_tokenizer(
                 Path(directory, "config.json"),
                 {"model_type": config.model_type, "transformers_version": version},
             )
+            if is_unknown:
+                try_tokenizer(Path(directory), config)
             tokenizer = AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
     except InputError:
         raise

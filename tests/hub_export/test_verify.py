@@ -137,6 +137,20 @@ def test_what_is_wrong_is_named(repo, case):
     assert not result.passed and passed is False and message in detail
 
 
+def test_a_repo_of_another_version_is_whole_with_its_own_code(repo):
+    """Its code differs from this package's. What counts as missing is what its own code imports."""
+    cache = "cache_dylora_moe"
+    for path in repo.glob("*.py"):
+        path.write_text(path.read_text().replace(f"from .{cache} import", "from .older_dylora_moe import"))
+    (repo / f"{cache}.py").rename(repo / "older_dylora_moe.py")
+    found = findings(verify(repo))
+    assert found["files"][0] and found["code"][0] is False
+    assert f"{cache}.py of this package is not there" in found["code"][1]
+    assert "older_dylora_moe.py is no file of this package's" in found["code"][1]
+    (repo / "older_dylora_moe.py").unlink()
+    assert findings(verify(repo))["files"] == (False, "lacks older_dylora_moe.py")
+
+
 SAVE_AGAIN = """
 import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
