@@ -144,7 +144,7 @@ def plain_logging() -> Iterator[None]:
 
 
 def print_lines(console: Console, text: str, indent: str = "") -> None:
-    """Print a text of several lines; `indent` goes before all but the first, none of which passes for one."""
+    """Print a text of several lines; all but the first are indented, so that none passes for a line of ours."""
     first, *others = text.split("\n")
     for line in [first, *(f"{indent}{other}" for other in others)]:
         console.print(line)
