@@ -32,7 +32,7 @@ class BenchmarkOptions(SourceOptions):
     """
 
     adapter_path: Annotated[
-        list[str] | None, "Adapter folders, an expert each; --model is then the foundation."
+        list[str] | None, "Adapter folders, an expert each; --model is then the base model."
     ] = None
     backend: Annotated[str | None, "hf: what transformers loads; peft_moe: what is exported first."] = None
     n_samples: Annotated[int, "Samples a task."] = 1

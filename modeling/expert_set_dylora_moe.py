@@ -229,7 +229,7 @@ class ExpertSetMixin:
         return message
 
     def merge_expert(self, expert: int | str) -> PreTrainedModel:
-        """Fold one expert into a copy of the foundation, and return this model of transformers."""
+        """Merge one expert into a copy of the foundation, and return this model of transformers."""
         return merge_expert(self, expert)
 
     def _check_parameters(self, config: DyloraMoeConfig) -> None:
@@ -273,14 +273,14 @@ class ExpertSetMixin:
 def _check_shape(name: str, given: torch.Tensor, needed: torch.Tensor) -> None:
     if given.shape != needed.shape:
         raise ValueError(
-            f"{name} is of shape {tuple(given.shape)}, and this foundation needs {tuple(needed.shape)}. It was trained "
-            "on a foundation of other shapes."
+            f"{name} is of shape {tuple(given.shape)}, and this base model needs {tuple(needed.shape)}. It was trained "
+            "on a base model of other shapes."
         )
 
 
 @torch.no_grad()
 def merge_expert(model, expert: int | str):
-    """Fold one expert into a copy of the foundation (W + s B A), and return this model of transformers.
+    """Merge one expert into a copy of the foundation (W + s B A), and return this model of transformers.
 
     Raises:
         ValueError: no such expert, or the foundation is quantised or offloaded, so that W cannot be added to.

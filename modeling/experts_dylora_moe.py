@@ -121,7 +121,7 @@ def refuse_recomputation() -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "An expert layer is recomputed in a backward pass and cannot know the experts of its forward pass: switch "
-            "checkpointing on by `gradient_checkpointing_enable()` of the whole model, not of its foundation, and not "
+            "checkpointing on by `gradient_checkpointing_enable()` of the whole model, not of `model.foundation`, and not "
             "by a wrapper around layers (FSDP's activation checkpointing)."
         )
 

@@ -77,7 +77,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self._is_resized = False
         self._recomputes_layers = False  # gradient checkpointing; torch.compile cannot ask every module
         if config.base_config is None:
-            raise ValueError("The config has no `base_config`, so there is no foundation to build.")
+            raise ValueError("The config has no `base_config`, so there is no base model to build.")
         if foundation is None:
             # Without the argument, transformers asks at the terminal whether to run a config's own code.
             foundation = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
@@ -110,14 +110,14 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Load a model as `PreTrainedModel.from_pretrained` does, with the foundation frozen.
 
         Args:
-            base_model: the folder or Hub id of the foundation of a repo of layout `adapter`, instead of the
+            base_model: the folder or Hub id of the base model of a repo of layout `adapter`, instead of the
                 one in its config; the loaded model's config has this one.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
             routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`),
                 instead of the repo's; a number in `single:<number>` counts the loaded experts.
 
         Raises:
-            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of
+            ValueError: no such expert or strategy, a base model that is missing (`FoundationError`) or of
                 other shapes, a damaged file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path
@@ -131,7 +131,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         needs_custom_state_dict = is_adapter or (location is not None and experts is not None)
         if base_model is not None and not is_adapter:
             raise ValueError(
-                "`base_model` is for repos of layout `adapter`; this one holds its own foundation."
+                "`base_model` is for repos of layout `adapter`; this one holds its own base model."
             )
         generation_config = None
         if location is not None:  # read here, since transformers ignores a damaged file

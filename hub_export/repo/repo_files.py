@@ -151,7 +151,7 @@ def needed_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
 
 
 def _full_weights(folder: SourceFolder) -> set[str]:
-    """The one file, or the index and the shards that it names."""
+    """List the one file, or the index and the shards that it names."""
     weight_map = read_index(folder, "model.safetensors")
     if weight_map is None:
         return {"model.safetensors"}
@@ -163,7 +163,7 @@ def _full_weights(folder: SourceFolder) -> set[str]:
 
 
 def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
-    """A PEFT folder for every expert, and the router."""
+    """List the files of a PEFT folder for every expert, and the router."""
     experts = config.get("expert_configs")
     experts = experts if isinstance(experts, list) and experts else [None]
     files = set()

@@ -17,7 +17,7 @@ class SourceOptions:
     are of the first source, where there are several.
     """
 
-    base_model: Annotated[str | None, "The foundation: a folder or a Hub id."] = None
+    base_model: Annotated[str | None, "The base model: a folder or a Hub id."] = None
     lora_alpha: Annotated[float | None, "Alpha, where it is not stored."] = None
     revision: Annotated[str | None, "The source's revision on the Hub."] = None
     subfolder: Annotated[str | None, "Which checkpoint, where the source holds several."] = None

@@ -96,7 +96,7 @@ def test_a_foundations_name_is_one_line_and_json_has_escapes(run, foundation, tm
     name = f"{HOSTILE}\nnote: nothing is missing"
     change_json(adapter / "adapter_config.json", base_model_name_or_path=name)
     _, lines = run("inspect", adapter)
-    assert any(line.startswith(f"foundation: {SHOWN}\\nnote: nothing") for line in lines)
+    assert any(line.startswith(f"base model: {SHOWN}\\nnote: nothing") for line in lines)
     _, lines = run("inspect", adapter, "--json")
     assert json.loads("\n".join(lines))["foundation"]["name"] == name
 

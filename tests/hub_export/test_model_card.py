@@ -64,7 +64,7 @@ def test_a_foundation_on_the_hub_is_named(tmp_path, foundation):
     card = card_of(tmp_path / "repo")
     assert card.data.base_model == "nobody/small-llama" and card.data.license is None
     assert "[nobody/small-llama](https://huggingface.co/nobody/small-llama)" in card.text
-    assert "is not part of this repo" in card.text and "share of the foundation" not in card.text
+    assert "is not part of this repo" in card.text and "share of the base model" not in card.text
 
 
 def evalplus_results(path, passed, tasks=4):
@@ -272,7 +272,7 @@ def test_a_merged_models_card_is_neither(repo, tmp_path):
     merge(repo, expert=1, output_dir=tmp_path / "honest")
     cards = [(tmp_path / name / "README.md").read_text() for name in ("hostile", "honest")]
     assert elements(cards[0]) == elements(cards[1])
-    assert f"with the LoRA expert `{entries[1]['name']}` of a mixture folded into its weights: an" in cards[1]
+    assert f"with the LoRA expert `{entries[1]['name']}` of a mixture merged into its weights: an" in cards[1]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ DAMAGES = {
             repo, "model.safetensors", lambda t: t.pop("foundation.model.norm.weight")
         ),
         "safetensors",
-        "model.norm.weight of the foundation is missing",
+        "model.norm.weight of the base model is missing",
     ),
     "a gate of another size": (
         lambda repo: change_weights(
@@ -199,9 +199,9 @@ def test_a_model_saved_again_passes(tmp_path, repo, checkpoint):
 
 
 CHANGES = {
-    "foundation.model.norm.weight": (None, "lacks model.norm.weight of its foundation"),
-    "foundation.model.layers.1.self_attn.v_proj.base_layer.weight": (torch.ones(3, 3), "v_proj.weight of its foundation is [3, 3]"),
-    "foundation.model.extra.weight": (torch.ones(2), "holds model.extra.weight, which its foundation"),
+    "foundation.model.norm.weight": (None, "lacks model.norm.weight of its base model"),
+    "foundation.model.layers.1.self_attn.v_proj.base_layer.weight": (torch.ones(3, 3), "v_proj.weight of its base model is [3, 3]"),
+    "foundation.model.extra.weight": (torch.ones(2), "holds model.extra.weight, which its base model"),
     "foundation.model.layers.0.mlp.up_proj.lora_A": (torch.ones(4, 32), "nothing that its config.json speaks of"),
     "router.gate.scale": (torch.ones(3), "nothing that its config.json speaks of"),
 }  # fmt: skip
