@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
+from ..sources.source_folder import SourceFolder
 
 
 FILE = "SHA256SUMS"
@@ -43,6 +44,24 @@ def replace_covered(folder: Path, name: str, text: str) -> None:
         checksums[name] = sha256(folder / name)
         lines = [f"{digest}  {file}\n" for file, digest in checksums.items()]
         (folder / FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def differing_files(folder: SourceFolder) -> list[str] | None:
+    """Say which covered files are not what was exported; None where there is no list of checksums.
+
+    Raises:
+        InputError: the list is damaged, or a file lies elsewhere.
+    """
+    stored = read_checksums(folder.path)
+    if stored is None:
+        return None
+    wrong = []
+    for name, digest in stored.items():
+        if not folder.has(name):
+            wrong.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            wrong.append(f"{name} is not what was exported")
+    return wrong + [f"{name} was not exported" for name in covered_files(folder.path) if name not in stored]
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:

@@ -65,6 +65,14 @@ WEIGHTS = re.compile(
     r"|experts/[^/]+/adapter_(config\.json|model\.safetensors)"
 )
 CODE = re.compile(r"\w+_dylora_moe\.py")
+# What loaders look for in a model's folder. Beside a repo's own files such a one runs code, applies an adapter, or
+# takes the place of config, weights or tokenizer.
+OPENED_BY_LOADERS = re.compile(
+    r"custom_generate/?|adapter_(config\.json|model\..+)|(config|tokenizer)\.[^/]+\.json"
+    r"|(video_preprocessor|audio_tokenizer)_config\.json|params\.json|modules\.json"
+    r"|[^/]+\.(safetensors|index\.json|model|tiktoken)|(pytorch_model|consolidated)[^/]*|tokenizer\.model\.[^/]+"
+    r"|tf_model\.h5|flax_model\.msgpack"
+)
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 # What git and Python leave in a repo's folder.
@@ -115,14 +123,24 @@ def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
                 f"{folder / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
             )
         raise InputError(f"{folder} is not a complete repo: {file} is missing")
-    optional = [
-        path.relative_to(folder).as_posix()
-        for path in [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
-    ]
-    wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
-    files = needed | {file for file in wanted if is_file(folder, file)}
+    files = needed | {file for file in _optional(folder) if is_file(folder, file)}
     layout = config.get("weights_layout", "full")
     return RepoFiles(sorted(files), _others(folder, files), layout, config)
+
+
+def other_files(folder: Path, config: dict[str, Any]) -> list[str]:
+    """List what lies in a repo's folder and is not the repo's, which may lack files.
+
+    Raises:
+        InputError: config or index name what is no weight file.
+    """
+    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, _is_file)}
+    return _others(folder, needed | _optional(folder))
+
+
+def is_opened_by_loaders(path: str) -> bool:
+    """Whether loaders of models or tokenizers look for such a file, or a folder whose name ends in `/`."""
+    return OPENED_BY_LOADERS.fullmatch(path) is not None
 
 
 def is_tokenizer_file(path: str) -> bool:
@@ -136,6 +154,13 @@ def may_be_stale(path: str) -> bool:
     Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """
     return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
+
+
+def _optional(folder: Path) -> set[str]:
+    """List descriptions and the tokenizer's files, as far as they are there."""
+    paths = [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
+    names = {path.relative_to(folder).as_posix() for path in paths}
+    return {name for name in names if name in DESCRIPTIONS or is_tokenizer_file(name)}
 
 
 def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
