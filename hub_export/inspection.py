@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import InputError
 from .foundation.reference import load_foundation_config, local_folder, resolve_foundation
-from .foundation.weights import foundation_weights, skeleton, tied_head
+from .foundation.weights import carried_weights, foundation_weights, skeleton, tied_head
 from .foundation.whole_weights import check_whole_weights
 from .readers.open_source import open_source
 from .repo.plan import check_fit
@@ -179,6 +179,8 @@ def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str]
     try:
         model = skeleton(mixture.foundation_config if carried else load_foundation_config(reference))
         check_fit(mixture, model, replace(reference, name=foundation.name))
+        if carried:
+            carried_weights(mixture.foundation_weights, model, mixture.folders[0])
         if any(expert.whole_weights for expert in mixture.experts):
             check_whole_weights(mixture.experts, model, foundation_weights(reference, model), foundation.name)
     except InputError as error:
