@@ -1,8 +1,8 @@
 """Training checkpoints in, Hub repos out. A command of the same name calls each public function.
 
 Read `exporter` first: one export from its options to the checked repo. The folders follow its order:
-`sources` finds, `readers` read into what `tensors` hold, `foundation` is the base model, `repo` writes,
-`checking` compares. `staging` makes folders and files appear atomically. Names are imported when they are
+`sources` finds, `readers` read into what `tensors` hold, `foundation` is the base model, `tokenizers` find and
+keep the tokenizer, `repo` writes, `checking` compares. `staging` makes folders and files appear atomically. Names are imported when they are
 first used.
 """
 

@@ -27,7 +27,6 @@ from .repo.plan import Plan
 from .repo.repo_config import is_exported_repo
 from .repo.repo_files import KEPT_FILES, is_replaceable
 from .repo.results import Score, read_scores
-from .repo.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 from .repo.writer import (
     make_readable,
     write_adapter,
@@ -35,8 +34,10 @@ from .repo.writer import (
     write_full,
     write_generation_config,
 )
+from .sources.source_folder import open_folder
 from .staging import check_output, staged_folder
 from .tensors.mixture import Mixture, idle_experts
+from .tokenizers.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 
 
 def export(
@@ -168,9 +169,10 @@ def _write(
     Raises:
         OSError: the disk is full, or the file system refuses.
     """
+    old = open_folder(output) if output.is_dir() else None
     for name in KEPT_FILES:
-        if (output / name).is_file():
-            shutil.copyfile(output / name, folder / name)
+        if old is not None and old.has(name):
+            shutil.copyfile(old / name, folder / name)
     if options.layout == "full":
         write_full(folder, mixture, plan.config, plan.weights, options.torch_dtype, options.max_shard_size)
     else:
@@ -188,7 +190,9 @@ def _write(
         licence=foundation_licence(plan.foundation) or stored_licence(mixture),
         results=scores,
     )
-    (folder / "README.md").write_text(keep_edits(card, output / "README.md"), encoding="utf-8")
+    (folder / "README.md").write_text(
+        keep_edits(card, None if old is None else old / "README.md"), encoding="utf-8"
+    )
     write_checksums(folder)
     make_readable(folder)
 

@@ -17,6 +17,7 @@ from .repo.repo_files import RepoFiles, is_opened_by_loaders, is_tokenizer_file,
 from .sources.hub_and_folders import is_hub_id
 from .sources.hub_errors import find_token, hub_errors
 from .sources.json_files import read_json
+from .sources.source_folder import SourceFolder, open_folder
 
 
 Progress = Callable[[str], None]
@@ -72,11 +73,12 @@ def push(
             that may not write there; the Hub repo holds another model.
         FailureError: no network, or the Hub failed.
     """
-    folder, tell = Path(repo), progress or (lambda message: None)
+    folder, tell = open_folder(repo), progress or (lambda message: None)
     _check_names(hub_id, revision)
     content = repo_files(folder)
     check_foundation(folder, content)
-    _check_card(folder / "README.md")
+    if "README.md" in content.files:
+        _check_card(folder / "README.md")
     token = find_token(token)
     notes = [note for note in [content.note(), _licence_note(content)] if note]
     for note in notes:
@@ -105,7 +107,7 @@ def push(
     return PushResult(url, full_id, commit, branch, is_private, content.layout, content.files, deleted, notes)
 
 
-def check_foundation(folder: Path, content: RepoFiles) -> None:
+def check_foundation(folder: SourceFolder, content: RepoFiles) -> None:
     """Check that others find the foundation by its name: those who load the repo, or one expert with PEFT.
 
     Raises:
@@ -114,7 +116,7 @@ def check_foundation(folder: Path, content: RepoFiles) -> None:
     _check_foundation(folder / "config.json", content.config, needed=content.layout == "adapter")
     for file in content.files:
         if file.endswith("/adapter_config.json"):
-            _check_foundation(folder / file, read_json(folder / file), needed=True)
+            _check_foundation(folder / file, folder.read_json(file), needed=True)
 
 
 def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
@@ -138,8 +140,6 @@ def _check_card(path: Path) -> None:
     """Check the metadata, which the Hub would refuse after the repo had been created."""
     from huggingface_hub.repocard import metadata_load
 
-    if path.is_symlink() or not path.is_file():
-        return
     try:
         metadata_load(path)
     except Exception as error:  # yaml's own kinds, ValueError, UnicodeDecodeError
@@ -262,7 +262,7 @@ def _opened_notes(on_hub: list[str], known: set[str]) -> list[str]:
     return [f"{few(opened)} on the Hub is not the repo's, and loaders open such files, too; delete it there"]
 
 
-def _content(folder: Path, file: str, hub_id: str) -> str | bytes:
+def _content(folder: SourceFolder, file: str, hub_id: str) -> str | bytes:
     """Give the file's path; of the card, the text with the examples naming the repo as others will."""
     if file != "README.md":
         return str(folder / file)
@@ -270,7 +270,9 @@ def _content(folder: Path, file: str, hub_id: str) -> str | bytes:
     return restate(card, hub_id).encode("utf-8", errors="surrogateescape")
 
 
-def _commit(api: Any, folder: Path, hub_id: str, branch: str, files: list[str], deleted: list[str]) -> str:
+def _commit(
+    api: Any, folder: SourceFolder, hub_id: str, branch: str, files: list[str], deleted: list[str]
+) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [CommitOperationAdd(file, _content(folder, file, hub_id)) for file in files]

@@ -14,12 +14,12 @@ from .foundation.weights import carried_weights, foundation_weights, skeleton, t
 from .foundation.whole_weights import check_whole_weights
 from .readers.open_source import open_source
 from .repo.plan import check_fit
-from .repo.tokenizer_files import has_tokenizer
 from .sources.hub_and_folders import is_elsewhere
 from .sources.source_folder import SourceFolder
 from .sources.source_options import ReadOptions, SourceOptions
 from .tensors.mixture import Expert, FoundationReference, Mixture, Router, idle_experts
 from .tensors.weight_files import stored_tensors, weight_files
+from .tokenizers.tokenizer_files import has_tokenizer
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -20,13 +20,14 @@ from .foundation.reference import is_local, not_loaded, resolve_foundation
 from .repo.model_card import foundation_licence
 from .repo.options import DTYPES, torch_dtype
 from .repo.repo_config import foundation_of, load_config
-from .repo.tokenizer import open_tokenizer, write_tokenizer
-from .repo.tokenizer_files import has_tokenizer
+from .repo.repo_files import repo_files
 from .repo.writer import make_readable, write_generation_config
 from .sources.hub_and_folders import is_on_hub, open_source_folder
 from .sources.source_folder import SourceFolder
 from .staging import check_output, staged_folder
 from .tensors.mixture import FoundationReference
+from .tokenizers.tokenizer import open_tokenizer, write_tokenizer
+from .tokenizers.tokenizer_files import has_tokenizer
 
 
 @dataclass
@@ -68,7 +69,8 @@ def merge(
         dtype: what the model is saved in; the foundation's own, if left out. The sum is formed in float32.
 
     Raises:
-        InputError: no such expert, a foundation that cannot be had, or an output folder that is not empty.
+        InputError: no complete repo, no such expert, a foundation that cannot be had, or an output folder that
+            is not empty.
         FailureError: the merged model, or what was written of it, does not compute what the expert does.
     """
     from transformers import AutoModelForCausalLM
@@ -79,6 +81,7 @@ def merge(
     check_output(Path(output_dir), False, _is_replaceable)
     folder = open_source_folder(repo)
     config = load_config(folder)
+    repo_files(folder, follow_links=True)  # transformers would follow links and index entries that lead out
     if folder.path.resolve() in Path(output_dir).resolve().parents:
         raise InputError(f"{output_dir} lies in the repo {folder}; choose another output folder")
     try:
@@ -107,7 +110,7 @@ def merge(
         tell("writing the model")
         _write(place, merged, card)
         if has_tokenizer(folder):
-            found = open_tokenizer(str(folder), folder.path, merged.config, foundation.name)
+            found = open_tokenizer(str(folder), folder, merged.config, foundation.name)
             write_tokenizer(found, place, merged.config)
         make_readable(place)
         tell("loading what was written")

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from .errors import InputError, few
@@ -19,6 +19,7 @@ from .repo.options import ExportOptions
 from .repo.repo_config import is_exported_repo
 from .repo.repo_files import RepoFiles, is_replaceable, repo_files
 from .sources.hub_and_folders import is_on_hub
+from .sources.source_folder import SourceFolder, open_folder
 from .sources.wandb_artifacts import (
     ArtifactName,
     cached,
@@ -85,8 +86,7 @@ def mirror_push(
     aliases: tuple[str, ...] = ("latest",),
     progress: Progress | None = None,
 ) -> MirrorPushResult:
-    """Log an exported repo as an artifact of type `model`, in a run of its own, in the user's own mode
-    (WANDB_MODE).
+    """Log an exported repo as an artifact of type `model`, in a run of its own, in the mode of WANDB_MODE.
 
     Args:
         repo: an exported repo, of either layout. Nothing but the repo's files goes along.
@@ -98,7 +98,7 @@ def mirror_push(
         InputError: not a complete exported repo; a bad name; no SDK; no API key, or one that is not accepted.
         FailureError: no network, or W&B failed.
     """
-    folder, tell = Path(repo), progress or (lambda message: None)
+    folder, tell = open_folder(repo), progress or (lambda message: None)
     name = parse_name(artifact, version=False)
     content = repo_files(folder)
     wandb = sdk()
@@ -128,7 +128,7 @@ def mirror_push(
 
 def _log(
     wandb: Any,
-    folder: Path,
+    folder: SourceFolder,
     name: ArtifactName,
     files: list[str],
     metadata: dict[str, Any],
@@ -181,7 +181,7 @@ def _private_settings(wandb: Any) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in wandb.Settings.model_fields}
 
 
-def _metadata(folder: Path, content: RepoFiles) -> dict[str, Any]:
+def _metadata(folder: SourceFolder, content: RepoFiles) -> dict[str, Any]:
     from dylora_moe.version import __version__
 
     config = content.config
@@ -250,13 +250,14 @@ def mirror_pull(
                 _keep_the_repo(content, result)
             return result
         folder = cached(found, artifact)
-    source = folder.joinpath(*parts)
-    if not source.is_dir():
+    fetched = open_folder(folder, artifact)
+    if not fetched.has_folder(PurePath(*parts)):
         raise InputError(f"{artifact} holds no folder {subfolder}")
+    source = fetched.folder(PurePath(*parts))
     if is_exported_repo(source):
         _refuse(options, artifact)
         with staged_folder(final, overwrite, is_replaceable) as content:
-            shutil.copytree(source, content, dirs_exist_ok=True)
+            shutil.copytree(source.path, content, dirs_exist_ok=True)
             _keep_the_repo(content, result)
         return result
     if subfolder:

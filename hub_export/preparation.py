@@ -10,8 +10,8 @@ from .errors import DyloraMoeWarning, InputError
 from .repo.options import ExportOptions
 from .repo.plan import Plan, make_plan, renew_config
 from .repo.router_prompts import read_prompts, router_from_prompts
-from .repo.tokenizer import FoundTokenizer, check_vocabulary, find_tokenizer
 from .tensors.mixture import Mixture, check_expert_names
+from .tokenizers.tokenizer import FoundTokenizer, check_vocabulary, find_tokenizer
 
 
 def prepare(

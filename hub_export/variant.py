@@ -1,5 +1,4 @@
-"""A second folder of an exported repo with another default strategy or router mode, sharing the weights on
-disk.
+"""A second folder of an exported repo with another default strategy or router mode; weights are shared.
 
 Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode.
 """

@@ -32,11 +32,12 @@ from dylora_moe.hub_export.foundation.reference import not_loaded, resolve_found
 from dylora_moe.hub_export.readers import exported_repo, merged_model, training_run
 from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
-from dylora_moe.hub_export.repo import repo_config, tokenizer
+from dylora_moe.hub_export.repo import repo_config
 from dylora_moe.hub_export.repo.checksums import differing_files, sha256
 from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOptions
 from dylora_moe.hub_export.tensors.mixture import Mixture
+from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
 from ..options import DTYPES
@@ -97,8 +98,7 @@ class FoundModel:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """SHA-256 by file of everything that decides what the model computes, its foundation's files
-        included."""
+        """SHA-256 by file of what decides what the model computes, its foundation's files included."""
         return mixture_hashes(self.folder, self.config) if self.is_mixture else file_hashes(self.folder)
 
     @property
@@ -157,8 +157,8 @@ class FoundModel:
     def load_tokenizer(self) -> Any:
         """Load the tokenizer."""
         name = None if self.is_mixture else self.source
-        loaded = tokenizer.load_tokenizer(self.folder, None, self.trust_remote_code, name)
-        tokenizer.warn_about_missed_arguments(self.folder, loaded)
+        loaded = tokenizer_files.load_tokenizer(self.folder, None, self.trust_remote_code, name)
+        tokenizer_files.warn_about_missed_arguments(open_folder(self.folder), loaded)
         return loaded
 
     def load(
@@ -347,7 +347,7 @@ def _exported(found: list[FoundSource], options: SourceOptions, trust_remote_cod
     # What a checkpoint does not say itself may be in its run's best model and state, beside it.
     content = [
         (
-            file_hashes(source.folder.path),
+            file_hashes(source.folder),
             training_run.best_model_config(source.folder)[1],
             [sha256(path) for path in training_run.state_files(source.folder)],
         )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dylora_moe.hub_export.repo.checksums import sha256
 from dylora_moe.hub_export.repo.repo_files import NOT_COMPUTED_WITH
 from dylora_moe.hub_export.sources.hub_and_folders import NAMES
+from dylora_moe.hub_export.sources.source_folder import SourceFolder, open_folder
 
 from .run_record import RUN_FILE
 
@@ -27,27 +28,28 @@ WHERE_THE_FOUNDATION_LIES = {
 }
 
 
-def file_hashes(folder: Path, by_date: tuple[str, ...] = ()) -> dict[str, str]:
+def file_hashes(folder: Path | SourceFolder, by_date: tuple[str, ...] = ()) -> dict[str, str]:
     """Hash every file of a model's folder, by its path in it.
 
     Left out is what a person may write beside a model, what training leaves behind and nothing ever opens,
     and folders of benchmarks.
 
     Args:
+        folder: a path may hold links to other folders: hashes tell nothing of what lies there.
         by_date: suffixes of files of which size and time of the last change are taken instead of the content.
     """
+    opened = open_folder(folder, may_link_out=True)
     hashes = {}
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    benchmarks = {path.parent for path in paths if path.name == RUN_FILE} - {folder}
-    for path in paths:
-        name = path.relative_to(folder)
-        if benchmarks.intersection(path.parents):
+    names = [PurePath(name) for name in opened.files()]
+    benchmarks = {name.parent for name in names if name.name == RUN_FILE} - {PurePath()}
+    for name in names:
+        if benchmarks.intersection(name.parents):
             continue
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if hidden or path.name in NOT_COMPUTED_WITH or any(path.match(pattern) for pattern in NAMES):
+        if hidden or name.name in NOT_COMPUTED_WITH or any(name.match(pattern) for pattern in NAMES):
             continue
-        dated = path.suffix in by_date
-        hashes[name.as_posix()] = _size_and_date(path) if dated else sha256(path)
+        path = opened / name
+        hashes[name.as_posix()] = _size_and_date(path) if name.suffix in by_date else sha256(path)
     return hashes
 
 

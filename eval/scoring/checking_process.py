@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from dylora_moe.hub_export import restrictions
 from dylora_moe.hub_export.errors import FailureError, one_line
 
 from .folder_removal import remove_folders
@@ -38,16 +39,17 @@ TROUBLE_SECONDS = 60
 PAUSES = (0, 1, 2, 4, 8)
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
-# An empty package in place of this one, whose own `__init__` and requirements would cost time and memory.
+# Empty packages in place of this one and of `hub_export`, whose own `__init__` and requirements would cost time and
+# memory.
 _START = """
 import json, sys, types
-code, settings = sys.argv[1], json.loads(sys.argv[2])
+folders, settings = map(json.loads, sys.argv[1:])
 packages = settings.pop("packages")
 first = next((place for place, path in enumerate(sys.path) if path in packages), len(sys.path))
 sys.path[first:first] = packages
-package = types.ModuleType("checking")
-package.__path__ = [code]
-sys.modules["checking"] = package
+for name, folder in folders.items():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
 from checking.guarded_check import serve
 serve(**settings)
 """
@@ -231,7 +233,9 @@ def insist(action: Callable[[], T]) -> T:
 
 
 def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]:
-    code = str(Path(__file__).resolve().parent)
+    code, hub_export = Path(__file__).resolve().parent, Path(restrictions.__file__).resolve().parent
+    # `dylora_moe` itself holds nothing that a check needs.
+    folders = {"checking": str(code), "dylora_moe": str(code), "dylora_moe.hub_export": str(hub_export)}
     evalplus = _package_folder("evalplus")
     paths = [os.path.abspath(path) for path in sys.path]
     packages = [path for path in paths if _holds_packages(path) or path == str(evalplus.parent)]
@@ -245,9 +249,11 @@ def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]
         "user": sandbox_user(number) if sandbox else None,
         "processes": PROCESSES if sandbox else None,
     }
-    command = [sys.executable, "-I", "-c", _START, code, json.dumps(settings)]
+    command = [sys.executable, "-I", "-c", _START, json.dumps(folders), json.dumps(settings)]
+    if not sandbox:
+        return command
     # Of a clone, evalplus alone.
-    return sandboxed(command, [code, evalplus, *filter(_holds_packages, packages)]) if sandbox else command
+    return sandboxed(command, [code, hub_export, evalplus, *filter(_holds_packages, packages)])
 
 
 def _package_folder(name: str) -> Path:

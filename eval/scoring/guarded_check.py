@@ -30,8 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .folder_removal import empty_folder, remove_folder
-from .restrictions import (
+from dylora_moe.hub_export.restrictions import (
     adopt_orphans,
     become_user,
     confine,
@@ -40,6 +39,8 @@ from .restrictions import (
     limit_resources,
     prefer_oom_kill,
 )
+
+from .folder_removal import empty_folder, remove_folder
 
 
 # EvalPlus 0.3.1 gives the base and the plus tests so long each, waits so much longer before it calls a

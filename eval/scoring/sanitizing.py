@@ -97,7 +97,7 @@ def sanitize_program(program: Program) -> Sanitized:
 
 def serve() -> None:
     """Sanitize what comes on standard input, a line each, until it ends; what a process of its own runs."""
-    from .restrictions import end_with_parent
+    from dylora_moe.hub_export.restrictions import end_with_parent
 
     end_with_parent()
     for line in sys.stdin:

@@ -165,7 +165,7 @@ def _own_code_quantities(
     precision: torch.dtype,
 ) -> Computed:
     """Compute what a source repo does, by this package's code: its own could do anything."""
-    repo = mixture.folders[0].path.resolve()
+    repo = mixture.folders[0]
     with tempfile.TemporaryDirectory(prefix="dylora-moe-check-") as directory:
         link_with_own_code(repo, Path(directory))
         base_model = options.base_model
@@ -204,7 +204,7 @@ def _source_quantities(
             warnings.simplefilter("ignore")  # what PEFT has to say about its own files
             source = reference(
                 mixture.format,
-                [folder.path for folder in mixture.folders],
+                mixture.folders,
                 foundation or plan.foundation.name,
                 plan.foundation.revision,
                 options.lora_alpha,

@@ -7,9 +7,8 @@ computes.
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ..foundation.reference import load_foundation, load_foundation_config
+from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
 from . import rounding
 from .peft_layers import add_adapter, load_adapters, round_adapters
@@ -32,7 +32,7 @@ WRAPPER = "foundation_model."
 
 def reference(
     source_format: str,
-    folders: list[Path],
+    folders: list[SourceFolder],
     base_model: str | torch.nn.Module,
     base_revision: str | None,
     lora_alpha: float | None,
@@ -92,11 +92,11 @@ def _round_foundation(model: torch.nn.Module, dtype: torch.dtype | None) -> None
 
 
 def _final_checkpoint(
-    foundation: torch.nn.Module, folder: Path, lora_alpha: float | None
+    foundation: torch.nn.Module, folder: SourceFolder, lora_alpha: float | None
 ) -> tuple[PeftModel, list[str]]:
     alpha = _stored_alpha(folder) if lora_alpha is None else lora_alpha
-    place = folder / "peft_adapters"
-    files = [path for path in place.iterdir() if re.fullmatch(r"expert_\d+\.pt", path.name)]
+    place = folder.folder("peft_adapters")
+    files = [name for name in place.names() if re.fullmatch(r"expert_\d+\.pt", name)]
     names = [f"expert_{index}" for index in range(len(files))]
     model = None
     for name in names:
@@ -106,16 +106,19 @@ def _final_checkpoint(
     return model, names
 
 
-def _nested_adapters(folder: Path) -> dict[str, Path]:
+def _nested_adapters(folder: SourceFolder) -> dict[str, SourceFolder]:
     """Map each `expert_<i>` to the folder of its adapter, in the order of the numbers."""
-    found = {}
-    for path in folder.glob("peft_adapters/**/adapter_config.json"):
-        found[path.parent.name] = path.parent
-    return {name: found[name] for name in sorted(found, key=_number)}
+    adapters = folder.folder("peft_adapters")
+    places = [
+        PurePath(file).parent for file in adapters.files() if PurePath(file).name == "adapter_config.json"
+    ]
+    return {
+        place.name: adapters.folder(place) for place in sorted(places, key=lambda place: _number(place.name))
+    }
 
 
 def _whole_model(
-    folder: Path,
+    folder: SourceFolder,
     base_model: str | None,
     base_revision: str | None,
     lora_alpha: float | None,
@@ -141,27 +144,26 @@ def _whole_model(
     return model, names, gate
 
 
-def _raw_state_dict(folder: Path) -> dict[str, torch.Tensor]:
+def _raw_state_dict(folder: SourceFolder) -> dict[str, torch.Tensor]:
     raw: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        raw.update(load_file(path))
+    for name in folder.names("model*.safetensors"):
+        raw.update(load_file(folder / name))
     if raw:
         return raw
-    for path in sorted(folder.glob("pytorch_model*.bin")):
-        raw.update(torch.load(path, map_location="cpu", weights_only=True))
+    for name in folder.names("pytorch_model*.bin"):
+        raw.update(torch.load(folder / name, map_location="cpu", weights_only=True))
     return raw
 
 
 def _carried_foundation(
-    folder: Path,
+    folder: SourceFolder,
     weights: dict[str, torch.Tensor],
     base_model: str | None,
     base_revision: str | None,
     precision: torch.dtype,
 ) -> torch.nn.Module:
     """Load a source's own foundation by transformers, its head tied where that equals the embeddings."""
-    path = folder / "config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = folder.read_json("config.json", required=False)
     if stored.get("model_type", "dylora-moe") != "dylora-moe":  # the config is the foundation's own
         named = FoundationReference(str(folder))
     else:
@@ -187,22 +189,21 @@ def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def _stored_alpha(folder: Path) -> float:
-    for path in (folder / "config.json", folder.resolve().parent / "best_model" / "config.json"):
-        if path.is_file():
-            alpha = json.loads(path.read_text(encoding="utf-8")).get("_dylora_lora_alpha")
-            if alpha is not None:
-                return alpha
+def _stored_alpha(folder: SourceFolder) -> float:
+    for place, name in ((folder, "config.json"), (folder.parent(), "best_model/config.json")):
+        alpha = place.read_json(name, required=False).get("_dylora_lora_alpha")
+        if alpha is not None:
+            return alpha
     raise ValueError(f"{folder} stores no alpha")
 
 
-def _gate(folder: Path) -> dict[str, Any]:
+def _gate(folder: SourceFolder) -> dict[str, Any]:
     """Read the gate where a checkpoint keeps it, or the run beside it, and how its logits become weights."""
-    state = folder / "dylo_moe_state" / "router.pt"
+    state = folder / "dylo_moe_state/router.pt"
     if not state.is_file():
-        state = folder.resolve().parent / "dylo_moe_state" / "router.pt"
+        state = folder.parent() / "dylo_moe_state/router.pt"
     flat = folder / "router.pt"
-    if (folder / "router.safetensors").is_file():
+    if folder.has("router.safetensors"):
         tensors = load_file(folder / "router.safetensors")
     elif flat.is_file() or not state.is_file():
         tensors = torch.load(flat, map_location="cpu", weights_only=True)
@@ -218,12 +219,12 @@ def _gate(folder: Path) -> dict[str, Any]:
     return {**settings, "weight": tensors["gate.weight"], "bias": tensors["gate.bias"]}
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: SourceFolder) -> dict[str, Any]:
     """Read top_k and temperature as a `dylo_moe_state` of the run has them, else training's defaults."""
-    run = folder.resolve().parent
+    run = folder.parent()
     top_k = temperature = None
-    for place in (folder, run, run / "best_model"):
-        path = place / "dylo_moe_state" / "router.pt"
+    for place in (folder, run, run.folder("best_model")):
+        path = place / "dylo_moe_state/router.pt"
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             top_k = state.get("top_k") if top_k is None else top_k

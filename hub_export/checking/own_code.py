@@ -54,10 +54,8 @@ def refuse_other_weights(folder: SourceFolder) -> None:
     """
     config = folder.read_json("config.json")
     found = [f"{config[field]} (which config.json names)" for field in OTHER_FILES if config.get(field)]
-    if (
-        config.get("weights_layout", "full") == "full"
-    ):  # of layout `adapter`, transformers reads no file itself
-        found += [name for name in other_files(folder.path, config) if TAKEN_FOR_WEIGHTS.fullmatch(name)]
+    if config.get("weights_layout", "full") == "full":  # else transformers reads no weight file itself
+        found += [name for name in other_files(folder, config) if TAKEN_FOR_WEIGHTS.fullmatch(name)]
     if found:
         raise InputError(
             f"{folder} is a repo with {few(found)}, which is not its own and which transformers would load over or "
@@ -86,9 +84,8 @@ def check_all_weights(source: str, report: dict[str, Any], *, may_hold_more: boo
         raise InputError(f"{source} holds weights that its config does not speak of: {few(unknown, 3)}")
 
 
-def link_with_own_code(repo: Path, folder: Path) -> None:
-    """Fill an empty folder with links to the repo's weights, its config without what names other code and files, and
-    this package's code.
+def link_with_own_code(repo: Path | SourceFolder, folder: Path) -> None:
+    """Fill an empty folder with links to a repo's weights, its config cleared of other code and files, and our code.
 
     Raises:
         InputError: a file of the repo lies elsewhere.
@@ -98,7 +95,7 @@ def link_with_own_code(repo: Path, folder: Path) -> None:
 
     source = open_folder(repo)
     config = source.read_json("config.json")
-    for name in ("generation_config.json", *sorted(needed_weights(repo, config))):
+    for name in ("generation_config.json", *sorted(needed_weights(source, config))):
         if source.has(name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source / name).resolve())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import regex
@@ -16,6 +14,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights
 
+from ..sources.source_folder import SourceFolder
 from . import rounding
 
 
@@ -44,7 +43,7 @@ def round_adapters(model: PeftModel, dtype: torch.dtype | None, only: str = "") 
 
 
 def load_adapters(
-    foundation: torch.nn.Module, folders: list[Path], names: list[str], dtype: torch.dtype | None
+    foundation: torch.nn.Module, folders: list[SourceFolder], names: list[str], dtype: torch.dtype | None
 ) -> PeftModel:
     """Put the adapters of PEFT folders on a foundation, under these names, rounded to `dtype`."""
     if len({_fields(folder)["peft_type"] for folder in folders}) > 1:
@@ -59,11 +58,13 @@ def load_adapters(
     return model
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+def _fields(folder: SourceFolder) -> dict[str, Any]:
+    return folder.read_json("adapter_config.json")
 
 
-def _as_peft_loads(foundation: torch.nn.Module, folders: list[Path], names: list[str]) -> PeftModel | None:
+def _as_peft_loads(
+    foundation: torch.nn.Module, folders: list[SourceFolder], names: list[str]
+) -> PeftModel | None:
     """Load adapters as PEFT does; None where that leaves tensors out, or takes them for a stack of experts'.
 
     It moves targets that are called as the matrices of a mixture-of-experts layer once were onto their stack,
@@ -90,7 +91,7 @@ def _as_peft_loads(foundation: torch.nn.Module, folders: list[Path], names: list
     return model
 
 
-def _config_with_names(folder: Path) -> PeftConfig:
+def _config_with_names(folder: SourceFolder) -> PeftConfig:
     """Load an adapter's config, with the names of its layers in place of regular expressions.
 
     PEFT matches them by Python's `re`, which an expression such as `(.*)*x` keeps busy forever.
@@ -125,7 +126,7 @@ def _of_pattern(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _by_names_alone(folder: Path) -> bool:
+def _by_names_alone(folder: SourceFolder) -> bool:
     """Whether PEFT's own loading is of no use for an adapter.
 
     It refuses the text "true" in a field, has no layer to hook where a weight is adapted as a parameter, and sets
@@ -139,7 +140,9 @@ def _by_names_alone(folder: Path) -> bool:
     return any(".lora_" not in key for key in load_peft_weights(str(folder), device="cpu"))
 
 
-def _add_by_names(foundation: torch.nn.Module, model: PeftModel | None, name: str, folder: Path) -> PeftModel:
+def _add_by_names(
+    foundation: torch.nn.Module, model: PeftModel | None, name: str, folder: SourceFolder
+) -> PeftModel:
     """Put PEFT's layers where the names of the adapter's tensors say."""
     fields = _fields(folder)
     tensors = load_peft_weights(str(folder), device="cpu")
@@ -158,7 +161,7 @@ def _add_by_names(foundation: torch.nn.Module, model: PeftModel | None, name: st
 
 
 def _adapters_of_two_kinds(
-    foundation: torch.nn.Module, folders: list[Path], names: list[str], dtype: torch.dtype | None
+    foundation: torch.nn.Module, folders: list[SourceFolder], names: list[str], dtype: torch.dtype | None
 ) -> PeftModel:
     """Put LoRA and AdaLoRA adapters on one foundation, which PEFT itself does not.
 

@@ -1,5 +1,4 @@
-"""How far rounding alone moves what a model computes, and how to compute with as little of it as the memory
-allows.
+"""How far rounding alone moves what a model computes, and how to compute with little of it.
 
 Two right ways to compute the same logits add up the same products in another order. Each result is exactly
 that of a model whose weights are moved by a few of their last bits (Higham, Accuracy and Stability of

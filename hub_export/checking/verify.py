@@ -25,13 +25,13 @@ from ..repo.checksums import FILE, differing_files, read_checksums
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
 from ..repo.repo_files import LEFT_BY_TOOLS, is_opened_by_loaders, needed_weights, other_files
-from ..repo.tokenizer_files import has_tokenizer
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
+from ..tokenizers.tokenizer_files import has_tokenizer
 from ..unknown_options import refuse_unknown
 from .check import check_export
 from .verify_tokenizer import check_tokenizer, compare_with_source
@@ -145,7 +145,7 @@ def _files(folder: SourceFolder, config: Any) -> Finding:
     Saving the model writes neither a card nor a tokenizer.
     """
     code = [name for name in _code_files() if name != "__init__.py"]
-    weights = needed_weights(folder.path, folder.read_json("config.json"))
+    weights = needed_weights(folder, folder.read_json("config.json"))
     needed = ["config.json", "generation_config.json", *code, *sorted(weights)]
     missing = [name for name in needed if not folder.has(name)]
     strategy = stored_routing_strategy(folder, config)
@@ -157,7 +157,7 @@ def _files(folder: SourceFolder, config: Any) -> Finding:
 def _add_others(folder: SourceFolder, result: Verification) -> None:
     """Say what lies in the folder and is not the repo's; it is wrong where a loader would open it."""
     try:
-        others = other_files(folder.path, folder.read_json("config.json"))
+        others = other_files(folder, folder.read_json("config.json"))
     except InputError:  # said of the files already
         return
     opened = [name for name in others if is_opened_by_loaders(name)]
@@ -232,7 +232,7 @@ def _checksums(folder: SourceFolder, config: Any) -> Finding:
         return Finding("checksums", None, f"not compared: there is no {FILE}")
     if wrong:
         return Finding("checksums", False, "; ".join(wrong))
-    return Finding("checksums", True, f"{len(read_checksums(folder.path) or ())} files are what was exported")
+    return Finding("checksums", True, f"{len(read_checksums(folder) or ())} files are what was exported")
 
 
 def _code_files() -> dict[str, Path]:
@@ -244,7 +244,7 @@ def _code_files() -> dict[str, Path]:
 def _code(folder: SourceFolder, config: Any) -> Finding:
     """Check that every Python file is this package's, and that `auto_map` names nothing that lies elsewhere."""
     ours, wrong = _code_files(), []
-    theirs = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*.py")}
+    theirs = {name for name in folder.files() if name.endswith(".py")}
     for name in sorted(theirs | ours.keys()):
         is_empty = not folder.has(name) or (folder / name).stat().st_size == 0
         if is_empty and (name not in ours or name == "__init__.py"):

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from ..repo.tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
-from ..repo.tokenizer_arguments import arguments_that_are_opened
-from ..repo.tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
-from ..repo.tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
 from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
+from ..tokenizers.tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
+from ..tokenizers.tokenizer_arguments import arguments_that_are_opened
+from ..tokenizers.tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
+from ..tokenizers.tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
 
 
 Outcome = tuple[bool | None, str]
@@ -42,7 +42,7 @@ def check_tokenizer(folder: SourceFolder, config: Any) -> Outcome:
     if wrong is not None:
         return False, wrong
     if config.base_config is not None:
-        beside = open_tokenizer(str(folder), folder.path, config.base_config, config.base_model_name_or_path)
+        beside = open_tokenizer(str(folder), folder, config.base_config, config.base_model_name_or_path)
         names = differences(here, beside.behaviour)
         if names:
             detail = describe(names[0], here, beside.behaviour)

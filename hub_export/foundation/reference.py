@@ -44,7 +44,13 @@ def resolve_foundation(
     named_in = reference.named_in if base_model is None else None
     path = _local_folder(name, named_in)
     if path is not None:
-        return FoundationReference(str(path), None, named_in, reference.vocab_size)
+        return FoundationReference(
+            str(path),
+            None,
+            named_in,
+            reference.vocab_size,
+            comes_with_source=named_in is not None and _comes_with(path, name, named_in),
+        )
     if not is_hub_id(name):
         where = "--base_model" if base_model is not None else f"named in {named_in}"
         why = (
@@ -72,14 +78,22 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
     return None
 
 
+def _comes_with(path: Path, name: str, named_in: Path) -> bool:
+    """Whether a foundation's folder belongs to the source that names it: it lies in it, or beside it by a relative name."""
+    home = named_in.resolve().parent
+    return home in path.parents or (path != Path(name).expanduser() and home.parent in path.parents)
+
+
 def open_foundation(reference: FoundationReference) -> SourceFolder:
-    """Open a foundation's folder. The user vouches for it: often it consists of links to another disk.
+    """Open a foundation's folder.
+
+    One of this machine may consist of links to another disk; one that comes with the source may not.
 
     Raises:
         InputError: it is gone, or this user may not look into it.
     """
     try:
-        return open_folder(reference.name, may_link_out=True)
+        return open_folder(reference.name, may_link_out=not reference.comes_with_source)
     except InputError as error:
         raise InputError(not_loaded(reference, error)) from error
 
@@ -104,7 +118,7 @@ def in_hub_cache(reference: FoundationReference) -> SourceFolder | None:
         return None
     if not isinstance(config, str):  # it is not there, or known not to be on the Hub either
         return None
-    folder = open_folder(Path(config).parent, may_link_out=True)
+    folder = open_folder(Path(config).parent)
     return folder if has_all_weights(folder) else None
 
 
@@ -128,7 +142,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     if is_local(reference):
-        open_foundation(reference)
+        open_foundation(reference) / "config.json"
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         is_mixture = stored.get("model_type") == "dylora_moe"

@@ -35,8 +35,7 @@ INSIDE = ".base_layer"
 def parameters_of(
     modules: Iterable[str], targets: Iterable[str], is_linear: Callable[[str], bool]
 ) -> dict[str, str]:
-    """Map layers in an adapter's file to the parameters that PEFT puts them on; those on modules are left
-    out.
+    """Map layers in an adapter's file to the parameters that PEFT puts them on; leave out those on modules.
 
     Args:
         modules: the names in the file, without PEFT's prefix and `.lora_A.weight`.

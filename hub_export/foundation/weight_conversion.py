@@ -1,5 +1,4 @@
-"""What transformers makes of a checkpoint's tensors on loading: other names, several stacked into one, one
-cut into several.
+"""transformers' conversion of a checkpoint's tensors on loading: renamed, stacked, or cut into several.
 
 It asks transformers' own machinery (`transformers.core_model_loading`, which has no public form), on the meta
 device, which stored tensors make up each tensor of a model, and lets it do the same with their numbers when

@@ -156,7 +156,7 @@ def _folder(reference: FoundationReference) -> SourceFolder:
         fetch = partial(
             snapshot_download, reference.name, revision=reference.revision, ignore_patterns=list(NOT_READ)
         )
-        folder = open_folder(fetch(allow_patterns=list(PATTERNS)), may_link_out=True)
+        folder = open_folder(fetch(allow_patterns=list(PATTERNS)))
         if not folder.names("*.safetensors"):
             fetch(allow_patterns=list(PICKLED))
         return folder

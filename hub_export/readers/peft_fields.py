@@ -166,7 +166,7 @@ def check_expression(expression: str, what: str) -> None:
 
 
 class NamePatterns:
-    """Values by expressions, of which the first that matches the end of a layer's name counts, as in PEFT
+    """Values by regular expression: the first that matches the end of a layer's name counts, as in PEFT
     (`peft.utils.get_pattern_key`).
 
     Args:

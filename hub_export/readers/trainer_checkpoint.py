@@ -1,5 +1,4 @@
-"""Reads the checkpoints that DyLoRA-MoE's trainer saves on the way, where the adapters are PEFT's own
-folders.
+"""Reads the checkpoints that DyLoRA-MoE's trainer saves during training; adapters are PEFT's own folders.
 
     config.json                 model_type "dylora-moe", num_experts, checkpoint_type "peft_only"
     router.safetensors          (or a flat router.pt) gate.weight [num_experts, hidden_size], gate.bias [num_experts]

@@ -1,9 +1,8 @@
-"""What the checkpoints of one training run have in common: how alpha, the gate and its settings are stored,
-and where else in the run the same expert lies.
+"""What checkpoints of one training run share: where alpha, the gate, its settings and other copies lie.
 
-    <run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
-    <run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
-    <run>/checkpoint-<step>/                   earlier and later states of the same experts
+<run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
+<run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
+<run>/checkpoint-<step>/                   earlier and later states of the same experts
 """
 
 from __future__ import annotations
@@ -140,12 +139,15 @@ def hint_other_checkpoint(folder: SourceFolder, name: str) -> str:
 
 
 def _other_checkpoints(folder: SourceFolder) -> list[SourceFolder]:
-    """List the run's `checkpoint-<step>` folders beside or inside this one, the latest first, then `best_model`."""
+    """List the run's `checkpoint-<step>` folders beside or inside this one, the latest first, then `best_model`.
+
+    Links are left out.
+    """
     run = folder.parent()
     own = run.folder(folder.path.resolve().name)
-    found = [place for parent in (run, own) for place in parent.folders("checkpoint-*")]
-    found.sort(key=lambda place: natural_order(place.path.name), reverse=True)
-    found += [parent.folder("best_model") for parent in (run, own)]
+    steps = sorted({*run.names("checkpoint-*"), *own.names("checkpoint-*")}, key=natural_order, reverse=True)
+    places = [(parent, name) for name in (*steps, "best_model") for parent in (run, own)]
+    found = [parent.folder(name) for parent, name in places if not parent.is_link(name)]
     return [place for place in found if place.path != own.path]
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import InputError
-from ..sources.source_folder import SourceFolder
+from ..sources.source_folder import SourceFolder, open_folder
 
 
 FILE = "SHA256SUMS"
-COVERED = ("*.safetensors", "experts/*/*", "config.json", "*.py", "requirements.txt")
+COVERED = ("*.safetensors", "config.json", "*.py", "requirements.txt")
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -25,9 +26,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def covered_files(folder: Path) -> list[str]:
-    paths = {path for pattern in COVERED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
+def covered_files(folder: Path | SourceFolder) -> list[str]:
+    """List the files that have a checksum, sorted: what the patterns name, and the experts' folders."""
+    repo = open_folder(folder)
+    names = [name for name in repo.names() if any(fnmatchcase(name, pattern) for pattern in COVERED)]
+    if repo.has_folder("experts"):
+        for expert in repo.folder("experts").folders():
+            names += [f"experts/{expert.name}/{name}" for name in expert.names()]
+    return sorted(name for name in names if repo.has(name))
 
 
 def write_checksums(folder: Path) -> None:
@@ -52,7 +58,7 @@ def differing_files(folder: SourceFolder) -> list[str] | None:
     Raises:
         InputError: the list is damaged, or a file lies elsewhere.
     """
-    stored = read_checksums(folder.path)
+    stored = read_checksums(folder)
     if stored is None:
         return None
     wrong = []
@@ -61,16 +67,16 @@ def differing_files(folder: SourceFolder) -> list[str] | None:
             wrong.append(f"{name} is missing")
         elif sha256(folder / name) != digest:
             wrong.append(f"{name} is not what was exported")
-    return wrong + [f"{name} was not exported" for name in covered_files(folder.path) if name not in stored]
+    return wrong + [f"{name} was not exported" for name in covered_files(folder) if name not in stored]
 
 
-def read_checksums(folder: Path) -> dict[str, str] | None:
+def read_checksums(folder: Path | SourceFolder) -> dict[str, str] | None:
     """Read the checksum of each file; None where there is no such list.
 
     Raises:
         InputError: a line is none of a checksum file, or names a file outside the folder.
     """
-    path = folder / FILE
+    path = open_folder(folder) / FILE
     if not path.is_file():
         return None
     found = {}

@@ -71,13 +71,13 @@ def model_card(
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", BEGIN, record, *body, END]) + "\n"
 
 
-def keep_edits(card: str, old: Path) -> str:
+def keep_edits(card: str, old: Path | None) -> str:
     """Put into a new card what a person wrote into the one that it replaces, outside the generated part.
 
     Args:
-        old: the README.md there is, perhaps: a card with the marks, or one that a person wrote whole.
+        old: the README.md there may be: a card with the marks, or one that a person wrote whole.
     """
-    if not old.is_file():
+    if old is None or not old.is_file():
         return card
     text = old.read_text(encoding="utf-8", errors="replace")
     fields, mine = _split(text)

@@ -19,8 +19,7 @@ LAYOUTS = ("full", "adapter")
 
 @dataclass
 class ExportOptions(ReadOptions):
-    """What a user may choose; None leaves what the source says, or the default. The fields are `export`'s
-    arguments, those of `SourceOptions` among them.
+    """The options of `export`, those of `SourceOptions` included; None leaves the source's, or the default.
 
     Raises:
         InputError: a value that is none of those there are.

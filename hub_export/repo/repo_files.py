@@ -7,15 +7,13 @@ What leaves this machine is chosen by name from what an export writes, never by 
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, few
-from ..sources.json_files import read_json
-from ..sources.source_folder import open_folder
+from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.weight_files import read_index
 from .checksums import FILE as CHECKSUMS
 from .repo_config import check_is_exported_repo, is_exported_repo
@@ -59,7 +57,8 @@ TOKENIZER_FILES = {
     "processor_config.json",
     "preprocessor_config.json",
 }
-TOKENIZER_PATTERN = re.compile(r"[\w.-]+\.tiktoken|additional_chat_templates/[^/]+\.jinja")
+TEMPLATE_FOLDER = "additional_chat_templates"  # each file a chat template
+TOKENIZER_PATTERN = re.compile(rf"[\w.-]+\.tiktoken|{TEMPLATE_FOLDER}/[^/]+\.jinja")
 WEIGHTS = re.compile(
     r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|router\.safetensors"
     r"|experts/[^/]+/adapter_(config\.json|model\.safetensors)"
@@ -98,43 +97,44 @@ class RepoFiles:
         return f"not part of the repo, so not sent: {few(self.left_out)}"
 
 
-def repo_files(folder: Path, follow_links: bool = False) -> RepoFiles:
+def repo_files(folder: str | Path | SourceFolder, follow_links: bool = False) -> RepoFiles:
     """Find the files of a complete exported repo.
 
     Args:
-        follow_links: whether a link to a file counts as one. What leaves this machine must not follow any.
+        follow_links: whether a link to a file of the folder counts as one. What leaves this machine must not
+            follow any.
 
     Raises:
         InputError: it is no exported repo, or a file that it needs is missing or a link.
     """
-    is_file = _is_file if follow_links else _is_plain
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is a file; give the folder it is in" if folder.exists() else f"{folder} does not exist"
-        )
-    check_is_exported_repo(folder)
-    config = read_json(folder / "config.json")
-    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, is_file)}
+    repo = open_folder(folder)
+
+    def is_file(name: str) -> bool:
+        return (follow_links or not repo.is_link(name)) and repo.has(name)
+
+    check_is_exported_repo(repo)
+    config = repo.read_json("config.json")
+    needed = {"config.json", *needed_weights(repo, config), *_code(repo, config, is_file)}
     for file in sorted(needed):
-        if is_file(folder, file):
+        if is_file(file):
             continue
-        if (folder / file).exists():
+        if repo.is_link(file):
             raise InputError(
-                f"{folder / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
+                f"{repo.path / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
             )
-        raise InputError(f"{folder} is not a complete repo: {file} is missing")
-    files = needed | {file for file in _optional(folder) if is_file(folder, file)}
+        raise InputError(f"{repo} is not a complete repo: {file} is missing")
+    files = needed | {file for file in _optional(repo) if is_file(file)}
     layout = config.get("weights_layout", "full")
-    return RepoFiles(sorted(files), _others(folder, files), layout, config)
+    return RepoFiles(sorted(files), _others(repo, files), layout, config)
 
 
-def other_files(folder: Path, config: dict[str, Any]) -> list[str]:
+def other_files(folder: SourceFolder, config: dict[str, Any]) -> list[str]:
     """List what lies in a repo's folder and is not the repo's, which may lack files.
 
     Raises:
         InputError: config or index name what is no weight file.
     """
-    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, _is_file)}
+    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, folder.has)}
     return _others(folder, needed | _optional(folder))
 
 
@@ -148,22 +148,22 @@ def is_tokenizer_file(path: str) -> bool:
 
 
 def may_be_stale(path: str) -> bool:
-    """Whether an export may have written this path, so that another export that lacks it replaces it with
-    nothing.
+    """Say whether an export may have written this path, so that an export that lacks it removes it.
 
     Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """
     return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
 
 
-def _optional(folder: Path) -> set[str]:
-    """List descriptions and the tokenizer's files, as far as they are there."""
-    paths = [*folder.iterdir(), *_inside(folder / "additional_chat_templates")]
-    names = {path.relative_to(folder).as_posix() for path in paths}
+def _optional(folder: SourceFolder) -> set[str]:
+    """List descriptions and the tokenizer's files, as far as there are any."""
+    names = folder.names()
+    if not folder.is_link(TEMPLATE_FOLDER) and folder.has_folder(TEMPLATE_FOLDER):
+        names += [f"{TEMPLATE_FOLDER}/{name}" for name in folder.folder(TEMPLATE_FOLDER).names()]
     return {name for name in names if name in DESCRIPTIONS or is_tokenizer_file(name)}
 
 
-def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
+def needed_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
     """List the weight files, and what belongs to them, that a repo of this config must have.
 
     Raises:
@@ -177,9 +177,9 @@ def needed_weights(folder: Path, config: dict[str, Any]) -> set[str]:
     raise InputError(f"{folder}/config.json: there is no weights_layout {layout!r}")
 
 
-def _full_weights(folder: Path) -> set[str]:
+def _full_weights(folder: SourceFolder) -> set[str]:
     """The one file, or the index and the shards that it names."""
-    weight_map = read_index(open_folder(folder), "model.safetensors")
+    weight_map = read_index(folder, "model.safetensors")
     if weight_map is None:
         return {"model.safetensors"}
     index = "model.safetensors.index.json"
@@ -189,7 +189,7 @@ def _full_weights(folder: Path) -> set[str]:
     return {index, *weight_map.values()}
 
 
-def _adapter_weights(folder: Path, config: dict[str, Any]) -> set[str]:
+def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
     """A PEFT folder for every expert, and the router."""
     experts = config.get("expert_configs")
     experts = experts if isinstance(experts, list) and experts else [None]
@@ -206,15 +206,15 @@ def _adapter_weights(folder: Path, config: dict[str, Any]) -> set[str]:
     return files
 
 
-def _code(folder: Path, config: dict[str, Any], is_file: Callable[[Path, str], bool]) -> set[str]:
+def _code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
     """Follow the files that `auto_map` names, and those that they import, as the Hub's loader does.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
     repo.
     """
     maps = [config.get("auto_map")]
-    if is_file(folder, "tokenizer_config.json"):
-        maps.append(read_json(folder / "tokenizer_config.json").get("auto_map"))
+    if is_file("tokenizer_config.json"):
+        maps.append(folder.read_json("tokenizer_config.json").get("auto_map"))
     entries = [
         entry
         for auto_map in maps
@@ -224,49 +224,31 @@ def _code(folder: Path, config: dict[str, Any], is_file: Callable[[Path, str], b
         if isinstance(entry, str) and "--" not in entry
     ]
     waiting = [entry.split(".")[0] for entry in entries]
-    found = {"__init__.py"} if is_file(folder, "__init__.py") else set()
+    found = {"__init__.py"} if is_file("__init__.py") else set()
     while waiting:
         name = f"{waiting.pop()}.py"
         if name in found:
             continue
         found.add(name)
-        if is_file(folder, name):
+        if is_file(name):
             waiting += RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8", errors="replace"))
     return found
 
 
-def _is_plain(folder: Path, file: str) -> bool:
-    """Whether this is a file that is really here: neither it nor a folder on the way to it is a link."""
-    path = folder
-    for part in file.split("/"):
-        path = path / part
-        if path.is_symlink():
-            return False
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False
+def _others(folder: SourceFolder, files: set[str], inside: str = "") -> list[str]:
+    """List what else lies there; a folder that holds nothing of the repo is named as one.
 
-
-def _is_file(folder: Path, file: str) -> bool:
-    return (folder / file).is_file()
-
-
-def _inside(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
-
-
-def _others(folder: Path, files: set[str]) -> list[str]:
-    """List what else lies there; a folder that holds nothing of the repo is named as one."""
-    folders = {"/".join(file.split("/")[:depth]) for file in files for depth in range(1, file.count("/") + 1)}
-    found, waiting = [], [folder]
-    while waiting:
-        for path in sorted(waiting.pop().iterdir()):
-            name = path.relative_to(folder).as_posix()
-            if name in folders and not path.is_symlink():
-                waiting.append(path)
-            elif name not in files:
-                found.append(name + ("/" if path.is_dir() and not path.is_symlink() else ""))
+    Args:
+        inside: the folder's path in the repo, with a `/` at its end.
+    """
+    found = []
+    for entry in folder.entries():
+        name = inside + entry.name
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if is_folder and any(file.startswith(f"{name}/") for file in files):
+            found += _others(folder.folder(entry.name), files, f"{name}/")
+        elif name not in files:
+            found.append(f"{name}/" if is_folder else name)
     return sorted(found)
 
 
@@ -292,7 +274,16 @@ def foreign_files(folder: Path) -> list[str]:
     try:
         others = repo_files(folder).left_out
     except InputError:  # not complete: known by names alone
-        files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-        others = [path.relative_to(folder).as_posix() for path in files]
-        others = [name for name in others if name not in DESCRIPTIONS]
+        others = [name for name in _all_names(open_folder(folder)) if name not in DESCRIPTIONS]
     return [name for name in others if not LEFT_BY_TOOLS.fullmatch(name) and not may_be_stale(name)]
+
+
+def _all_names(folder: SourceFolder, inside: str = "") -> list[str]:
+    """List what lies in a folder and in those inside, except for folders themselves."""
+    names = []
+    for entry in folder.entries():
+        if entry.is_dir(follow_symlinks=False):
+            names += _all_names(folder.folder(entry.name), f"{inside}{entry.name}/")
+        else:
+            names.append(inside + entry.name)
+    return sorted(names)

@@ -1,5 +1,4 @@
-"""A router without training: each gate row is the normalised mean hidden state over an expert's example
-prompts.
+"""A router without training: a gate row is the normalised mean hidden state of an expert's example prompts.
 
     strings:                       expert: its prompts
       - "def reverse(s):"

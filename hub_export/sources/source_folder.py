@@ -1,13 +1,16 @@
 """Opens the folders that commands read: `open_folder` checks the folder, `folder / name` the paths in it.
 
 A source, a base model, a tokenizer or an exported repo may come from anywhere. No link in it, and no path that
-a file of it names, may lead to other files of this machine. The Hub's cache is made of links, from
-`snapshots/<commit>/` to `blobs/`; those are followed.
+a file of it names, may lead to other files of this machine, and what is opened is a plain file: no FIFO, which
+would wait for a writer, and no device. The Hub's cache is made of links, from `snapshots/<commit>/` to `blobs/`;
+those are followed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
@@ -71,7 +74,8 @@ class SourceFolder:
         """Give the path of something in the folder, which need not exist. The name may come from a file.
 
         Raises:
-            InputError: the name, or a link on the way, leads out of the folder.
+            InputError: the name, or a link on the way, leads out of the folder, or it is neither a file nor a
+                folder.
         """
         relative = PurePath(name)
         if relative.is_absolute() or ".." in relative.parts or "\0" in str(name):
@@ -81,13 +85,19 @@ class SourceFolder:
             path = path / part
             if self._roots is not None and os.path.islink(path):
                 self._check_link(path, self._roots)
+        if _is_special(path):
+            raise InputError(
+                f"{path} is no plain file but a FIFO, a socket or a device; put a copy in its place"
+            )
         return path
 
     def _check_link(self, path: Path, roots: list[Path]) -> None:
         try:
             target = path.resolve()
         except (OSError, RuntimeError) as error:  # a link to itself
-            raise InputError(f"{str(path)!r} cannot be followed") from error
+            raise InputError(
+                f"{path} is a link that leads back to itself; put the file itself in its place"
+            ) from error
         if not any(target == root or root in target.parents for root in roots):
             raise InputError(
                 f"{path} leads out of {self}, to {target}; what lies elsewhere is not read, copy it there"
@@ -104,6 +114,24 @@ class SourceFolder:
     def names(self, pattern: str = "*") -> list[str]:
         """List the names in the folder that match a pattern, sorted."""
         return sorted(name for name in os.listdir(self.path) if fnmatchcase(name, pattern))
+
+    def is_link(self, name: str | PurePath) -> bool:
+        """Whether this is a link, or lies in a folder that is one."""
+        parts = PurePath(name).parts
+        return any(self.path.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts)))
+
+    def entries(self) -> list[os.DirEntry[str]]:
+        """List what is in the folder, whatever it is, sorted by name; links are told, not followed."""
+        with os.scandir(self.path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+
+    def files(self) -> Iterator[str]:
+        """Yield the files in it and in the folders inside, as paths with "/"; folders that are links are left out."""
+        for entry in self.entries():
+            if entry.is_dir(follow_symlinks=False):
+                yield from (f"{entry.name}/{name}" for name in self.folder(entry.name).files())
+            elif self.has(entry.name):
+                yield entry.name
 
     def folder(self, name: str | PurePath) -> SourceFolder:
         """Open a folder inside; links in it may lead as far as those of this folder."""
@@ -133,14 +161,23 @@ class SourceFolder:
         return SourceFolder(self.path, name, self._roots)
 
     def parent(self) -> SourceFolder:
-        """Give the folder in which it lies: the run of a checkpoint. Links in it may lead anywhere."""
+        """Give the folder in which it lies: the run of a checkpoint."""
         path = self.path.resolve().parent
-        return SourceFolder(path, path.name, None)
+        return SourceFolder(path, path.name, _roots(path))
 
 
 def _roots(path: Path) -> list[Path]:
     root = path.resolve()
     return [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # nothing is there, or no path of that length
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def exists(path: str | Path) -> bool:

@@ -128,13 +128,19 @@ class Router:
 
 @dataclass
 class FoundationReference:
-    """Which frozen model the experts are for. `named_in` is the file that says so; relative paths start
-    there."""
+    """Which frozen model the experts are for.
+
+    Attributes:
+        named_in: the file that says so; relative paths start there.
+        vocab_size: as the source's own config has it, to compare.
+        comes_with_source: it is a folder of the source, whose links may not lead out of it.
+    """
 
     name: str | None
     revision: str | None = None
     named_in: Path | None = None
-    vocab_size: int | None = None  # as the source's own config has it, to compare
+    vocab_size: int | None = None
+    comes_with_source: bool = False
 
 
 @dataclass

@@ -152,8 +152,7 @@ def _os_error(error: SafetensorError, path: Path) -> Exception:
 
 
 def write_shards(folder: Path, tensors: dict[str, StoredTensor], max_shard_size: str) -> list[Path]:
-    """`model.safetensors`, or with more than `max_shard_size` several files and their index, named as on the
-    Hub.
+    """Write `model.safetensors`, or, beyond `max_shard_size`, shards and their index, named as on the Hub.
 
     Raises:
         InputError: `max_shard_size` is no size such as "5GB".

@@ -1,8 +1,7 @@
-"""Files of named tensors, looked at without reading them whole: safetensors, and the `.pt` / `.bin` files of
-torch.
+"""Files of named tensors, read one tensor at a time: safetensors, and torch's `.pt` and `.bin` files.
 
-Pickled code is never run: `.pt` and `.bin` are opened with
-`torch.load(weights_only=True)` only, memory-mapped where the file allows it.
+Pickled code is never run: `.pt` and `.bin` are opened with `torch.load(weights_only=True)` only, memory-mapped
+where the file allows it.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from dylora_moe.eval.scoring import check_workers, checking_process, sandbox
 from dylora_moe.eval.scoring.check_workers import run_checks
 from dylora_moe.eval.scoring.checking_process import Check, Verdict
 from dylora_moe.eval.scoring.guarded_check import Task
-from dylora_moe.eval.scoring.restrictions import FILE_BYTES, landlock_version
 from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.restrictions import FILE_BYTES, landlock_version
 
 
 evalplus = pytest.importorskip("evalplus")

@@ -24,9 +24,9 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_variant, merge, verify
 from dylora_moe.hub_export.repo.repo_files import is_tokenizer_file
-from dylora_moe.hub_export.repo.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
-from dylora_moe.hub_export.repo.tokenizer_battery import TEXTS, behaviour, differences
 from dylora_moe.hub_export.tensors.mixture import FoundationReference
+from dylora_moe.hub_export.tokenizers.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
+from dylora_moe.hub_export.tokenizers.tokenizer_battery import TEXTS, behaviour, differences
 from dylora_moe.modeling import DyloraMoeConfig
 from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 

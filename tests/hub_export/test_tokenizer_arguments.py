@@ -15,13 +15,13 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from dylora_moe.cli import main
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, merge, verify
-from dylora_moe.hub_export.repo.tokenizer_arguments import (
+from dylora_moe.hub_export.tokenizers.tokenizer_arguments import (
     VERSIONS,
     allowed_arguments,
     allowed_tokens,
     missed_arguments,
 )
-from dylora_moe.hub_export.repo.tokenizer_files import load_tokenizer
+from dylora_moe.hub_export.tokenizers.tokenizer_files import load_tokenizer
 
 
 SECRET = "TOKEN=hunter2"

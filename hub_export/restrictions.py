@@ -1,4 +1,5 @@
-"""What a process can give up on Linux before it runs untrusted code: resources, privileges, writing.
+"""What a process can give up on Linux before it runs untrusted code or reads untrusted files: resources,
+privileges, writing, reading.
 
 Each function restricts the calling process and what it starts, for good. Imports the standard library only,
 so that a bare interpreter in a sandbox can use it.
@@ -12,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -28,7 +30,7 @@ LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_ADD_RULE = 445
 LANDLOCK_RESTRICT_SELF = 446
 LANDLOCK_RULE_PATH_BENEATH = 1
-WRITE_FILE = 1 << 1
+WRITE_FILE, READ_FILE, READ_FOLDER = 1 << 1, 1 << 2, 1 << 3
 # Removing and making folders, files, devices, sockets, pipes and links: bits 4 to 12.
 CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))
 # What later versions of Landlock know besides: moving between folders (2), truncating (3); TCP (4); abstract
@@ -101,14 +103,28 @@ def confine(folder: str | Path) -> bool:
         OSError: it has, and refused.
     """
     version = landlock_version()
+    write = _writing(version)
+    files = write | CHANGE_FOLDER | (REFER if version >= 2 else 0)
+    return _restrict(version, files, [(folder, files), (os.devnull, write)])
+
+
+def confine_reading(paths: Iterable[str | Path]) -> bool:
+    """Let this process read these files and folders alone, and change nothing; otherwise as `confine`."""
+    version = landlock_version()
+    read = READ_FILE | READ_FOLDER
+    files = read | _writing(version) | CHANGE_FOLDER | (REFER if version >= 2 else 0)
+    allowed = [(path, read if os.path.isdir(path) else READ_FILE) for path in paths]
+    return _restrict(version, files, allowed)
+
+
+def _writing(version: int) -> int:
+    return WRITE_FILE | (TRUNCATE if version >= 3 else 0)
+
+
+def _restrict(version: int, files: int, allowed: list[tuple[str | Path, int]]) -> bool:
+    """Refuse these uses of files but for what is allowed, and what else this version of Landlock can refuse."""
     if version == 0:
         return False
-    write = WRITE_FILE
-    if version >= 3:
-        write |= TRUNCATE
-    files = write | CHANGE_FOLDER
-    if version >= 2:
-        files |= REFER
     ruleset, fields = _Ruleset(files=files), 1  # the kernel takes as many fields as its version has
     if version >= 4:
         ruleset.network, fields = BIND_AND_CONNECT_TCP, 2
@@ -118,8 +134,8 @@ def confine(folder: str | Path) -> bool:
     create = (LANDLOCK_CREATE_RULESET, ctypes.byref(ruleset), size, ctypes.c_uint32(0))
     rules = _check(_libc.syscall(*create))
     try:
-        for path, allowed in ((folder, files), (os.devnull, write)):
-            _allow(rules, path, allowed)
+        for path, uses in allowed:
+            _allow(rules, path, uses)
         _check(_libc.syscall(LANDLOCK_RESTRICT_SELF, ctypes.c_int(rules), ctypes.c_uint32(0)))
     finally:
         os.close(rules)

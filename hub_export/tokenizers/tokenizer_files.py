@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DyloraMoeWarning, InputError
+from ..repo.repo_files import TEMPLATE_FOLDER, is_tokenizer_file
 from ..sources.hub_and_folders import is_hub_id
 from ..sources.json_files import read_json
 from ..sources.source_folder import SourceFolder, open_folder
-from .repo_files import is_tokenizer_file
 from .tokenizer_arguments import allowed_arguments, allowed_tokens, missed_arguments
+from .tokenizer_trial import try_tokenizer
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 FILTERS = {TOKENIZER_CONFIG: allowed_arguments, SPECIAL_TOKENS_MAP: allowed_tokens}
-TEMPLATE_FOLDER = "additional_chat_templates"
 # Any of these makes a folder one with a tokenizer.
 MARKS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".vocab")
@@ -41,27 +41,26 @@ OF_SENTENCEPIECE = (
 OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 
 
-def has_tokenizer(folder: Path | SourceFolder) -> bool:
+def has_tokenizer(folder: SourceFolder) -> bool:
     """Whether the folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in MARKS)
+    return any(folder.has(name) for name in MARKS)
 
 
-def tokenizer_files(folder: Path) -> list[str]:
+def tokenizer_files(folder: SourceFolder) -> list[str]:
     """List the tokenizer's files, relative to the folder, sorted.
 
     Raises:
         InputError: one of them is a link that leads out of the folder: a chat template may be any text of
             this machine.
     """
-    opened = open_folder(folder)
-    names = opened.names()
-    if opened.has_folder(TEMPLATE_FOLDER):
-        names += [f"{TEMPLATE_FOLDER}/{name}" for name in opened.folder(TEMPLATE_FOLDER).names()]
+    names = folder.names()
+    if folder.has_folder(TEMPLATE_FOLDER):
+        names += [f"{TEMPLATE_FOLDER}/{name}" for name in folder.folder(TEMPLATE_FOLDER).names()]
     found = [name for name in sorted(names) if is_tokenizer_file(name) and name not in OF_PROCESSORS]
-    return [name for name in found if opened.has(name)]
+    return [name for name in found if folder.has(name)]
 
 
-def copy_tokenizer(folder: Path, target: Path) -> None:
+def copy_tokenizer(folder: SourceFolder, target: Path) -> None:
     """Copy a tokenizer's files byte for byte, without the arguments that the allow-list drops.
 
     Raises:
@@ -71,7 +70,7 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)
         if name in FILTERS:
-            stored = read_json(folder / name)
+            stored = folder.read_json(name)
             allowed = FILTERS[name](stored)
             if allowed != stored:
                 write_json(target / name, allowed)
@@ -97,7 +96,11 @@ def _check_vocabulary(path: Path, mtime_ns: int, size: int) -> None:
 
 
 def load_tokenizer(
-    folder: str | Path, config: Any = None, trust_remote_code: bool = False, name: str | None = None
+    folder: str | Path | SourceFolder,
+    config: Any = None,
+    trust_remote_code: bool = False,
+    name: str | None = None,
+    is_unknown: bool = True,
 ) -> Any:
     """Load a tokenizer as stock transformers does beside a model of this config.
 
@@ -107,18 +110,20 @@ def load_tokenizer(
         trust_remote_code: run the tokenizer's own code, where `auto_map` names some.
         name: the model's, where the config is that of the folder; by it transformers knows some whose files
             name a wrong class.
+        is_unknown: False for one that was made here of one that was loaded; others are tried in a confined process
+            first.
 
     Raises:
-        InputError: there is none, it is damaged, or it needs code of its own that is not trusted.
+        InputError: there is none, it is damaged, takes too long for a short text, or it needs code of its own that is not trusted.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     from dylora_moe.modeling.loading_dylora_moe import why_not_loaded
 
-    folder = Path(folder)
+    folder = open_folder(folder)
     try:
         if trust_remote_code and needs_own_code(folder):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=True)
         if config is None:
             config = _own_config(folder, trust_remote_code)
             if name is not None:
@@ -132,6 +137,8 @@ def load_tokenizer(
                 Path(directory, "config.json"),
                 {"model_type": config.model_type, "transformers_version": version},
             )
+            if is_unknown:
+                try_tokenizer(Path(directory), config)
             tokenizer = AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
     except InputError:
         raise
@@ -147,13 +154,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def _what_it_lacks(folder: Path, error: Exception) -> str | None:
+def _what_it_lacks(folder: SourceFolder, error: Exception) -> str | None:
     """Say what a tokenizer needs and lacks; None where transformers' own error says it."""
     from transformers.utils import is_sentencepiece_available
 
     if needs_own_code(folder) and "trust_remote_code" in str(error):
         return "it needs code of its own, which --trust_remote_code runs"
-    if (folder / "tokenizer.json").is_file():
+    if folder.has("tokenizer.json"):
         return None
     files = [
         name for name in tokenizer_files(folder) if name in OF_SENTENCEPIECE and _is_protobuf(folder / name)
@@ -171,10 +178,10 @@ def _is_protobuf(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
+def warn_about_missed_arguments(folder: SourceFolder, tokenizer: Any) -> None:
     """Warn of arguments that a tokenizer was loaded without, and stock transformers would give to its class."""
     path = folder / TOKENIZER_CONFIG
-    fields = open_folder(folder).read_json(TOKENIZER_CONFIG, required=False)
+    fields = folder.read_json(path.name, required=False)
     missed = [] if needs_own_code(folder) else missed_arguments(fields, tokenizer)
     if missed:
         message = (
@@ -184,15 +191,15 @@ def warn_about_missed_arguments(folder: Path, tokenizer: Any) -> None:
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
 
 
-def needs_own_code(folder: Path) -> bool:
+def needs_own_code(folder: SourceFolder) -> bool:
     return _auto_map(folder) is not None
 
 
-def _auto_map(folder: Path) -> Any:
-    return open_folder(folder).read_json(TOKENIZER_CONFIG, required=False).get("auto_map") or None
+def _auto_map(folder: SourceFolder) -> Any:
+    return folder.read_json(TOKENIZER_CONFIG, required=False).get("auto_map") or None
 
 
-def _restore_auto_map(folder: Path, copy: Path) -> None:
+def _restore_auto_map(folder: SourceFolder, copy: Path) -> None:
     """Put `auto_map` back, so that loading a tokenizer with own code fails without trust as it does in stock."""
     if needs_own_code(folder):
         write_json(
@@ -200,30 +207,30 @@ def _restore_auto_map(folder: Path, copy: Path) -> None:
         )
 
 
-def _own_config(folder: Path, trust_remote_code: bool) -> Any:
+def _own_config(folder: SourceFolder, trust_remote_code: bool) -> Any:
     """Load the config of the model in this folder, as transformers' tokenizer loader does."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    from .repo_config import is_exported_repo, load_config
+    from ..repo.repo_config import is_exported_repo, load_config
 
-    if not (folder / "config.json").is_file():
+    if not folder.has("config.json"):
         return PreTrainedConfig()
     if is_exported_repo(folder):
         return load_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError):
-        return PreTrainedConfig.from_pretrained(folder)
+        return PreTrainedConfig.from_pretrained(folder.path)
 
 
-def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
-    """Give the folder of a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
+def fetch_tokenizer(name: str, revision: str | None = None) -> SourceFolder:
+    """Open the folder of a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
 
     Raises:
         InputError: there is no such folder, nor a Hub repo that can be had.
     """
     if Path(name).is_dir():
-        return open_folder(name).path
+        return open_folder(name)
     if not is_hub_id(name):
         raise InputError(
             f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer"
@@ -238,7 +245,7 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
         fetched = snapshot_download(
             name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.index.json", "*/*.json"]
         )
-        return Path(fetched)
+        return open_folder(fetched, name)
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
         at = f" at revision {revision}" if revision else ""
         raise InputError(

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DyloraMoeWarning, FailureError, InputError
-from ..foundation.reference import is_available, local_folder
+from ..foundation.reference import is_available, is_local, local_folder
+from ..repo.options import ExportOptions
 from ..sources.json_files import read_json
+from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference, Mixture
-from .options import ExportOptions
 from .tokenizer_arguments import OF_THE_LOADING_CALL
 from .tokenizer_battery import behaviour, describe, differences, text_differences
 from .tokenizer_files import (
@@ -51,7 +52,7 @@ class FoundTokenizer:
     """
 
     origin: str
-    folder: Path
+    folder: SourceFolder
     tokenizer: Any
     base_config: Any = None
     has_own_code: bool = False
@@ -62,7 +63,11 @@ class FoundTokenizer:
 
 
 def open_tokenizer(
-    origin: str, folder: Path, base_config: Any, foundation: str | None, trust_remote_code: bool = False
+    origin: str,
+    folder: str | Path | SourceFolder,
+    base_config: Any,
+    foundation: str | None,
+    trust_remote_code: bool = False,
 ) -> FoundTokenizer:
     """Load a tokenizer beside a foundation.
 
@@ -77,6 +82,7 @@ def open_tokenizer(
 
     config = PreTrainedConfig() if base_config is None else copy.deepcopy(base_config)
     config._name_or_path = foundation or ""
+    folder = open_folder(folder)
     tokenizer = load_tokenizer(folder, config, trust_remote_code)
     warn_about_missed_arguments(folder, tokenizer)
     return FoundTokenizer(
@@ -97,18 +103,22 @@ def find_tokenizer(
             have different vocabularies.
     """
 
-    def opened(origin: str, folder: Path) -> FoundTokenizer:
+    def opened(origin: str, folder: SourceFolder) -> FoundTokenizer:
         return open_tokenizer(origin, folder, base_config, foundation.name, options.trust_remote_code)
 
     if options.tokenizer is not None:
         return opened(options.tokenizer, fetch_tokenizer(options.tokenizer))
-    own = [folder.path for folder in mixture.folders if has_tokenizer(folder)]
+    own = [folder for folder in mixture.folders if has_tokenizer(folder)]
     if own:
         found = _common([opened(str(folder), folder) for folder in own])
         _compare_with_foundations(found, foundation)
         return found
     name = foundation.name
-    may_have_one = name is not None and (not Path(name).is_absolute() or has_tokenizer(Path(name)))
+    if is_local(foundation):
+        beside = local_folder(foundation)
+        may_have_one = beside is not None and has_tokenizer(beside)
+    else:
+        may_have_one = name is not None
     if may_have_one:
         try:
             return opened(name, fetch_tokenizer(name, foundation.revision))
@@ -172,10 +182,9 @@ def _compare_with_foundations(found: FoundTokenizer, foundation: FoundationRefer
 
 def foundations_tokenizer(foundation: FoundationReference) -> FoundTokenizer | None:
     """Load the tokenizer beside the foundation's weights on this machine; None where there is none."""
-    opened = local_folder(foundation)
-    if opened is None or not has_tokenizer(opened):
+    folder = local_folder(foundation)
+    if folder is None or not has_tokenizer(folder):
         return None
-    folder = opened.path
     try:
         found = FoundTokenizer(str(folder), folder, load_tokenizer(folder, name=foundation.name))
         found.behaviour  # noqa: B018  (it may fail on a text)
@@ -243,7 +252,7 @@ def warn_about_older_transformers(found: FoundTokenizer) -> None:
 def unchanged_behaviour(found: FoundTokenizer) -> dict[str, Any] | None:
     """Measure the source's tokenizer.json without what a class makes of it; None where no class does."""
     is_unchanged = type(found.tokenizer).__name__ == "TokenizersBackend"
-    if found.has_own_code or is_unchanged or not (found.folder / "tokenizer.json").is_file():
+    if found.has_own_code or is_unchanged or not found.folder.has("tokenizer.json"):
         return None
     with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
         folder = Path(directory)
@@ -251,7 +260,7 @@ def unchanged_behaviour(found: FoundTokenizer) -> dict[str, Any] | None:
         _declare_class(folder, UNCHANGED)
         from transformers import PreTrainedConfig
 
-        return behaviour(load_tokenizer(folder, PreTrainedConfig()), found.origin)
+        return behaviour(load_tokenizer(folder, PreTrainedConfig(), is_unknown=False), found.origin)
 
 
 def _version() -> str:
@@ -280,7 +289,7 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
     first = None
     for write in (_write_copy, _write_class, _write_saved):
         write(found, folder)
-        written = behaviour(load_tokenizer(folder, config), found.origin)
+        written = behaviour(load_tokenizer(folder, config, is_unknown=False), found.origin)
         wrong = differences(written, found.behaviour)
         if not wrong:
             return
@@ -310,7 +319,7 @@ def _write_saved(found: FoundTokenizer, folder: Path) -> None:
     """Save the loaded tokenizer as it is in memory; classes that build theirs from parts would build it again."""
     with tempfile.TemporaryDirectory(prefix="dylora-moe-tokenizer-") as directory:
         found.tokenizer.save_pretrained(directory)
-        copy_tokenizer(Path(directory), folder)
+        copy_tokenizer(open_folder(directory), folder)
     if (folder / "tokenizer.json").is_file():
         _declare_class(folder, UNCHANGED)
 

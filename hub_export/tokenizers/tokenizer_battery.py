@@ -113,6 +113,8 @@ def _chat(tokenizer: Any, name: str | None) -> Any:
         text = tokenizer.apply_chat_template(
             list(MESSAGES), chat_template=template, tokenize=False, strftime_now=_no_time
         )
+    except MemoryError:
+        raise
     except Exception as error:  # a template may refuse these messages, in any way it likes
         return type(error).__name__
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]

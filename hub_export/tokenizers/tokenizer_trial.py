@@ -1,0 +1,239 @@
+"""Loads an unknown tokenizer in a process of its own before this process does.
+
+What `tokenizer_arguments` lets through should name no file. Should one slip through, the trial reads nothing of
+this machine: the process has no secrets in its environment and, where the kernel has Landlock, may read the
+tokenizer's folder and Python's own alone. It encodes a few texts and renders a chat there, with limits on time and
+memory, so that an endless template or expression ends the trial and not the command.
+
+One process serves all trials of a command. It forks for each.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..restrictions import confine_reading, drop_privileges, end_with_parent
+from .tokenizer_battery import behaviour
+
+
+# Of CPU time. Reading a vocabulary of a quarter of a million tokens takes some five seconds, making it from
+# SentencePiece's file up to a minute. After that, a few short texts and a chat take milliseconds.
+SECONDS_TO_LOAD, SECONDS_TO_USE = 120, 4
+# Such a vocabulary takes a gigabyte.
+BYTES_TO_LOAD, BYTES_TO_USE = 8 * 1024**3, 400 * 1024**2
+MOST_CHARACTERS = 4000  # of an error
+# What the process needs of this one's environment: to find libraries, and to read names in the user's encoding.
+KEPT_VARIABLES = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TMPDIR",
+    "SYSTEMROOT",
+)
+
+_START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from dylora_moe.hub_export.tokenizers.tokenizer_trial import serve
+serve()
+"""
+
+
+def try_tokenizer(folder: Path, config: Any) -> None:
+    """Load a tokenizer in the confined process, and use it there. Files that passed once pass again.
+
+    Args:
+        folder: a copy of its files, with the `config.json` that it is loaded beside.
+        config: the model's config.
+
+    Raises:
+        TrialError: it cannot be loaded there, needs a file of another folder, or takes too long or too much memory.
+    """
+    if not hasattr(os, "fork"):
+        return  # what the process would give up, this system cannot take from it
+    digest = _digest(folder, config)
+    if digest in _passed:
+        return
+    with _lock:
+        problem = _process().ask({"folder": str(folder), "config": _portable(config)})
+    if problem is not None:
+        raise TrialError(problem)
+    _passed.add(digest)
+
+
+class TrialError(Exception):
+    """Why a tokenizer could not be loaded; the text is that of the trial's own error."""
+
+
+def _digest(folder: Path, config: Any) -> str:
+    """Hash all that decides what a trial does."""
+    found = hashlib.sha256(
+        repr((type(config), config.model_type, getattr(config, "_name_or_path", None))).encode()
+    )
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.update(f"\n{path.relative_to(folder)}\n".encode())
+            found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def _portable(config: Any) -> bytes:
+    """Pickle a config; of one whose class is a repo's own code, what decides the tokenizer's class."""
+    from transformers import PreTrainedConfig
+
+    if type(config).__module__.startswith("transformers_modules"):
+        names = ("tokenizer_class", "_name_or_path", "transformers_version", "model_name")
+        fields = {name: getattr(config, name, None) for name in names}
+        model_type, config = config.model_type, PreTrainedConfig(**fields)
+        config.model_type = model_type
+    return pickle.dumps(config)
+
+
+class _Trials:
+    """The process that serves trials, seen from outside."""
+
+    def __init__(self) -> None:
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps([os.path.abspath(path) for path in sys.path])],
+            env={
+                **kept,
+                "HF_HUB_OFFLINE": "1",
+                "TRANSFORMERS_VERBOSITY": "error",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        atexit.register(self.end)
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: dict[str, Any]) -> str | None:
+        """Run one trial, and return what is wrong with the tokenizer; None for nothing."""
+        pickle.dump(request, self._process.stdin)
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
+        if not answer:
+            self.end()
+            return "the process that tries it ended"
+        return json.loads(answer)
+
+    def end(self) -> None:
+        atexit.unregister(self.end)
+        self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+
+
+_passed: set[str] = set()
+_trials: _Trials | None = None
+_lock = threading.Lock()
+
+
+def _process() -> _Trials:
+    global _trials
+    if _trials is None or not _trials.is_running():
+        _trials = _Trials()
+    return _trials
+
+
+def serve() -> None:
+    """Serve trials until the parent closes this process's standard input."""
+    from transformers import AutoTokenizer  # noqa: F401  (before the first fork, so that no trial imports it again)
+
+    end_with_parent()
+    requests, answers = sys.stdin.buffer, os.dup(1)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        os.write(answers, json.dumps(_fork(request)).encode() + b"\n")
+
+
+def _fork(request: dict[str, Any]) -> str | None:
+    """Run a trial in a process that ends with it; return what is wrong with the tokenizer."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            problem = _try(Path(request["folder"]), pickle.loads(request["config"]))
+        except BaseException as error:  # a panic of the library in Rust is no Exception
+            problem = str(error) or type(error).__name__
+        os.write(writing, json.dumps(problem)[:MOST_CHARACTERS].encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        said = file.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == -signal.SIGXCPU:
+        return f"it takes more than {SECONDS_TO_USE} seconds to encode a few short texts or to render a short chat"
+    if status < 0:
+        return f"loading it ended with {signal.Signals(-status).name}, as too much memory may"
+    return json.loads(said)
+
+
+def _try(folder: Path, config: Any) -> str | None:
+    from transformers import AutoTokenizer
+
+    with open("/proc/self/statm" if sys.platform == "linux" else os.devnull, "rb") as sizes:
+        _limit(sizes, SECONDS_TO_LOAD, BYTES_TO_LOAD)
+        drop_privileges()
+        confine_reading([folder, *_python_folders()])
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        _limit(sizes, SECONDS_TO_USE, BYTES_TO_USE)
+    try:
+        behaviour(tokenizer, "")
+    except InputError as error:  # a text that it fails on is told where it is used
+        if isinstance(error.__cause__, MemoryError):
+            return f"it takes more than {BYTES_TO_USE // 1024**2} MiB to encode a few short texts or to render a short chat"
+    return None
+
+
+def _limit(sizes: Any, seconds: int, num_bytes: int) -> None:
+    """Limit what this process may use from here on: CPU time and, on Linux, memory."""
+    import resource
+
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
+    sizes.seek(0)
+    fields = sizes.read().split()
+    if fields:
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (int(fields[5]) * resource.getpagesize() + num_bytes, hard))
+
+
+def _python_folders() -> list[str]:
+    """List the folders of this Python's libraries, and of those that the system gives it."""
+    import transformers
+
+    paths = [
+        *sysconfig.get_paths().values(),
+        sys.base_prefix + "/lib",
+        Path(transformers.__file__).parents[1],
+    ]
+    paths += ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
+    return sorted({str(path) for path in paths if os.path.exists(path)})
