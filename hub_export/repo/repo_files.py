@@ -67,10 +67,9 @@ CODE = re.compile(r"\w+_dylora_moe\.py")
 # What loaders look for in a model's folder. Beside a repo's own files such a one runs code, applies an adapter, or
 # takes the place of config, weights or tokenizer.
 OPENED_BY_LOADERS = re.compile(
-    r"custom_generate/?|adapter_(config\.json|model\..+)|(config|tokenizer)\.[^/]+\.json"
-    r"|(video_preprocessor|audio_tokenizer)_config\.json|params\.json|modules\.json"
-    r"|[^/]+\.(safetensors|index\.json|model|tiktoken)|(pytorch_model|consolidated)[^/]*|tokenizer\.model\.[^/]+"
-    r"|tf_model\.h5|flax_model\.msgpack"
+    r"custom_generate/?|adapter_(config\.json|model\..+)|(video_preprocessor|audio_tokenizer)_config\.json"
+    r"|[^/]+\.(safetensors|index\.json)|(pytorch_model|consolidated)[^/]*"
+    r"|(config|tokenizer)\.[^/]+\.json|[^/]+\.model|tokenizer\.model\.[^/]+"
 )
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
