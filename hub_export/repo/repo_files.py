@@ -113,7 +113,7 @@ def repo_files(folder: str | Path | SourceFolder, follow_links: bool = False) ->
 
     check_is_exported_repo(repo)
     config = repo.read_json("config.json")
-    needed = {"config.json", *needed_weights(repo, config), *_code(repo, config, is_file)}
+    needed = {"config.json", *needed_weights(repo, config), *needed_code(repo, config, is_file)}
     for file in sorted(needed):
         if is_file(file):
             continue
@@ -133,7 +133,7 @@ def other_files(folder: SourceFolder, config: dict[str, Any]) -> list[str]:
     Raises:
         InputError: config or index name what is no weight file.
     """
-    needed = {"config.json", *needed_weights(folder, config), *_code(folder, config, folder.has)}
+    needed = {"config.json", *needed_weights(folder, config), *needed_code(folder, config, folder.has)}
     return _others(folder, needed | _optional(folder))
 
 
@@ -177,7 +177,7 @@ def needed_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
 
 
 def _full_weights(folder: SourceFolder) -> set[str]:
-    """The one file, or the index and the shards that it names."""
+    """List the one file, or the index and the shards that it names."""
     weight_map = read_index(folder, "model.safetensors")
     if weight_map is None:
         return {"model.safetensors"}
@@ -189,7 +189,7 @@ def _full_weights(folder: SourceFolder) -> set[str]:
 
 
 def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
-    """A PEFT folder for every expert, and the router."""
+    """List the files of a PEFT folder for every expert, and the router."""
     experts = config.get("expert_configs")
     experts = experts if isinstance(experts, list) and experts else [None]
     files = set()
@@ -205,8 +205,8 @@ def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
     return files
 
 
-def _code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
-    """Follow the files that `auto_map` names, and those that they import, as the Hub's loader does.
+def needed_code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
+    """List the files of code that a repo needs: what `auto_map` names and what that imports, as the Hub's loader does.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
     repo.

@@ -203,7 +203,14 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     (linked / "model.safetensors").symlink_to(folders / "full" / "model.safetensors")
     repo = hub.repos.setdefault("guild/kept", type(hub.repos["guild/mixture"])())
     by_hand = dict.fromkeys(
-        (".gitattributes", "LICENSE", "results/humaneval.json", "notes.py", "demo.gif", "adapter_config.json"),
+        (
+            ".gitattributes",
+            "LICENSE",
+            "results/humaneval.json",
+            "notes.py",
+            "demo.gif",
+            "adapter_config.json",
+        ),
         b"x",
     )
     old = dict.fromkeys(
