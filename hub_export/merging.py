@@ -13,6 +13,7 @@ import torch
 
 from .checking import rounding
 from .checking.comparison import Comparison, compared
+from .checking.own_code import load_with_own_code
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
@@ -147,15 +148,16 @@ def _load(
     Raises:
         InputError: the repo or its foundation cannot be loaded.
     """
-    from dylora_moe.modeling import DyloraMoeForCausalLM
     from dylora_moe.modeling.loading_dylora_moe import FoundationError
 
     where = {}
     if config.weights_layout == "adapter" and is_local(foundation):
         where["base_model"] = foundation.name
     try:
-        model = DyloraMoeForCausalLM.from_pretrained(folder.path, dtype=torch.float32, **where)
+        model = load_with_own_code(folder, dtype=torch.float32, **where)
         return model, model.merge_expert(index)
+    except InputError:
+        raise
     except FoundationError as error:
         raise InputError(not_loaded(foundation, error)) from error
     except (ValueError, OSError, RuntimeError) as error:

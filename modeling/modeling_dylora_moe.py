@@ -37,6 +37,7 @@ from .loading_dylora_moe import (
     read_generation_config,
     set_default_strategy,
     subset_of,
+    warn_of_adapter,
 )
 from .routing_dylora_moe import DyloraMoeGate, DyloraMoeRouter, RoutingMixin
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
@@ -139,6 +140,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         if needs_custom_state_dict:
             loaded = cls._from_state_dict(str(location), experts, base_model, where, *args, **kwargs)
         else:
+            if location is not None:
+                warn_of_adapter(str(location), where)
             loaded = super().from_pretrained(location, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_foundation()  # loading a weight makes it trainable
