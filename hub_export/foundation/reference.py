@@ -143,9 +143,11 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     if is_local(reference):
-        open_foundation(reference).read_json(
-            "config.json", required=False
-        )  # it may be of any size, or a link
+        folder = open_foundation(reference)
+        try:
+            folder.read_json("config.json", required=False)  # it may be of any size, or a link
+        except InputError as error:
+            raise InputError(f"{error}; pass another folder or Hub id with --base_model") from error
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
         check_model_config(f"{reference.name}/config.json", stored)
