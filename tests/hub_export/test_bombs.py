@@ -514,7 +514,12 @@ def test_no_bomb_takes_more_than_five_seconds_and_500_mb(foundation, checkpoint,
     said = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert "MEASURED" in said.stdout, said.stderr[-1000:]
     code, seconds, megabytes = said.stdout.split("MEASURED")[1].split()
-    assert code == ("0" if what == "repo of 4,000 experts" else "2") or what == "most values", said.stderr
+    listed = (
+        "repo of 4,000 experts",
+        "repo of many layers",
+        "most values",
+    )  # or read, being below the limits
+    assert code == ("0" if what in listed else "2"), said.stderr
     assert float(seconds) < 5 and float(megabytes) < 500, (seconds, megabytes)
 
 
