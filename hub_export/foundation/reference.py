@@ -80,9 +80,13 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
 
 
 def _comes_with(path: Path, name: str, named_in: Path) -> bool:
-    """Whether a foundation's folder belongs to the source that names it: it lies in it, or beside it by a relative name."""
+    """Whether a foundation's folder belongs to the source that names it: it lies in it, or a relative name leads to it from there."""
     home = named_in.resolve().parent
-    return home in path.parents or (path != Path(name).expanduser() and home.parent in path.parents)
+    if home in path.parents:
+        return True
+    if Path(name).expanduser().is_absolute():
+        return False
+    return home.parent in path.parents or path in ((home / name).resolve(), (home.parent / name).resolve())
 
 
 def open_foundation(reference: FoundationReference) -> SourceFolder:

@@ -124,11 +124,14 @@ class SourceFolder:
             return sorted(entries, key=lambda entry: entry.name)
 
     def files(self) -> Iterator[str]:
-        """Yield the files in it and in the folders inside, as paths with "/"; folders that are links are left out."""
+        """Yield the files in it and in the folders inside, as paths with "/".
+
+        Left out are folders that are links, and sockets and FIFOs, such as one of git's own.
+        """
         for entry in self.entries():
             if entry.is_dir(follow_symlinks=False):
                 yield from (f"{entry.name}/{name}" for name in self.folder(entry.name).files())
-            elif self.has(entry.name):
+            elif (entry.is_symlink() or entry.is_file()) and self.has(entry.name):
                 yield entry.name
 
     def folder(self, name: str | PurePath) -> SourceFolder:

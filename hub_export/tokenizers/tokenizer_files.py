@@ -215,6 +215,7 @@ def _own_config(folder: SourceFolder, trust_remote_code: bool) -> Any:
 
     if not folder.has("config.json"):
         return PreTrainedConfig()
+    folder.read_json("config.json")  # its numbers, before transformers makes lists of them
     if is_exported_repo(folder):
         return load_config(folder)
     try:

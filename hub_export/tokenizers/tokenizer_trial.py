@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -124,7 +125,8 @@ class _Trials:
     def __init__(self) -> None:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps([os.path.abspath(path) for path in sys.path])],
+            # -P: a json.py where the command runs is no library
+            [sys.executable, "-P", "-c", _START, json.dumps([os.path.abspath(path) for path in sys.path])],
             env={
                 **kept,
                 "HF_HUB_OFFLINE": "1",
@@ -143,9 +145,15 @@ class _Trials:
 
     def ask(self, request: dict[str, Any]) -> str | None:
         """Run one trial, and return what is wrong with the tokenizer; None for nothing."""
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
+        except BrokenPipeError:
+            answer = b""
+        except BaseException:  # Ctrl-C: this answer, when it comes, is none to the next question
+            self.end()
+            raise
         if not answer:
             self.end()
             return "the process that tries it ended"
@@ -153,7 +161,8 @@ class _Trials:
 
     def end(self) -> None:
         atexit.unregister(self.end)
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.kill()
         self._process.wait()
 
@@ -174,7 +183,6 @@ def serve() -> None:
     """Serve trials until the parent closes this process's standard input."""
     from transformers import AutoTokenizer  # noqa: F401  (before the first fork, so that no trial imports it again)
 
-    end_with_parent()
     requests, answers = sys.stdin.buffer, os.dup(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -189,6 +197,7 @@ def _fork(request: dict[str, Any]) -> str | None:
     if child == 0:
         os.close(reading)
         try:
+            end_with_parent()
             problem = _try(Path(request["folder"]), _config(request))
         except BaseException as error:  # a panic of the library in Rust is no Exception
             problem = str(error) or type(error).__name__
@@ -197,6 +206,7 @@ def _fork(request: dict[str, Any]) -> str | None:
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as file:
+        _end_with_command(reading, child)
         said = file.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == -signal.SIGXCPU:
@@ -204,6 +214,20 @@ def _fork(request: dict[str, Any]) -> str | None:
     if status < 0:
         return f"loading it ended with {signal.Signals(-status).name}, as too much memory may"
     return json.loads(said)
+
+
+def _end_with_command(answers: int, child: int) -> None:
+    """Wait until there is something to read; end this process and its child if the command ends first.
+
+    The kernel's own signal for that (`end_with_parent`) comes when the command's *thread* ends that started this
+    process.
+    """
+    waiting = select.poll()
+    waiting.register(answers, select.POLLIN)
+    waiting.register(0, 0)  # standard input: whether it is closed
+    if 0 in dict(waiting.poll()):
+        os.kill(child, signal.SIGKILL)
+        os._exit(1)
 
 
 def _try(folder: Path, config: Any) -> str | None:
@@ -249,6 +273,7 @@ def _python_folders() -> list[str]:
         *sysconfig.get_paths().values(),
         sys.base_prefix + "/lib",
         Path(transformers.__file__).parents[1],
+        *(path for path in sys.path if path.endswith("-packages")),  # the user's own, and the system's
     ]
     paths += ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
     return sorted({str(path) for path in paths if os.path.exists(path)})

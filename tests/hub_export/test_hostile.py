@@ -347,6 +347,13 @@ def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(
     change_json(source / "adapter_config.json", base_model_name_or_path="foundation")
     link_out(source / "foundation" / file, tmp_path / "secret")
     refused(tmp_path, source, "--layout", "full", expected="leads out of")
+    (tmp_path / "download").mkdir()
+    shutil.copytree(source / "foundation", tmp_path / "download/foundation", symlinks=True)
+    shutil.copytree(source, tmp_path / "download/adapters/of/python", symlinks=True)
+    inner = tmp_path / "download/adapters/of/python"
+    shutil.rmtree(inner / "foundation")
+    change_json(inner / "adapter_config.json", base_model_name_or_path="../../../foundation")
+    refused(tmp_path, inner, "--layout", "full", expected="leads out of")
     if file != "chat_template.jinja":  # a text that would be published
         own = tmp_path / "own"
         (source / "foundation").rename(own)

@@ -2,7 +2,12 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from helpers_checkpoints import change_json, write_json
@@ -105,3 +110,93 @@ def test_a_process_that_was_killed_is_started_again(folder):
     process.wait()
     change_json(folder / "tokenizer_config.json", model_max_length=8)
     assert load_tokenizer(folder).model_max_length == 8
+
+
+def test_a_module_in_the_working_folder_is_not_run(folder, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizer_trial, "_trials", None)
+    change_json(folder / "tokenizer_config.json", model_max_length=9)
+    load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_process_outlives_the_thread_that_started_it(folder, monkeypatch):
+    monkeypatch.setattr(tokenizer_trial, "_trials", None)
+    change_json(folder / "tokenizer_config.json", model_max_length=10)
+    thread = threading.Thread(target=load_tokenizer, args=[folder])
+    thread.start()
+    thread.join()
+    process = tokenizer_trial._trials._process
+    change_json(folder / "tokenizer_config.json", model_max_length=11)
+    load_tokenizer(folder)
+    assert tokenizer_trial._trials._process is process and process.poll() is None
+
+
+def test_an_answer_that_nobody_waited_for_is_not_the_next_one(folder, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    class Answers:
+        readline = staticmethod(interrupted)
+
+    load_tokenizer(folder)
+    trials = tokenizer_trial._process()
+    change_json(folder / "tokenizer_config.json", model_max_length=12)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(trials._process, "stdout", Answers)
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
+    with pytest.raises(InputError):
+        load_tokenizer(folder)
+
+
+ENDLESS = """
+import sys
+from dylora_moe.hub_export.tokenizers import tokenizer_trial
+from transformers import PreTrainedConfig
+trials = tokenizer_trial._process()
+print(trials._process.pid, flush=True)
+tokenizer_trial.try_tokenizer(sys.argv[1], PreTrainedConfig())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_command_leaves_no_trial_behind(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text(FOREVER)
+    text = ENDLESS.replace("sys.argv[1]", f"__import__('pathlib').Path({str(folder)!r})")
+    command = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    serving = command.stdout.readline().strip()
+    children = Path(f"/proc/{serving}/task/{serving}/children")
+    while not (trial := children.read_text().strip()):
+        time.sleep(0.05)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    assert _ends(serving) and _ends(trial)
+
+
+def _ends(process: str) -> bool:
+    """Whether a process ends before an endless trial would."""
+    for _ in range(30):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().split()[2] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_config_of_endless_layers_is_refused_before_it_is_made(folder):
+    write_json(folder / "config.json", {"model_type": "qwen2", "num_hidden_layers": 3_000_000})
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        load_tokenizer(folder)
+
+
+def test_libraries_that_the_user_installed_beside_the_systems_are_read(tmp_path, monkeypatch):
+    own, project = tmp_path / "lib/python3/site-packages", tmp_path / "project"
+    for place in (own, project):
+        place.mkdir(parents=True)
+        monkeypatch.syspath_prepend(place)
+    found = tokenizer_trial._python_folders()
+    assert str(own) in found and str(project) not in found
