@@ -1,0 +1,20 @@
+"""What fuzzing found, once more: each kept input ends well, or with an error that is written for the user."""
+
+from pathlib import Path
+
+import pytest
+from fuzz.targets import TARGETS, run_input
+
+
+CASES = sorted(Path(__file__).with_name("cases").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_kept_input_ends_well(case):
+    assert run_input(case.read_bytes()) is not None
+
+
+def test_shares_are_of_a_thousand():
+    assert sum(target.share for target in TARGETS.values()) == 1000
+    assert min(target.share for target in TARGETS.values()) >= 50
