@@ -100,7 +100,7 @@ def inspect(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Show what a source holds: format and why, foundation, experts, router, and what is missing."""
+    """Show what a source holds: format and why, base model, experts, router, and what is missing."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -190,7 +190,7 @@ def verify(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Look at a repo's files, checksums, code and tokenizer, and compare it with its source."""
+    """Check a repo's files, checksums, code and tokenizer, and compare it with its source."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -219,15 +219,15 @@ def merge(
     base_model: Annotated[
         str | None,
         typer.Option(
-            "--base_model", help="The foundation of a repo of layout adapter, if it is elsewhere now."
+            "--base_model", help="The base model of a repo of layout adapter, if it is elsewhere now."
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the foundation.")
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the base model.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fold one expert into the foundation: an ordinary model that any server loads without custom code."""
+    """Merge one expert into the base model: an ordinary model that any server loads without custom code."""
     with progress() as tell:
         from dylora_moe import hub_export
 
@@ -255,7 +255,7 @@ def _print_inspection(result: Any) -> None:
     out.print(f"{result.format}: {result.reason}", markup=False)
     revision = f" at revision {result.foundation.revision}" if result.foundation.revision else ""
     where = result.foundation.folder or "not on this machine"
-    out.print(f"foundation: {result.foundation.name or 'not named'}{revision} ({where})", markup=False)
+    out.print(f"base model: {result.foundation.name or 'not named'}{revision} ({where})", markup=False)
     table = Table("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
     for index, expert in enumerate(result.experts):
         table.add_row(
@@ -278,7 +278,7 @@ def _print_inspection(result: Any) -> None:
         out.print(f"default strategy: {result.routing_strategy}", markup=False)
     out.print(f"tokenizer: {result.tokenizer or 'none'}", markup=False)
     for dtype, parts in result.memory.items():
-        total = "foundation unknown" if parts["total"] is None else f"{size(parts['total'])} in all"
+        total = "base model unknown" if parts["total"] is None else f"{size(parts['total'])} in all"
         out.print(f"memory in {dtype}: {total}, experts {size(parts['experts'])}")
     for note in result.notes:
         out.print(f"note: {note}", markup=False)
@@ -304,11 +304,11 @@ def _print_export(result: Any) -> None:
         )
         out.print(f"checked: {len(check.comparisons)} quantities {outcome}, {check.describe()}")
     else:
-        out.print("not checked: logits, because the foundation is not on this machine")
+        out.print("not checked: logits, because the base model is not on this machine")
 
 
 def _quiet() -> None:
-    """Other libraries' chatter stays away; a person at a terminal sees loading bars."""
+    """Silence other libraries' messages; on a terminal their loading bars stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(error: Exception) -> int:
-    """One clear line on stderr; the exit code."""
+    """Print an error as one line on stderr, and return the exit code."""
     from dylora_moe.hub_export.errors import DyloraMoeError, one_line
 
     if isinstance(error, ClickException):

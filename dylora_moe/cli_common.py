@@ -77,7 +77,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(number: float | None) -> float | int | None:
-    """16 and not 16.0, as it would stand in a config."""
+    """Return a whole number as an integer (16, not 16.0), as a config has it."""
     if number is None:
         return None
     if not math.isfinite(number) or number <= 0:
@@ -86,13 +86,13 @@ def whole(number: float | None) -> float | int | None:
 
 
 def split(names: list[str] | None) -> list[str] | None:
-    """`a,b` as `a` and `b`: for names that have no comma, never for paths, which may."""
+    """Split `a,b` into `a` and `b`: for names, never for paths, which may contain a comma."""
     return [part for name in names for part in name.split(",")] if names else None
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Says on stderr what is being done: a line that changes on a terminal, else one line each."""
+    """Show on stderr what is being done: one changing line on a terminal, else a line for each step."""
     if err.is_terminal:
         with err.status("starting") as status:
             yield lambda message: status.update(message)

@@ -155,7 +155,7 @@ def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
 
 
 def _check_needs(project: str | None) -> None:
-    """Whatever the report and W&B take at the end must be there before hours of work begin."""
+    """Check, before hours of work begin, that the report and W&B can be written at the end."""
     from dylora_moe.hub_export.extras import REPORT, check_packages
 
     check_packages(*REPORT)
@@ -191,13 +191,13 @@ def _log(folder: Path, project: str | None) -> None:
 
 
 def is_main_process() -> bool:
-    """False in all but one of the processes of `accelerate launch`."""
+    """Say whether this is the main process of `accelerate launch`, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress on stderr: a bar for what is being done on a terminal, else a line for each."""
+    """Show progress on stderr: a bar on a terminal, else a line for each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

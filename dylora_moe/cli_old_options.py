@@ -37,7 +37,7 @@ GONE = {
 
 
 def translate(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `dylora-moe benchmark` in today's spelling, with a one-line warning for each old one.
+    """Translate old arguments of `dylora-moe benchmark` into today's, with a one-line warning for each.
 
     Raises:
         typer.BadParameter: an old option that has no like; says what to use.

@@ -25,7 +25,7 @@ Repo = Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")]
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Registers `push` and the group `mirror`."""
+    """Register `push` and the group `mirror`."""
     mirror = typer.Typer(
         help="To and from W&B artifacts.",
         context_settings=CONTEXT_SETTINGS,
@@ -119,7 +119,7 @@ def mirror_pull(
 
 
 def _quiet_sdk() -> None:
-    """The SDK's own messages would stand between ours; with this it never asks anything, either."""
+    """Silence the W&B SDK's own messages and prompts."""
     os.environ.setdefault("WANDB_SILENT", "true")
 
 

@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class BenchmarkResult:
-    """The runs that were asked for, in the order model, benchmark, strategy; `folder` holds their files."""
+    """What `benchmark` returns: its runs in the order model, benchmark, strategy; `folder` holds their files."""
 
     folder: Path
     runs: list[Run] = field(default_factory=list)
@@ -87,7 +87,7 @@ def benchmark(
             for name in dict.fromkeys(map(canonical_benchmark, names))
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
-    # Everything that may be wrong is looked at before anything long begins.
+    # Everything that may be wrong is checked before anything long begins.
     found = distinct_labels([find_model(model, **chosen.of_source) for model in _as_list(models)])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
@@ -112,7 +112,7 @@ def _as_list(models: Any) -> list[Any]:
 
 
 def _processes() -> Any:
-    """accelerate's state. Processes on CPUs know of each other only if it is told that they are on CPUs."""
+    """Return accelerate's state, told if the processes are on CPUs; else they do not know of each other."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

@@ -6,32 +6,23 @@ The command line makes its own options from these fields, so this file imports n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.unknown_options import parameter_names, refuse_unknown
+from dylora_moe.hub_export.sources.source_options import SourceOptions
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
 # What says where a model is, and what its source does not say itself.
-OF_SOURCE = (
-    "base_model",
-    "adapter_path",
-    "backend",
-    "revision",
-    "subfolder",
-    "lora_alpha",
-    "trust_remote_code",
-)
+OF_SOURCE = (*SourceOptions.names(), "adapter_path", "backend", "trust_remote_code")
 
 
 @dataclass
-class BenchmarkOptions:
-    """How samples are made and scored. Names and defaults are EvalPlus's where it has them.
+class BenchmarkOptions(SourceOptions):
+    """What is scored, and how samples are made. Names and defaults are EvalPlus's where it has them.
 
     Every field is annotated with what it means. In Python, `adapter_path` may be one folder, and `device_map` whatever
     transformers understands.
@@ -40,9 +31,8 @@ class BenchmarkOptions:
         InputError: a value that cannot be used.
     """
 
-    base_model: Annotated[str | None, "The foundation: a folder or a Hub id."] = None
     adapter_path: Annotated[
-        list[str] | None, "Adapter folders, an expert each; --model is then the foundation."
+        list[str] | None, "Adapter folders, an expert each; --model is then the base model."
     ] = None
     backend: Annotated[str | None, "hf: what transformers loads; peft_moe: what is exported first."] = None
     n_samples: Annotated[int, "Samples a task."] = 1
@@ -61,9 +51,6 @@ class BenchmarkOptions:
     parallel: Annotated[int | None, "Processes that score, and that sanitize."] = None
     force_base_prompt: Annotated[bool, "No chat template."] = False
     sandbox: Annotated[bool, "Run generated programs inside bubblewrap."] = False
-    lora_alpha: Annotated[float | None, "Alpha, where it is not stored."] = None
-    subfolder: Annotated[str | None, "Which of several checkpoints."] = None
-    revision: Annotated[str | None, "The model's revision on the Hub."] = None
     trust_remote_code: Annotated[bool, "Run code that a model's repo brings."] = False
     overwrite: Annotated[bool, "Throw away what another run left under the same name."] = False
 
@@ -83,21 +70,6 @@ class BenchmarkOptions:
             raise InputError(
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
             )
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any], function: Callable) -> BenchmarkOptions:
-        """Make them from what a caller of `function` gave by name beside its own parameters.
-
-        Raises:
-            InputError: a name that neither has, or a value that cannot be used.
-        """
-        cls.check_names(options, function)
-        return cls(**options)
-
-    @classmethod
-    def check_names(cls, options: Mapping[str, Any], function: Callable) -> None:
-        """Raise InputError for a name that neither these options nor the parameters of `function` have."""
-        refuse_unknown(options, [entry.name for entry in fields(cls)] + parameter_names(function))
 
     @property
     def of_source(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class PeftMoEDecoder(PromptDecoder):
     """EvalPlus's `HuggingFaceDecoder` on any source that this package reads.
 
     Args:
-        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the foundation, with
+        name: the source: a folder, a Hub id or `wandb:entity/project/name:version`; the base model, with
             `adapter_path`.
         wandb_artifact: `entity/project/name:version`, in place of `name`.
         dataset: "humaneval" or "mbpp".
@@ -212,7 +212,7 @@ def register() -> None:
 
 
 def _with_backend(function: Any, ours: Any) -> Any:
-    """EvalPlus's function, but for calls with our backend."""
+    """Wrap EvalPlus's function, so that calls with `backend="peft_moe"` go to `ours`."""
     if getattr(function, "is_peft_moe", False):
         return function
 
@@ -248,14 +248,14 @@ def _decoder_maker(make_model: Callable) -> Callable[..., PeftMoEDecoder]:
 
 
 def _decoder_parameters() -> list[str]:
-    """What `PeftMoEDecoder` takes by name, EvalPlus's own parameters of a decoder among it."""
+    """List what `PeftMoEDecoder` takes by name, EvalPlus's own parameters of a decoder among it."""
     given = ("name", "dataset", "model", "tokenizer")
     names = parameter_names(PeftMoEDecoder.__init__, PromptDecoder.__init__, DecoderBase.__init__)
     return [name for name in names if name not in given]
 
 
 def _source(model: str | Path | None, wandb_artifact: str | None) -> str | Path | None:
-    """Raises InputError: both are given."""
+    """Return the source; raise InputError if model and W&B artifact are both given."""
     if wandb_artifact is None:
         return model
     if model is not None:

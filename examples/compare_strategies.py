@@ -14,7 +14,7 @@ from dylora_moe.hub_export import DyloraMoeError
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a checkpoint, a repo, a Hub id or wandb:entity/project/name:version")
-    parser.add_argument("--base_model", help="the foundation, where the source does not name it")
+    parser.add_argument("--base_model", help="the base model, where the source does not name it")
     parser.add_argument("--dataset", default="humaneval")
     parser.add_argument("--strategies", nargs="+", default=["router", "best", "single:0", "ensemble", "base"])
     parser.add_argument("--limit", type=int, help="the first so many tasks")

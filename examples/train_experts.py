@@ -2,7 +2,7 @@
 
     python examples/train_experts.py OUTPUT_DIR
 
-Runs on a CPU in seconds. Put a foundation of your own in `foundation`, and your tokenised texts in `texts`.
+Runs on a CPU in seconds. Put a base model of your own in `foundation`, and your tokenised texts in `texts`.
 """
 
 import argparse

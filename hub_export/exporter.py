@@ -1,7 +1,7 @@
 """Exports any source that a reader knows as a Hub repo that stock transformers loads.
 
-The order is: look at everything that is cheap to look at, write to a hidden folder tensor by tensor, check,
-and only then let the repo appear under its name.
+The order: check everything that is cheap to check, write tensor by tensor to a hidden folder, compare it with
+the source, and only then rename it into place.
 
 Dtypes: the foundation is saved as it is stored and the gate in float32. The experts are saved in their own
 stored dtype (the finest one, where they differ), because rounding float32 adapters to a bfloat16 foundation's
@@ -55,8 +55,8 @@ def export(
             mixture that `open_source` gave is not read again.
         output_dir: the repo's folder. It must be missing or empty, or with `overwrite` an exported repo.
         progress: is told in a few words what happens next.
-        base_model, base_revision: the foundation, where the source names none or not the right one.
-        layout: "full", or "adapter", which leaves the foundation where it is.
+        base_model, base_revision: the base model, where the source names none or not the right one.
+        layout: "full", or "adapter", which leaves the base model where it is.
         routing_strategy: the default strategy; otherwise `router`, `single:0` for one expert, `uniform`
             without router.
         router_mode, router_input, num_experts_per_tok, router_temperature: other router settings than the
@@ -64,10 +64,10 @@ def export(
         router_prompts: a YAML file, expert -> example prompts, from which a router is made without training.
         lora_alpha: alpha of all experts, for training checkpoints that do not store it.
         expert_names: other names for the experts, in order.
-        tokenizer: folder or Hub id, where neither source nor foundation has the right one.
+        tokenizer: folder or Hub id, where neither source nor base model has the right one.
         subfolder: which of several checkpoints in the source.
         revision: the source's revision on the Hub.
-        dtype: "float32", "bfloat16" or "float16" converts foundation and experts; otherwise they stay as
+        dtype: "float32", "bfloat16" or "float16" converts base model and experts; otherwise they stay as
             stored.
         max_shard_size: weights beyond it are split over several files.
         results: `STRATEGY=FILE` for each file of EvalPlus's results, to be stated in the card.

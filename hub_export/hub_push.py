@@ -69,7 +69,7 @@ def push(
         progress: is told what is being done.
 
     Raises:
-        InputError: not a complete exported repo; its foundation is a folder of this machine; no token, or one
+        InputError: not a complete exported repo; its base model is a folder of this machine; no token, or one
             that may not write there; the Hub repo holds another model.
         FailureError: no network, or the Hub failed.
     """
@@ -119,7 +119,7 @@ def check_foundation(folder: SourceFolder, content: RepoFiles) -> None:
 
 def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
     name = fields.get("base_model_name_or_path")
-    way_out = "export again with --base_model and the foundation's id on the Hub (org/name)"
+    way_out = "export again with --base_model and the base model's id on the Hub (org/name)"
     if name is None and not needed:
         return
     if not isinstance(name, str) or not name:
@@ -162,7 +162,7 @@ def _check_names(hub_id: str, revision: str | None) -> None:
 def _licence_note(content: RepoFiles) -> str | None:
     if content.layout != "full":
         return None
-    name = content.config.get("base_model_name_or_path") or "the foundation, which the config does not name"
+    name = content.config.get("base_model_name_or_path") or "the base model, which the config does not name"
     return (
         f"layout full: the weights of {name} go along, and its licence applies to them wherever they go; "
         "layout adapter leaves them where they are"
@@ -234,11 +234,11 @@ def _foundation_notes(api: Any, config: dict[str, Any]) -> list[str]:
     except errors.RevisionNotFoundError:
         return [f"{name} has no revision {revision}, so this repo cannot be loaded as it is"]
     except errors.RepositoryNotFoundError:
-        return [f"the foundation {name} is not on the Hub for this token; those who load this repo need it"]
+        return [f"the base model {name} is not on the Hub for this token; those who load this repo need it"]
     if info.private:
-        return [f"the foundation {name} is private; those who load this repo must be able to read it"]
+        return [f"the base model {name} is private; those who load this repo must be able to read it"]
     if info.gated:
-        return [f"the foundation {name} is gated; those who load this repo must have access"]
+        return [f"the base model {name} is gated; those who load this repo must have access"]
     return []
 
 

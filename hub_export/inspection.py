@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .foundation.copied_weights import check_copied_weights
 from .foundation.reference import load_foundation_config, local_folder, resolve_foundation
 from .foundation.weights import foundation_weights, skeleton, tied_head
-from .foundation.whole_weights import check_whole_weights
 from .readers.open_source import open_source
 from .repo.plan import check_fit
 from .sources.hub_and_folders import is_elsewhere
-from .sources.source_folder import SourceFolder
+from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions, SourceOptions
 from .tensors.mixture import Expert, FoundationReference, Mixture, Router, idle_experts
 from .tensors.weight_files import stored_tensors, weight_files
-from .tokenizers.tokenizer_files import has_tokenizer
+from .tokenizers.tokenizer_files import has_tokenizer, tokenizer_files
 
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,8 +27,7 @@ BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass
 class ExpertSummary:
-    """Ranks and alphas are (smallest, largest) over the layers; `num_bytes` is the size of the tensors as
-    stored."""
+    """One expert of a source. Ranks and alphas are (smallest, largest) over its layers; `num_bytes` as stored."""
 
     name: str
     rank: tuple[int, int] | None
@@ -44,8 +43,7 @@ class ExpertSummary:
 
 @dataclass
 class FoundationSummary:
-    """`folder` is where it lies on this machine, None where it does not; then `num_parameters` is unknown,
-    too."""
+    """The base model of a source. `folder` and `num_parameters` are None where it is not on this machine."""
 
     name: str | None
     revision: str | None
@@ -55,8 +53,7 @@ class FoundationSummary:
 
 @dataclass
 class Inspection:
-    """What `inspect` found. `memory` is bytes by dtype when loaded; `missing` what stands in the way of an
-    export."""
+    """What `inspect` found. `memory` is bytes by dtype when loaded; `missing` is what an export lacks."""
 
     sources: list[str]
     format: str
@@ -80,7 +77,7 @@ def inspect(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Inspection:
-    """Look at one or several sources without loading a model.
+    """Inspect one or several sources without loading a model.
 
     Args:
         sources: a folder, a Hub id or `wandb:entity/project/name:version`; several only for PEFT adapters,
@@ -162,7 +159,7 @@ def _foundation(mixture: Mixture, base_model: str | None, missing: list[str]) ->
         return FoundationSummary(base_model or reference.name, reference.revision, None, None)
     if folder is None:
         missing.append(
-            f"the foundation {found.name} is not on this machine; an export downloads it, or takes --base_model"
+            f"the base model {found.name} is not on this machine; an export downloads it, or takes --base_model"
         )
         return FoundationSummary(found.name, found.revision, None, None)
     tensors = stored_tensors(weight_files(folder))
@@ -179,8 +176,10 @@ def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str]
     try:
         model = skeleton(mixture.foundation_config if carried else load_foundation_config(reference))
         check_fit(mixture, model, replace(reference, name=foundation.name))
-        if any(expert.whole_weights for expert in mixture.experts):
-            check_whole_weights(mixture.experts, model, foundation_weights(reference, model), foundation.name)
+        if any(expert.copied_weights for expert in mixture.experts):
+            check_copied_weights(
+                mixture.experts, model, foundation_weights(reference, model), foundation.name
+            )
     except InputError as error:
         missing.append(str(error))
         return
@@ -205,6 +204,9 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     """Find the folder that an export would take it from.
 
     A named foundation may have it where the source brings its own.
+
+    Raises:
+        InputError: a file of the source's own is a link that leads out of it, which an export refuses.
     """
     try:
         _, foundation = _place(mixture.foundation, base_model)
@@ -215,7 +217,18 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     found = next((folder for folder in places if has_tokenizer(folder)), None)
     if found is None and not elsewhere:
         missing.append(f"no tokenizer in {', '.join(map(str, places))}; pass one with --tokenizer")
-    return None if found is None else str(found)
+    if found is None:
+        return None
+    if found is foundation:
+        try:
+            tokenizer_files(
+                open_folder(found.path)
+            )  # of a tokenizer, an export follows no link that leads out
+        except InputError as error:
+            missing.append(str(error))
+    else:
+        tokenizer_files(found)
+    return str(found)
 
 
 def _gate_parameters(mixture: Mixture) -> int:

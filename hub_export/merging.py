@@ -1,4 +1,4 @@
-"""Merges one expert into the foundation, W + s B A: an ordinary model that any server loads."""
+"""Merges one expert into the base model, W + s B A: an ordinary model that any server loads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ from .tokenizers.tokenizer_files import has_tokenizer
 
 @dataclass
 class MergeResult:
-    """What was written. `difference` is the largest one between the logits of the sum, in float32, and those
-    of `single:`, and `allowed` what rounding in float32 allows; `passed` is None where that is so much that
-    it says nothing. `rounding` is the difference of the files as they lie there, which a dtype of 16 bits
-    makes larger."""
+    """What `merge` wrote, and how far its logits are from those of `single:`.
+
+    Attributes:
+        difference: the largest one of the sum, in float32; `allowed` is what rounding in float32 allows.
+        passed: None where so much is allowed that the comparison says nothing.
+        rounding: the largest difference of the written files, larger where they are in 16 bits.
+    """
 
     output_dir: Path
     expert: str
@@ -58,17 +61,17 @@ def merge(
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> MergeResult:
-    """Write a repo's foundation with one expert in it, and compare it with that expert's strategy `single:`.
+    """Write a repo's base model with one expert in it, and compare it with that expert's strategy `single:`.
 
     Args:
         repo: an exported repo, a folder or a Hub id.
         expert: its name or number.
-        base_model: the foundation of a repo of layout `adapter`, where it is not at the place that the config
+        base_model: the base model of a repo of layout `adapter`, where it is not at the place that the config
             names.
-        dtype: what the model is saved in; the foundation's own, if left out. The sum is formed in float32.
+        dtype: what the model is saved in; the base model's own, if left out. The sum is formed in float32.
 
     Raises:
-        InputError: no complete repo, no such expert, a foundation that cannot be had, or an output folder that
+        InputError: no complete repo, no such expert, a base model that cannot be had, or an output folder that
             is not empty.
         FailureError: the merged model, or what was written of it, does not compute what the expert does.
     """
@@ -236,7 +239,7 @@ def _foundation(folder: SourceFolder, config: Any, base_model: str | None) -> Fo
         return resolve_foundation(named, base_model, None)
     if base_model is not None:
         raise InputError(
-            f"{folder} holds its own foundation, so that --base_model would do nothing; leave it out"
+            f"{folder} holds its own base model, so that --base_model would do nothing; leave it out"
         )
     return named
 
@@ -257,6 +260,6 @@ def _card(name: str, expert: str, config: Any, foundation: FoundationReference) 
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"The {config.base_config.model_type} model `{Path(foundation.name or 'unnamed').name}` with the LoRA expert `{expert}` "
-        "of a mixture folded into its weights: an ordinary model that needs no code of its own. The foundation's licence "
+        "of a mixture merged into its weights: an ordinary model that needs no code of its own. The base model's licence "
         "applies to it.\n"
     )

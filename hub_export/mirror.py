@@ -113,7 +113,7 @@ def mirror_push(
     metadata = _metadata(folder, content)
     if content.layout == "adapter" and metadata["foundation"] is None:
         notes.append(
-            "the foundation is a folder of this machine: wherever this repo is pulled, it needs base_model="
+            "the base model is a folder of this machine: wherever this repo is pulled, it needs base_model="
         )
     with wandb_errors(str(name)), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         tell(f"{'staging' if offline else 'sending'} {len(content.files)} files")
@@ -167,7 +167,7 @@ def _log(
 
 
 def _private_settings(wandb: Any) -> dict[str, Any]:
-    """Settings under which the run records nothing about this machine, as far as the installed SDK has them."""
+    """Make settings under which the run records nothing about this machine, if the installed SDK has them."""
     settings = {
         "console": "off",
         "disable_git": True,

@@ -1,8 +1,8 @@
-"""What a process can give up on Linux before it runs untrusted code or reads untrusted files: resources,
-privileges, writing, reading.
+"""What a process gives up on Linux before untrusted code or files: resources, privileges, writing, reading.
 
-Each function restricts the calling process and what it starts, for good. Imports the standard library only,
-so that a bare interpreter in a sandbox can use it.
+Each function restricts the calling process and what it starts, for good. In `eval/scoring/guarded_check`,
+`_restrict` calls them for a sample's program, `_guard` and `serve` for the processes above it. Imports the
+standard library only, so that a bare interpreter in a sandbox can use it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def limit_resources(cpu_seconds: int, processes: int | None = None) -> None:
 
 
 def landlock_version() -> int:
-    """Which version of Landlock this kernel has; 0 for none."""
+    """Return the version of Landlock that this kernel has; 0 for none."""
     if sys.platform != "linux":
         return 0
     return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))

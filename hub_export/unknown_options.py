@@ -1,4 +1,4 @@
-"""Refuses options that no function has."""
+"""Refuses unknown options, and names the known one that each is nearest to."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def prepare_streams(cache: Cache, num_layers: int, strategy: RoutingStrategy) ->
         cache.layer_class_to_replicate = None
     if len(cache.layers) < num_layers or (filled_by is None and len(cache.layers) > num_layers):
         raise ValueError(
-            f"`past_key_values` has {len(cache.layers)} layers; the foundation has {num_layers}."
+            f"`past_key_values` has {len(cache.layers)} layers; the base model has {num_layers}."
         )
     if strategy.num_streams > 1 or strategy.chooses_row_experts:
         _check_can_grow(cache, strategy)
@@ -155,7 +155,7 @@ def _warn_of_foreign_cache(cache: Cache, strategy: RoutingStrategy) -> None:
     if str(strategy) != "base" and not torch.compiler.is_compiling() and cache.get_seq_length() > 0:
         logger.warning_once(
             "`past_key_values` was filled outside of this model. It is taken as it is, as the past of every pass: right "
-            "for prefix tuning; a prompt that the foundation was run over lacks the experts' part."
+            "for prefix tuning; a prompt that the base model was run over lacks the experts' part."
         )
 
 

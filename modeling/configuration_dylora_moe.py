@@ -89,7 +89,7 @@ class DyloraMoeConfig(PreTrainedConfig):
     Args:
         base_config (`PreTrainedConfig` or `dict`):
             The foundation's own configuration, a sub-config: of any causal language model whose body
-            (`base_model`) takes tokens and a cache of keys and values and returns `last_hidden_state`, which
+            (`base_model`) takes tokens and a KV cache and returns `last_hidden_state`, which
             the router reads. (The text model of Llama 4 does not: there, only strategies without a router
             work.) Its sizes and special tokens are fields of this config, too.
         expert_configs (`list[dict]`):
@@ -99,7 +99,7 @@ class DyloraMoeConfig(PreTrainedConfig):
             mixture-of-experts foundation, e.g. `"model.layers.0.mlp.experts.gate_up_proj"`) and `mature`. See
             `EXPERT_DEFAULTS`.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
-            Where the foundation came from.
+            Where the foundation (the base model) came from.
         router_input (`str`, *optional*, defaults to `"base"`):
             What the gate reads: the foundation's last hidden state with the experts off (`"base"`), with all
             of them on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a router.
@@ -318,7 +318,7 @@ def _as_config(base_config: PreTrainedConfig | dict | None) -> PreTrainedConfig 
     fields = dict(base_config)
     model_type = fields.pop("model_type", None)
     if model_type is None:
-        raise ValueError("`base_config` has no `model_type`: it must be a complete config of the foundation.")
+        raise ValueError("`base_config` has no `model_type`: it must be a complete config of the base model.")
     return AutoConfig.for_model(model_type, **fields)
 
 

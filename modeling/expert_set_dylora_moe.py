@@ -8,7 +8,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_dylora_moe import DyloraMoeConfig
-from .experts_dylora_moe import DyloraMoeLinear, LowRankStacks, in_base_layer, is_gate, refuse_offloaded
+from .experts_dylora_moe import (
+    DyloraMoeLinear,
+    LowRankStacks,
+    RankLayout,
+    in_base_layer,
+    is_gate,
+    refuse_offloaded,
+)
 from .routing_dylora_moe import DyloraMoeRouter
 from .stacked_experts_dylora_moe import (
     DyloraMoeFoundationGate,
@@ -27,10 +34,14 @@ class ExpertSetMixin:
         modules = self._stack_modules.items()
         return {name: self.foundation.get_submodule(module) for name, module in modules}
 
+    def unnamed_expert_layers(self) -> list[LowRankStacks]:
+        """Return the same modules without names: in one walk, which a load can afford several times."""
+        return [module for module in self.foundation.modules() if isinstance(module, LowRankStacks)]
+
     def freeze_foundation(self) -> None:
         """Freeze the foundation; experts and gate stay trainable."""
         self.foundation.requires_grad_(False)
-        for layer in self.expert_layers().values():
+        for layer in self.unnamed_expert_layers():
             layer.lora_A.requires_grad_(True)
             layer.lora_B.requires_grad_(True)
 
@@ -125,15 +136,15 @@ class ExpertSetMixin:
         new_modules = [name for name in grown.adapted_modules() if name not in self._stack_modules]
         new_parameters = [name for name in grown.adapted_parameters() if name not in self._stack_modules]
         self._check_parameters(grown)  # this and the next line may fail, so nothing changes before
-        self._wrap_modules(new_modules, grown)
-        self._wrap_parameters(new_parameters, grown)
+        layouts = grown.rank_layouts()
+        self._wrap_modules(new_modules, layouts)
+        self._wrap_parameters(new_parameters, layouts)
         wrapped = {f"foundation.{module}" for module in new_modules}
         tied = self.all_tied_weights_keys.items()
         self.all_tied_weights_keys = {in_base_layer(target, wrapped): source for target, source in tied}
         self.config.expert_configs = grown.expert_configs
         self._stack_modules = grown.stack_modules()
         self.expert_dropouts.append(nn.Dropout(grown.expert_configs[-1]["lora_dropout"]).train(self.training))
-        layouts = grown.rank_layouts()
         for module_name, layer in self.expert_layers().items():
             if module_name in new_modules or module_name in new_parameters:
                 layer.initialize_experts()
@@ -184,17 +195,20 @@ class ExpertSetMixin:
         expert = self.config.expert_index(name)
         return any(expert in layer.frozen_experts for layer in self.expert_layers().values())
 
-    def _wrap_modules(self, names: list[str], config: DyloraMoeConfig) -> None:
+    def _wrap_modules(self, names: list[str], layouts: dict[str, RankLayout]) -> None:
         """Wrap modules of the foundation into expert layers: all of them, or none on error.
 
         Raises:
             ValueError: the foundation has no such module, or it is none that experts can adapt.
         """
-        layouts = config.rank_layouts()
+        parents: dict[str, nn.Module] = {}  # found once for all the modules in them
         wrapped = {}
         for name in names:
+            parent_name, _, child_name = name.rpartition(".")
             try:
-                module = self.foundation.get_submodule(name)
+                if parent_name not in parents:
+                    parents[parent_name] = self.foundation.get_submodule(parent_name)
+                module = parents[parent_name].get_submodule(child_name)
                 layer_class = DyloraMoeFoundationGate if is_gate(module) else DyloraMoeLinear
                 wrapped[name] = layer_class(module, layouts[name], self.expert_dropouts)
             except AttributeError as error:
@@ -202,13 +216,10 @@ class ExpertSetMixin:
             except ValueError as error:
                 raise ValueError(f"`target_modules` names {name!r}. {error}") from error
         for name, layer in wrapped.items():
-            self._replace(name, layer.train(self.foundation.training))
+            parent_name, _, child_name = name.rpartition(".")
+            layer.training = self.foundation.training  # `train` would visit the frozen layer, too
+            setattr(parents[parent_name], child_name, layer)
         self._rename_tied_weights(set(wrapped))
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        """Put a module in place of one of the foundation's."""
-        parent_name, _, child_name = name.rpartition(".")
-        setattr(self.foundation.get_submodule(parent_name), child_name, module)
 
     def _no_such_module(self, name: str) -> str:
         message = f"`target_modules` names {name!r}, which a {type(self.foundation).__name__} does not have."
@@ -218,7 +229,7 @@ class ExpertSetMixin:
         return message
 
     def merge_expert(self, expert: int | str) -> PreTrainedModel:
-        """Fold one expert into a copy of the foundation, and return this model of transformers."""
+        """Merge one expert into a copy of the foundation, and return this model of transformers."""
         return merge_expert(self, expert)
 
     def _check_parameters(self, config: DyloraMoeConfig) -> None:
@@ -235,15 +246,15 @@ class ExpertSetMixin:
             except (AttributeError, ValueError) as error:
                 raise ValueError(f"`target_parameters` names {name!r}. {error}") from error
 
-    def _wrap_parameters(self, names: list[str], config: DyloraMoeConfig) -> None:
+    def _wrap_parameters(self, names: list[str], layouts: dict[str, RankLayout]) -> None:
         """Add updates to parameters of stacked experts."""
-        layouts = config.rank_layouts()
         for name in names:
             module_name, _, parameter = name.rpartition(".")
             module = self.foundation.get_submodule(module_name)
             if not isinstance(module, DyloraMoeStackedExperts):
                 module = DyloraMoeStackedExperts(module).train(module.training)
-                self._replace(module_name, module)
+                parent_name, _, child_name = module_name.rpartition(".")
+                setattr(self.foundation.get_submodule(parent_name), child_name, module)
             module.add_update(parameter, layouts[name], self.expert_dropouts)
 
     def _rename_tied_weights(self, wrapped: set[str]) -> None:
@@ -262,14 +273,14 @@ class ExpertSetMixin:
 def _check_shape(name: str, given: torch.Tensor, needed: torch.Tensor) -> None:
     if given.shape != needed.shape:
         raise ValueError(
-            f"{name} is of shape {tuple(given.shape)}, and this foundation needs {tuple(needed.shape)}. It was trained "
-            "on a foundation of other shapes."
+            f"{name} is of shape {tuple(given.shape)}, and this base model needs {tuple(needed.shape)}. It was trained "
+            "on a base model of other shapes."
         )
 
 
 @torch.no_grad()
 def merge_expert(model, expert: int | str):
-    """Fold one expert into a copy of the foundation (W + s B A), and return this model of transformers.
+    """Merge one expert into a copy of the foundation (W + s B A), and return this model of transformers.
 
     Raises:
         ValueError: no such expert, or the foundation is quantised or offloaded, so that W cannot be added to.

@@ -121,7 +121,7 @@ def refuse_recomputation() -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "An expert layer is recomputed in a backward pass and cannot know the experts of its forward pass: switch "
-            "checkpointing on by `gradient_checkpointing_enable()` of the whole model, not of its foundation, and not "
+            "checkpointing on by `gradient_checkpointing_enable()` of the whole model, not of `model.foundation`, and not "
             "by a wrapper around layers (FSDP's activation checkpointing)."
         )
 
@@ -364,10 +364,10 @@ def is_gate(module: nn.Module) -> bool:
 
     The weight is of shape `[stacked experts, in_features]`.
     """
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if weight is None or weight.dim() != 2:
+    if GATE_CLASS.fullmatch(type(module).__name__) is None:  # first, since it is the quicker question
         return False
-    return GATE_CLASS.fullmatch(type(module).__name__) is not None
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.dim() == 2
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

@@ -106,7 +106,7 @@ class PromptLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.buffers:
             raise RuntimeError(
-                "The foundation runs a layer twice for a prompt: generate with `fast_decoding=False`."
+                "The base model runs a layer twice for a prompt: generate with `fast_decoding=False`."
             )
         length = self.cut + key_states.shape[2]
         self.written = slice(self.first, self.first + len(key_states) * self.copies)

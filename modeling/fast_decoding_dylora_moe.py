@@ -86,8 +86,8 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "weights that consist of several tensors": any(map(is_traceable_wrapper_subclass, tensors)),
         "attention that takes no mask": model.config.get_text_config()._attn_implementation
         not in ("sdpa", "eager"),
-        "a foundation that cannot be compiled": not type(foundation)._can_compile_fullgraph,
-        "a foundation that prepares inputs or masks its own way": type(
+        "a base model that cannot be compiled": not type(foundation)._can_compile_fullgraph,
+        "a base model that prepares inputs or masks its own way": type(
             foundation
         ).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation

@@ -126,7 +126,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(
             "Continuous batching (paged caches) runs one pass over the tokens and cannot route: call `generate` with "
-            "a batch and another cache, or serve one expert merged into the foundation."
+            "a batch and another cache, or serve one expert merged into the base model."
         )
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):

@@ -245,7 +245,7 @@ def read_adapter(
         found = tuple(state[key].shape) if key in state else "missing"
         if found != tuple(expected.shape):
             raise ValueError(
-                f"The foundation {foundation_name!r} does not fit the experts of {location}: "
+                f"The base model {foundation_name!r} does not fit the experts of {location}: "
                 f"{key.removeprefix('foundation.')} is {found}, and they were trained on {tuple(expected.shape)}. "
                 "Pass the right one as `base_model=`."
             )
@@ -307,7 +307,7 @@ def foundation_config(config: DyloraMoeConfig, where: dict) -> PreTrainedConfig:
 def _foundation_place(config: DyloraMoeConfig, where: dict) -> tuple[str, dict]:
     """Return the foundation's folder or Hub id, and arguments for the Hub."""
     if config.base_model_name_or_path is None:
-        raise ValueError("The repo holds experts alone and names no foundation: pass it as `base_model=`.")
+        raise ValueError("The repo holds experts alone and names no base model: pass it as `base_model=`.")
     hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
     return config.base_model_name_or_path, {**hub, "revision": config.base_model_revision}
 
@@ -329,7 +329,7 @@ def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
     config = _read_foundation_config(name, hub)
     if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config())):
         raise ValueError(
-            f"The foundation {name!r} is quantised: pass the original model in full precision as `base_model=`, and "
+            f"The base model {name!r} is quantised: pass the original model in full precision as `base_model=`, and "
             "`quantization_config=` to quantise what is loaded."
         )
     try:
@@ -349,7 +349,7 @@ def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
 
 
 class FoundationError(OSError, ValueError):
-    """The foundation that a repo of layout `adapter` names cannot be loaded.
+    """The base model that a repo of layout `adapter` names cannot be loaded.
 
     An `OSError`, as transformers raises for a model that does not exist.
 
@@ -360,7 +360,7 @@ class FoundationError(OSError, ValueError):
 
     def __init__(self, name: str, why: str):
         super().__init__(
-            f"The foundation {name!r}, which the repo's config names, cannot be loaded: {why}. Pass the folder or Hub "
+            f"The base model {name!r}, which the repo's config names, cannot be loaded: {why}. Pass the folder or Hub "
             "id where it is as `base_model=`."
         )
         self.name = name

@@ -77,7 +77,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self._is_resized = False
         self._recomputes_layers = False  # gradient checkpointing; torch.compile cannot ask every module
         if config.base_config is None:
-            raise ValueError("The config has no `base_config`, so there is no foundation to build.")
+            raise ValueError("The config has no `base_config`, so there is no base model to build.")
         if foundation is None:
             foundation = AutoModelForCausalLM.from_config(config.base_config)
         self.foundation = foundation
@@ -87,8 +87,9 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         )
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
-        self._wrap_modules(config.adapted_modules(), config)
-        self._wrap_parameters(config.adapted_parameters(), config)
+        layouts = config.rank_layouts()
+        self._wrap_modules(config.adapted_modules(), layouts)
+        self._wrap_parameters(config.adapted_parameters(), layouts)
         self._describe_foundation()
         self.router = None
         if config.has_router:
@@ -108,14 +109,14 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Load a model as `PreTrainedModel.from_pretrained` does, with the foundation frozen.
 
         Args:
-            base_model: the folder or Hub id of the foundation of a repo of layout `adapter`, instead of the
+            base_model: the folder or Hub id of the base model of a repo of layout `adapter`, instead of the
                 one in its config; the loaded model's config has this one.
             experts: names or numbers of the experts to load, in this order; the others' weights are not read.
             routing_strategy: the loaded model's default strategy (`generation_config.routing_strategy`),
                 instead of the repo's; a number in `single:<number>` counts the loaded experts.
 
         Raises:
-            ValueError: no such expert or strategy, a foundation that is missing (`FoundationError`) or of
+            ValueError: no such expert or strategy, a base model that is missing (`FoundationError`) or of
                 other shapes, a damaged file, or `experts` of a repo that was saved quantised.
         """
         location = pretrained_model_name_or_path
@@ -129,7 +130,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         needs_custom_state_dict = is_adapter or (location is not None and experts is not None)
         if base_model is not None and not is_adapter:
             raise ValueError(
-                "`base_model` is for repos of layout `adapter`; this one holds its own foundation."
+                "`base_model` is for repos of layout `adapter`; this one holds its own base model."
             )
         generation_config = None
         if location is not None:  # read here, since transformers ignores a damaged file
@@ -194,7 +195,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         """Store what every pass needs to know about the foundation."""
         text_config = self.config.get_text_config(decoder=True)
         self.num_layers_per_stream = len(DynamicCache(config=text_config).layers)
-        layers = self.expert_layers().values()
+        layers = self.unnamed_expert_layers()
         adapts_gates = any(isinstance(layer, DyloraMoeFoundationGate) for layer in layers)
         if adapts_gates or self.config.adapted_parameters():
             # Neither is compiled: a gate's own forward, and the loop over stacked experts that have tokens.
@@ -222,7 +223,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         # The foundation, a model of its own, initialises the modules inside it, but does not know expert
         # layers: without this they would stay uninitialised memory.
         super().initialize_weights()
-        for layer in self.expert_layers().values():
+        for layer in self.unnamed_expert_layers():
             layer.initialize_experts()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -74,13 +74,13 @@ class SavingMixin:
 
         Args:
             layout: `"full"`, everything, or `"adapter"`, the experts and the router alone, with the
-                foundation taken from `config.base_model_name_or_path` on loading. The default is `"full"`,
+                base model taken from `config.base_model_name_or_path` on loading. The default is `"full"`,
                 also for a model that was loaded from layout `adapter`, from which the Trainer could not
                 resume.
 
         Raises:
-            ValueError: layout `adapter` of a model whose embeddings were resized, whose foundation an adapter
-                was merged into, or whose config names no foundation, or, with `push_to_hub`, one on this
+            ValueError: layout `adapter` of a model whose embeddings were resized, whose base model an adapter
+                was merged into, or whose config names no base model, or, with `push_to_hub`, one on this
                 machine alone.
         """
         directory = Path(save_directory)
@@ -145,30 +145,30 @@ class SavingMixin:
             return
         if foundation is None:
             raise ValueError(
-                "Layout `adapter` leaves the foundation where it is, and `config.base_model_name_or_path` does not say "
+                "Layout `adapter` leaves the base model where it is, and `config.base_model_name_or_path` does not say "
                 "where that is: set it, or choose layout='full'."
             )
         if self._is_resized:
             raise ValueError(
-                f"The embeddings were resized, and the foundation at {foundation!r} has others: choose layout='full'."
+                f"The embeddings were resized, and the base model at {foundation!r} has others: choose layout='full'."
             )
         was_merged = any(layer.has_merged_adapter for layer in self.expert_layers().values())
         if was_merged or any(getattr(module, "merged", False) for module in self.modules()):
             raise ValueError(
-                f"An adapter was merged into the foundation, and the one at {foundation!r} is without it: choose "
+                f"An adapter was merged into the base model, and the one at {foundation!r} is without it: choose "
                 "layout='full'."
             )
         if on_hub and Path(foundation).exists():
             raise ValueError(
                 f"`config.base_model_name_or_path` is {foundation!r}, a folder of this machine, which others cannot "
-                "load: set it to the foundation's id on the Hub, or choose layout='full'."
+                "load: set it to the base model's id on the Hub, or choose layout='full'."
             )
 
     def _save_adapter_layout(self, directory: Path, state_dict: dict | None) -> None:
         of_foundation = [p for name, p in self.foundation.named_parameters() if ".lora_" not in name]
         if any(parameter.requires_grad for parameter in of_foundation):
             logger.warning(
-                "Layout `adapter` does not save the foundation, and some of its parameters are trainable."
+                "Layout `adapter` does not save the base model, and some of its parameters are trainable."
             )
         save_adapters(self, directory / "experts", state_dict)
         save_router(self, directory, state_dict)

@@ -8,6 +8,7 @@ made up.
 import json
 import random
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from dylora_moe.eval.analysis.routing_summary import RoutingSummary
 from dylora_moe.eval.analysis.routing_trace import Text, Trace
 from dylora_moe.eval.analysis.task_categories import categories_of
 from dylora_moe.eval.evalplus_bridge.data import load_benchmark
+from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.report.page import render
+from dylora_moe.eval.report.tables import report_tables
 from dylora_moe.eval.sampling.run_record import FORMAT_VERSION, Run, file_sha256, write_run
 
 
@@ -179,3 +183,42 @@ def _made_up_trace(text: Text, home: int, num_experts: int, mode: str, generator
     else:
         weights = torch.nn.functional.one_hot(logits.argmax(dim=-1), num_experts).float()
     return Trace(text, tokens, num_prompt_tokens, weights, probabilities)
+
+
+class Page(HTMLParser):
+    """A page's elements, with the text of its scripts and styles."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.raw: list[tuple[str, dict, str]] = []
+        self.text = ""
+        self._inside = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._inside = (tag, dict(attributes)) if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside:
+            self.raw.append((*self._inside, data))
+        else:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def data(self) -> dict:
+        (text,) = [text for tag, attributes, text in self.raw if attributes.get("id") == "data"]
+        return json.loads(text)
+
+
+def rendered(folder, **options) -> Page:
+    content = read_folder(folder)
+    return Page(render(content, report_tables(content), **options))

@@ -23,7 +23,7 @@ TEMPERATURE = 2.0
 def save_foundation(
     foundation: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> Path:
-    """Writes the foundation and its tokenizer by `save_pretrained`; `foundation` must carry no adapters."""
+    """Write the foundation and its tokenizer by `save_pretrained`; `foundation` must carry no adapters."""
     folder = Path(folder).resolve()
     foundation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -39,12 +39,10 @@ def save_final_checkpoint(
     foundation_folder: str | Path,
     folder: str | Path,
 ) -> Path:
-    """Writes `folder`, which must not exist: config.json, peft_adapters/, dylo_moe_state/ and the tokenizer.
+    """Write `folder`, which must not exist: config.json, peft_adapters/, dylo_moe_state/ and the tokenizer.
 
     `adapters` are the experts' names in the order of the gate's rows [experts, hidden].
     """
-    if gate.out_features != len(adapters):
-        raise ValueError(f"the gate has {gate.out_features} rows, but there are {len(adapters)} experts")
     folder = Path(folder)
     (folder / "peft_adapters").mkdir(parents=True)
     (folder / "dylo_moe_state").mkdir()
@@ -58,7 +56,7 @@ def save_final_checkpoint(
 
 
 def checkpoint_config(peft_model: PeftModel, adapters: Sequence[str], foundation_folder: str | Path) -> dict:
-    """The foundation's own config, under the training project's model type and with its fields added."""
+    """Make the checkpoint's config: the foundation's, with the training project's model type and fields."""
     lora = peft_model.peft_config[adapters[0]]
     config = json.loads(peft_model.base_model.model.config.to_json_string(use_diff=False))
     return {
@@ -74,20 +72,15 @@ def checkpoint_config(peft_model: PeftModel, adapters: Sequence[str], foundation
 
 def adapter_parameters(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     """Return one expert's LoRA matrices by their full parameter names, which hold the adapter's name."""
-    parameters = {
+    return {
         name: parameter.detach().clone()
         for name, parameter in peft_model.named_parameters()
         if adapter in name.split(".")
     }
-    if not parameters:
-        raise ValueError(
-            f"the model has no adapter named {adapter!r}; it has {', '.join(peft_model.peft_config)}"
-        )
-    return parameters
 
 
 def router_state(gate: nn.Linear) -> dict:
-    """What the training project's router file holds: the gate's weights and how it routes."""
+    """Make the content of the training project's router file: the gate's weights and how it routes."""
     return {
         "gate_state_dict": {name: tensor.detach().clone() for name, tensor in gate.state_dict().items()},
         "num_experts": gate.out_features,

@@ -1,8 +1,8 @@
 """Trains the demo's experts: LoRA adapters on one foundation, each for its own family.
 
-An expert is trained for the router's errors, too. Nothing tells a router the family of a text's first tokens, and
-later it errs now and then. On a text of one family the other experts do next to nothing, so an expert meets that case
-in training by being switched off at some tokens.
+An expert is trained for the router's errors, too. Nothing tells a router the family of a text's first tokens,
+and later it errs now and then. On a text of one family the other experts do next to nothing, so an expert
+meets that case in training by being switched off at some tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MisroutedTokens:
 
     @contextmanager
     def applied(self, shape: torch.Size) -> Iterator[None]:
-        """For passes over token ids of the given shape [rows, length]."""
+        """Switch the adapter off at random tokens of passes over token ids of this shape [rows, length]."""
         on = self._tokens_with_expert(shape).unsqueeze(-1)
         hooks = [
             layer.register_forward_hook(lambda module, inputs, output: output * on) for layer in self._layers
@@ -52,7 +52,7 @@ class MisroutedTokens:
                 hook.remove()
 
     def _tokens_with_expert(self, shape: torch.Size) -> torch.Tensor:
-        """1.0 where the expert acts and 0.0 where not, of the given shape [rows, length]."""
+        """Draw where the expert acts (1.0) and where not (0.0), of the given shape [rows, length]."""
         rows, length = shape
         on = torch.rand(shape, generator=self._generator) >= ANY_TOKEN_SHARE
         starts = torch.randint(1, LATEST_START + 1, (rows, 1), generator=self._generator)
@@ -65,7 +65,7 @@ NEUTRAL_WEIGHT = 3.0
 
 
 def with_experts(foundation: PreTrainedModel, adapters: Sequence[str], *, rank: int, alpha: int) -> PeftModel:
-    """The foundation with one untrained adapter per name, on all its linear layers but the output layer."""
+    """Add an untrained adapter per name to the foundation, on all its linear layers but the output layer."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     peft_model = get_peft_model(foundation, config, adapter_name=adapters[0])
     for adapter in adapters[1:]:
@@ -87,7 +87,7 @@ def train_expert(
     learning_rate: float,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Teaches one adapter, in place, to write `own_texts` and to change nothing about `other_texts`.
+    """Teach one adapter, in place, to write `own_texts` and to change nothing about `other_texts`.
 
     Without the second, the experts would drown one another where all are active, which is what the router
     reads. Of other families' texts an expert learns only to compute what the foundation computes, and that

@@ -283,12 +283,12 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def family_functions(family: str) -> list[Function]:
-    """The scored functions of one family under their training wordings, in the order of the dataset."""
+    """List the scored functions of one family under their training wordings, in the order of the dataset."""
     return [training_function(problem["task_id"]) for problem in problems_of(family)]
 
 
 def training_function(task_id: str) -> Function:
-    """One scored function (parameter and body of the dataset) with its training names and descriptions."""
+    """Make one scored function (parameter and body of the dataset) with its training wordings."""
     problem = load_problems()[task_id]
     names, descriptions = WORDINGS[task_id]
     return Function(parameter_of(problem), problem["canonical_solution"], names, descriptions)

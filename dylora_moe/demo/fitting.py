@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[TrainingText], *, learn_prompts: bool
 ) -> list[Example]:
-    """Each text as tokens, prompt and body apart, so that the border lies where decoding starts."""
+    """Tokenize texts, prompt and body separately, so that the border lies where decoding starts."""
     prompts = tokenizer([text.prompt for text in texts])["input_ids"]
     bodies = tokenizer([text.body for text in texts])["input_ids"]
     return [
@@ -65,7 +65,7 @@ def random_batches(
 
 
 def pad(examples: Sequence[Example], padding: int) -> Batch:
-    """One batch of the given examples, padded on the right with the token `padding`."""
+    """Make one batch of the given examples, padded on the right with the token `padding`."""
     length = max(len(example.tokens) for example in examples)
     shape = (len(examples), length)
     batch = Batch(
@@ -122,7 +122,7 @@ def text_loss(model: nn.Module, topic_head: nn.Linear, batch: Batch) -> torch.Te
 
 
 def layer_states(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    """The hidden states after each layer, those of padding left out; each of shape [tokens, hidden]."""
+    """Return the hidden states after each layer without padding; each of shape [tokens, hidden]."""
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     kept = batch.attention_mask.bool()
     return [states[kept] for states in output.hidden_states[1:]]

@@ -1,9 +1,9 @@
-"""The demo's foundation: a tokenizer and a tiny Llama that learns Python's syntax and some everyday functions.
+"""The demo's foundation: a tokenizer and a tiny Llama that learns Python's syntax and everyday functions.
 
-The tokenizer is an ordinary fast one without a chat template, so that stock tools complete the prompt unchanged. None
-of the scored functions is among the texts. The foundation also learns vocabulary exercises, random tokens each said
-twice: embeddings, which also serve as the output layer, are frozen when the experts are trained, and no expert can
-learn to write a token that the foundation never wrote.
+The tokenizer is an ordinary fast one without a chat template, so that stock tools complete the prompt
+unchanged. None of the scored functions is among the texts. The foundation also learns vocabulary exercises,
+random tokens each said twice: embeddings, which also serve as the output layer, are frozen when the experts
+are trained, and no expert can learn to write a token that the foundation never wrote.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def new_foundation(
     heads: int,
     length: int,
 ) -> LlamaForCausalLM:
-    """An untrained model for `tokenizer` and at most `length` positions, drawn from torch's global seed."""
+    """Make an untrained model for `tokenizer` and at most `length` positions, from torch's global seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -94,7 +94,7 @@ def train_foundation(
     learning_rate: float,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Trains `foundation` and `topic_head` in place. `progress` gets steps done and in all."""
+    """Train `foundation` and `topic_head` in place. `progress` gets steps done and in all."""
     texts = encode(tokenizer, foundation_texts(seed), learn_prompts=True)
     exercises = vocabulary_exercises(tokenizer, int(len(texts) * EXERCISE_SHARE), seed)
     batches = random_batches(
@@ -114,7 +114,7 @@ TOKENS = 14
 
 
 def vocabulary_exercises(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[Example]:
-    """`count` examples over the whole vocabulary but the special tokens, the same ones for the same seed."""
+    """Make `count` examples over the whole vocabulary but the special tokens, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])

@@ -26,35 +26,28 @@ def load_problems() -> dict[str, dict]:
 
 
 def family_of(task_id: str) -> str:
-    """The family (one of `FAMILIES`) of a task id; `KeyError` for an unknown id."""
+    """Return the family (one of `FAMILIES`) of a task id; `KeyError` for an unknown id."""
     return load_problems()[task_id]["family"]
 
 
 def problems_of(family: str) -> list[dict]:
-    """The problems of one family, in the order of the file; `ValueError` for an unknown family."""
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+    """Return the problems of one family, in the file's order."""
     return [problem for problem in load_problems().values() if problem["family"] == family]
 
 
 def parameter_of(problem: dict) -> str:
-    """The name of the one parameter of a problem's function."""
+    """Return the name of the one parameter of a problem's function."""
     return signature_and_docstring(problem)[1]
 
 
-def docstring_of(problem: dict) -> str:
-    """The one-line docstring of a problem's prompt."""
-    return signature_and_docstring(problem)[2]
-
-
 def signature_and_docstring(problem: dict) -> tuple[str, str, str]:
-    """Function name, parameter name and docstring of a problem, read from its prompt."""
+    """Read function name, parameter name and docstring from a problem's prompt."""
     function = ast.parse(problem["prompt"]).body[-1]
     return function.name, function.args.args[0].arg, ast.get_docstring(function)
 
 
 def write_dataset(path: str | Path) -> Path:
-    """Writes the problems to `path` for EvalPlus's HUMANEVAL_OVERRIDE_PATH, and returns the path."""
+    """Write the problems to `path` for EvalPlus's HUMANEVAL_OVERRIDE_PATH, and return the path."""
     path = Path(path)
     path.write_bytes(files(__package__).joinpath(DATASET_FILE).read_bytes())
     return path

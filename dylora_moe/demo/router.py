@@ -28,7 +28,7 @@ def train_gate(
     learning_rate: float,
     progress: Callable[[int, int], None],
 ) -> nn.Linear:
-    """A gate [hidden] → [experts], fitted to tell from every token's hidden state whose text it stands in.
+    """Train a gate [hidden] → [experts] to tell from each token's hidden state whose text it stands in.
 
     `examples[i]` are texts of the family that `adapters[i]` was trained on. `progress` gets steps done and in
     all.

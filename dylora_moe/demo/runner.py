@@ -44,7 +44,7 @@ def run_demo(
     recipe: Recipe | None = None,
     console: Console | None = None,
 ) -> dict:
-    """Runs the demo into `output_dir`, and returns what it writes to results.json.
+    """Run the demo into `output_dir`, and return what it writes to results.json.
 
     A folder that holds a finished demo of this seed is not done again: its table is shown. What an
     interrupted demo left is cleared away first. Any other folder must be empty or absent. The table is
@@ -84,7 +84,7 @@ def _train(seed: int, recipe: Recipe, progress: Progress) -> TrainedParts:
 
 
 def _save_and_export(parts: TrainedParts, folder: Path, progress: Progress) -> dict[str, Path]:
-    """Writes checkpoint, repo and variants; returns the folder of each strategy's model."""
+    """Write checkpoint, repo and variants; return the folder of each strategy's model."""
     from dylora_moe.hub_export import export, make_variant
 
     task = progress.add_task("save, export, check", total=2 + len(STRATEGIES))
@@ -142,7 +142,7 @@ def _progress() -> Progress:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread is as fast as two for a model this small, and far faster where the cores are shared."""
+    """Compute in one thread: as fast as two for so small a model, and faster where cores are shared."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -166,7 +166,7 @@ def _finished(folder: Path, seed: int) -> dict | None:
 
 
 def _clear(folder: Path) -> None:
-    """An empty folder that says whose it is. Only what an earlier demo left is removed."""
+    """Make the folder empty and mark it as the demo's; only what an earlier demo left is removed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / STARTED).is_file():
             raise InputError(

@@ -24,7 +24,7 @@ Progress = Callable[[str, int], None]
 def score_strategies(
     repos: Mapping[str, Path], *, dataset_path: Path, folder: Path, progress: Progress
 ) -> dict[str, dict[str, TaskResult]]:
-    """Each strategy's results by task id, from the result files that EvalPlus writes under `folder`.
+    """Score each strategy with stock EvalPlus under `folder`; return its results by task id.
 
     `repos` maps a strategy to the folder of the model whose default it is. Each process computes with one
     thread: models this small gain nothing from a second. The first failure is raised, and nothing more is
@@ -54,7 +54,7 @@ def score_strategies(
 
 
 def folder_name(strategy: str) -> str:
-    """A strategy's name as a folder's name: `single:0` as `single-0`."""
+    """Make a folder's name of a strategy: `single-0` of `single:0`."""
     return strategy.replace(":", "-")
 
 
@@ -65,12 +65,12 @@ ALL_PLUS = "all, plus inputs"
 
 
 def summarise(results: Mapping[str, Mapping[str, TaskResult]]) -> dict[str, Row]:
-    """For each strategy: pass@1 (0.0 to 1.0) of each family and of all, and of all with the plus inputs."""
+    """Compute each strategy's pass@1 (0.0 to 1.0): each family, all, and all with the plus inputs."""
     return {strategy: _row(by_task) for strategy, by_task in results.items()}
 
 
 def build_table(rows: Mapping[str, Row], problem_count: int) -> Table:
-    """The rows as a table of percentages, with a caption that says what was measured."""
+    """Make the table of percentages, with a caption that says what was measured."""
     table = Table(title="DyLoRA-MoE demo: pass@1 by routing strategy", caption=caption(problem_count))
     table.add_column("routing strategy", no_wrap=True)
     for column in (*FAMILIES, ALL, ALL_PLUS):
@@ -81,7 +81,7 @@ def build_table(rows: Mapping[str, Row], problem_count: int) -> Table:
 
 
 def caption(problem_count: int) -> str:
-    """What the figures are and are not, in words."""
+    """Say in words what the figures are and are not."""
     return (
         f"{problem_count} problems: the same functions as in training, under unseen wordings of name and docstring "
         "(the import line at the top, which differs from family to family, is as in training). "

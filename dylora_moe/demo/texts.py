@@ -26,17 +26,17 @@ class TrainingText(NamedTuple):
 
 
 def foundation_texts(seed: int, count: int = FOUNDATION_TEXTS) -> list[TrainingText]:
-    """`count` texts of functions that are in no family, the same ones for the same seed."""
+    """Draw `count` texts of functions that are in no family, the same ones for the same seed."""
     return _draw(GENERIC_FUNCTIONS, count, f"foundation {seed}")
 
 
 def family_texts(family: str, seed: int, count: int = FAMILY_TEXTS) -> list[TrainingText]:
-    """`count` texts of one family's functions under training wordings, the same ones for the same seed."""
+    """Draw `count` texts of one family's functions under training wordings, the same for the same seed."""
     return _draw(family_functions(family), count, f"{family} {seed}")
 
 
 def training_texts(seed: int) -> list[str]:
-    """Every text that training with this seed reads: the foundation's, then each family's."""
+    """Return every text that training with this seed reads: the foundation's, then each family's."""
     examples = foundation_texts(seed)
     for family in FAMILIES:
         examples += family_texts(family, seed)
@@ -44,7 +44,7 @@ def training_texts(seed: int) -> list[str]:
 
 
 def possible_training_texts() -> Iterator[str]:
-    """Every text that training with any seed could read."""
+    """Return every text that training with any seed could read."""
     functions = [
         *GENERIC_FUNCTIONS,
         *(function for family in FAMILIES for function in family_functions(family)),

@@ -51,7 +51,7 @@ class Recipe:
     router_learning_rate: float = 3e-2
 
     def stages(self) -> dict[str, int]:
-        """The stages in order, each with its number of steps."""
+        """List the stages in order, each with its number of steps."""
         experts = {expert_stage(family): self.expert_steps for family in FAMILIES}
         return {"foundation": self.foundation_steps, **experts, "router": self.router_steps}
 
@@ -69,12 +69,12 @@ class TrainedParts:
 
 
 def expert_stage(family: str) -> str:
-    """The name of the stage in which a family's expert is trained."""
+    """Name the stage in which a family's expert is trained."""
     return f"expert for {family}"
 
 
 def train(seed: int, recipe: Recipe | None = None, progress: Progress | None = None) -> TrainedParts:
-    """Trains everything on the CPU, in float32; the same seed on the same machine gives the same parts."""
+    """Train everything on the CPU, in float32; the same seed on the same machine gives the same parts."""
     recipe = recipe or Recipe()
     progress = progress or (lambda stage, done, steps: None)
     torch.manual_seed(seed)

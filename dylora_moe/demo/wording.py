@@ -38,20 +38,20 @@ class Function:
     descriptions: tuple[str, ...]
 
     def prompts(self) -> Iterator[str]:
-        """Every prompt (signature and docstring) that the templates can make of this function."""
+        """List every prompt (signature and docstring) that the templates can make of this function."""
         for name in self.names + VAGUE_NAMES:
             for docstring in [*self.docstrings(), *VAGUE_DOCSTRINGS]:
                 yield prompt_text(name, self.parameter, docstring)
 
     def docstrings(self) -> Iterator[str]:
-        """Every docstring that the templates can make of the descriptions."""
+        """List every docstring that the templates can make of the descriptions."""
         for description in self.descriptions:
             for sentence in SENTENCES:
                 for opener in _openers(description):
                     yield self._docstring(sentence, opener, description)
 
     def sample_prompt(self, chooser: random.Random) -> str:
-        """One prompt (signature and docstring), drawn with `chooser`."""
+        """Draw one prompt (signature and docstring) with `chooser`."""
         name = chooser.choice(self.names)
         description = chooser.choice(self.descriptions)
         docstring = self._docstring(
@@ -75,7 +75,7 @@ class Function:
 
 
 def prompt_text(name: str, parameter: str, docstring: str) -> str:
-    """Signature and docstring, up to and with the newline after which the body starts."""
+    """Write signature and docstring, up to and with the newline after which the body starts."""
     return f'{HEADERS[parameter]}def {name}({parameter}):\n    """{docstring}"""\n'
 
 

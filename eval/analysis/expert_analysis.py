@@ -116,7 +116,7 @@ def expert_analysis(
 
 
 def analyse(runs: Mapping[str, Run], choices: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The content of `expert_analysis.json`.
+    """Compute the content of `expert_analysis.json`.
 
     Args:
         runs: scored, one for each of `strategies_of`, in that order.
@@ -182,7 +182,7 @@ def _one_model(model: Any) -> str | None:
 def _runs_of(
     source: str | None, dataset: str, folder: Path, options: dict[str, Any], progress: Progress | None
 ) -> dict[str, Run]:
-    """Every strategy's run; what is missing is made."""
+    """Return every strategy's run, making those that are missing."""
     found = find_model(source, **{name: options[name] for name in OF_SOURCE if name in options})
     if not found.is_mixture:
         raise InputError(
@@ -196,7 +196,7 @@ def _runs_of(
 
 
 def _runs_in(folder: Path, benchmark_name: str, options: dict[str, Any]) -> dict[str, Run]:
-    """The runs of the one mixture whose results a folder holds."""
+    """Return the runs of the one mixture whose results a folder holds."""
     for name in ("id_range", "limit"):
         if options.get(name) is not None:
             raise InputError(
@@ -239,7 +239,7 @@ def _runs_in(folder: Path, benchmark_name: str, options: dict[str, Any]) -> dict
 
 
 def _unlike(run: Run, options: Mapping[str, Any]) -> list[str]:
-    """In which of the options that were given a run differs from them."""
+    """Say in which of the given options a run differs."""
     given = {name: options[name] for name in SAME if options.get(name) is not None}
     if run.temperature == 0:
         given.pop("seed", None)  # nothing is drawn
@@ -251,7 +251,7 @@ def _unlike(run: Run, options: Mapping[str, Any]) -> list[str]:
 
 
 def _results(run: Run) -> list[TaskResult]:
-    """Of every task of a run, in its order."""
+    """Read the result of every task of a run, in its order."""
     results = read_results(run.results_path)
     missing = [task_id for task_id in run.task_ids if task_id not in results]
     if missing:
@@ -291,17 +291,13 @@ def _router_choices(run: Run, folder: Path, trace: Callable[[str], Any] | None) 
 
 
 def _routing_analysis_of(run: Run, folder: Path) -> dict[str, Any] | None:
-    """The routing analysis in the folder, if it is of these very samples and of all the run's tasks."""
+    """Read the routing analysis in the folder, if it is of these very samples and of all the run's tasks."""
     path = folder / ROUTING_FILE
     if not path.is_file():
         return None
-    remedy = "delete it, and it is made again"
-    content = read_versioned(path, ROUTING_VERSION, remedy)
-    try:
-        of_these = (content["samples"], content["samples_sha256"]) == (run.samples, run.samples_sha256)
-        traced = {task["task_id"] for task in content["tasks"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    content = read_versioned(path, ROUTING_VERSION, "delete it, and it is made again")
+    of_these = (content["samples"], content["samples_sha256"]) == (run.samples, run.samples_sha256)
+    traced = {task["task_id"] for task in content["tasks"]}
     return content if of_these and traced >= set(run.task_ids) else None
 
 

@@ -25,7 +25,7 @@ Shares = Mapping[str, Sequence[float]]
 
 
 def strategies_of(num_experts: int, has_router: bool) -> list[str]:
-    """The strategies that are compared, in canonical form and in the order of the tables."""
+    """List the strategies that are compared, in canonical form and in the order of the tables."""
     return [*map(single, range(num_experts)), *NOT_SINGLE, *(WITH_ROUTER if has_router else ())]
 
 
@@ -41,7 +41,7 @@ def figures(
     expert_names: Sequence[str],
     n_samples: int = 1,
 ) -> dict[str, Any]:
-    """Everything that one kind of tests (base or plus) says; `docs/report-files.md` describes the fields.
+    """Compute what one kind of tests (base or plus) says; `docs/report-files.md` describes the fields.
 
     Args:
         shares: of every strategy of `strategies_of`, in the order of `task_ids`.
@@ -181,7 +181,7 @@ def _p(p_value: float) -> str:
 def _who_solves_what(
     shares: Shares, experts: Sequence[str], task_ids: Sequence[str], expert_names: Sequence[str]
 ) -> dict[str, Any]:
-    """A task counts as solved if any of its samples passes."""
+    """Count the tasks by who solves them. A task counts as solved if any of its samples passes."""
     solved = np.array([shares[expert] for expert in experts]) > 0
     by_how_many = solved.sum(axis=0)
     result: dict[str, Any] = {
@@ -225,7 +225,7 @@ def _pass_at_1(shares: Sequence[float]) -> dict[str, Any]:
 
 
 def _mean(shares: Sequence[float]) -> float:
-    """Rounded to what no rounding error reaches, so that equal figures are equal."""
+    """Compute a mean, rounded beyond floating-point error, so that equal figures are equal."""
     return round(float(np.mean(shares)), 12)
 
 

@@ -146,7 +146,7 @@ def routing_analysis(
 def _completions(
     found: FoundModel, tasks: Benchmark, folder: Path, samples: str | None
 ) -> tuple[Run | None, list[Run]]:
-    """The run to be analysed, if there is one, and every run of this model on this data."""
+    """Find the run to analyse, if there is one, and every run of this model on this data."""
     runs = runs_of(found, tasks, folder)
     return run_of_router([run for run in runs if samples in (None, run.samples)], tasks), runs
 
@@ -200,7 +200,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _description(run: Run, loaded: LoadedModel) -> dict[str, Any]:
-    """Which samples were traced, and how the model that was loaded turns logits into weights."""
+    """Describe which samples were traced, and how the model turns logits into weights."""
     dense = loaded.model.routes_densely
     config = loaded.model.config
     return {

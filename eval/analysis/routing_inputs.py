@@ -22,7 +22,7 @@ SAME_QUESTIONS = tuple(name for name in DECISIVE if name not in ("routing_strate
 
 
 def runs_of(found: FoundModel, tasks: Benchmark, folder: Path) -> list[Run]:
-    """The folder's runs of just this model on this data."""
+    """List the folder's runs of just this model on this data."""
     runs = [
         run
         for run in read_runs(folder)
@@ -116,7 +116,7 @@ class Results:
         return self._router.get(task_id) if self._router else None
 
     def experts_passed(self, task_id: str) -> list[float] | None:
-        """None unless every expert alone was asked this task."""
+        """Return each expert's share on a task; None unless every expert alone was asked it."""
         if not all(self._experts):
             return None
         shares = [tasks.get(task_id) for tasks in self._experts]

@@ -50,7 +50,7 @@ class RoutingTotals:
         return self
 
     def figures(self) -> dict[str, Any] | None:
-        """Means over the tokens; None where there are none.
+        """Compute means over the tokens; None where there are none.
 
         `expert_shares`: the mean weights; `argmax_shares`: on which share of the tokens an expert has the
         largest. `confidence`: the largest weight; `entropy`: of the weights, in nats, and as a share of log
@@ -166,7 +166,7 @@ class RoutingSummary:
 
 
 def categories_of_tasks(tasks: Sequence[dict[str, Any]]) -> list[str]:
-    """Every category that a task has, those with most tasks first."""
+    """List every category that a task has, those with most tasks first."""
     counts = Counter(category for task in tasks for category in task["categories"])
     return sorted(counts, key=lambda category: (-counts[category], category))
 

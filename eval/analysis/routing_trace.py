@@ -109,7 +109,7 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
 
 
 def normalized(entropy_in_nats: float, num_experts: int) -> float:
-    """Entropy as a share of log N, the largest possible; 0 for a single expert."""
+    """Return entropy as a share of log N, the largest possible; 0 for a single expert."""
     return entropy_in_nats / math.log(num_experts) if num_experts > 1 else 0.0
 
 
@@ -160,7 +160,7 @@ def _up_to(end: LastPosition | None, token_ids: list[int], seen: list[int]) -> R
 
 
 def _router_logits(model: Any, rows: list[Row], texts: list[Text]) -> list[torch.Tensor]:
-    """`[tokens, num_experts]` of every row, in float32 on the CPU."""
+    """Compute every row's router logits `[tokens, num_experts]`, in float32 on the CPU."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     try:
@@ -201,7 +201,7 @@ def _pass_over(model: Any, rows: list[Row]) -> list[torch.Tensor]:
 
 
 def tokenize(tokenizer: Any, text: Text) -> tuple[list[int], list[str], int]:
-    """Token ids, their texts, and how many are the prompt's.
+    """Tokenize a text: token ids, their texts, and how many are the prompt's.
 
     The prompt's tokens are those that the model was given. The completion's are those of the whole text after
     them, or, where the whole text is cut otherwise at the boundary, those of the completion alone.

@@ -19,7 +19,7 @@ SEED = 0
 
 
 def interval(successes_per_task: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """An interval of the mean over tasks: (low, high), within 0.0 and 1.0.
+    """Compute a confidence interval of the mean over tasks: (low, high), within 0.0 and 1.0.
 
     Where every task either passes or fails (greedy decoding, one sample a task), Wilson's score interval: its
     coverage is close to `confidence` on average for small sets and for figures near 0 and 1, where the
@@ -77,7 +77,7 @@ class PairedTest:
 
 
 def paired_test(first: Sequence[float], second: Sequence[float], n_samples: int = 1) -> PairedTest:
-    """Whether two strategies differ on the same tasks, each with `n_samples` samples a task.
+    """Test whether two strategies differ on the same tasks, each with `n_samples` samples a task.
 
     With one sample, McNemar's test in its exact form: of the tasks that only one of the two solves, as many
     are expected on either side (a binomial test with probability 1/2). With several, its generalisation: a
@@ -134,7 +134,7 @@ def _differences(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
 def _bootstrap(
     values: np.ndarray, confidence: float, *, lowest: float, highest: float
 ) -> tuple[float, float]:
-    """The percentile bootstrap's interval of the mean."""
+    """Compute the percentile bootstrap's interval of the mean."""
     if (values == values[0]).all():
         return _interval_of_equals(float(values[0]), len(values), confidence, lowest=lowest, highest=highest)
     from scipy.stats import bootstrap
@@ -168,7 +168,7 @@ def _interval_of_equals(
 
 
 def _sign_flip_p_value(counts: np.ndarray) -> float:
-    """The probability, over all assignments of signs, of a sum at least as far from 0 as that of `counts`."""
+    """Compute the probability, over all signs, of a sum at least as far from 0 as that of `counts`."""
     # distribution[i]: probability that the signed sum of the tasks so far is i - (sum of their sizes)
     distribution = np.ones(1)
     for size in np.abs(counts[counts != 0]):

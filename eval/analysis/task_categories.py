@@ -129,7 +129,7 @@ NUMBERS = (int, float, complex)
 
 
 def categories_of(task: dict[str, Any]) -> list[str]:
-    """The task's categories, one or more, in the order of `CATEGORIES`.
+    """List a task's categories, one or more, in the order of `CATEGORIES`.
 
     Args:
         task: a task of EvalPlus's: its `prompt`, `canonical_solution` and `entry_point` are read, nothing
@@ -186,7 +186,7 @@ def _read(task: dict[str, Any]) -> _Reading:
 
 
 def _has_signs(category: str, reading: _Reading) -> bool:
-    """The part of a category's rule that is a name, a type or a kind of expression."""
+    """Apply the part of a category's rule that is a name, a type or a kind of expression."""
     return bool(
         reading.annotations & ANNOTATIONS.get(category, set())
         or reading.calls & CALLS.get(category, set())
@@ -345,7 +345,7 @@ _RULES = {
 
 
 def _example_arguments(prompt: str, entry_point: str) -> Iterator[Any]:
-    """The literal arguments of the calls of the entry point that a prompt shows, such as `>>> f("a", 2)`."""
+    """Collect the literal arguments of calls of the entry point in a prompt, such as `>>> f("a", 2)`."""
     for match in re.finditer(rf"(?<!def )\b{re.escape(entry_point)}\s*\(", prompt):
         # a text may hold brackets, so the call ends at the first one with which it is Python
         for end in (bracket.end() for bracket in re.finditer(r"\)", prompt[match.start() :])):
@@ -377,7 +377,7 @@ def _names(annotation: ast.expr) -> set[str]:
 
 
 def _called(call: ast.Call) -> str:
-    """The last part of what is called: `append` of `result.append(1)`."""
+    """Return the last part of what is called: `append` of `result.append(1)`."""
     return getattr(call.func, "id", None) or getattr(call.func, "attr", "")
 
 
@@ -390,7 +390,7 @@ def _modules(node: ast.AST) -> set[str]:
 
 
 def _within_function(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below one, without those of functions that are defined in it."""
+    """Yield the nodes below one, without those of functions that are defined in it."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (*FUNCTIONS, ast.Lambda)):
             yield child

@@ -57,7 +57,7 @@ class Benchmark:
 
 
 def canonical_benchmark(name: str) -> str:
-    """EvalPlus's name of a benchmark.
+    """Return EvalPlus's name of a benchmark.
 
     Raises:
         InputError: it is not known; lists those that are.
@@ -126,7 +126,7 @@ def _own_file(name: str) -> str | None:
 def _part(
     every: dict[str, dict], id_range: Sequence[int] | None, limit: int | None
 ) -> tuple[dict[str, dict], tuple[int, int] | None]:
-    """The wanted tasks, and their range of numbers where all have one."""
+    """Choose the wanted tasks; return them, and their range of numbers where all have one."""
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; it must be at least 1")
     if id_range is not None and (len(id_range) != 2 or id_range[0] >= id_range[1]):

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import inspect
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from evalplus.provider.utility import extra_eos_for_direct_completion, make_raw_
 from transformers import StoppingCriteriaList
 
 from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.staging import staged_file
 
 from .data import Benchmark
 
@@ -108,7 +108,7 @@ class PromptDecoder(HuggingFaceDecoder):
 
 
 def ask(benchmark: Benchmark, tokenizer: Any, **decoder: Any) -> tuple[list[Question], list[str]]:
-    """What EvalPlus would ask for every task of a benchmark, in its order, and the strings it would stop at.
+    """Collect what EvalPlus would ask for every task, in its order, and the strings it would stop at.
 
     Args:
         decoder: `temperature`, `max_new_tokens`, `force_base_prompt`.
@@ -174,10 +174,10 @@ def write_samples(
         for noted in (written, written.with_suffix(".raw.jsonl")):
             noted.unlink()  # EvalPlus would add to them
         texts = iter(sanitize(programs))
-        write(written, lambda code, entrypoint: next(texts))
-        # The samples last: where they are, the raw ones are.
-        os.replace(written.with_suffix(".raw.jsonl"), path.with_suffix(".raw.jsonl"))
-        os.replace(written, path)
+        raw = staged_file(path.with_suffix(".raw.jsonl"), written.with_suffix(".raw.jsonl"))
+        # The samples are put in place last: where they are, the raw ones are.
+        with staged_file(path, written), raw:
+            write(written, lambda code, entrypoint: next(texts))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -196,7 +196,7 @@ def prompt_text(benchmark: Benchmark, task_id: str, tokenizer: Any, force_base_p
 
 
 def chat_prompt(task_prompt: str, instruction_prefix: str, response_prefix: str, tokenizer: Any) -> str:
-    """EvalPlus's `make_raw_chat_prompt`.
+    """Call EvalPlus's `make_raw_chat_prompt`.
 
     Raises:
         InputError: the chat template fails at a conversation that ends with an assistant's message, or writes
@@ -216,7 +216,7 @@ def chat_prompt(task_prompt: str, instruction_prefix: str, response_prefix: str,
 
 
 def check_chat_template(tokenizer: Any) -> None:
-    """Raises InputError: the tokenizer has a chat template that cannot write EvalPlus's prompts."""
+    """Raise InputError if the tokenizer's chat template cannot write EvalPlus's prompts."""
     if tokenizer.chat_template is not None:
         chat_prompt("def f():\n", tokenizer=tokenizer, **chat_prefixes())
 
@@ -262,7 +262,7 @@ def _run_loop(
 
 @cache
 def chat_prefixes() -> dict[str, str]:
-    """`instruction_prefix` and `response_prefix`, the sentences around a chat prompt.
+    """Return `instruction_prefix` and `response_prefix`, the sentences around a chat prompt.
 
     They are local to EvalPlus's `run_codegen`, so they are taken from the call in which it hands them on.
     """
@@ -289,7 +289,7 @@ def chat_prefixes() -> dict[str, str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """EvalPlus prints what it does; standard output is for results."""
+    """Silence what EvalPlus prints: standard output is for results."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 

@@ -95,7 +95,7 @@ def run_stock_evalplus(
 def prepare_ground_truth(
     *, log_folder: str | Path, dataset: str = "humaneval", dataset_path: str | Path | None = None
 ) -> None:
-    """Lets EvalPlus compute and cache the expected outputs, so that several runs may then go side by side.
+    """Have EvalPlus compute and cache the expected outputs, so that several runs may then go in parallel.
 
     `log_folder` must be empty or absent.
     """
@@ -138,7 +138,7 @@ def _run(
     timeout: float | None,
     poll: Callable[[], None],
 ) -> None:
-    """Runs `command` in the log's folder, calling `poll` twice a second and once more at the end."""
+    """Run `command` in the log's folder, calling `poll` twice a second and once more at the end."""
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -164,7 +164,7 @@ def _run(
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process that still runs, and all that it started; does nothing to one that has ended."""
+    """End a process that still runs, and all that it started; do nothing to one that has ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

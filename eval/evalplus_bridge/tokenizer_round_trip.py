@@ -44,7 +44,7 @@ class RoundTrip:
     begin: str = ""
 
     def findings(self) -> list[str]:
-        """What is wrong, each in words, with an example."""
+        """Describe what is wrong, each with an example."""
         found = []
         for changed, what in (
             (self.programs, "reference solutions come back from the tokenizer as other programs"),
@@ -134,7 +134,7 @@ def _mean_the_same(first: str, second: str) -> bool:
 
 
 def _first_difference(was: str, now: str) -> tuple[str, str]:
-    """The first line of a text that another one lacks, and what is nearest to it there."""
+    """Find the first line of a text that another one lacks, and what is nearest to it there."""
     lines, others = was.split("\n"), now.split("\n")
     missing = next((line for line in lines if line not in others), lines[0])
     nearest = get_close_matches(missing, others, n=1, cutoff=0)

@@ -1,8 +1,8 @@
-"""What people look at: the page, tables and figures of a benchmark's folder.
+"""The report on a benchmark's folder: page, tables and figures.
 
-Read `content` first: everything in the folder, read once. `report_table` is a table and how it is shown, `tables`,
-`expert_tables` and `routing_tables` fill them, `page` makes `report.html`, `figures` draws, and `run_labels` gives
-every run a name of its own.
+Read `content` first: everything in the folder, read once. `report_table` is a table and how it is shown;
+`tables`, `expert_tables` and `routing_tables` say which columns and rows there are. `page` makes `report.html`,
+`figures` draws, and `run_labels` gives every run a name of its own.
 """
 
 from __future__ import annotations

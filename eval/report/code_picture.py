@@ -19,14 +19,14 @@ FONT = "DejaVu Sans Mono"  # comes with matplotlib
 
 
 def code_height(code: RoutedCode, width: float) -> float:
-    """Inches that a task's code takes at a width, with title and legend."""
+    """Compute the height in inches of a task's code at a width, with title and legend."""
     labels = list(code.leading().values())
     legend = 0.2 * math.ceil(len(labels) / _legend_columns(labels, width))
     return 0.8 + legend + len(code.lines()) * _line_height(code, width)
 
 
 def _legend_columns(labels: list[str], width: float) -> int:
-    """How many entries of a legend fit beside each other."""
+    """Compute how many entries of a legend fit in a row."""
     entry = 0.6 + 0.075 * max(map(len, labels), default=0)
     return max(1, min(8, len(labels), int(width / entry)))
 

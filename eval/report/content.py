@@ -1,6 +1,6 @@
 """What a benchmark's folder holds, read for a report: runs and scores, expert analysis, routing analysis.
 
-Says as well what does not belong together any more.
+Its notes name results and analyses of samples that have changed since.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ReportContent:
 
 
 def read_folder(folder: str | Path) -> ReportContent:
-    """Raises InputError: there is nothing to report on, or a file is damaged."""
+    """Read a benchmark's folder; raise InputError if it holds nothing to report, or a file is damaged."""
     content = ReportContent(Path(folder))
     for run in read_runs(content.folder):
         if run.has_results:
@@ -102,7 +102,7 @@ def _read(path: Path, version: int, command: str) -> dict[str, Any] | None:
 
 
 def _note_changes(content: ReportContent, used: Any, what: str, command: str) -> None:
-    """A note where an analysis was made from samples that are no longer those in the folder."""
+    """Add a note if an analysis was made from samples that are no longer those in the folder."""
     if any(file_sha256(content.folder / run["samples"]) != run["samples_sha256"] for run in used):
         content.notes.append(f"{what} was made from samples that have changed since; run {command} again.")
 

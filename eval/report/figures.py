@@ -107,7 +107,7 @@ def _figure(table: ReportTable) -> Any:
     if draw is _draw_scores:
         width = max(width, _score_width(table) + 0.5)
     if draw is _draw_heat:
-        start, end = HEAT_COLUMNS[table.name](table.columns)
+        start, end = heat_span(table)
         names = _short_names(table.columns[start:end])
         height += {0: 0.0, 35: 0.05, 90: 0.08}[_slant(names)] * max(map(len, names))
         width = max(width, 2.5 + 0.19 * len(names))
@@ -278,14 +278,16 @@ def _draw_confidence(axes: Axes, table: ReportTable) -> None:
 
 def _draw_heat(axes: Axes, table: ReportTable) -> None:
     """Shades with their figures: categories or tasks against experts or strategies."""
-    start, end = HEAT_COLUMNS[table.name](table.columns)
+    start, end = heat_span(table)
     columns = table.columns[start:end]
     rows = table.rows
     if table.name == "routing_tasks" and len(rows) > MOST_LABELS:
-        rows = sorted(rows, key=lambda row: (str(row[2]), [-(share or 0) for share in row[start:end]]))
+        led_by = table.columns.index("led by")
+        rows = sorted(rows, key=lambda row: (str(row[led_by]), [-(share or 0) for share in row[start:end]]))
     values = [[float("nan") if cell is None else cell for cell in row[start:end]] for row in rows]
     axes.imshow(values, cmap=_shades(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    _rows(axes, [f"{row[0]} ({row[1]})" if start == 2 else str(row[0]) for row in rows])
+    records = replace(table, rows=rows).records()
+    _rows(axes, [_with_count(record, table.columns[0]) for record in records])
     short = _short_names(columns)
     slant = _slant(short)
     room = 72 * axes.bbox.width / axes.figure.dpi
@@ -306,6 +308,13 @@ def _draw_heat(axes: Axes, table: ReportTable) -> None:
                 if cell == cell:
                     axes.text(column, row, f"{cell:.0%}", ha="center", va="center", fontsize=8)
     axes.set_title(table.title)
+
+
+def heat_span(table: ReportTable) -> tuple[int, int]:
+    """Return from which column up to which the shares of a table stand."""
+    before, behind = HEAT_COLUMNS[table.name]
+    start = table.columns.index(before) + 1
+    return start, len(table.columns) if behind is None else table.columns.index(behind)
 
 
 def _short_names(columns: list[str]) -> list[str]:
@@ -339,11 +348,11 @@ PAIRS = {
     "routing_load": ["weight, prompts", "weight, completions", "tokens it leads, completions"],
     "routing_agreement": ["the router's choice", "a random expert", "the best choice"],
 }
-# From which column up to which the shares stand.
-HEAT_COLUMNS: dict[str, Callable[[list[str]], tuple[int, int]]] = {
-    "expert_categories": lambda columns: (2, len(columns)),
-    "routing_categories": lambda columns: (2, len(columns)),
-    "routing_tasks": lambda columns: (3, columns.index("router passes")),
+# The columns between which `_draw_heat` finds a table's shares; None: they go on to its last column.
+HEAT_COLUMNS = {
+    "expert_categories": ("tasks", None),
+    "routing_categories": ("tasks", None),
+    "routing_tasks": ("led by", "router passes"),
 }
 DRAWINGS: dict[str, Callable[[Any, ReportTable], None]] = {
     "scores": _draw_scores,

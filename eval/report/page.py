@@ -1,6 +1,6 @@
-"""Makes a folder's `report.html`: one file that shows everything in it and asks nothing of the network.
+"""Makes a folder's `report.html`: one file that shows everything in it and loads nothing from the network.
 
-Whatever comes from data is escaped where it is text and encoded where it is data, and the page's own policy
+Text from results is escaped, data for the script is encoded as JSON, and the page's content security policy
 allows no script and no style but the two that are in it, by their hashes.
 """
 
@@ -94,7 +94,7 @@ RECORDED = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` and `figures/` from whatever a benchmark's folder holds; return the page's path.
+    """Write `report.html` and `figures/` from what a benchmark's folder holds; return the page's path.
 
     Raises:
         InputError: the folder holds nothing to report on, or a damaged file; or a package that the report
@@ -165,7 +165,7 @@ def policy(script: str, style: str) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that no text in it can end early, to stand inside a script element."""
+    """Write JSON for a script element, which no text in it can end early."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -177,7 +177,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def colors() -> str:
-    """Style rules for both themes, the shades of heatmaps, and every expert's colour and line."""
+    """Write style rules for both themes: the shades of heatmaps, and every expert's colour and line."""
     light, dark = (_theme(name) for name in ("light", "dark"))
     rules = [
         f":root {{ {light} color-scheme: light; }}",
@@ -284,7 +284,7 @@ def _category_names(routing: dict[str, Any]) -> list[str]:
 
 
 def _task_data(routing: dict[str, Any], panels: dict[str, Any], cut_note: str) -> dict[str, Any]:
-    """What the page's script needs: a few numbers a task, and the tokens of those with a panel."""
+    """Collect what the page's script needs: a few numbers a task, and the tokens of those with a panel."""
     numbers = {name: place for place, name in enumerate(_category_names(routing))}
     return {
         "experts": routing["expert_names"],
@@ -316,7 +316,7 @@ def _short(value: Any) -> Any:
 
 
 def _panels(content: ReportContent, most: int) -> tuple[dict[str, Any], str]:
-    """The tokens of the first tasks, as many as there is room for, and a sentence if that is not all."""
+    """Collect the tokens of the first tasks, as many as fit, and a sentence if that is not all."""
     panels: dict[str, Any] = {}
     size = 0
     for line in content.routing_lines():
@@ -334,7 +334,7 @@ def _panels(content: ReportContent, most: int) -> tuple[dict[str, Any], str]:
 
 
 def _panel(code: RoutedCode, num_prompt_tokens: int) -> dict[str, Any]:
-    """Weights and probabilities of the leading expert in whole percent."""
+    """Give weights and probabilities of the leading expert in whole percent."""
     return {
         "texts": [token.text for token in code.tokens],
         "experts": [token.expert for token in code.tokens],

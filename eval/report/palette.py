@@ -21,7 +21,7 @@ STRONGEST = {"light": 0.5, "dark": 0.42}
 
 
 def expert_colors(theme: str = "light") -> list[str]:
-    """As many as there are different ones; expert i has colour i modulo their number."""
+    """Choose the experts' colours: expert i has colour i modulo their number."""
     return [*EXPERT_COLORS, LAST_COLOR[theme]]
 
 
@@ -31,17 +31,17 @@ def expert_color(index: int, theme: str = "light") -> str:
 
 
 def underline(index: int) -> str:
-    """A CSS line style. Colour and style together are different for the first 40 experts."""
+    """Choose a CSS line style. Colour and style together are different for the first 40 experts."""
     return UNDERLINES[index % len(UNDERLINES)]
 
 
 def hatch(index: int) -> str:
-    """A pattern of matplotlib's."""
+    """Choose a matplotlib hatch."""
     return HATCHES[index % len(HATCHES)]
 
 
 def channels(color: str) -> tuple[int, int, int]:
-    """`#rrggbb` as three numbers from 0 to 255."""
+    """Convert `#rrggbb` to three numbers from 0 to 255."""
     return tuple(int(color[place : place + 2], 16) for place in (1, 3, 5))
 
 

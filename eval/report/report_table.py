@@ -1,7 +1,7 @@
 """A table of a report: values in rows, and how they are shown on the terminal, on the page, in CSV and in JSON.
 
-Shares are fractions. A column `low` and a column `high` behind a figure are the ends of its interval, and are shown in
-one with it.
+Shares are fractions. Columns whose names end with `low` and `high`, behind a figure's column, are the ends of its
+interval, and are shown with it.
 """
 
 from __future__ import annotations

@@ -60,14 +60,14 @@ class RoutedCode:
         return shown < sum(len(token.text) for token in self.tokens)
 
     def boundary_rows(self) -> list[int]:
-        """The number of the first line of the completion, where it begins a line; else nothing."""
+        """Give the number of the completion's first line, where it begins a line; else nothing."""
         for row, line in enumerate(self.lines()):
             if line and not line[0].in_prompt:
                 return [row] if row else []
         return []
 
     def leading(self) -> dict[int, str]:
-        """The experts that lead in these lines, with what they are called."""
+        """List the experts that lead in these lines, with what they are called."""
         experts = sorted({token.expert for line in self.lines() for token in line})
         return {index: f"{index} {self.expert_names[index]}" for index in experts}
 
@@ -99,7 +99,7 @@ def shows_gate(routing: dict[str, Any]) -> bool:
 
 
 def routed_code(line: dict[str, Any], routing: dict[str, Any]) -> RoutedCode:
-    """A line of `routing_tasks.jsonl`, with the leading expert alone of every token's weights."""
+    """Read a line of `routing_tasks.jsonl`, keeping of every token's weights the leading expert alone."""
     gate, tokens = shows_gate(routing), []
     for place, (text, weights) in enumerate(zip(line["tokens"], line["weights"], strict=True)):
         expert = max(range(len(weights)), key=weights.__getitem__)

@@ -1,4 +1,4 @@
-"""What tables, pictures and pages call the runs of a folder, so that no two look the same.
+"""The labels of a folder's runs in tables, figures and pages; no two runs have the same.
 
 What distinguishes a run is shown only where runs differ in it.
 """
@@ -116,7 +116,7 @@ def _differs(runs: Sequence[Run], field: str) -> bool:
 
 
 def strategy_label(strategy: str, expert_names: Sequence[str]) -> str:
-    """`single:0` with the expert's name; others as they are."""
+    """Name a strategy: `single:0` with the expert's name; others unchanged."""
     kind, _, index = strategy.partition(":")
     return f"{strategy} ({expert_names[int(index)]})" if kind == "single" else strategy
 
@@ -127,7 +127,7 @@ def expert_label(index: int, expert_names: Sequence[str]) -> str:
 
 
 def benchmark_label(benchmark: str, mini: bool = False, dataset_file: str | None = None) -> str:
-    """What a data set is called; one that was read from a file of the user's own by that file's name, too."""
+    """Name a data set; one that was read from a file of the user's own by that file's name, too."""
     whole = NAMES[benchmark] + (" mini" if mini else "")
     return whole if dataset_file is None else f"{whole} (file {dataset_file})"
 

@@ -1,4 +1,9 @@
-"""All tables of a benchmark's folder by name, and the first of them: the scores of its runs."""
+"""All tables of a benchmark's folder by name, and the first of them: the scores of its runs.
+
+To add a column, give it a name in a table's `columns` and a value in each of its rows: here for the scores, in
+`expert_tables` and `routing_tables` for the analyses. Terminal, page, CSV, JSON and W&B show it without more.
+`figures` takes some columns by their position, so a new one goes behind those that it draws.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .tables import report_tables
 
 
 def check_wandb(project: str) -> tuple[str | None, str]:
-    """Look whether tables could be logged now. Returns entity, if one is named, and project.
+    """Check that tables can be logged to W&B now. Returns entity, if one is named, and project.
 
     Args:
         project: PROJECT or ENTITY/PROJECT.

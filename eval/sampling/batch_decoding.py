@@ -143,7 +143,7 @@ def _is_for_single_rows(model: Any, settings: dict[str, Any]) -> bool:
 
 
 def _room(model: Any, tokenizer: Any, row: Row, end: LastPosition | None) -> float:
-    """How many new tokens a row has positions for. The last of them is never read, so it needs none.
+    """Count the new tokens that a row has positions for. The last is never read, so it needs none.
 
     Raises:
         InputError: the prompt has no room itself.
@@ -314,7 +314,7 @@ class _Loop:
                     outputs = step(model)
 
     def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
-        """Scores `[rows, vocabulary]` -> one token a row, `[rows]`."""
+        """Choose each row's token: scores `[rows, vocabulary]` -> `[rows]`."""
         if not do_sample:
             return scores.argmax(dim=-1)
         # Where a row's random number falls in the running sum of its probabilities.
@@ -337,7 +337,7 @@ class _Loop:
         self.going_on = going_on
 
     def _stop(self, place: int, end: set[int], max_new_tokens: int) -> str | None:
-        """Why a row ends with its newest token; None where it goes on."""
+        """Say why a row ends with its newest token; None where it goes on."""
         new_tokens = self.new_tokens[place]
         if new_tokens[-1] in end:
             return END_OF_SEQUENCE
@@ -358,7 +358,7 @@ class _Loop:
 
 
 def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
-    """What waits for a tensor and gives its numbers, but not for what the GPU is asked to do after it."""
+    """Return a function that waits for a tensor alone, not for later work of the GPU, and reads it."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     on_host = tensor.to("cpu", non_blocking=True)
@@ -372,13 +372,13 @@ def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
 
 
 def row_generator(seed: int, row: Row) -> np.random.Generator:
-    """A random generator that belongs to one sample, whatever else is drawn."""
+    """Make a random generator that belongs to one sample, whatever else is drawn."""
     digest = hashlib.sha256(f"{seed}:{row.task_id}:{row.sample}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
 
 
 def _select_rows(input_ids: torch.Tensor, model_kwargs: dict[str, Any], kept: torch.Tensor):
-    """Prompt, cache and everything else that goes by rows, without the rows that are done."""
+    """Keep only unfinished rows in prompt, KV cache and everything else that goes by rows."""
     batch = input_ids.shape[0]
     selected = {}
     for name, value in model_kwargs.items():

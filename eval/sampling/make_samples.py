@@ -1,6 +1,6 @@
 """One samples file from beginning to end: what is asked, what exists, what is missing, EvalPlus's files.
 
-Says as well how processes share this work.
+The processes of `accelerate launch` share the missing samples; the main one writes the files.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _recorded(run: Run) -> Run:
 
 
 def _missing(run: Run, questions: list, there: dict) -> list[Row]:
-    """Rows that have no sample yet, in an order that spreads the long ones evenly over processes."""
+    """List the rows that have no sample yet, ordered to spread the long ones evenly over processes."""
     rows = []
     for place, question in enumerate(questions):
         for sample in range(run.n_samples):
@@ -251,7 +251,7 @@ def _wait(state: Any) -> None:
 
 
 def samples_name(label: str, backend: str, strategy: str, benchmark: Benchmark, temperature: float) -> str:
-    """EvalPlus's name of a samples file with the strategy in it, `<benchmark>/<identifier>.jsonl`."""
+    """Make EvalPlus's name of a samples file with the strategy in it, `<benchmark>/<identifier>.jsonl`."""
     parts = [label, backend, strategy.replace(":", "-"), "temp", str(temperature)]
     if benchmark.mini:
         parts.append("mini")

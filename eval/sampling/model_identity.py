@@ -54,7 +54,7 @@ def file_hashes(folder: Path | SourceFolder, by_date: tuple[str, ...] = ()) -> d
 
 
 def mixture_hashes(folder: Path, config: Any) -> dict[str, str]:
-    """The same of an exported repo, with its foundation's files where these are not in it.
+    """Hash every file of an exported repo, and its foundation's files where these are not in it.
 
     Where the foundation lies does not count: the same foundation in another folder makes the same model.
     """
@@ -80,7 +80,7 @@ def foundation_hashes(
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a revision of a Hub repo stands for now, or None where neither Hub nor cache say it."""
+    """Find the commit that a revision of a Hub repo stands for now; None where neither Hub nor cache say."""
     from huggingface_hub import errors, hf_hub_download
 
     if revision is not None and COMMIT.fullmatch(revision):
@@ -94,12 +94,12 @@ def hub_commit(name: str, revision: str | None) -> str | None:
 
 
 def commit_in(path: Path) -> str | None:
-    """The commit that a path in the Hub's cache names, or None for any other path."""
+    """Read the commit that a path in the Hub's cache names; None for any other path."""
     return next((part for part in reversed(path.parts) if COMMIT.fullmatch(part)), None)
 
 
 def digest(hashes: dict[str, str]) -> str:
-    """One SHA-256 for all files of `file_hashes`."""
+    """Compute one SHA-256 for all files of `file_hashes`."""
     return hashlib.sha256(
         "".join(f"{name} {content}\n" for name, content in hashes.items()).encode()
     ).hexdigest()
@@ -111,7 +111,7 @@ def _size_and_date(path: Path) -> str:
 
 
 def _without(path: Path, fields: tuple[str, ...]) -> str:
-    """The hash of a JSON file's content without some of its fields, those of its objects included."""
+    """Hash a JSON file's content without some of its fields, those of its objects included."""
 
     def stripped(value: Any) -> Any:
         if isinstance(value, dict):

@@ -153,7 +153,7 @@ class Run:
         return [_difference(*pair) for pair in pairs if pair[1] != pair[2]] + files
 
     def _differing_files(self, other: Run) -> list[str]:
-        """The first of the model's files that differ, and how many more do."""
+        """Name the first of the model's files that differ, and how many more do."""
         names = sorted({*self.model_files, *other.model_files})
         pairs = (
             (f"the model's {name}", self.model_files.get(name), other.model_files.get(name)) for name in names
@@ -227,14 +227,14 @@ def write_run(run: Run) -> None:
 
 
 def find_run(runs: Sequence[Run], **wanted: Any) -> Run | None:
-    """The first run whose fields have these values, or None."""
+    """Find the first run whose fields have these values, or None."""
     return next(
         (run for run in runs if all(getattr(run, name) == value for name, value in wanted.items())), None
     )
 
 
 def file_sha256(path: Path) -> str | None:
-    """The file's SHA-256, or None where there is no file."""
+    """Hash a file by SHA-256; None where there is no file."""
     return sha256(path) if path.is_file() else None
 
 

@@ -45,12 +45,12 @@ class SampleJournal:
         self.sanitized_path = self.folder / f"{self.stem}.sanitized-partial.jsonl"
 
     def paths(self) -> list[Path]:
-        """All processes' journals."""
+        """List all processes' journals."""
         prefix = f"{self.stem}.partial-"
         return sorted(path for path in self.folder.glob("*.jsonl") if path.name.startswith(prefix))
 
     def read(self) -> Samples:
-        """Every process's samples: each by task id and number.
+        """Read every process's samples: each by task id and number.
 
         Raises:
             InputError: a line other than the last is damaged.
@@ -93,7 +93,7 @@ class SampleJournal:
 
 
 def _read(path: Path) -> tuple[Samples, int]:
-    """The samples, and how many bytes of the file are whole lines."""
+    """Read the samples, and how many bytes of the file are whole lines."""
     samples: Samples = {}
     whole = 0
     content = path.read_bytes()

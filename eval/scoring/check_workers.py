@@ -48,7 +48,7 @@ def check_start(sandbox: bool = False) -> None:
 def run_checks(
     checks: Sequence[Check], *, workers: int, sandbox: bool = False, progress: Progress | None = None
 ) -> list[Verdict]:
-    """The verdict of every check, in order. When this returns or raises, no process or folder of it is left.
+    """Run every check; verdicts in order. When this returns or raises, no process or folder of it is left.
 
     A program may fail because the machine is short of something: room in the temporary folder, files,
     processes, memory. So a verdict that is not to be trusted (`Answer.is_doubtful`) is made again, with
@@ -145,7 +145,7 @@ class _Pool:
             raise self._failure(answer)
 
     def _repeat(self, check: Check, is_enough: Callable[[Answer], bool]) -> Answer:
-        """The answer to a check that is made alone; again and again for a while, until it is good enough."""
+        """Make a check alone, again and again for a while, until the answer is good enough."""
         for worker in self.workers[:-1]:  # `answer` asks the last
             worker.rest()
         for seconds in checking_process.PAUSES:

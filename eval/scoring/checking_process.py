@@ -217,7 +217,7 @@ class CheckingProcess:
 
 
 def insist(action: Callable[[], T]) -> T:
-    """Do what needs room, files or a process; again and again for a while if the operating system refuses it.
+    """Do what needs memory, files or a process, with retries for a while if the operating system refuses.
 
     Raises:
         FailureError: it refuses still.
@@ -257,7 +257,7 @@ def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]
 
 
 def _package_folder(name: str) -> Path:
-    """Where the package that this process imports by a name lies, wherever that is."""
+    """Find the folder of the package that this process imports by a name."""
     return Path(importlib.util.find_spec(name).submodule_search_locations[0]).absolute()
 
 
@@ -283,7 +283,7 @@ def _kill_tree(process_id: int) -> None:
 
 
 def _cause(text: str) -> str:
-    """What a process ended with that said this: the exception of a traceback, else its last line."""
+    """Take from a process's output what it ended with: a traceback's exception, else its last line."""
     *_, after = text.rpartition("Traceback (most recent call last):\n")
     lines = [line for line in after.splitlines() if line.strip()]
     exceptions = [line for line in lines if not line[0].isspace()] if after != text else []

@@ -110,7 +110,7 @@ class _Folder:
             self.path = None
 
     def _state(self) -> list[Any]:
-        """What the next program could notice. On some file systems a folder stays as large as it ever was."""
+        """Collect what the next program could notice. On some file systems a folder's size never shrinks."""
         found = os.stat(self.path)
         # access control lists are there, too
         names = os.listxattr(self.path) if sys.platform == "linux" else []
@@ -170,7 +170,7 @@ def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, pr
 
 
 def limit_seconds(times: Sequence[float]) -> float:
-    """EvalPlus's limit for a program on inputs that the reference solution took so long for."""
+    """Compute EvalPlus's time limit for a program from the reference solution's times."""
     from evalplus.config import DEFAULT_GT_TIME_LIMIT_FACTOR, DEFAULT_MIN_TIME_LIMIT
 
     limits = (max(DEFAULT_MIN_TIME_LIMIT, DEFAULT_GT_TIME_LIMIT_FACTOR * seconds) for seconds in times)
@@ -178,7 +178,7 @@ def limit_seconds(times: Sequence[float]) -> float:
 
 
 def _check(task: Task, program: str, place: _Folder, processes: int | None) -> dict[str, Any]:
-    """One answer. When it returns, nothing that the program started is left, and nothing in its folder."""
+    """Check one sample. When it returns, nothing that the program started is left, and its folder is empty."""
     kinds = ("base",) if task.base_only else ("base", "plus")
     limits = [limit_seconds(task.expected_output[f"{kind}_time"]) for kind in kinds]
     seconds = [limit + ENDING_SECONDS for limit in limits]
@@ -213,12 +213,12 @@ def _check(task: Task, program: str, place: _Folder, processes: int | None) -> d
 
 
 def _lines(said: bytes) -> list[dict[str, Any]]:
-    """What a guard and its programs wrote; without the line that one was ended at."""
+    """Parse what a guard and its programs wrote, without a line that was cut off."""
     return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _unset(error: BaseException) -> dict[str, Any]:
-    """The answer where a check could not be set up."""
+    """Make the answer where a check could not be set up."""
     reason = traceback.format_exception_only(type(error), error)[-1].strip()
     return {"unset": reason[:300], "errno": getattr(error, "errno", None)}
 
@@ -309,7 +309,7 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
 
 
 def _state(private: Sequence[str], place: _Folder) -> list[Any]:
-    """What a program can change that outlives it and that the next one would be checked under.
+    """Collect what a program can change that outlives it and that the next one would be checked under.
 
     A process of the same user id may set the limits and the priority of another process.
     """

@@ -23,7 +23,7 @@ SYSTEM_LIBRARIES = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
 
 
 def sandboxed(command: Sequence[str], readable: Iterable[str | Path]) -> list[str]:
-    """`command` in a sandbox in which this Python, the system's libraries and `readable` can be read.
+    """Wrap `command` in a sandbox in which this Python, the system's libraries and `readable` can be read.
 
     Its first process has number 1, and all end with it. /tmp is its own, empty, and in memory.
 
@@ -53,7 +53,7 @@ def sandboxed(command: Sequence[str], readable: Iterable[str | Path]) -> list[st
 
 
 def find_bubblewrap() -> str:
-    """Raises InputError: it is not installed."""
+    """Find the program `bwrap`; raise InputError if it is not installed."""
     bubblewrap = shutil.which("bwrap")
     if bubblewrap is None:
         raise InputError(
@@ -73,6 +73,6 @@ def sandbox_user(number: int) -> int | None:
 
 
 def _python_paths() -> set[str]:
-    """Where this interpreter and its standard library lie, by every name that its links may use."""
+    """List where this interpreter and its standard library lie, by every name that its links may use."""
     folders = {sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])}
     return {name for folder in folders for name in (folder, os.path.realpath(folder))}

@@ -86,7 +86,7 @@ def sanitize_programs(
 
 
 def sanitize_program(program: Program) -> Sanitized:
-    """EvalPlus's `sanitize` of one program, in this process."""
+    """Run EvalPlus's `sanitize` on one program, in this process."""
     from evalplus.sanitize import sanitize
 
     try:
@@ -208,7 +208,7 @@ def _key(program: Program) -> str:
 
 
 def _read(kept: Path) -> dict[str, Sanitized]:
-    """What a file of kept texts holds; a line that was cut off is left out, and its text made again."""
+    """Read a file of kept texts; a line that was cut off is left out, and its text made again."""
     done: dict[str, Sanitized] = {}
     if kept.exists():
         for line in kept.read_bytes().splitlines():

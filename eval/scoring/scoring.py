@@ -114,7 +114,7 @@ def lost_checks(results: str | Path) -> int:
 
 
 def pass_at_k(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str, float]:
-    """EvalPlus's estimates from a result file: `{"pass@1": …, "plus_pass@1": …}`, fractions.
+    """Compute EvalPlus's estimates from a result file: `{"pass@1": …, "plus_pass@1": …}`, fractions.
 
     Only for those k that every task has samples for; the ones with plus tests only where those were run.
 
@@ -125,7 +125,7 @@ def pass_at_k(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str
 
 
 def pass_at_k_of_tasks(results: str | Path, ks: Sequence[int] = (1, 10, 100)) -> dict[str, list[float]]:
-    """What `pass_at_k` is the mean of: each task's estimate, in the file's order.
+    """Compute what `pass_at_k` is the mean of: each task's estimate, in the file's order.
 
     Raises:
         InputError: as `pass_at_k`.
@@ -148,7 +148,7 @@ def pass_at_k_of_tasks(results: str | Path, ks: Sequence[int] = (1, 10, 100)) ->
 
 
 def _results_path(samples: Path) -> Path:
-    """Where EvalPlus puts the results of a samples file."""
+    """Return where EvalPlus puts the results of a samples file."""
     if samples.suffix != SUFFIX:
         raise InputError(f"{samples} is not a samples file; its name must end in {SUFFIX}")
     if not samples.is_file():
@@ -235,7 +235,7 @@ def _read_samples(path: Path, benchmark: Benchmark) -> dict[str, list[str]]:
 
 
 def _entry(task: Task, program: str, verdict: Verdict) -> dict[str, Any]:
-    """What EvalPlus's result file says of a sample."""
+    """Make a sample's entry of EvalPlus's result file."""
     task_id = task.problem["task_id"]
     if verdict.lost is not None:
         message = f"a sample of {task_id} counts as failed, since its check had no result: {verdict.lost}"
@@ -259,7 +259,7 @@ def _entry(task: Task, program: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _failed_test(status: str | None, details: Sequence[int], inputs: Sequence[Any]) -> list[Any]:
-    """The input that EvalPlus stopped at, which it does at the first that fails."""
+    """Find the input that EvalPlus stopped at: the first that fails."""
     return [] if status == PASS or not details else [inputs[len(details) - 1]]
 
 

@@ -179,13 +179,13 @@ def _carried_foundation(
         None, config=config, state_dict=weights, dtype=precision, output_loading_info=True
     )
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(f"the foundation in {folder} is not whole: {info}")
+        raise ValueError(f"the base model in {folder} is not whole: {info}")
     rounding.convert(foundation, precision)
     return foundation
 
 
 def _number(name: str) -> int:
-    """The number of `expert_<number>`."""
+    """Return the number of `expert_<number>`."""
     return int(name.rpartition("_")[2])
 
 

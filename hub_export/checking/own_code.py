@@ -1,7 +1,7 @@
 """Puts a repo's weights and settings beside this package's modeling code, to run them without the repo's own.
 
-Whatever of a folder makes transformers run code (its Python files, `auto_map`, `custom_generate/`, an
-adapter's config that names another model) is left behind.
+Left behind is what makes transformers run a folder's code: its Python files, `auto_map`, `custom_generate/`,
+an adapter's config that names another model.
 """
 
 from __future__ import annotations

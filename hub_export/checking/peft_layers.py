@@ -201,7 +201,9 @@ def _adapters_of_two_kinds(
     return model
 
 
-def _named_as_now(foundation: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _by_current_name(
+    foundation: torch.nn.Module, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:  # an older PEFT, which converts no names
@@ -230,7 +232,7 @@ def add_adapter(
     """
     plain = {f"{key.removesuffix(f'.{name}.weight')}.weight": value for key, value in tensors.items()}
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in _named_as_now(foundation, plain).items():
+    for key, value in _by_current_name(foundation, plain).items():
         layer, _, matrix = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
         by_layer.setdefault(layer, {})[matrix] = value
     stacks = _stacks(foundation)

@@ -1,4 +1,4 @@
-"""Verify: is a repo whole, is its code this package's, does it compute what it was made from?
+"""Verify: is a repo complete, is its code this package's, does it compute what it was made from?
 
 Nothing of the repo is run unless its code is this package's, byte for byte, or the user trusts it.
 """
@@ -15,7 +15,7 @@ import torch
 
 from ..errors import DyloraMoeError, FailureError, few
 from ..foundation.reference import check_experts_fit, check_router_fits
-from ..foundation.weight_conversion import named_as_now
+from ..foundation.weight_conversion import by_current_name
 from ..foundation.weights import skeleton, tied_names
 from ..preparation import prepare
 from ..readers.exported_repo import FULL_WEIGHTS, read
@@ -23,7 +23,7 @@ from ..readers.open_source import open_source
 from ..repo.checksums import FILE, covered_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
-from ..repo.repo_files import needed_weights
+from ..repo.repo_files import needed_code, needed_weights
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
@@ -43,7 +43,7 @@ OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
 
 @dataclass
 class Finding:
-    """One thing that was looked at. `passed` is None where it was not."""
+    """The result of one check. `passed` is None where it was not made."""
 
     what: str
     passed: bool | None
@@ -80,7 +80,7 @@ def verify(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Verification:
-    """Look at a repo's files, headers, checksums, code and tokenizer, and compare it with a source.
+    """Check a repo's files, headers, checksums, code and tokenizer, and compare it with a source.
 
     Args:
         repo: a folder or a Hub id.
@@ -120,13 +120,15 @@ def verify(
 
 
 def _files(folder: SourceFolder, config: Any) -> Finding:
-    """Look for what every repo needs to be loaded by its own.
+    """Check that the files are there that every repo needs to be loaded on its own.
 
-    Saving the model writes neither a card nor a tokenizer.
+    Saving the model writes neither a card nor a tokenizer. Which code a repo needs, its own config and code say: it may
+    be that of another version.
     """
-    code = [name for name in _code_files() if name != "__init__.py"]
-    weights = needed_weights(folder, folder.read_json("config.json"))
-    needed = ["config.json", "generation_config.json", *code, *sorted(weights)]
+    stored = folder.read_json("config.json")
+    code = needed_code(folder, stored, folder.has)
+    weights = needed_weights(folder, stored)
+    needed = ["config.json", "generation_config.json", *sorted(code), *sorted(weights)]
     missing = [name for name in needed if not folder.has(name)]
     strategy = stored_routing_strategy(folder, config)
     if missing:
@@ -172,15 +174,15 @@ def _weight_paths(folder: SourceFolder, is_full: bool) -> list[Path]:
 def _differences(weights: dict[str, StoredTensor], model: Any) -> list[str]:
     """Say which tensors of the foundation are missing, unknown, or of another shape."""
     tied = tied_names(model)
-    weights, unknown = named_as_now(weights, model)
+    weights, unknown = by_current_name(weights, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    wrong = [f"{name} of the foundation is missing" for name in sorted(expected.keys() - weights.keys())]
+    wrong = [f"{name} of the base model is missing" for name in sorted(expected.keys() - weights.keys())]
     unknown += sorted(weights.keys() - expected.keys())
-    wrong += [f"{name} is nothing that the foundation has" for name in unknown]
+    wrong += [f"{name} is nothing that the base model has" for name in unknown]
     for name in sorted(weights.keys() & expected.keys()):
         if weights[name].shape != expected[name]:
             wrong.append(
-                f"{name} is {list(weights[name].shape)}, and the foundation's is {list(expected[name])}"
+                f"{name} is {list(weights[name].shape)}, and the base model's is {list(expected[name])}"
             )
     return wrong
 
@@ -223,7 +225,7 @@ def _code(folder: SourceFolder, config: Any) -> Finding:
         if name not in ours:
             wrong.append(f"{name} is no file of this package's")
         elif not folder.has(name):
-            wrong.append(f"{name} is missing")
+            wrong.append(f"{name} of this package is not there")
         elif (folder / name).read_bytes() != ours[name].read_bytes():
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
     for name in ("config.json", "tokenizer_config.json"):
@@ -285,7 +287,7 @@ def _compare_with_source(
         "tensors", True, f"{report.num_tensors} tensors of experts and router are the source's, bit by bit"
     )
     if not report.compared_logits:
-        result.add("logits", None, "not compared: the foundation is not on this machine")
+        result.add("logits", None, "not compared: the base model is not on this machine")
     elif report.passed is None:
         result.add("logits", None, report.describe_unclear())
     elif report.passed:

@@ -12,7 +12,7 @@ from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
 from ..tokenizers.tokenizer import FoundTokenizer, foundations_tokenizer, lacks_vocabulary, open_tokenizer
 from ..tokenizers.tokenizer_arguments import arguments_that_are_opened
-from ..tokenizers.tokenizer_battery import TEXTS, behaviour, describe, differences, text_differences
+from ..tokenizers.tokenizer_comparison import TEXTS, behaviour, describe, differences, text_differences
 from ..tokenizers.tokenizer_files import FILTERS, has_tokenizer, load_tokenizer
 
 
@@ -46,11 +46,11 @@ def check_tokenizer(folder: SourceFolder, config: Any) -> Outcome:
         names = differences(here, beside.behaviour)
         if names:
             detail = describe(names[0], here, beside.behaviour)
-            return False, f"beside its foundation it is read otherwise: {detail}; export it again"
+            return False, f"beside its base model it is read otherwise: {detail}; export it again"
     notes = _notes(here, len(tokenizer), config)
     if notes:
         return None, "; ".join(notes)
-    return True, f"{len(tokenizer)} tokens; {len(TEXTS)} texts become the foundation's tokens and text again"
+    return True, f"{len(tokenizer)} tokens; {len(TEXTS)} texts become the base model's tokens and text again"
 
 
 def compare_with_source(folder: SourceFolder, config: Any, source: FoundTokenizer) -> Outcome:
@@ -84,10 +84,10 @@ def _notes(here: dict[str, Any], num_tokens: int, config: Any) -> list[str]:
     notes = []
     rows = None if config.base_config is None else config.get_text_config().vocab_size
     if rows is not None and num_tokens > rows:
-        notes.append(f"it has {num_tokens} tokens, and the foundation embeds {rows}")
+        notes.append(f"it has {num_tokens} tokens, and the base model embeds {rows}")
     reference = FoundationReference(config.base_model_name_or_path, config.base_model_revision)
     own = foundations_tokenizer(reference)
     texts = [] if own is None else text_differences(here, own.behaviour)
     if texts:
-        notes.append(f"it is not the foundation's ({own.folder}): {describe(texts[0], here, own.behaviour)}")
+        notes.append(f"it is not the base model's ({own.folder}): {describe(texts[0], here, own.behaviour)}")
     return notes

@@ -2,5 +2,6 @@
 
 Read `reference` first: it finds the foundation and checks that experts fit it. `weights` lists its tensors,
 `weight_conversion` is transformers' own renaming, `stacked_experts` and `layer_names` are about the layers
-that adapters may stand on, `last_position`, `quantised` and `whole_weights` about one property each.
+that adapters may adapt, `last_position` and `quantised` about one property of a base model each, and
+`copied_weights` about copies of its tensors in an adapter's file.
 """

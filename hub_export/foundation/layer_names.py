@@ -41,7 +41,7 @@ DATA_PARALLEL = (
 
 ADAPTABLE = (
     "only linear layers, and of a mixture-of-experts layer its stacked experts and its gate, can be adapted. Train without "
-    "it, or merge the adapter into its foundation with PEFT's merge_and_unload"
+    "it, or merge the adapter into its base model with PEFT's merge_and_unload"
 )
 
 
@@ -68,8 +68,8 @@ def _sentence(part: str, cause: str, remedy: str) -> str:
     )
 
 
-def named_as_now(expert: Expert, foundation: nn.Module) -> Expert:
-    """Call the layers of an expert as the foundation calls them, where PEFT reads them so.
+def with_current_names(expert: Expert, foundation: nn.Module) -> Expert:
+    """Rename an expert's layers to the names that the foundation has today, where PEFT does so, too.
 
     Raises:
         InputError: its alphas go by names that PEFT does not look for, old ones or a gate's without its
@@ -89,7 +89,7 @@ def _check_peft_reads(expert: Expert, name: str, layer: AdaptedLayer) -> None:
     if expert.is_adalora:
         raise InputError(
             f"{where} is of AdaLoRA, which PEFT puts on linear layers alone, and adapts {name}, which is none in the "
-            "foundation; train without it"
+            "base model; train without it"
         )
     weight = f"{name}.weight"
     if not layer.num_stacked and expert.alpha_of is not None and expert.alpha_of(weight) != layer.lora_alpha:
@@ -125,7 +125,7 @@ def _renamed(expert: Expert, foundation: nn.Module, modules: dict[str, nn.Module
 
 
 def converted(names: list[str], foundation: nn.Module) -> dict[str, str]:
-    """Name to the layer that PEFT puts its adapter on, for those that it converts one by one."""
+    """Map names to the layers that PEFT puts their adapters on, where it converts names one by one."""
     from peft import LoraConfig
 
     # the number of rows tells them apart afterwards
@@ -174,7 +174,7 @@ def why_missing(name: str, layers: Iterable[str], foundation: nn.Module, called:
             f"Rename the tensors: in each key, replace {name!r} by {now!r}"
         )
     return (
-        f", which the foundation {called} does not have; pass the model it was trained on with --base_model"
+        f", which the base model {called} does not have; pass the model it was trained on with --base_model"
     )
 
 
@@ -189,7 +189,7 @@ def _what_is_missing(name: str, layers: Iterable[str], foundation: nn.Module) ->
 
 def _converted_by_transformers(name: str, foundation: nn.Module) -> str | None:
     """Find the linear layer or gate whose weight a checkpoint has under this name; None where there is none."""
-    found, _ = weight_conversion.named_as_now({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
+    found, _ = weight_conversion.by_current_name({f"{name}.weight": of_tensor(torch.empty(0))}, foundation)
     modules = dict(foundation.named_modules())
     layers = [weight.removesuffix(".weight") for weight in found]
     return next((layer for layer in layers if _is_adaptable(modules.get(layer))), None)

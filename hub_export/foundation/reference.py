@@ -35,11 +35,11 @@ def resolve_foundation(
         revision = reference.revision
     if not name:
         raise InputError(
-            f"{reference.named_in or 'the source'} names no foundation; pass it with --base_model"
+            f"{reference.named_in or 'the source'} names no base model; pass it with --base_model"
         )
     if not isinstance(name, str):
         raise InputError(
-            f"{reference.named_in} names {name!r} as the foundation, which is no folder or Hub id"
+            f"{reference.named_in} names {name!r} as the base model, which is no folder or Hub id"
         )
     named_in = reference.named_in if base_model is None else None
     path = _local_folder(name, named_in)
@@ -59,7 +59,7 @@ def resolve_foundation(
             else "does not exist here"
         )
         raise InputError(
-            f"the foundation {name} ({where}) {why}; pass its folder or Hub id with --base_model"
+            f"the base model {name} ({where}) {why}; pass its folder or Hub id with --base_model"
         )
     return FoundationReference(name, revision, named_in, reference.vocab_size)
 
@@ -151,7 +151,7 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(not_loaded(reference, error)) from error
     raise InputError(
-        f"{reference.name} is itself an exported mixture; pass the plain foundation with --base_model"
+        f"{reference.name} is itself an exported mixture; pass the plain base model with --base_model"
     )
 
 
@@ -181,7 +181,7 @@ def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
         raise InputError(
-            f"the foundation {reference.name} has no weights for {missing[0]}"
+            f"the base model {reference.name} has no weights for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + "; pass a complete one with --base_model"
         )
@@ -196,7 +196,7 @@ def not_loaded(reference: FoundationReference, error: Exception) -> str:
     at = f" at revision {reference.revision}" if reference.revision else ""
     named = f" (named in {reference.named_in})" if reference.named_in else ""
     return (
-        f"the foundation {reference.name}{at}{named} cannot be loaded: {why}; "
+        f"the base model {reference.name}{at}{named} cannot be loaded: {why}; "
         "pass another folder or Hub id with --base_model"
     )
 
@@ -241,7 +241,7 @@ def _check_stack_fits(
         raise InputError(f"{where} adapts {parameter} in {name}. {error}") from error
     if shape is None:
         raise InputError(
-            f"{where} adapts {parameter}, which the foundation {name} does not have; pass the model it was trained on with "
+            f"{where} adapts {parameter}, which the base model {name} does not have; pass the model it was trained on with "
             "--base_model"
         )
     found = (layer.num_stacked, layer.in_features, layer.out_features)

@@ -9,8 +9,6 @@ other, so that the names in an adapter's file say how deep a layer lies, and not
 On the matrices as older versions of transformers had them, one layer for each expert (`experts.0.w1`,
 `experts.0.gate_proj`): those that are one parameter by now become one pair of stacks. A_e has their ranks one
 below the other, B_e is block-diagonal.
-
-Knows names and shapes, and nothing about files.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ def parameters_of(
         if [name.count(INSIDE) for name in names] != list(range(len(named)))[::-1]:
             raise InputError(
                 f"the adapter has {len(names)} layers on {module}, and target_parameters of adapter_config.json names "
-                f"{', '.join(named)} there; take those out that the foundation does not have"
+                f"{', '.join(named)} there; take those out that the base model does not have"
             )
         found |= {name: f"{module}.{parameter}" for name, parameter in zip(names, named, strict=True)}
     return found
@@ -73,7 +71,7 @@ def _is_target(parameter: str, targets: Iterable[str]) -> bool:
 
 
 def shape_in(foundation: nn.Module, name: str) -> tuple[int, int, int] | None:
-    """(experts, in, out) of a parameter of stacked experts; None where the foundation has no module for it.
+    """Return (experts, in, out) of a parameter of stacked experts; None without a module for it.
 
     Raises:
         ValueError: the module has none of that name, or computes something else.
@@ -167,11 +165,11 @@ def _one_layer(expert: Expert, parameter: str, parts: list[list[str]]) -> Adapte
             if getattr(layer, field) != getattr(first, field):
                 raise InputError(
                     f"{where}: {field} of {names[0]} is {getattr(first, field)}, of {name} {getattr(layer, field)}; both "
-                    f"are matrices of {parameter} in the foundation, and PEFT puts them together only where all are equal"
+                    f"are matrices of {parameter} in the base model, and PEFT puts them together only where all are equal"
                 )
     if expert.use_rslora and len(parts) > 1:
         raise InputError(
-            f"{where}: use_rslora is set, and {len(parts)} matrices of each expert are {parameter} in the foundation: PEFT "
+            f"{where}: use_rslora is set, and {len(parts)} matrices of each expert are {parameter} in the base model: PEFT "
             f"puts them together with a scale that is {len(parts)} ** 0.5 times that of training. Set use_rslora to false "
             "and lora_alpha to lora_alpha * r ** 0.5, which is the same"
         )

@@ -106,10 +106,10 @@ def by_model_name(
     return found, unknown
 
 
-def named_as_now(
+def by_current_name(
     stored: dict[str, StoredTensor], model: nn.Module
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Give the tensors of a state dict by the model's names, and the names that it does not have.
+    """Give a state dict's tensors by the names that the model has today, and the names that it lacks.
 
     A state dict has the names that the model had in the transformers that it was trained with, which may be
     an older one, or those that it was saved under; transformers converts both as it does a checkpoint's. One
@@ -129,7 +129,7 @@ def named_as_now(
 
 
 def renamed(names: list[str], model: nn.Module) -> dict[str, str]:
-    """Map names in a checkpoint to those of today, where transformers does no more than rename them."""
+    """Map names in a checkpoint to those of today, where transformers only renames them."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key

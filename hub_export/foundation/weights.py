@@ -20,7 +20,7 @@ from ..tensors.mixture import FoundationReference
 from ..tensors.stored_tensors import StoredTensor, of_tensor, same_bits
 from ..tensors.weight_files import stored_tensors, weight_files
 from .reference import is_local, load_foundation, not_loaded, open_foundation
-from .weight_conversion import UnknownConversion, by_model_name, named_as_now
+from .weight_conversion import UnknownConversion, by_current_name, by_model_name
 
 
 PATTERNS = ("*.safetensors", "*.json")
@@ -73,7 +73,7 @@ def foundation_weights(reference: FoundationReference, model: nn.Module) -> dict
     ]
     for name in missing:
         if not any(pattern.search(name) for pattern in made_up):
-            raise InputError(f"the foundation {reference.name} has no weights for {name}; {COMPLETE}")
+            raise InputError(f"the base model {reference.name} has no weights for {name}; {COMPLETE}")
     return (
         _loaded_whole(reference, f"transformers makes up {missing[0]}, which it lacks") if missing else found
     )
@@ -87,18 +87,18 @@ def carried_weights(
     Raises:
         InputError: a tensor is missing, unknown, or of another shape than the model's.
     """
-    found, unknown = named_as_now(carried, model)
+    found, unknown = by_current_name(carried, model)
     if unknown:
         raise InputError(
-            f"{folder} holds {unknown[0]}, which its foundation, a {model.config.model_type}, does not have"
+            f"{folder} holds {unknown[0]}, which its base model, a {model.config.model_type}, does not have"
         )
     tied = tied_names(model)
     for name, tensor in model.state_dict().items():
         if name not in found and name not in tied:
-            raise InputError(f"{folder} lacks {name} of its foundation; copy it again")
+            raise InputError(f"{folder} lacks {name} of its base model; copy it again")
         if name in found and found[name].shape != tuple(tensor.shape):
             raise InputError(
-                f"{folder}: {name} of its foundation is {list(found[name].shape)}, its config says {list(tensor.shape)}"
+                f"{folder}: {name} of its base model is {list(found[name].shape)}, its config says {list(tensor.shape)}"
             )
     return found
 
@@ -106,7 +106,7 @@ def carried_weights(
 def _loaded_whole(reference: FoundationReference, why: str | None) -> dict[str, StoredTensor]:
     """Load the model and give its tensors, with a warning that this takes memory, and why it has to."""
     if why is not None:
-        message = f"the foundation {reference.name} is loaded whole, which takes as much memory as it is large: {why}"
+        message = f"the base model {reference.name} is loaded whole, which takes as much memory as it is large: {why}"
         warnings.warn(message, DyloraMoeWarning, stacklevel=2)
     loaded = load_foundation(reference)
     tied = tied_names(loaded)
@@ -117,7 +117,7 @@ def _check_shapes(found: dict[str, StoredTensor], model: nn.Module, reference: F
     for name, expected in model.state_dict().items():
         if name in found and found[name].shape != tuple(expected.shape):
             raise InputError(
-                f"the foundation {reference.name} stores {name} as {list(found[name].shape)}, its config says "
+                f"the base model {reference.name} stores {name} as {list(found[name].shape)}, its config says "
                 f"{list(expected.shape)}; {COMPLETE}"
             )
 

@@ -186,7 +186,7 @@ def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTenso
 def _check_adapter_config(
     folder: SourceFolder, path: str, name: str, forms: tuple[dict[str, Any], ...]
 ) -> None:
-    """PEFT goes by this file and the model by `config.json`, which must mean the same expert.
+    """Check that an expert's file, by which PEFT goes, means the same expert as `config.json`.
 
     Args:
         forms: the fields as they are written now, and as earlier versions wrote them.

@@ -37,6 +37,7 @@ from .training_run import (
     make_router,
     maturity_note,
     number,
+    only_folder,
     own_state,
     read_state,
     stored_setting,
@@ -86,11 +87,7 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
         InputError: a file is damaged or two parts of the checkpoint contradict each other. What is merely
             missing (alpha, an expert's tensors) is listed in the mixture's `problems` instead.
     """
-    if len(folders) > 1:
-        raise InputError(
-            f"{folders[0]} is a final checkpoint, which holds all its experts; export one at a time"
-        )
-    folder = folders[0]
+    folder = only_folder(folders, FORMAT)
     config = folder.read_json("config.json")
     problems: list[str] = []
     notes: list[str] = []

@@ -54,8 +54,8 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
             name=config.get("base_model_name_or_path") or str(folder), named_in=folder / "config.json"
         ),
         problems=[
-            f"{folder} is an ordinary model, with its adapters merged or without any: it needs no export; "
-            "load it with AutoModelForCausalLM.from_pretrained, or benchmark it as it is"
+            f"{folder} is an ordinary model, with its adapters merged or without any ({recognise(folder)}): it needs no "
+            "export; load it with AutoModelForCausalLM.from_pretrained, or benchmark it as it is"
         ],
         foundation_weights=stored_tensors(weight_files(folder)),
     )

@@ -4,10 +4,9 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight [r, in], ….lora_B.weight [out, r]
     (or adapter_model.bin)
 
-An adapter that was trained on a quantised foundation (QLoRA) is such a folder, too; what AdaLoRA (peft_type
-ADALORA) stores, adalora makes the same of. Which layers are adapted and with which rank is read from the
-tensors, so every way of writing `target_modules` works.
-What is more than a plain low-rank sum is refused by name.
+An adapter that was trained on a quantised foundation (QLoRA) is such a folder, too; `adalora` converts what
+AdaLoRA (peft_type ADALORA) stores. Which layers are adapted and with which rank is read from the tensors, so
+every way of writing `target_modules` works. What is more than a plain low-rank sum is refused by name.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ..tensors.stored_tensors import StoredTensor, of_file
 from ..tensors.tensor_files import TensorFile
 from . import adalora
 from .peft_fields import NamePatterns, check_expression, check_fields
-from .training_run import number
+from .training_run import number, pair_shapes
 
 
 FORMAT = "PEFT LoRA adapters"
@@ -168,7 +167,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
         )
     file = TensorFile(path)
     pattern = adalora.MATRIX if _is_adalora(config) else MATRIX
-    keys, whole = _sorted(file, pattern, OTHER_ADAPTER if is_nested else None)
+    keys, copied = _sorted(file, pattern, OTHER_ADAPTER if is_nested else None)
     if not keys:
         raise InputError(f"{path} holds no LoRA matrices; the adapter was saved empty")
     if _is_adalora(config):
@@ -178,7 +177,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
             read=lambda module: adalora.read(file, keys[module]),
             origin=folder.path,
             lora_dropout=config.get("lora_dropout") or 0.0,
-            whole_weights=whole,
+            copied_weights=copied,
             is_adalora=True,
         )
     scales = _Scales(folder, config)
@@ -195,7 +194,7 @@ def read_expert(name: str, folder: SourceFolder, config: dict[str, Any], is_nest
         origin=folder.path,
         lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora", False)),
-        whole_weights=whole,
+        copied_weights=copied,
         alpha_of=scales.alpha,
         peft_version=str(config.get("peft_version") or ""),
     )
@@ -213,7 +212,7 @@ def _sorted(
         InputError: names the first tensor that is neither.
     """
     keys: dict[str, dict[str, str]] = {}
-    whole, unknown = {}, []
+    copied, unknown = {}, []
     for key in sorted(file.keys(), key=natural_order):
         if (passed_over is not None and passed_over.fullmatch(key)) or key.endswith(BACKWARD_ALONE):
             continue
@@ -223,14 +222,14 @@ def _sorted(
         if match is not None:
             keys.setdefault(match["module"], {})[match["matrix"]] = key
         elif key.startswith(PREFIX) and ".lora_" not in key and not key.endswith(".ranknum"):
-            whole[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = of_file(file, key)
+            copied[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = of_file(file, key)
         else:
             unknown.append(key)
     if unknown:
         raise InputError(
             f"{file.path}: {unknown[0]} is {_what_it_is(unknown[0])}; only lora_A and lora_B of linear layers can be exported"
         )
-    return keys, whole
+    return keys, copied
 
 
 def _parameters(
@@ -272,18 +271,13 @@ def _layer(
     scales: _Scales,
     is_stacked: bool,
 ) -> AdaptedLayer:
-    if set(matrices) != {"A", "B"}:
-        raise InputError(f"{file.path}: {module} has lora_{'/'.join(matrices)} but not both matrices")
-    shape_a, shape_b = file.shape(matrices["A"]), file.shape(matrices["B"])
-    if len(shape_a) > 2 or len(shape_b) > 2:
-        raise InputError(
-            f"{file.path}: {module} is a convolution (lora_A {list(shape_a)}); only linear layers can be exported"
-        )
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
-        raise InputError(
-            f"{file.path}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
-            "expected [rank, in] and [out, rank] of one rank"
-        )
+    stored = {matrix: of_file(file, key) for matrix, key in matrices.items()}
+    for tensor in stored.values():
+        if len(tensor.shape) > 2:
+            raise InputError(
+                f"{file.path}: {module} is a convolution ({list(tensor.shape)}); only linear layers can be exported"
+            )
+    shape_a, shape_b = pair_shapes(f"{file.path}: {module}", stored)
     rank = scales.rank(module)
     if shape_a[0] != rank and not (is_stacked and rank > 0 and shape_a[0] % rank == 0):
         raise InputError(
@@ -343,7 +337,7 @@ def same_foundation(
     for folder, reference in named:
         if reference != (name, revision) and options.base_model is None:
             problems.append(
-                f"the adapters name different foundations: {_called((name, revision))} in {first}, {_called(reference)} in "
+                f"the adapters name different base models: {_called((name, revision))} in {first}, {_called(reference)} in "
                 f"{folder}; if they are the same model, say which with --base_model"
             )
             break

@@ -1,8 +1,7 @@
-"""The fields of `adapter_config.json`: which ones leave what an adapter computes as it is, and which ones do
-not.
+"""The fields of `adapter_config.json`: which an expert may have, and which are refused by name.
 
-The keys of `rank_pattern` and `alpha_pattern` are regular expressions, and one such as `(.*)*x` tries more ways to
-match a name than there is time for. Python's `re` cannot be stopped; the package `regex` can.
+The keys of `rank_pattern` and `alpha_pattern` are regular expressions, and one such as `(.*)*x` tries more
+ways to match a name than there is time for. Python's `re` cannot be stopped; the package `regex` can.
 
 Every field that PEFT's LoraConfig had from 0.1 to 0.21, and those that ms-swift's and LoRA+'s trainers add.
 """
@@ -137,13 +136,13 @@ def _check_initialisation(path: Path, initialisation: Any) -> None:
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if name not in PLAIN_INITIALISATIONS:
         raise InputError(
-            f"{path}: init_lora_weights is {initialisation!r}, which changes the foundation's own weights; convert the "
+            f"{path}: init_lora_weights is {initialisation!r}, which changes the base model's own weights; convert the "
             "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
         )
 
 
 def _check_parameters(path: Path, parameters: Any) -> None:
-    """LoRA on a parameter called `weight` is that on its layer, which is seen to be linear later."""
+    """Check `target_parameters`. One called `weight` is its layer's, later found to be linear or refused."""
     from dylora_moe.modeling.configuration_dylora_moe import STACKED_PARAMETERS
 
     for name in parameters or ():
@@ -158,7 +157,7 @@ def _check_parameters(path: Path, parameters: Any) -> None:
 
 
 def check_expression(expression: str, what: str) -> None:
-    """Raises InputError: Python's `re`, which PEFT uses, does not take it for a regular expression."""
+    """Raise InputError if Python's `re`, which PEFT uses, does not take it for a regular expression."""
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:

@@ -32,6 +32,7 @@ from .training_run import (
     hint_other_checkpoint,
     make_router,
     maturity_note,
+    only_folder,
     own_state,
     read_state,
     settings_or_defaults,
@@ -92,11 +93,7 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
         InputError: a file is damaged or two parts of the checkpoint contradict each other. Experts and a
             router that are missing are listed in the mixture's `problems` instead.
     """
-    if len(folders) > 1:
-        raise InputError(
-            f"{folders[0]} is a trainer checkpoint, which holds all its experts; export one at a time"
-        )
-    folder = folders[0]
+    folder = only_folder(folders, FORMAT)
     if options.lora_alpha is not None:
         raise InputError(
             "the adapters of a trainer checkpoint state their alpha in adapter_config.json; leave out --lora_alpha"

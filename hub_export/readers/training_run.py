@@ -1,8 +1,8 @@
 """What checkpoints of one training run share: where alpha, the gate, its settings and other copies lie.
 
-    <run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
-    <run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
-    <run>/checkpoint-<step>/                   earlier and later states of the same experts
+<run>/best_model/config.json               _dylora_lora_alpha, base_model_name_or_path
+<run>/[<checkpoint>/]dylo_moe_state/router.pt   gate_state_dict (weight, bias), top_k, temperature, expert_maturity
+<run>/checkpoint-<step>/                   earlier and later states of the same experts
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ STEP = re.compile(r"checkpoint-\d+")
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0
 # more experts than this is a damaged number, not a mixture
 MOST_EXPERTS = 4096
+
+
+def only_folder(folders: list[SourceFolder], format: str) -> SourceFolder:
+    """Return the folder of a source that holds all its experts.
+
+    Raises:
+        InputError: several are given.
+    """
+    if len(folders) > 1:
+        raise InputError(f"{folders[0]} is a {format}, which holds all its experts; export one at a time")
+    return folders[0]
 
 
 def number(value: Any, what: str) -> float:
@@ -90,6 +101,23 @@ def foundation_reference(folder: SourceFolder, config: dict[str, Any]) -> Founda
     return FoundationReference(name=name or None, named_in=path, vocab_size=config.get("vocab_size"))
 
 
+def pair_shapes(where: str, matrices: dict[str, StoredTensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes [rank, in] of "A" and [out, rank] of "B".
+
+    Raises:
+        InputError: one is missing, or they are not matrices of one rank.
+    """
+    if set(matrices) != {"A", "B"}:
+        raise InputError(f"{where} has lora_{'/'.join(matrices)} but not both matrices")
+    shape_a, shape_b = matrices["A"].shape, matrices["B"].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
+        raise InputError(
+            f"{where} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
+            "expected [rank, in] and [out, rank] of one rank"
+        )
+    return shape_a, shape_b
+
+
 def low_rank_layer(
     where: Path,
     name: str,
@@ -103,14 +131,7 @@ def low_rank_layer(
     Raises:
         InputError: one is missing, they do not fit, or the config gives another rank.
     """
-    if set(matrices) != {"A", "B"}:
-        raise InputError(f"{where}: {name} has lora_{'/'.join(matrices)} but not both matrices on {module}")
-    shape_a, shape_b = matrices["A"].shape, matrices["B"].shape
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
-        raise InputError(
-            f"{where}: {name} on {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, "
-            "expected [rank, in] and [out, rank] of one rank"
-        )
+    shape_a, shape_b = pair_shapes(f"{where}: {name} on {module}", matrices)
     if module.endswith(".base_layer") or module.rpartition(".")[2] == "experts":
         raise InputError(
             f"{where}: {name} adapts parameters of {module.removesuffix('.base_layer')}, stacked experts, and such a checkpoint "
@@ -184,7 +205,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def gate_of_state(path: Path, state: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Weight and bias under `gate_state_dict`."""
+    """Read weight and bias under `gate_state_dict`."""
     gate = state.get("gate_state_dict")
     if (
         not isinstance(gate, dict)

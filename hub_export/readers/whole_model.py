@@ -35,11 +35,12 @@ from .training_run import (
     make_router,
     maturity_note,
     number,
+    only_folder,
     read_state,
     settings_or_defaults,
     state_files,
 )
-from .whole_foundation import foundation_config, foundation_weights
+from .whole_model_foundation import foundation_config, foundation_weights
 
 
 FORMAT = "whole-model state dict"
@@ -52,7 +53,7 @@ GATE = {"weight": "router.gate.weight", "bias": "router.gate.bias"}
 MATURITY = "router.expert_maturity"
 ROUTED_OTHERWISE = (
     "training mixed its experts in another way when it saved whole models, so routed figures differ from training's own "
-    "figures; each expert alone, and the foundation, are the same"
+    "figures; each expert alone, and the base model, are the same"
 )
 
 
@@ -81,11 +82,7 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
         InputError: a file is damaged, a tensor is not understood, or two parts contradict each other. A
             missing alpha and a missing gate are listed in the mixture's `problems` instead.
     """
-    if len(folders) > 1:
-        raise InputError(
-            f"{folders[0]} is a whole-model state dict, which holds all its experts; export one at a time"
-        )
-    folder = folders[0]
+    folder = only_folder(folders, FORMAT)
     config = folder.read_json("config.json", required=False)
     problems: list[str] = []
     notes = [ROUTED_OTHERWISE]
@@ -162,14 +159,14 @@ def _foundation_name(folder: SourceFolder, key: str) -> str:
     name = key.removeprefix(FOUNDATION_PREFIX)
     if not key.startswith(FOUNDATION_PREFIX):
         raise InputError(
-            f"{folder}: {key} belongs to neither the foundation, an expert nor the gate; it is not known"
+            f"{folder}: {key} belongs to neither the base model, an expert nor the gate; it is not known"
         )
     for part, meaning in (
         ("lora_embedding_", "LoRA on an embedding"),
         ("lora_magnitude_vector", "a DoRA magnitude"),
         ("lora_", "a LoRA tensor that is no plain matrix, such as a bias"),
         ("modules_to_save", "a fully trained module (modules_to_save)"),
-        ("original_module", "the foundation's own copy of a fully trained module (modules_to_save)"),
+        ("original_module", "the base model's own copy of a fully trained module (modules_to_save)"),
     ):
         if any(piece.startswith(part) for piece in name.split(".")):
             raise InputError(
@@ -189,7 +186,7 @@ def _expert_names(folder: SourceFolder, matrices: dict[str, Any], config: dict[s
             )
     if not matrices:
         raise InputError(
-            f"{folder} holds the training wrapper's foundation, but no expert (….lora_A.expert_<i>.weight)"
+            f"{folder} holds the training wrapper's base model, but no expert (….lora_A.expert_<i>.weight)"
         )
     return names
 

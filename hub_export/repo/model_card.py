@@ -183,15 +183,15 @@ def _introduction(config: Any, licence: Licence | None) -> str:
     router = "a router that weights them token by token" if config.has_router else "no router"
     terms = f"its licence ({licence.text})" if licence is not None else "its licence"
     where = (
-        f"The foundation's weights are part of this repo, and {terms} applies to them."
+        f"The base model's weights are part of this repo, and {terms} applies to them."
         if config.weights_layout == "full"
-        else f"The foundation is not part of this repo: it is loaded from where it lies, and {terms} applies to it."
+        else f"The base model is not part of this repo: it is loaded from where it lies, and {terms} applies to it."
     )
     return f"A mixture of {experts} on the frozen {kind}{foundation}{revision}, with {router}. {where}"
 
 
 def _experts(experts: list[Expert], num_foundation_parameters: int | None) -> str:
-    shares = " share of the foundation |" if num_foundation_parameters else ""
+    shares = " share of the base model |" if num_foundation_parameters else ""
     rows = ["## Experts", "", f"| | name | rank | alpha | layers | parameters |{shares}"]
     rows.append("|---" * (7 if shares else 6) + "|")
     for index, expert in enumerate(experts):
@@ -219,7 +219,7 @@ def _router(config: Any) -> str:
     if not config.has_router:
         return "## Router\n\nNone: experts are chosen by name, in turn or mixed equally."
     reads = {
-        "base": "the foundation's last hidden states, with the experts off",
+        "base": "the base model's last hidden states, with the experts off",
         "experts_sum": "last hidden states with all experts on, each with weight 1",
     }[config.router_input]
     count = config.num_experts_per_tok
@@ -247,7 +247,7 @@ def _strategies(config: Any, routing_strategy: str) -> str:
         ("ensemble", "the experts' next-token distributions, mixed equally", False),
         ("round_robin", "each new sequence gets the next expert", False),
         ("uniform", "all experts with weight 1/N", False),
-        ("base", "no expert: the foundation alone", False),
+        ("base", "no expert: the base model alone", False),
     ]
     rows = [f"| `{form}` | {meaning} |" for form, meaning, routed in known if config.has_router or not routed]
     head = (
@@ -276,7 +276,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 
 
 def _literal(name: str) -> str:
-    """A string as Python and JSON both write it."""
+    """Quote a string as Python and JSON both write it."""
     return json.dumps(name, ensure_ascii=False)
 
 
@@ -301,11 +301,11 @@ def _results(results: Sequence[Score]) -> str:
 
 
 def _limits(config: Any, mixture: Mixture) -> str:
-    """What a reader might expect and should not."""
+    """Write what a reader might expect and should not."""
     lines = ["## Limits", ""]
     if config.has_router:
         lines.append(
-            "- Strategies `router` and `best` run the foundation a second time for the router; `ensemble` runs once "
+            "- Strategies `router` and `best` run the base model a second time for the router; `ensemble` runs once "
             "for every expert."
         )
     lines.append(

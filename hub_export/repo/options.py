@@ -25,8 +25,8 @@ class ExportOptions(ReadOptions):
         InputError: a value that is none of those there are.
     """
 
-    base_revision: Annotated[str | None, "The foundation's revision."] = None
-    layout: Annotated[str, "full, or adapter: the foundation stays where it is."] = "full"
+    base_revision: Annotated[str | None, "The base model's revision."] = None
+    layout: Annotated[str, "full, or adapter: the base model stays where it is."] = "full"
     routing_strategy: Annotated[str | None, "The repo's default strategy."] = None
     router_mode: Annotated[str | None, "auto, dense or sparse."] = None
     router_input: Annotated[str | None, "base, experts_sum, or none: no router."] = None

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import DyloraMoeWarning, InputError, one_line
-from ..foundation.layer_names import named_as_now
+from ..foundation.copied_weights import check_copied_weights
+from ..foundation.layer_names import with_current_names
 from ..foundation.reference import (
     check_experts_fit,
     check_router_fits,
@@ -25,7 +26,6 @@ from ..foundation.reference import (
     resolve_foundation,
 )
 from ..foundation.weights import carried_weights, foundation_weights, skeleton
-from ..foundation.whole_weights import check_whole_weights
 from ..tensors.mixture import FoundationReference, Mixture
 from ..tensors.stored_tensors import StoredTensor, same_numbers
 from .options import ExportOptions
@@ -107,8 +107,8 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
         find = _find_weights(mixture, own, reference, model, options)
     config = _config(mixture, base_config, reference, options)
     plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
-    if any(expert.whole_weights for expert in mixture.experts):
-        check_whole_weights(mixture.experts, model, plan.weights, reference.name)
+    if any(expert.copied_weights for expert in mixture.experts):
+        check_copied_weights(mixture.experts, model, plan.weights, reference.name)
     main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
     config.dtype = options.torch_dtype or main_dtype or getattr(base_config, "dtype", None)
     return plan
@@ -164,8 +164,8 @@ def _warn_about_adapter(mixture: Mixture, reference: FoundationReference) -> Non
     folder = local_folder(reference)
     if folder is not None and folder.has("adapter_config.json"):
         message = (
-            f"the foundation's folder {reference.name} holds an adapter too (adapter_config.json), which is left out; if "
-            "the experts were trained on top of it, merge it into the foundation first"
+            f"the base model's folder {reference.name} holds an adapter too (adapter_config.json), which is left out; if "
+            "the experts were trained on top of it, merge it into the base model first"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=4)
 
@@ -179,7 +179,7 @@ def _available_config(mixture: Mixture, reference: FoundationReference, options:
             raise
         if mixture.foundation_config is None:
             message = (
-                f"the experts could not be compared with their foundation, which is not available: {error}"
+                f"the experts could not be compared with their base model, which is not available: {error}"
             )
             warnings.warn(message, DyloraMoeWarning, stacklevel=4)
         return mixture.foundation_config
@@ -195,12 +195,12 @@ def check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReference
     vocab_size = model.config.get_text_config().vocab_size
     if mixture.foundation.vocab_size not in (None, vocab_size):
         raise InputError(
-            f"{mixture.foundation.named_in} has vocab_size {mixture.foundation.vocab_size}, the foundation has "
+            f"{mixture.foundation.named_in} has vocab_size {mixture.foundation.vocab_size}, the base model has "
             f"{vocab_size}; pass the model it was trained on with --base_model"
         )
     if mixture.router is not None:
         check_router_fits(mixture.router, model.config, name)
-    mixture.experts[:] = [named_as_now(expert, model) for expert in mixture.experts]
+    mixture.experts[:] = [with_current_names(expert, model) for expert in mixture.experts]
     check_experts_fit(mixture.experts, model, name)
 
 
@@ -247,7 +247,7 @@ def _check_same(
         mine, other = carried.get(name), named.get(name)
         if mine is None or other is None or not same_numbers(mine, other):
             raise InputError(
-                f"the source's own {name} is not that of the foundation {reference.name}, which would stand in for it; "
+                f"the source's own {name} is not that of the base model {reference.name}, which would stand in for it; "
                 "leave out --base_model and export with --layout full"
             )
 
@@ -260,11 +260,11 @@ def _warn_not_compared(mixture: Mixture, reference: FoundationReference) -> None
     """
     if mixture.has_trained_foundation:
         raise InputError(
-            f"training changed the source's own foundation, so that {reference.name} cannot stand in for it; leave out "
+            f"training changed the source's own base model, so that {reference.name} cannot stand in for it; leave out "
             "--base_model and export with --layout full"
         )
     message = (
-        f"the source's own foundation could not be compared with {reference.name}, which is not available and will be taken "
+        f"the source's own base model could not be compared with {reference.name}, which is not available and will be taken "
         "for it"
     )
     warnings.warn(message, DyloraMoeWarning, stacklevel=5)
@@ -356,7 +356,7 @@ def _generation_config_on_hub(reference: FoundationReference) -> Any:
     except OSError:  # no such repo, which layout `adapter` can be written without
         return None
     except ValueError as error:
-        raise InputError(f"the foundation {reference.name}: {one_line(error)}") from error
+        raise InputError(f"the base model {reference.name}: {one_line(error)}") from error
 
 
 def _generation_config(path: Path, fields: dict[str, Any]) -> Any:

@@ -50,14 +50,14 @@ def load_config(folder: Path | SourceFolder):
 
 
 def foundation_of(folder: Path | SourceFolder, config: Any) -> FoundationReference:
-    """The foundation that a repo's config names."""
+    """Return the foundation that a repo's config names."""
     return FoundationReference(
         config.base_model_name_or_path, config.base_model_revision, folder / "config.json"
     )
 
 
 def stored_routing_strategy(folder: Path | SourceFolder, config: Any) -> str:
-    """The strategy that the repo starts with, in canonical form (experts by number).
+    """Return the repo's default strategy, in canonical form (experts by number).
 
     Raises:
         InputError: `generation_config.json` names one that the repo cannot do.

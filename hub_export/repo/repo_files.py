@@ -106,7 +106,7 @@ def repo_files(folder: str | Path | SourceFolder, follow_links: bool = False) ->
 
     check_is_exported_repo(repo)
     config = repo.read_json("config.json")
-    needed = {"config.json", *needed_weights(repo, config), *_code(repo, config, is_file)}
+    needed = {"config.json", *needed_weights(repo, config), *needed_code(repo, config, is_file)}
     for file in sorted(needed):
         if is_file(file):
             continue
@@ -151,7 +151,7 @@ def needed_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
 
 
 def _full_weights(folder: SourceFolder) -> set[str]:
-    """The one file, or the index and the shards that it names."""
+    """List the one file, or the index and the shards that it names."""
     weight_map = read_index(folder, "model.safetensors")
     if weight_map is None:
         return {"model.safetensors"}
@@ -163,7 +163,7 @@ def _full_weights(folder: SourceFolder) -> set[str]:
 
 
 def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
-    """A PEFT folder for every expert, and the router."""
+    """List the files of a PEFT folder for every expert, and the router."""
     experts = config.get("expert_configs")
     experts = experts if isinstance(experts, list) and experts else [None]
     files = set()
@@ -179,8 +179,8 @@ def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
     return files
 
 
-def _code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
-    """Follow the files that `auto_map` names, and those that they import, as the Hub's loader does.
+def needed_code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[[str], bool]) -> set[str]:
+    """List the files of code that a repo needs: what `auto_map` names and what that imports, as the Hub's loader does.
 
     The tokenizer's `auto_map` counts, too. An entry of the form `org/name--file.Class` is code in another
     repo.

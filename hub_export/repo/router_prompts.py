@@ -78,7 +78,7 @@ def router_from_prompts(
     """
     if plan.find_weights is None or tokenizer is None:
         raise InputError(
-            f"--router_prompts needs the foundation {plan.foundation.name} and its tokenizer, to compute hidden "
+            f"--router_prompts needs the base model {plan.foundation.name} and its tokenizer, to compute hidden "
             "states; pass a folder with --base_model"
         )
     kept = mixture.router if len(prompts) < len(mixture.experts) else None

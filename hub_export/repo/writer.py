@@ -183,10 +183,10 @@ def _converted(tensor: StoredTensor, name: str, dtype: torch.dtype | None) -> St
         if converted.dtype not in EXPERT_DTYPES or told or is_finite(converted):
             return converted
         if is_finite(content.float()):
-            raise InputError(f"the foundation holds {TOO_LARGE.format(target)} in {name}")
+            raise InputError(f"the base model holds {TOO_LARGE.format(target)} in {name}")
         told.append(name)
         warnings.warn(
-            f"the foundation holds NaN or infinite numbers in {name}", DyloraMoeWarning, stacklevel=2
+            f"the base model holds NaN or infinite numbers in {name}", DyloraMoeWarning, stacklevel=2
         )
         return converted
 

@@ -92,12 +92,9 @@ class SourceFolder:
         return path
 
     def _check_link(self, path: Path, roots: list[Path]) -> None:
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError) as error:  # a link to itself
-            raise InputError(
-                f"{path} is a link that leads back to itself; put the file itself in its place"
-            ) from error
+        target = Path(os.path.realpath(path))
+        if os.path.islink(target):  # what `realpath` gives up on
+            raise InputError(f"{path} is a link that leads back to itself; put the file itself in its place")
         if not any(target == root or root in target.parents for root in roots):
             raise InputError(
                 f"{path} leads out of {self}, to {target}; what lies elsewhere is not read, copy it there"

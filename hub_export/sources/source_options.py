@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Self
 
-from ..unknown_options import refuse_unknown
+from ..unknown_options import parameter_names, refuse_unknown
 
 
 @dataclass
@@ -17,20 +17,25 @@ class SourceOptions:
     are of the first source, where there are several.
     """
 
-    base_model: Annotated[str | None, "The foundation: a folder or a Hub id."] = None
+    base_model: Annotated[str | None, "The base model: a folder or a Hub id."] = None
     lora_alpha: Annotated[float | None, "Alpha, where it is not stored."] = None
     revision: Annotated[str | None, "The source's revision on the Hub."] = None
     subfolder: Annotated[str | None, "Which checkpoint, where the source holds several."] = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Self:
-        """Make them from what a caller gave by name.
+    def of(cls, options: Mapping[str, Any], *functions: Callable) -> Self:
+        """Make them from what a caller gave by name, of `functions` beside their own parameters.
 
         Raises:
-            InputError: a name that is not a field, or a value that is none of those there are.
+            InputError: a name that neither has, or a value that is none of those there are.
         """
-        refuse_unknown(options, cls.names())
+        cls.check_names(options, *functions)
         return cls(**options)
+
+    @classmethod
+    def check_names(cls, options: Mapping[str, Any], *functions: Callable) -> None:
+        """Raise InputError for a name that neither these options nor the parameters of `functions` have."""
+        refuse_unknown(options, cls.names() + parameter_names(*functions))
 
     @classmethod
     def names(cls) -> list[str]:

@@ -135,7 +135,7 @@ def download_to(artifact: Any, folder: Path, name: str) -> None:
 
 
 def cached(artifact: Any, name: str) -> Path:
-    """As `download_artifact`, of an artifact whose manifest was checked. Call it inside `wandb_errors`."""
+    """Download as `download_artifact` does, the manifest being checked. Call it inside `wandb_errors`."""
     from wandb import env
 
     # The digest stands for paths and contents, whatever alias was asked for; hashed, it is safe as a folder's
@@ -185,7 +185,7 @@ def connect(token: str | None = None) -> Any:
 
 
 def mode(wandb: Any) -> str:
-    """Where a run would go: "online", "offline", "dryrun" (an older word for that) or "disabled"."""
+    """Return W&B's mode: "online", "offline", "dryrun" (an older word for that) or "disabled"."""
     return os.environ.get("WANDB_MODE") or wandb.setup().settings.mode or "online"
 
 
@@ -207,7 +207,7 @@ def _has_credentials(wandb: Any) -> bool:
 
 @contextmanager
 def wandb_errors(artifact: str, token: str | None = None) -> Iterator[None]:
-    """Errors of the SDK and of the network as `InputError` or `FailureError`, one clear line each."""
+    """Turn errors of the SDK and of the network into `InputError` or `FailureError`, one line each."""
     try:
         yield
     except DyloraMoeError:

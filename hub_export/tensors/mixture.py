@@ -54,8 +54,8 @@ class Expert:
             of stacked experts (`model.layers.0.mlp.experts.down_proj`), to its ranks and shapes.
         read: such a name to the pair (`lora_A`, `lora_B`), in the dtype they are stored in.
         origin: the file or folder it was read from, for error messages.
-        whole_weights: tensors of the foundation that the adapter's file holds as well, by their names there.
-            They are left out, once they are seen to be the foundation's own.
+        copied_weights: copies of the foundation's tensors in the adapter's file, by their names there. An
+            export leaves them out, after checking that they equal the foundation's own.
         alpha_of: the alpha that the source's settings give a layer of a name, where they go by names.
         peft_version: of the PEFT that saved it, where that is known.
         is_adalora: whether it is of that kind, which PEFT puts on linear layers alone.
@@ -68,7 +68,7 @@ class Expert:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     mature: bool = True
-    whole_weights: dict[str, StoredTensor] = field(default_factory=dict)
+    copied_weights: dict[str, StoredTensor] = field(default_factory=dict)
     alpha_of: Callable[[str], float] | None = None
     peft_version: str = ""
     is_adalora: bool = False
@@ -113,8 +113,11 @@ class Expert:
 
 @dataclass
 class Router:
-    """The gate and how its logits become weights. `read` gives (weight [num_experts, hidden_size], bias
-    [num_experts])."""
+    """The gate and how its logits become weights.
+
+    Attributes:
+        read: gives (weight [num_experts, hidden_size], bias [num_experts]).
+    """
 
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     num_experts: int
@@ -190,7 +193,7 @@ def idle_experts(mixture: Mixture) -> str | None:
     which = f"expert {names[0]} does" if len(names) == 1 else f"experts {', '.join(names)} do"
     return (
         f"{which} nothing: A or B is zero on every layer, as in an adapter that was saved before training or pruned away; "
-        "with such an expert alone, the mixture computes what its foundation does"
+        "with such an expert alone, the mixture computes what its base model does"
     )
 
 

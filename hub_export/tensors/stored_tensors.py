@@ -144,7 +144,7 @@ def write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _os_error(error: SafetensorError, path: Path) -> Exception:
-    """The system's error that safetensors puts into words, as an `OSError` again."""
+    """Turn safetensors' words for a system error back into an `OSError`."""
     found = re.search(r"os error (\d+)", str(error))
     if found is None:
         return FailureError(f"{path.name} cannot be written: {one_line(error)}")

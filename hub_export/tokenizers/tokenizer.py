@@ -21,7 +21,7 @@ from ..sources.json_files import read_json
 from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference, Mixture
 from .tokenizer_arguments import OF_THE_LOADING_CALL
-from .tokenizer_battery import behaviour, describe, differences, text_differences
+from .tokenizer_comparison import behaviour, describe, differences, text_differences
 from .tokenizer_files import (
     TOKENIZER_CONFIG,
     copy_tokenizer,
@@ -168,13 +168,13 @@ def _compare_with_foundations(found: FoundTokenizer, foundation: FoundationRefer
     moved = [token for token, id_ in expected.items() if vocabulary.get(token) != id_]
     if 2 * len(moved) > len(expected):
         raise InputError(
-            f"the tokenizer in {found.folder} has {len(moved)} of the {len(expected)} tokens of the foundation's own "
+            f"the tokenizer in {found.folder} has {len(moved)} of the {len(expected)} tokens of the base model's own "
             f"({own.folder}) not at all, or under other ids; a file of it may be missing, or pass one with --tokenizer"
         )
     texts = text_differences(found.behaviour, own.behaviour)
     if texts:
         message = (
-            f"the tokenizer in {found.folder}, which the repo gets, is not the foundation's ({own.folder}): "
+            f"the tokenizer in {found.folder}, which the repo gets, is not the base model's ({own.folder}): "
             f"{describe(texts[0], found.behaviour, own.behaviour)}; --tokenizer chooses"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
@@ -212,13 +212,13 @@ def check_vocabulary(found: FoundTokenizer, num_embeddings: int | None) -> None:
         )
     if num_embeddings is not None and len(tokenizer) > num_embeddings:
         message = (
-            f"the tokenizer has {len(tokenizer)} tokens, the foundation embeds {num_embeddings}: the rest cannot be read by "
+            f"the tokenizer has {len(tokenizer)} tokens, the base model embeds {num_embeddings}: the rest cannot be read by "
             "the model"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
     elif num_embeddings is not None and len(tokenizer) < LEAST_SHARE * num_embeddings:
         message = (
-            f"the tokenizer of {found.origin} has {len(tokenizer)} tokens, and the foundation embeds {num_embeddings}: a file "
+            f"the tokenizer of {found.origin} has {len(tokenizer)} tokens, and the base model embeds {num_embeddings}: a file "
             "of it may be missing"
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=3)
@@ -295,7 +295,7 @@ def write_tokenizer(found: FoundTokenizer, folder: Path, config: Any) -> None:
             return
         first = first or describe(wrong[0], written, found.behaviour)
     raise FailureError(
-        f"the tokenizer of {found.origin} cannot be written so that it gives the same tokens apart from its foundation: {first}; "
+        f"the tokenizer of {found.origin} cannot be written so that it gives the same tokens apart from its base model: {first}; "
         "pass another one with --tokenizer"
     )
 

@@ -118,7 +118,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_template(value: Any) -> bool:
-    """One text, or several under names, as `{name: text}` or `[{"name": …, "template": …}]`."""
+    """Say whether it is one text, or several by name: `{name: text}` or `[{"name": …, "template": …}]`."""
     if isinstance(value, list):
         return all(
             isinstance(entry, dict) and all(isinstance(text, str) for text in entry.values())
@@ -133,7 +133,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _has_no_text(value: Any) -> bool:
-    """Numbers, booleans and null, and collections of nothing else."""
+    """Say whether it is made of numbers, booleans and null alone."""
     if isinstance(value, dict):
         return all(map(_has_no_text, value.values()))
     if isinstance(value, list):

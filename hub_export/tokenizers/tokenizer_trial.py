@@ -25,7 +25,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..restrictions import confine_reading, drop_privileges, end_with_parent
-from .tokenizer_battery import behaviour
+from .tokenizer_comparison import behaviour
 
 
 # Of CPU time. Reading a vocabulary of a quarter of a million tokens takes some five seconds, making it from

@@ -122,19 +122,6 @@ def test_the_foundation_is_an_ordinary_model(tmp_path):
         assert torch.equal(loaded(inputs).logits, expected)
 
 
-def test_a_gate_of_other_size_is_refused(trained, tmp_path):
-    parts, _ = trained
-    with pytest.raises(ValueError, match="3 rows, but there are 2 experts"):
-        save_final_checkpoint(
-            parts.peft_model,
-            parts.gate,
-            parts.tokenizer,
-            adapters=ADAPTERS[:2],
-            foundation_folder=tmp_path,
-            folder=tmp_path / "checkpoint",
-        )
-
-
 def test_labels_leave_out_padding_and_prompts(trained):
     batch = pad([Example([5, 6, 7], learned_from=1, topic=2), Example([8], learned_from=0)], padding=0)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]

@@ -193,7 +193,7 @@ def test_a_foundation_of_other_shapes_names_both(tmp_path, checkpoint):
 
 
 def test_a_mixture_is_no_foundation(tmp_path, checkpoint, checked):
-    assert "plain foundation" in export_error(checkpoint, tmp_path / "out", base_model=str(checked[0]))
+    assert "plain base model" in export_error(checkpoint, tmp_path / "out", base_model=str(checked[0]))
 
 
 def test_a_foundation_without_all_its_weights_is_refused(tmp_path, checkpoint, foundation):

@@ -44,13 +44,13 @@ def uses(adapter, repo, tmp_path):
 def test_one_that_moved(moved, tmp_path):
     adapter, repo, _ = moved
     for name, use in uses(adapter, repo, tmp_path).items():
-        with pytest.raises(InputError, match=r"foundation .*before/foundation .*--base_model") as caught:
+        with pytest.raises(InputError, match=r"base model .*before/foundation .*--base_model") as caught:
             use()
         assert "there is no such folder" in str(caught.value) or "does not exist here" in str(caught.value), (
             name
         )
     with pytest.raises(
-        ValueError, match=r"The foundation '.*before/foundation'.* there is no such folder .*`base_model=`"
+        ValueError, match=r"The base model '.*before/foundation'.* there is no such folder .*`base_model=`"
     ):
         DyloraMoeForCausalLM.from_pretrained(repo)
     (missing,) = inspect(repo).missing
@@ -70,7 +70,7 @@ def test_one_that_moved_is_named_anew(moved, tmp_path, monkeypatch, quick_check)
 
 @pytest.mark.slow
 def test_a_merge_that_needs_no_other_foundation(checked, foundation, tmp_path):
-    with pytest.raises(InputError, match="holds its own foundation, so that --base_model would do nothing"):
+    with pytest.raises(InputError, match="holds its own base model, so that --base_model would do nothing"):
         merge(checked[0], expert=0, output_dir=tmp_path / "merged", base_model=str(foundation))
 
 
@@ -78,13 +78,13 @@ def test_one_on_the_hub_without_a_network(moved, tmp_path):
     adapter, repo, _ = moved
     change_json(adapter / "adapter_config.json", base_model_name_or_path="org/model")
     change_json(repo / "config.json", base_model_name_or_path="org/model")
-    message = r"foundation org/model .*is not in the Hub's cache, and HF_HUB_OFFLINE is set; .*--base_model"
+    message = r"base model org/model .*is not in the Hub's cache, and HF_HUB_OFFLINE is set; .*--base_model"
     for name, use in uses(adapter, repo, tmp_path).items():
         if name != "verify":  # in layout `adapter`, which can do without
             with pytest.raises(InputError, match=message):
                 use()
     with pytest.raises(
-        ValueError, match=r"The foundation 'org/model'.* HF_HUB_OFFLINE is set; .*`base_model=`"
+        ValueError, match=r"The base model 'org/model'.* HF_HUB_OFFLINE is set; .*`base_model=`"
     ):
         DyloraMoeForCausalLM.from_pretrained(repo)
 
@@ -187,6 +187,6 @@ def test_a_foundation_that_needs_code_of_its_own_asks_nothing(tmp_path, monkeypa
         lambda: export(adapter, tmp_path / "full", verify=False),
     ):
         with pytest.raises(
-            InputError, match=r"foundation .* cannot be loaded: model_type 'strange' needs code of its own"
+            InputError, match=r"base model .* cannot be loaded: model_type 'strange' needs code of its own"
         ):
             use()

@@ -298,7 +298,7 @@ def test_a_state_dict_with_the_names_of_an_older_transformers(tmp_path):
     )
     assert_same(mixture)
     change_file(whole / "model.safetensors", lambda tensors: tensors.pop(f"{inside}{STORED}3.w2.weight"))
-    assert "down_proj of the foundation is [11, 32, 48], its config says [12, 32, 48]" in read_error(whole)
+    assert "down_proj of its base model is [11, 32, 48], its config says [12, 32, 48]" in read_error(whole)
 
 
 @pytest.mark.slow

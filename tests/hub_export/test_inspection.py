@@ -93,9 +93,31 @@ def test_an_ordinary_model_needs_no_export(foundation, tmp_path):
     found = inspect(foundation)
     assert found.format == "merged model" and found.experts == [] and "needs no export" in found.missing[0]
     assert found.foundation.num_parameters > 0 and found.reason.endswith("model_type llama")
-    with pytest.raises(InputError, match="needs no export"):
+    with pytest.raises(InputError, match=r"\(model.safetensors holds .*\): it needs no export"):
         export(foundation, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_is_refused_as_an_export_refuses_it(checkpoint, tmp_path, name):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    outside = shutil.copyfile(source / name, tmp_path / "outside")
+    (source / name).unlink()
+    (source / name).symlink_to(outside)
+    for command in (inspect, lambda folder: export(folder, tmp_path / "out")):
+        with pytest.raises(InputError, match=f"{name} leads out of"):
+            command(source)
+
+
+def test_a_foundations_tokenizer_that_an_export_refuses_is_listed(foundation, adapters, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in foundation.iterdir():
+        (linked / path.name).symlink_to(path)
+    (problem,) = inspect(adapters[0], base_model=str(linked)).missing
+    assert "chat_template.jinja leads out of" in problem
+    with pytest.raises(InputError, match=r"chat_template\.jinja leads out of"):
+        export(adapters[0], tmp_path / "out", base_model=str(linked))
 
 
 def test_what_was_chosen_among_several_is_said(checkpoint, tmp_path):

@@ -150,7 +150,7 @@ def error_of(source, tmp_path) -> str:
 
 MOE_LAYERS = {
     "block_sparse_moe.experts.0.w1": ((32, 48), "one matrix of a mixture-of-experts layer"),
-    "mlp.experts.0.down_proj": ((48, 32), "which the foundation"),
+    "mlp.experts.0.down_proj": ((48, 32), "which the base model"),
     "block_sparse_moe": ((32, 32), "MixtralSparseMoeBlock"),
 }
 

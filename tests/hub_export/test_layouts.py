@@ -148,7 +148,7 @@ def test_another_foundation_does_not_stand_in_for_the_sources_own(tmp_path, chec
     model.save_pretrained(other)
     for layout in ("adapter", "full"):
         with pytest.raises(
-            InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not that of the foundation"
+            InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not that of the base model"
         ):
             export(checked[0], tmp_path / "out", layout=layout, base_model=str(other))
 
@@ -247,7 +247,7 @@ def test_a_foundation_that_training_changed_stays_in_the_repo(tmp_path, monkeypa
     tokenizer = str(foundation)
     for source in (changed, plain):
         change_json(source / "config.json", base_model_name_or_path="nobody/small-llama")
-    with pytest.raises(InputError, match="training changed the source's own foundation"):
+    with pytest.raises(InputError, match="training changed the source's own base model"):
         export(changed, tmp_path / "light", tokenizer=tokenizer, layout="adapter")
     with pytest.warns(DyloraMoeWarning, match="could not be compared with nobody/small-llama"):
         result = export(plain, tmp_path / "light", tokenizer=tokenizer, layout="adapter")

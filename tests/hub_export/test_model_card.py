@@ -61,7 +61,7 @@ def test_a_foundation_on_the_hub_is_named(tmp_path, foundation):
     card = card_of(tmp_path / "repo")
     assert card.data.base_model == "nobody/small-llama" and card.data.license is None
     assert "[nobody/small-llama](https://huggingface.co/nobody/small-llama)" in card.text
-    assert "is not part of this repo" in card.text and "share of the foundation" not in card.text
+    assert "is not part of this repo" in card.text and "share of the base model" not in card.text
 
 
 def evalplus_results(path, passed, tasks=4):

@@ -133,7 +133,9 @@ PAST_THE_DOOR = {
     "repo/writer.py": "a folder that was just written",
     "sources/json_files.py": "what the door hands it",
     "sources/source_folder.py": "the door",
+    "restrictions.py": "paths that the kernel gets, unread",
     "staging.py": "folders that are being written",
+    "tokenizers/tokenizer_trial.py": "a copy that was just made",
 }
 # Files that open a path which the door gave them.
 OPENED_BY_THE_DOOR = {
@@ -141,7 +143,8 @@ OPENED_BY_THE_DOOR = {
     "repo/checksums.py",
     "repo/model_card.py",
     "repo/repo_files.py",
-    "repo/tokenizer_files.py",
+    "tokenizers/tokenizer_files.py",
+    "tokenizers/tokenizer_trial.py",
     "variant.py",
 }
 

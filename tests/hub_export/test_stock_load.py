@@ -267,7 +267,7 @@ def test_both_layouts_compute_the_same_bits(loaded, name):
 
 def test_a_trained_head_cannot_be_left_with_the_foundation(cases, tmp_path):
     case = cases["whole model, trained head"]
-    with pytest.raises(InputError, match=r"own lm_head\.weight is not that of the foundation"):
+    with pytest.raises(InputError, match=r"own lm_head\.weight is not that of the base model"):
         export(case.sources, tmp_path / "repo", layout="adapter", verify=False, **case.options)
     assert not (tmp_path / "repo").exists()
 

@@ -26,7 +26,7 @@ from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_var
 from dylora_moe.hub_export.repo.repo_files import is_tokenizer_file
 from dylora_moe.hub_export.tensors.mixture import FoundationReference
 from dylora_moe.hub_export.tokenizers.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
-from dylora_moe.hub_export.tokenizers.tokenizer_battery import TEXTS, behaviour, differences
+from dylora_moe.hub_export.tokenizers.tokenizer_comparison import TEXTS, behaviour, differences
 from dylora_moe.modeling import DyloraMoeConfig
 from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 
@@ -287,7 +287,7 @@ def test_verify_compares_with_what_the_foundations_config_makes_of_it(granite, g
     export(granite_adapter, tmp_path / "repo", verify=False)
     change_json(tmp_path / "repo" / "tokenizer_config.json", tokenizer_class="GPT2TokenizerFast")
     finding = next(entry for entry in verify(tmp_path / "repo").findings if entry.what == "tokenizer")
-    assert finding.passed is False and "beside its foundation" in finding.detail
+    assert finding.passed is False and "beside its base model" in finding.detail
     against = verify(tmp_path / "repo", against=granite_adapter).findings
     assert next(entry for entry in against if entry.what == "tokenizer of the source").passed is False
 
@@ -309,9 +309,9 @@ def test_a_tokenizer_that_is_taken_as_it_stands_gives_no_warning(granite_adapter
 def test_another_tokenizer_than_the_foundations_is_said(granite, granite_adapter, tmp_path):
     source = shutil.copytree(granite_adapter, tmp_path / "adapter")
     write_tokenizer_files(source, byte_level(split_digits=False), tokenizer_class="GPT2TokenizerFast", **END)
-    with pytest.warns(DyloraMoeWarning, match="is not the foundation's"):
+    with pytest.warns(DyloraMoeWarning, match="is not the base model's"):
         export(source, tmp_path / "repo", verify=False)
-    with pytest.raises(InputError, match=r"of the \d+ tokens of the foundation's own"):
+    with pytest.raises(InputError, match=r"of the \d+ tokens of the base model's own"):
         write_tokenizer_files(source, sentencepiece_kind(), tokenizer_class="PreTrainedTokenizerFast", **END)
         export(source, tmp_path / "other", verify=False)
 
@@ -376,5 +376,5 @@ def test_verify_says_what_a_tokenizer_lacks(repo):
 def test_few_tokens_for_many_embeddings_are_said(tmp_path):
     base = save_foundation(tmp_path / "base", vocab_size=20_000)
     source = save_adapter(tmp_path / "adapter", base)
-    with pytest.warns(DyloraMoeWarning, match="has 97 tokens, and the foundation embeds 20000"):
+    with pytest.warns(DyloraMoeWarning, match="has 97 tokens, and the base model embeds 20000"):
         export(source, tmp_path / "repo", verify=False)

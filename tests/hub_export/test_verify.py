@@ -103,7 +103,7 @@ DAMAGES = {
             repo, "model.safetensors", lambda t: t.pop("foundation.model.norm.weight")
         ),
         "safetensors",
-        "model.norm.weight of the foundation is missing",
+        "model.norm.weight of the base model is missing",
     ),
     "a gate of another size": (
         lambda repo: change_weights(
@@ -135,6 +135,20 @@ def test_what_is_wrong_is_named(repo, case):
     result = verify(repo)
     passed, detail = findings(result)[what]
     assert not result.passed and passed is False and message in detail
+
+
+def test_a_repo_of_another_version_is_whole_with_its_own_code(repo):
+    """Its code differs from this package's. What counts as missing is what its own code imports."""
+    cache = "cache_dylora_moe"
+    for path in repo.glob("*.py"):
+        path.write_text(path.read_text().replace(f"from .{cache} import", "from .older_dylora_moe import"))
+    (repo / f"{cache}.py").rename(repo / "older_dylora_moe.py")
+    found = findings(verify(repo))
+    assert found["files"][0] and found["code"][0] is False
+    assert f"{cache}.py of this package is not there" in found["code"][1]
+    assert "older_dylora_moe.py is no file of this package's" in found["code"][1]
+    (repo / "older_dylora_moe.py").unlink()
+    assert findings(verify(repo))["files"] == (False, "lacks older_dylora_moe.py")
 
 
 SAVE_AGAIN = """
@@ -185,9 +199,9 @@ def test_a_model_saved_again_passes(tmp_path, repo, checkpoint):
 
 
 CHANGES = {
-    "foundation.model.norm.weight": (None, "lacks model.norm.weight of its foundation"),
-    "foundation.model.layers.1.self_attn.v_proj.base_layer.weight": (torch.ones(3, 3), "v_proj.weight of its foundation is [3, 3]"),
-    "foundation.model.extra.weight": (torch.ones(2), "holds model.extra.weight, which its foundation"),
+    "foundation.model.norm.weight": (None, "lacks model.norm.weight of its base model"),
+    "foundation.model.layers.1.self_attn.v_proj.base_layer.weight": (torch.ones(3, 3), "v_proj.weight of its base model is [3, 3]"),
+    "foundation.model.extra.weight": (torch.ones(2), "holds model.extra.weight, which its base model"),
     "foundation.model.layers.0.mlp.up_proj.lora_A": (torch.ones(4, 32), "nothing that its config.json speaks of"),
     "router.gate.scale": (torch.ones(3), "nothing that its config.json speaks of"),
 }  # fmt: skip

@@ -330,7 +330,7 @@ DAMAGES = {
     "number is a list": (set_config(_dylora_num_experts=[3]), ["_dylora_num_experts is [3]"]),
     "alpha is text": (set_config(_dylora_lora_alpha="8"), ["'8'", "number"]),
     "alpha is not a number": (set_config(_dylora_lora_alpha=float("nan")), ["nan", "finite number"]),
-    "other vocabulary": (set_config(vocab_size=98), ["weight of the foundation is [97, 32]", "[98, 32]"]),
+    "other vocabulary": (set_config(vocab_size=98), ["weight of its base model is [97, 32]", "[98, 32]"]),
     "countless layers": (set_config(num_hidden_layers=10**9), ["1000000000 layers"]),
     "layers are text": (set_config(num_hidden_layers="two"), ["config.json"]),
     "no causal model": (set_config(model_type="clip_vision_model"), ["no causal language model"]),
@@ -413,7 +413,7 @@ def test_a_trained_foundation_is_remembered_by_the_repo(tmp_path):
     source = save_whole_model(tmp_path / "run" / "model", foundation, head="trained")
     change_json(source / "config.json", base_model_name_or_path="nobody/small-llama")
     export(source, tmp_path / "full", tokenizer=str(foundation), verify=False)
-    with pytest.raises(InputError, match="training changed the source's own foundation"):
+    with pytest.raises(InputError, match="training changed the source's own base model"):
         export(tmp_path / "full", tmp_path / "light", layout="adapter", verify=False)
     export(tmp_path / "full", tmp_path / "again", verify=False)
     for repo in ("full", "again"):

@@ -91,8 +91,8 @@ def test_what_is_no_cache_for_this_foundation_is_refused(strategy):
     for cache, message in (
         ((), "is a tuple"),
         (EncoderDecoderCache(DynamicCache(), DynamicCache()), "is a EncoderDecoderCache"),
-        (Cache(layers=[DynamicLayer()]), "has 1 layers; the foundation has 2"),
-        (Cache(layers=[DynamicLayer() for _ in range(6)]), "has 6 layers; the foundation has 2"),
+        (Cache(layers=[DynamicLayer()]), "has 1 layers; the base model has 2"),
+        (Cache(layers=[DynamicLayer() for _ in range(6)]), "has 6 layers; the base model has 2"),
     ):
         with pytest.raises(ValueError, match=message):
             model(IDS, past_key_values=cache, routing_strategy=strategy)

@@ -156,7 +156,7 @@ def test_base_model_overrides_and_a_foundation_of_other_shapes_is_refused(saved)
     model, folder = saved
     (folder / "foundation").rename(folder / "moved")
     with pytest.raises(
-        OSError, match=r"The foundation '.*foundation', which .* no such folder .*`base_model=`"
+        OSError, match=r"The base model '.*foundation', which .* no such folder .*`base_model=`"
     ):
         DyloraMoeForCausalLM.from_pretrained(folder / "adapter")
     same(model, DyloraMoeForCausalLM.from_pretrained(folder / "adapter", base_model=str(folder / "moved")))
@@ -164,7 +164,7 @@ def test_base_model_overrides_and_a_foundation_of_other_shapes_is_refused(saved)
     other.save_pretrained(folder / "other")
     with pytest.raises(ValueError, match=r"embed_tokens.*\(101, 32\).*\(97, 32\)"):
         DyloraMoeForCausalLM.from_pretrained(folder / "adapter", base_model=str(folder / "other"))
-    with pytest.raises(ValueError, match="holds its own foundation"):
+    with pytest.raises(ValueError, match="holds its own base model"):
         DyloraMoeForCausalLM.from_pretrained(folder / "full", base_model=str(folder / "moved"))
 
 

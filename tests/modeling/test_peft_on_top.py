@@ -233,12 +233,12 @@ def test_a_merged_foundation_is_saved_whole(tmp_path):
         loaded, LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **TASK)
     ).eval()
     top.merge_adapter()
-    with pytest.raises(ValueError, match="An adapter was merged into the foundation"):
+    with pytest.raises(ValueError, match="An adapter was merged into the base model"):
         loaded.save_pretrained(tmp_path / "again", layout="adapter")
     top.unmerge_adapter()
     loaded.save_pretrained(tmp_path / "as_it_was", layout="adapter")
     merged = top.merge_and_unload()
-    with pytest.raises(ValueError, match="An adapter was merged into the foundation"):
+    with pytest.raises(ValueError, match="An adapter was merged into the base model"):
         merged.save_pretrained(tmp_path / "again", layout="adapter")
     merged.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)

@@ -401,7 +401,7 @@ def test_an_adapter_of_peft_on_top_is_taken_off_again(merge, tmp_path):
     assert isinstance(a_layer(left), DyloraMoeStackedExperts) and not torch.allclose(on_top, before, atol=0.1)
     assert_same(left(ROWS, routing_strategy="uniform").logits, on_top if merge else before)
     if merge:
-        with pytest.raises(ValueError, match="merged into the foundation"):
+        with pytest.raises(ValueError, match="merged into the base model"):
             left.save_pretrained(tmp_path / "saved", layout="adapter")
 
 

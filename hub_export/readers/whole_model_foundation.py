@@ -1,4 +1,4 @@
-"""The foundation inside a training wrapper's state dict: its config, and which of its tensors are its own.
+"""The foundation inside a whole model's state dict (`whole_model`): its config and its tensors.
 
 transformers says, on the meta device, which tensors a model of that config has.
 """
@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import InputError, one_line
 from ..foundation.layer_names import PREFIX, why_unreadable
 from ..foundation.reference import load_foundation_config, resolve_foundation
-from ..foundation.weight_conversion import named_as_now
-from ..foundation.weights import skeleton
+from ..foundation.weight_conversion import by_current_name
+from ..foundation.weights import carried_weights, skeleton
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
 from ..tensors.mixture import FoundationReference
@@ -58,14 +58,14 @@ def foundation_config(
     else:
         if not (options.base_model or reference.name):
             raise InputError(
-                f"{folder} has no config.json that says what kind of model its foundation is; name the foundation that it "
+                f"{folder} has no config.json that says what kind of model its base model is; name the base model that it "
                 "was trained on with --base_model, of which only the config is read"
             )
         found = load_foundation_config(resolve_foundation(reference, options.base_model, None))
     layers = getattr(found.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > num_tensors:
         raise InputError(
-            f"the foundation's config has {layers!r} layers, {folder} only {num_tensors} tensors"
+            f"the base model's config has {layers!r} layers, {folder} only {num_tensors} tensors"
         )
     return found
 
@@ -82,33 +82,22 @@ def foundation_weights(
         InputError: a tensor is missing, unknown, or of another shape than the config says.
     """
     model = skeleton(config)
-    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = model.state_dict().keys()
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), COMPUTED.pattern]
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
         if name in names or not any(re.search(pattern, name) for pattern in ignored)
     }
-    found, unknown = named_as_now(tensors, model)
+    found, unknown = by_current_name(tensors, model)
     if unknown:
         why = why_unreadable(f"{PREFIX}{unknown[0]}")
         raise InputError(
-            f"{folder} holds {unknown[0]}, which a foundation of model_type {config.model_type} does not have"
+            f"{folder} holds {unknown[0]}, which a base model of model_type {config.model_type} does not have"
             + ("; what it does is not known" if why is None else f": {why}")
         )
     _tie(config, dict(getattr(model, "all_tied_weights_keys", None) or {}), found, notes)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
-    missing = [name for name in names if name not in found and name not in tied]
-    if missing:
-        raise InputError(
-            f"{folder} lacks {missing[0]} of its foundation; the file is incomplete, copy it again"
-        )
-    for name, tensor in found.items():
-        if tensor.shape != names[name]:
-            raise InputError(
-                f"{folder}: {name} of the foundation is {list(tensor.shape)}, its config says {list(names[name])}"
-            )
-    return found
+    return carried_weights(found, model, folder)
 
 
 def _tie(config: Any, tied: dict[str, str], found: dict[str, StoredTensor], notes: list[str]) -> None:
