@@ -57,7 +57,9 @@ def change_json(content: bytes, random: random.Random, mutate: Mutate) -> bytes:
 
 def _change_tree(tree: list[Any], raw: list[str], random: random.Random) -> None:
     place, key = random.choice(_places(tree))
-    what = random.choice(("odd", "odd", "odd", "remove", "add", "rename", "copy", "exchange", "nest", "repeat", "text"))
+    what = random.choice(
+        ("odd", "odd", "odd", "remove", "add", "rename", "copy", "exchange", "nest", "repeat", "text")
+    )
     if what == "odd" or place is tree:
         place[key] = _odd(raw, random)
     elif what == "remove":
@@ -112,7 +114,11 @@ def _near(value: Any, random: random.Random) -> Any:
         return random.choice((-value, value + 1, value - 1, value * 1000, value / 2, str(value), [value]))
     if isinstance(value, str):
         place = random.randint(0, len(value))
-        return value[:place] + random.choice(("", ".", "/", "..", "\0", "\x1b", "é", "*", "x")) + value[place + 1 :]
+        return (
+            value[:place]
+            + random.choice(("", ".", "/", "..", "\0", "\x1b", "é", "*", "x"))
+            + value[place + 1 :]
+        )
     return [value]
 
 
@@ -142,7 +148,9 @@ def change_safetensors(content: bytes, random: random.Random, mutate: Mutate) ->
         return mutate(content)
     (size,) = struct.unpack("<Q", content[:8])
     header, tensors = content[8 : 8 + size], content[8 + size :]
-    what = random.choice(("entry", "entry", "entry", "json", "json", "bytes", "size", "cut", "grow", "numbers"))
+    what = random.choice(
+        ("entry", "entry", "entry", "json", "json", "bytes", "size", "cut", "grow", "numbers")
+    )
     if what == "entry":
         header = _change_entry(header, random, mutate)
     elif what == "json":
@@ -154,12 +162,16 @@ def change_safetensors(content: bytes, random: random.Random, mutate: Mutate) ->
     elif what == "grow":
         tensors += bytes(random.choice((1, 4, 64)))
     elif what == "numbers":
-        odd = random.choice((b"\xff\xff\xff\xff", b"\x00\x00\x80\x7f", b"\x00\x00\x00\x00"))  # NaN, infinity, 0
+        odd = random.choice(
+            (b"\xff\xff\xff\xff", b"\x00\x00\x80\x7f", b"\x00\x00\x00\x00")
+        )  # NaN, infinity, 0
         place = random.randint(0, len(tensors))
         tensors = tensors[:place] + odd + tensors[place + 4 :]
     length = len(header)
     if what == "size":
-        length = random.choice((0, 1, length - 1, length + 1, size + 8, 2**20, 2**31, 2**62, 2**64 - 1)) % 2**64
+        length = (
+            random.choice((0, 1, length - 1, length + 1, size + 8, 2**20, 2**31, 2**62, 2**64 - 1)) % 2**64
+        )
     return struct.pack("<Q", length) + header + tensors
 
 

@@ -21,14 +21,14 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-import atheris  # noqa: E402
+import atheris
 
 
 with atheris.instrument_imports(include=["dylora_moe"]):
     from . import targets
 
-from .inputs import pack, unpack  # noqa: E402
-from .mutations import change_file  # noqa: E402
+from .inputs import pack, unpack
+from .mutations import change_file
 
 
 LIMITS = ["-timeout=5", "-rss_limit_mb=2500", "-max_len=200000", "-len_control=0", "-report_slow_units=2"]
@@ -84,7 +84,9 @@ class Fuzzer:
         elif what < 0.12 and file in other:
             files[file] = other[file]
         else:
-            files[file] = change_file(file, files[file], chance, lambda content: atheris.Mutate(content, max_size))
+            files[file] = change_file(
+                file, files[file], chance, lambda content: atheris.Mutate(content, max_size)
+            )
 
     def tell(self) -> None:
         """Print how many inputs each target had, and how long they took."""

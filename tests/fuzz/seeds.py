@@ -16,7 +16,6 @@ from helpers_checkpoints import (
 )
 from helpers_tokenizers import byte_level, sentencepiece_kind, write_tokenizer_files
 
-from dylora_moe.eval.analysis.files import EXPERTS_FILE, ROUTING_FILE
 from dylora_moe.eval.sampling.run_record import Run, file_sha256, write_run
 from dylora_moe.eval.sampling.sample_journal import SampleJournal
 from dylora_moe.hub_export import export
@@ -130,7 +129,9 @@ def results_folder(folder: Path) -> list[Path]:
         )
         run.samples_path.parent.mkdir(parents=True, exist_ok=True)
         run.samples_path.write_text('{"task_id": "HumanEval/0", "solution": "pass"}\n')
-        run.results_path.write_text('{"eval": {"HumanEval/0": [{"base_status": "pass", "plus_status": "pass"}]}}')
+        run.results_path.write_text(
+            '{"eval": {"HumanEval/0": [{"base_status": "pass", "plus_status": "pass"}]}}'
+        )
         run.samples_sha256, run.results_sha256 = file_sha256(run.samples_path), file_sha256(run.results_path)
         write_run(run)
     return [made]
@@ -156,9 +157,14 @@ def prompts(folder: Path) -> list[Path]:
 
 def results(folder: Path) -> list[Path]:
     folder.mkdir()
-    samples = [{"base_status": "pass", "plus_status": "fail", "solution": "x"}, {"base_status": "fail", "plus_status": None}]
+    samples = [
+        {"base_status": "pass", "plus_status": "fail", "solution": "x"},
+        {"base_status": "fail", "plus_status": None},
+    ]
     tasks = {"HumanEval/0": samples[:1], "HumanEval/1": samples, "HumanEval/2": samples[:1] * 2}
-    (folder / "eval_results.json").write_text(json.dumps({"date": "2026-01-01", "hash": "7" * 32, "eval": tasks}))
+    (folder / "eval_results.json").write_text(
+        json.dumps({"date": "2026-01-01", "hash": "7" * 32, "eval": tasks})
+    )
     return [folder]
 
 
@@ -178,6 +184,10 @@ def card(folder: Path) -> list[Path]:
 
 def checksums(folder: Path) -> list[Path]:
     folder.mkdir()
-    lines = [f"{'5' * 64}  config.json", f"{'6' * 64} *model.safetensors", f"{'7' * 64}  experts/a/adapter_config.json"]
+    lines = [
+        f"{'5' * 64}  config.json",
+        f"{'6' * 64} *model.safetensors",
+        f"{'7' * 64}  experts/a/adapter_config.json",
+    ]
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
     return [folder]

@@ -5,7 +5,6 @@ To add one, write a function with `@target` here, and one in `seeds` that makes 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -133,7 +132,9 @@ def _read_source(folder: Path, number: int) -> None:
 
 
 target("adapter", seeds.adapter, 190)(_read_source)
-target("adapter with foundation", seeds.fitted_adapter, 50, ("base/*.safetensors", "base/token*", "base/chat*"))(_read_source)
+target(
+    "adapter with foundation", seeds.fitted_adapter, 50, ("base/*.safetensors", "base/token*", "base/chat*")
+)(_read_source)
 target("final checkpoint", seeds.final_checkpoint, 75)(_read_source)
 target("trainer checkpoint", seeds.trainer_checkpoint, 85, ("*.pt", "*.pth", "*.bin"))(_read_source)
 
