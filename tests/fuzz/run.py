@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python -m fuzz.run FOLDER -runs=1000000
 
-FOLDER keeps inputs that reached new code, for the next run; further arguments are libFuzzer's. A finding is anything but
-an error that is written for the user: another exception, five seconds for one input, two gigabytes and a half. libFuzzer
-writes its input to `crash-…` or `timeout-…`; once mended, it is kept in `cases/`.
+FOLDER/inputs keeps what reached new code, for the next run; further arguments are libFuzzer's. A finding is anything but
+an error that is written for the user: another exception, five seconds for one input, or more memory than `LIMITS` has.
+libFuzzer ends there, and writes the input to FOLDER; once it is mended, it is kept in `cases/`.
 """
 
 from __future__ import annotations
@@ -100,15 +100,18 @@ class Fuzzer:
 def main() -> None:
     logging.disable()
     warnings.simplefilter("ignore")
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, *options = sys.argv[1:]
+    inputs = Path(folder, "inputs")
+    inputs.mkdir(parents=True, exist_ok=True)
     fuzzer = Fuzzer()
     for name, entry in targets.TARGETS.items():
         fuzzer.kept[name] = entry.first_inputs()
         for number, data in enumerate(fuzzer.kept[name]):
-            (folder / f"{name.replace(' ', '-')}-{number}").write_bytes(data)
-            targets.run_input(data)  # imports what it needs, which takes longer than an input may
-    atheris.Setup([sys.argv[0], *LIMITS, *sys.argv[1:]], fuzzer.run, custom_mutator=fuzzer.mutate)
+            (inputs / f"{name.replace(' ', '-')}-{number}").write_bytes(data)
+            # What is imported and started once may take longer than an input; 0 makes a target do what is rare, too.
+            entry.run(unpack(data)[1], 0)
+    arguments = [*LIMITS, f"-artifact_prefix={folder}/", *options, str(inputs)]
+    atheris.Setup([sys.argv[0], *arguments], fuzzer.run, custom_mutator=fuzzer.mutate)
     atheris.Fuzz()
 
 
