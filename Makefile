@@ -35,8 +35,8 @@ fuzz: $(INSTALLED)
 test-clients: $(INSTALLED)
 	$(BIN)/python -m pytest -m clients tests/clients
 
-# What `make test` runs, with the lowest and with the newest packages that `pyproject.toml` allows, each in an
-# environment of its own below .versions/.
+# The suite's core, with the lowest and with the newest packages that `pyproject.toml` allows, each in an environment of
+# its own below .versions/.
 test-versions:
 	$(LOWEST_PYTHON) tests/versions.py lowest
 	$(NEWEST_PYTHON) tests/versions.py newest

@@ -1,8 +1,9 @@
 """Run the tests at one end of the declared ranges: `python tests/versions.py lowest`, or `newest`.
 
 Makes a virtual environment below `.versions/` with the Python that it is started by, installs each dependency at its
-lowest or newest version, and runs what `make test` runs. PyTorch stays what `constraints.txt` says: other builds are
-large, and an open range takes one for accelerators that may not be there.
+lowest or newest version, and runs the suite's core: the tests of `CORE`, about half of what `make test` runs, where
+this package meets the others. `python tests/versions.py lowest tests` runs all. PyTorch stays what `constraints.txt`
+says: other builds are large, and an open range takes one for accelerators that may not be there.
 """
 
 import argparse
@@ -19,7 +20,30 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = ("eval", "wandb")
 FIRST = {"transformers>=5.10": "transformers==5.10.1"}  # whose first release of the range has another name
 TOOLS = ("build", "hypothesis", "parameterized", "pytest", "pytest-xdist")  # of the tests: any version
-TESTS = ("-n", "auto", "--dist", "loadfile")
+PROCESSES = ("-n", "auto", "--dist", "loadfile")
+# By the folder of `tests/`, what is there for the sake of other packages: transformers' models and caches, PEFT's
+# adapters, the Hub, W&B, EvalPlus, the report's figures and the command line.
+CORE = {
+    "modeling": (
+        "backbone", "caches", "config", "fast_decoding", "foundations", "gates", "generation", "layouts",
+        "loaded_weights", "loading", "peft_on_top", "saving", "stacked_experts", "trainer", "transformers_common",
+    ),
+    "hub_export": (
+        "adalora", "exporter", "final_checkpoint", "foundation_weights", "gates", "hub_sources", "mirror",
+        "moe_foundations", "peft_adapters", "peft_fields", "push", "stacked_experts", "stock_load", "tokenizer",
+        "trainer_checkpoint", "whole_model",
+    ),
+    "eval": (
+        "benchmark", "benchmark_models", "benchmark_resuming", "evalplus_bridge", "expert_analysis", "expert_figures",
+        "generation_options", "last_position", "peft_moe", "report_figures", "report_folder", "report_page",
+        "routing_analysis", "scoring", "statistics", "stock_evalplus", "wandb_tables",
+    ),
+    "front_door": ("cli", "cli_eval", "missing_packages"),
+}  # fmt: skip
+
+
+def core() -> list[str]:
+    return [f"tests/{folder}/test_{name}.py" for folder, names in CORE.items() for name in names]
 
 
 def pinned_torch() -> str:
@@ -59,11 +83,11 @@ def make_environment(folder: Path, end: str) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("end", choices=["lowest", "newest"])
-    parser.add_argument("tests", nargs="*", help="arguments for pytest (default: all that `make test` runs)")
+    parser.add_argument("tests", nargs="*", help="arguments for pytest, in place of the core's files")
     arguments = parser.parse_args()
     python = make_environment(ROOT / ".versions" / arguments.end, arguments.end)
     subprocess.run([str(python), "-m", "pip", "list"], check=True)
-    command = [str(python), "-m", "pytest", *(arguments.tests or TESTS)]
+    command = [str(python), "-m", "pytest", *PROCESSES, *(arguments.tests or core())]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     ).returncode

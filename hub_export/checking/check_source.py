@@ -20,7 +20,7 @@ from ..foundation.reference import load_foundation, load_foundation_config
 from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
 from . import rounding
-from .peft_layers import add_adapter, load_adapters, round_adapters
+from .peft_layers import add_adapter, load_adapters, round_adapters, unwrap_idle_gates
 from .peft_reference import DEFAULT_TEMPERATURE, Reference
 
 
@@ -75,6 +75,7 @@ def reference(
         else:
             names = [f"adapter_{index}" for index in range(len(folders))]
             model = load_adapters(foundation, folders, names, dtype)
+    unwrap_idle_gates(model)
     if round_foundation:
         _round_foundation(model, dtype)
     if own_gate is not None:

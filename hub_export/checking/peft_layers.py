@@ -275,6 +275,19 @@ def add_adapter(
     return model
 
 
+def unwrap_idle_gates(model: torch.nn.Module) -> None:
+    """Take PEFT's layers off the gates that no adapter changes.
+
+    Some mixture-of-experts layers read a bias from their gate, as DeepSeek's do in transformers 5.10, and PEFT's layer
+    has none.
+    """
+    for path, module in list(model.named_modules()):
+        is_gate = isinstance(module, ParamWrapper) and module.parameter_name == "weight"
+        if is_gate and not any(factor.weight.any() for factor in module.lora_B.values()):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.base_layer)
+
+
 def _parameter(
     stacks: dict[str, dict[str, int]], layer: str, target_parameters: Iterable[str]
 ) -> tuple[str, int] | None:

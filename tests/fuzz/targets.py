@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.sampling import make_samples
 from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.eval.sampling.sample_journal import SampleJournal
 from dylora_moe.eval.scoring import sanitizing
@@ -175,7 +176,8 @@ def _read_runs(folder: Path, number: int) -> None:
 def _read_journals(folder: Path, number: int) -> None:
     journal = SampleJournal(folder / "samples.jsonl")
     sanitizing._read(journal.sanitized_path)
-    journal.read()
+    samples = journal.read()
+    make_samples._stops(SimpleNamespace(samples="samples.jsonl", max_new_tokens=16), samples)
 
 
 @target("router prompts", seeds.prompts, 50)

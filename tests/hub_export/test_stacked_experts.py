@@ -10,11 +10,14 @@ from helpers_checkpoints import change_json, save_router, save_tokenizer, write_
 from helpers_moe import SIZES, moe_model
 from helpers_stacked import gpt_oss, nemotron, with_old_adapter, write_new_adapter, write_old_adapter
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig, MixtralConfig
 
 from dylora_moe.hub_export import InputError, export, inspect, merge, verify
 from dylora_moe.hub_export.checking import peft_layers
+from dylora_moe.hub_export.checking.check_source import ADAPTERS, reference
+from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
@@ -379,6 +382,16 @@ def test_stacks_in_other_forms(quick_check, tmp_path, foundation, first):
     expected = of_peft(tmp_path / "base", adapter)
     assert_same(of_repo(result.output_dir, "single:0"), expected)
     assert_same(of_peft(tmp_path / "base", result.output_dir, subfolder="experts/new"), expected)
+
+
+def test_the_check_leaves_gates_alone_that_no_expert_adapts(tmp_path):
+    """Of which the layers of some foundations read more than PEFT's own layer around a gate has."""
+    nemotron().save_pretrained(tmp_path / "base")
+    targets = ["experts.up_proj", "experts.down_proj"]
+    adapter = write_new_adapter(tmp_path / "new", tmp_path / "base", nemotron(), targets)
+    source = reference(ADAPTERS, [open_folder(adapter)], str(tmp_path / "base"), None, None, {}, None)
+    layer = source.model.get_submodule("base_model.model.model.layers.1.mixer")
+    assert hasattr(layer.gate, "e_score_correction_bias") and isinstance(layer.experts, ParamWrapper)
 
 
 def test_a_parameter_of_the_same_name_as_a_linear_layer(quick_check, tmp_path):
