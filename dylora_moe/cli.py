@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,9 @@ from dylora_moe.cli_common import (
     err,
     given,
     out,
+    plain_logging,
     print_json,
+    print_lines,
     progress,
     size,
     span,
@@ -169,8 +172,7 @@ def variant(
         out.print(
             f"{result.output_dir}: {result.routing_strategy}"
             + (f", router mode {result.router_mode}" if router_mode is not None else "")
-            + f" (weights: {result.weights} to {result.repo})",
-            markup=False,
+            + f" (weights: {result.weights} to {result.repo})"
         )
 
 
@@ -206,7 +208,7 @@ def verify(
     else:
         marks = {True: "ok", False: "WRONG", None: "-"}
         for finding in result.findings:
-            out.print(f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", markup=False)
+            print_lines(out, f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", indent=" " * 7)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -236,7 +238,7 @@ def merge(
     if as_json:
         print_json(result.to_dict())
     else:
-        out.print(f"{result.output_dir}: expert {result.expert} in {result.dtype}", markup=False)
+        out.print(f"{result.output_dir}: expert {result.expert} in {result.dtype}")
         checked = (
             "checked: its logits equal those of the expert" if result.passed else "not checked: its logits"
         )
@@ -252,10 +254,10 @@ cli_eval.add_commands(app)
 
 
 def _print_inspection(result: Any) -> None:
-    out.print(f"{result.format}: {result.reason}", markup=False)
+    out.print(f"{result.format}: {result.reason}")
     revision = f" at revision {result.foundation.revision}" if result.foundation.revision else ""
     where = result.foundation.folder or "not on this machine"
-    out.print(f"base model: {result.foundation.name or 'not named'}{revision} ({where})", markup=False)
+    out.print(f"base model: {result.foundation.name or 'not named'}{revision} ({where})")
     table = Table("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
     for index, expert in enumerate(result.experts):
         table.add_row(
@@ -275,24 +277,21 @@ def _print_inspection(result: Any) -> None:
         "router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none")
     )
     if result.routing_strategy:
-        out.print(f"default strategy: {result.routing_strategy}", markup=False)
-    out.print(f"tokenizer: {result.tokenizer or 'none'}", markup=False)
+        out.print(f"default strategy: {result.routing_strategy}")
+    out.print(f"tokenizer: {result.tokenizer or 'none'}")
     for dtype, parts in result.memory.items():
         total = "base model unknown" if parts["total"] is None else f"{size(parts['total'])} in all"
         out.print(f"memory in {dtype}: {total}, experts {size(parts['experts'])}")
     for note in result.notes:
-        out.print(f"note: {note}", markup=False)
+        out.print(f"note: {note}")
     for problem in result.missing:
-        out.print(f"missing: {problem}", markup=False)
+        out.print(f"missing: {problem}")
 
 
 def _print_export(result: Any) -> None:
-    out.print(f"{result.output_dir}: exported ({result.format}: {result.reason})", markup=False)
+    out.print(f"{result.output_dir}: exported ({result.format}: {result.reason})")
     router = "with a router" if result.router else "without a router"
-    out.print(
-        f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}",
-        markup=False,
-    )
+    out.print(f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}")
     check = result.check
     if check is None:
         out.print("not checked against the source")
@@ -318,7 +317,11 @@ def _quiet() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"warning: {' '.join(str(message).split())}", markup=False)
+    err.print(f"warning: {' '.join(str(message).split())}")
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, where: Any) -> None:
+    print_lines(err, "".join(traceback.format_exception(kind, error, where)))
 
 
 INTERRUPTED = 130
@@ -333,13 +336,14 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_logging():
             _quiet()
             code = app(args=cli_eval.spread(arguments), prog_name="dylora-moe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
         if debug:
+            sys.excepthook = _show_traceback
             raise
         code = _report(error)
     if code == INTERRUPTED:  # typer has this code for it, too
@@ -355,10 +359,10 @@ def _report(error: Exception) -> int:
         hint = ""
         if isinstance(error, UsageError) and error.ctx is not None:
             hint = f" ('{error.ctx.command_path} --help' shows what is understood)"
-        err.print(f"error: {' '.join(error.format_message().split())}{hint}", markup=False)
+        err.print(f"error: {' '.join(error.format_message().split())}{hint}")
         return error.exit_code
     if isinstance(error, DyloraMoeError):
-        err.print(f"error: {error}", markup=False)
+        err.print(f"error: {error}")
         return error.exit_code
-    err.print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)", markup=False)
+    err.print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)")
     return 1

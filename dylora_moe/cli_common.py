@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -12,7 +13,11 @@ from contextlib import contextmanager
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from dylora_moe.hub_export.shown_text import LONGEST_LINE, one_printable_line, printable, shortened
 
 
 # option names are written with `_`, as config fields are; `-` is understood as well
@@ -21,8 +26,28 @@ CONTEXT_SETTINGS = {
     "help_option_names": ["-h", "--help"],
 }
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class PlainConsole(Console):
+    """Shows every text as it is stored: no markup in it, no character that the terminal obeys, no endless line.
+
+    A text is one line, whatever it holds; tables, bars and rich's own control codes are as ever.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Filter a line or a table's cell before its width is measured."""
+        return super().render_str(one_printable_line(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Filter whatever else becomes text: a bar's label, a status."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
+
+
+out = PlainConsole(width=None if sys.stdout.isatty() else 160)
+err = PlainConsole(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exported repo, atomically.")]
@@ -95,9 +120,34 @@ def progress() -> Iterator[Callable[[str], None]]:
     """Show on stderr what is being done: one changing line on a terminal, else a line for each step."""
     if err.is_terminal:
         with err.status("starting") as status:
-            yield lambda message: status.update(message)
+            yield lambda message: status.update(Text(one_printable_line(message)))
     else:
-        yield lambda message: err.print(message, markup=False)
+        yield lambda message: err.print(message)
+
+
+class PlainRecord(logging.LogRecord):
+    """What any library logs, names from files among it, as printable text."""
+
+    def getMessage(self) -> str:
+        return printable(shortened(super().getMessage(), LONGEST_LINE), keep="\n")
+
+
+@contextmanager
+def plain_logging() -> Iterator[None]:
+    """Make every record that is logged meanwhile a `PlainRecord`."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(PlainRecord)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+def print_lines(console: Console, text: str, indent: str = "") -> None:
+    """Print a text of several lines; all but the first are indented, so that none passes for a line of ours."""
+    first, *others = text.split("\n")
+    for line in [first, *(f"{indent}{other}" for other in others)]:
+        console.print(line)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import typer
 from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
 from dylora_moe.cli_old_options import option_name, translate
 from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions
+from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -180,7 +181,7 @@ def _show(result: Any, show: Callable, folder: Path, project: str | None, as_jso
         else:
             show(result, out)
             if report is not None:
-                out.print(f"report: {report}", markup=False)
+                out.print(f"report: {report}")
 
 
 def _log(folder: Path, project: str | None) -> None:
@@ -200,15 +201,20 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
     """Show progress on stderr: a bar on a terminal, else a line for each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
         known: dict[str, Any] = {}
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in known:
-                known[what] = bars.add_task(what, total=total or None)
+                known[what] = bars.add_task(one_printable_line(what), total=total or None)
                 if not err.is_terminal and is_main_process():
-                    err.print(what, markup=False)
+                    err.print(what)
             bars.update(known[what], completed=done, total=total or None)
 
         yield tell

@@ -57,8 +57,8 @@ def push(
     if as_json:
         return print_json(result.to_dict())
     deleted = f", {len(result.deleted)} of an earlier export deleted" if result.deleted else ""
-    out.print(f"{result.url}: {len(result.uploaded)} files sent{deleted}", markup=False)
-    out.print(f"revision {result.revision}, commit {result.commit}", markup=False)
+    out.print(f"{result.url}: {len(result.uploaded)} files sent{deleted}")
+    out.print(f"revision {result.revision}, commit {result.commit}")
     _print_notes(result.notes)
 
 
@@ -81,7 +81,7 @@ def mirror_push(
     if as_json:
         return print_json(result.to_dict())
     done = f"staged in {result.run_folder}" if result.offline else "logged"
-    out.print(f"{result.artifact}: {len(result.files)} files {done}", markup=False)
+    out.print(f"{result.artifact}: {len(result.files)} files {done}")
     _print_notes(result.notes)
 
 
@@ -114,7 +114,7 @@ def mirror_pull(
     if as_json:
         return print_json(result.to_dict())
     how = "an exported repo, as it was" if result.export is None else f"exported ({result.export.format})"
-    out.print(f"{result.output_dir}: {result.artifact}, {how}", markup=False)
+    out.print(f"{result.output_dir}: {result.artifact}, {how}")
     _print_notes(result.notes)
 
 
@@ -125,4 +125,4 @@ def _quiet_sdk() -> None:
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        out.print(f"note: {note}", markup=False)
+        out.print(f"note: {note}")

@@ -1,11 +1,15 @@
 """User errors (exit 2) and failures (exit 1), and the warning that stops nothing.
 
-An error's text is one line: what is wrong, where (file, key, layer), and what to do about it.
+An error's text is one printable line: what is wrong, where (file, key, layer), and what to do about it. Names in
+it may come from any file, and Python itself writes an exception or a warning to the terminal: so both are filtered
+where they are made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from .shown_text import one_printable_line
 
 
 class DyloraMoeError(Exception):
@@ -14,7 +18,7 @@ class DyloraMoeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(one_printable_line(" ".join(str(message).split())))
 
 
 class InputError(DyloraMoeError, ValueError):
@@ -31,6 +35,9 @@ class FailureError(DyloraMoeError, RuntimeError):
 
 class DyloraMoeWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+    def __init__(self, message: str):
+        super().__init__(one_printable_line(" ".join(str(message).split())))
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, one_line
+from .errors import InputError, few, one_line
 from .repo.model_card import restate
 from .repo.repo_config import MODEL_TYPE
-from .repo.repo_files import RepoFiles, is_tokenizer_file, may_be_stale, repo_files
+from .repo.repo_files import RepoFiles, is_opened_by_loaders, is_tokenizer_file, may_be_stale, repo_files
 from .sources.hub_and_folders import is_hub_id
 from .sources.hub_errors import find_token, hub_errors
 from .sources.json_files import read_json
@@ -96,7 +96,9 @@ def push(
         _check_holds_no_other_model(api, full_id, branch, token)
         if content.layout == "adapter":
             notes += _foundation_notes(api, content.config)
-        deleted = _stale(api.list_repo_files(full_id, revision=branch), content)
+        on_hub = api.list_repo_files(full_id, revision=branch)
+        deleted = _stale(on_hub, content)
+        notes += _opened_notes(on_hub, {*content.files, *deleted})
         size = sum((folder / file).stat().st_size for file in content.files)
         tell(f"sending {len(content.files)} files, {size / 1e6:,.1f} MB, to {full_id}")
         commit = _commit(api, folder, full_id, branch, content.files, deleted)
@@ -250,6 +252,14 @@ def _stale(on_hub: list[str], content: RepoFiles) -> list[str]:
         for file in on_hub
         if file not in content.files and may_be_stale(file) and (own_tokenizer or not is_tokenizer_file(file))
     )
+
+
+def _opened_notes(on_hub: list[str], known: set[str]) -> list[str]:
+    """Say what stays on the Hub and is loaded by those who load the repo, such as an adapter from before."""
+    opened = [file for file in on_hub if file not in known and is_opened_by_loaders(file.partition("/")[0])]
+    if not opened:
+        return []
+    return [f"{few(opened)} on the Hub is not the repo's, and loaders open such files, too; delete it there"]
 
 
 def _content(folder: SourceFolder, file: str, hub_id: str) -> str | bytes:

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import InputError
 from .foundation.copied_weights import check_copied_weights
 from .foundation.reference import load_foundation_config, local_folder, resolve_foundation
-from .foundation.weights import foundation_weights, skeleton, tied_head
+from .foundation.weights import carried_weights, foundation_weights, skeleton, tied_head
 from .readers.open_source import open_source
 from .repo.plan import check_fit
 from .sources.hub_and_folders import is_elsewhere
@@ -176,6 +176,8 @@ def _compare(mixture: Mixture, foundation: FoundationSummary, missing: list[str]
     try:
         model = skeleton(mixture.foundation_config if carried else load_foundation_config(reference))
         check_fit(mixture, model, replace(reference, name=foundation.name))
+        if carried:
+            carried_weights(mixture.foundation_weights, model, mixture.folders[0])
         if any(expert.copied_weights for expert in mixture.experts):
             check_copied_weights(
                 mixture.experts, model, foundation_weights(reference, model), foundation.name

@@ -13,6 +13,7 @@ import torch
 
 from .checking import rounding
 from .checking.comparison import Comparison, compared
+from .checking.own_code import load_with_own_code
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
@@ -21,6 +22,7 @@ from .repo.options import DTYPES, torch_dtype
 from .repo.repo_config import foundation_of, load_config
 from .repo.repo_files import repo_files
 from .repo.writer import make_readable, write_generation_config
+from .shown_text import as_markdown, as_markdown_code
 from .sources.hub_and_folders import is_on_hub, open_source_folder
 from .sources.source_folder import SourceFolder
 from .staging import check_output, staged_folder
@@ -107,7 +109,7 @@ def merge(
     merged.to(stored)
     merged.config.dtype = stored
     merged.config.name_or_path = ""
-    card = _card(Path(output_dir).resolve().name, name, config, foundation)
+    card = _card(Path(output_dir).resolve().name, name, merged.config.model_type, foundation)
     with staged_folder(Path(output_dir), False, _is_replaceable) as place:
         tell("writing the model")
         _write(place, merged, card)
@@ -116,7 +118,9 @@ def merge(
             write_tokenizer(found, place, merged.config)
         make_readable(place)
         tell("loading what was written")
-        again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        again = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         _check_same(again, merged)
         difference_of_files = float((_logits(again, rows) - expected).abs().max())
         if not math.isfinite(difference_of_files):
@@ -144,15 +148,16 @@ def _load(
     Raises:
         InputError: the repo or its foundation cannot be loaded.
     """
-    from dylora_moe.modeling import DyloraMoeForCausalLM
     from dylora_moe.modeling.loading_dylora_moe import FoundationError
 
     where = {}
     if config.weights_layout == "adapter" and is_local(foundation):
         where["base_model"] = foundation.name
     try:
-        model = DyloraMoeForCausalLM.from_pretrained(folder.path, dtype=torch.float32, **where)
+        model = load_with_own_code(folder, dtype=torch.float32, **where)
         return model, model.merge_expert(index)
+    except InputError:
+        raise
     except FoundationError as error:
         raise InputError(not_loaded(foundation, error)) from error
     except (ValueError, OSError, RuntimeError) as error:
@@ -244,7 +249,7 @@ def _foundation(folder: SourceFolder, config: Any, base_model: str | None) -> Fo
     return named
 
 
-def _card(name: str, expert: str, config: Any, foundation: FoundationReference) -> str:
+def _card(name: str, expert: str, model_type: str, foundation: FoundationReference) -> str:
     from huggingface_hub import ModelCardData
 
     base_model = foundation.name if is_on_hub(foundation.name) else None
@@ -258,8 +263,8 @@ def _card(name: str, expert: str, config: Any, foundation: FoundationReference) 
         license_link=None if licence is None else licence.license_link,
     )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
-        f"The {config.base_config.model_type} model `{Path(foundation.name or 'unnamed').name}` with the LoRA expert `{expert}` "
-        "of a mixture merged into its weights: an ordinary model that needs no code of its own. The base model's licence "
-        "applies to it.\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {as_markdown(name)}\n\n"
+        f"The {as_markdown(model_type)} model {as_markdown_code(Path(foundation.name or 'unnamed').name)} with the LoRA "
+        f"expert {as_markdown_code(expert)} of a mixture merged into its weights: an ordinary model that needs no code of "
+        "its own. The base model's licence applies to it.\n"
     )

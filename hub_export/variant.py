@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DyloraMoeWarning, InputError, one_line
+from .readers import exported_repo
 from .repo.checksums import replace_covered
 from .repo.model_card import restate
 from .repo.repo_config import load_config
 from .repo.repo_files import is_replaceable, repo_files
 from .repo.writer import write_generation_config
 from .sources.source_folder import SourceFolder, open_folder
+from .sources.source_options import ReadOptions
 from .staging import staged_folder
 
 
@@ -75,6 +77,7 @@ def make_variant(
         config.router_mode = router_mode
     # In the Hub's cache, and in a variant, files may be links.
     files = repo_files(repo, follow_links=True).files
+    exported_repo.read([source], ReadOptions())  # what weights lack, the variant would lack, too
     if repo.resolve() == Path(output_dir).resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
     if Path(output_dir).resolve() in repo.resolve().parents:

@@ -3,7 +3,7 @@
 It says the shapes of every expert before any weight is read.
 """
 
-import math
+import sys
 from copy import deepcopy
 from typing import Any
 
@@ -44,6 +44,9 @@ IMPLEMENTATIONS = {
 
 # The parameters of stacked experts that can be adapted, in their order in a module, in which PEFT nests them.
 STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+# Of one expert on one layer; larger ones make scales that no float holds.
+MOST_RANKS = 2**31 - 1
 
 # What each field of an expert's entry defaults to. The names and their meaning are those of
 # `peft.LoraConfig`, except that `target_modules`, `target_parameters` and the keys of the two patterns are
@@ -182,14 +185,18 @@ class DyloraMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`weights_layout` is {self.weights_layout!r}; it must be one of {WEIGHTS_LAYOUTS}."
             )
-        if self.has_router and not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if self.has_router and not _is_whole(self.num_experts_per_tok, self.num_experts):
             raise ValueError(
-                f"`num_experts_per_tok` is {self.num_experts_per_tok}; with {self.num_experts} experts it must lie "
-                f"between 1 and {self.num_experts}."
+                f"`num_experts_per_tok` is {_shown(self.num_experts_per_tok)}; with {self.num_experts} experts it must "
+                f"be a whole number between 1 and {self.num_experts}."
             )
         if not _is_positive(self.router_temperature):
             raise ValueError(
-                f"`router_temperature` is {self.router_temperature}; it must be a number greater than 0."
+                f"`router_temperature` is {_shown(self.router_temperature)}; it must be a number greater than 0."
+            )
+        if self.router_aux_loss_coef is not None and not _is_finite(self.router_aux_loss_coef):
+            raise ValueError(
+                f"`router_aux_loss_coef` is {_shown(self.router_aux_loss_coef)}; it must be a finite number."
             )
 
     @property
@@ -308,8 +315,24 @@ class DyloraMoeConfig(PreTrainedConfig):
         return self.base_config.get_text_config(*args, **kwargs)
 
 
-def _is_positive(number: Any) -> bool:
-    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that fits a float; NaN does not, nor does a whole number of 400 digits."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
+
+
+def _is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _shown(value: Any) -> str:
+    """Write a value of a file for a message, which may be of any length."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _as_config(base_config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:
@@ -410,19 +433,23 @@ def _check_expert(expert: dict) -> None:
                 f"parameters of stacked experts, which end in {', '.join(STACKED_PARAMETERS)}."
             )
     ranks = [expert["r"], *expert["rank_pattern"].values()]
-    if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+    if not all(_is_whole(rank, MOST_RANKS) for rank in ranks):
         raise ValueError(
-            f"Expert {expert['name']!r} has ranks {ranks}; every rank must be a whole number from 1."
+            f"Expert {expert['name']!r} has ranks {_shown(ranks)}; every rank must be a whole number from 1."
         )
     alphas = [expert["lora_alpha"], *expert["alpha_pattern"].values()]
     if not all(map(_is_positive, alphas)):
         raise ValueError(
-            f"Expert {expert['name']!r} has alphas {alphas}; every one must be a number greater than 0."
+            f"Expert {expert['name']!r} has alphas {_shown(alphas)}; every one must be a number greater than 0."
         )
     dropout = expert["lora_dropout"]
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+    if not _is_finite(dropout) or not 0 <= dropout < 1:
         raise ValueError(
-            f"Expert {expert['name']!r} has `lora_dropout` {dropout!r}; it must lie from 0 up to 1."
+            f"Expert {expert['name']!r} has `lora_dropout` {_shown(dropout)}; it must lie from 0 up to 1."
+        )
+    if expert["use_rslora"] not in (None, False, True):
+        raise ValueError(
+            f"Expert {expert['name']!r} has `use_rslora` {_shown(expert['use_rslora'])}; it must be true or false."
         )
 
 

@@ -21,6 +21,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
+    logging,
 )
 
 from .configuration_dylora_moe import DyloraMoeConfig, read_config
@@ -28,6 +29,8 @@ from .experts_dylora_moe import in_base_layer
 from .saving_dylora_moe import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, peft_keys
 from .stacked_experts_dylora_moe import rows_of_stack
 
+
+logger = logging.get_logger(__name__)
 
 WEIGHTS = (".json", ".safetensors", ".bin")  # and what describes them
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -110,6 +113,15 @@ def read_generation_config(location: str, where: dict) -> GenerationConfig | Non
         if why is None:
             why = f"{found} is not a valid generation config: {_first_line(error)}"
         raise ValueError(why) from error
+
+
+def warn_of_adapter(location: str, where: dict) -> None:
+    """Warn of an adapter in a repo's own folder, which transformers applies over the experts."""
+    path = Path(location, where.get("subfolder", ""), ADAPTER_CONFIG)
+    if path.is_file():
+        logger.warning(
+            f"{path} describes an adapter, which transformers applies over this model: is that meant?"
+        )
 
 
 # Some experts of a repo of layout `full`
@@ -257,7 +269,8 @@ def read_adapter(
     if config.has_router:
         router = _open_safetensors(cached_file(location, ROUTER_WEIGHTS, **where))
         for key in router.keys():  # noqa: SIM118  (not a dict)
-            state[f"router.{key}"] = router.get_tensor(key)[numbers]
+            tensor = router.get_tensor(key)
+            state[f"router.{key}"] = tensor[numbers] if f"router.{key}" in needed else tensor
     return state
 
 
@@ -266,19 +279,29 @@ def _expert_stacks(
 ) -> dict[str, torch.Tensor]:
     """Read the stacks of all experts from their PEFT folders.
 
+    What else their files hold is there by the file's own names, so that loading reports it as unexpected.
+
     Args:
         num_stacked: the number of stacked experts of every adapted place, 0 for a linear layer.
 
     Raises:
-        ValueError: an expert's matrices are not of the rank that the config gives it.
+        ValueError: an expert's matrices are missing, or not of the rank that the config gives it.
     """
+    stacks = {}
     rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in num_stacked}
     for entry in config.expert_configs:
         path = cached_file(location, f"experts/{entry['name']}/{ADAPTER_WEIGHTS}", **where)
         file = _open_safetensors(path)
+        unread = set(file.keys())
         for name, key in peft_keys(entry).items():
-            lora_a = file.get_tensor(f"{key}.lora_A.weight")
-            lora_b = file.get_tensor(f"{key}.lora_B.weight")
+            matrices = [f"{key}.lora_A.weight", f"{key}.lora_B.weight"]
+            missing = [matrix for matrix in matrices if matrix not in unread]
+            if missing:
+                raise ValueError(
+                    f"{path} lacks {missing[0]}, and config.json says that the expert adapts {name}."
+                )
+            unread.difference_update(matrices)
+            lora_a, lora_b = (file.get_tensor(matrix) for matrix in matrices)
             rank = entry["rank_pattern"].get(name, entry["r"])
             num_rows = rank * (num_stacked[name] or 1)
             if lora_a.shape[0] != num_rows or lora_b.shape[-1] != num_rows:
@@ -287,8 +310,8 @@ def _expert_stacks(
                     f"{list(lora_b.shape)} on {name}, and config.json gives it rank {rank} there."
                 )
             rows[name].append(rows_of_stack(lora_a, lora_b, num_stacked[name]))
+        stacks.update({f"experts.{entry['name']}.{key}": file.get_tensor(key) for key in sorted(unread)})
     modules = config.stack_modules()
-    stacks = {}
     for name, pairs in rows.items():
         stacks[f"foundation.{modules[name]}.lora_A"] = torch.cat([rows_a for rows_a, _ in pairs])
         stacks[f"foundation.{modules[name]}.lora_B"] = torch.cat([rows_b for _, rows_b in pairs])
@@ -333,16 +356,22 @@ def _load_foundation(name: str, hub: dict) -> PreTrainedModel:
             "`quantization_config=` to quantise what is loaded."
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        foundation, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype="auto",
             trust_remote_code=False,
             adapter_kwargs={"subfolder": NO_FOLDER},
+            output_loading_info=True,
             **hub,
         )
     except Exception as error:  # damaged files make transformers fail in many ways
         raise FoundationError(name, why_not_loaded(name, error)) from error
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        raise FoundationError(
+            name, f"it lacks weights: {', '.join(sorted(map(str, report['missing_keys']))[:3])}"
+        )
+    return foundation
 
 
 # Why something cannot be loaded
@@ -493,6 +522,7 @@ __all__ = [
     "read_generation_config",
     "set_default_strategy",
     "subset_of",
+    "warn_of_adapter",
     "why_not_loaded",
     "why_unreadable",
 ]

@@ -37,6 +37,7 @@ from .loading_dylora_moe import (
     read_generation_config,
     set_default_strategy,
     subset_of,
+    warn_of_adapter,
 )
 from .routing_dylora_moe import DyloraMoeGate, DyloraMoeRouter, RoutingMixin
 from .routing_strategies_dylora_moe import RoutingStrategy, resolve_routing_strategy
@@ -79,7 +80,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         if config.base_config is None:
             raise ValueError("The config has no `base_config`, so there is no base model to build.")
         if foundation is None:
-            foundation = AutoModelForCausalLM.from_config(config.base_config)
+            # Without the argument, transformers asks at the terminal whether to run a config's own code.
+            foundation = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
         self.foundation = foundation
         # Of the input of each expert's A. They are modules, which trainers look for to switch dropout off.
         self.expert_dropouts = nn.ModuleList(
@@ -138,6 +140,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         if needs_custom_state_dict:
             loaded = cls._from_state_dict(str(location), experts, base_model, where, *args, **kwargs)
         else:
+            if location is not None:
+                warn_of_adapter(str(location), where)
             loaded = super().from_pretrained(location, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_foundation()  # loading a weight makes it trainable

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +21,19 @@ from typing import Any
 import transformers
 from filelock import FileLock
 
-from dylora_moe.hub_export.errors import InputError, one_line
+from dylora_moe.hub_export.checking.own_code import (
+    check_all_weights,
+    load_with_own_code,
+    refuse_other_weights,
+)
+from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError, few, one_line
 from dylora_moe.hub_export.foundation.quantised import check_needs_no_kernels
 from dylora_moe.hub_export.foundation.reference import not_loaded, resolve_foundation
 from dylora_moe.hub_export.readers import exported_repo, merged_model, training_run
 from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
 from dylora_moe.hub_export.repo import repo_config
-from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.hub_export.repo.checksums import differing_files, sha256
 from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOptions
 from dylora_moe.hub_export.tensors.mixture import Mixture
@@ -174,7 +181,6 @@ class FoundModel:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from dylora_moe.modeling import DyloraMoeForCausalLM
         from dylora_moe.modeling.configuration_dylora_moe import read_config
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
@@ -182,7 +188,6 @@ class FoundModel:
             raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
-        loader = DyloraMoeForCausalLM if ours else AutoModelForCausalLM
         arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
         if not ours:
             arguments["trust_remote_code"] = self.trust_remote_code
@@ -194,14 +199,16 @@ class FoundModel:
                 config = self.config if self.is_mixture else read_config(str(self.folder))
                 check_needs_no_kernels(config, self.source)
                 arguments |= {} if self.is_mixture else {"config": config}
-            if self.is_mixture:
-                model = loader.from_pretrained(self.folder, **arguments)
+            if ours:
+                model = load_with_own_code(self.folder, **arguments)
             else:
+                if self.is_mixture:
+                    refuse_other_weights(open_folder(self.folder))
                 read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
-                model, report = loader.from_pretrained(
+                model, report = AutoModelForCausalLM.from_pretrained(
                     self.folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
                 )
-                _check_weights(self.source, report)
+                check_all_weights(self.source, report, may_hold_more=not self.is_mixture)
         except InputError:
             raise
         except FoundationError as error:
@@ -316,23 +323,6 @@ def distinct_labels(models: list[FoundModel]) -> list[FoundModel]:
     return models
 
 
-def _check_weights(source: str, report: dict[str, Any]) -> None:
-    """Refuse a model whose missing weights transformers filled in with random numbers.
-
-    Raises:
-        InputError: weights are missing, or of another shape than the config's.
-    """
-    mismatched = sorted(report["mismatched_keys"])
-    if mismatched:
-        name, stored, expected = mismatched[0]
-        raise InputError(f"{name} of {source} is {list(stored)}, and its config asks for {list(expected)}")
-    missing = report["missing_keys"]
-    if missing:
-        names = sorted(missing)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise InputError(f"{source} lacks weights that its config asks for: {', '.join(names[:3])}{more}")
-
-
 def _label(sources: list[str], names: list[str]) -> str:
     """Make what tables and files call a source: a Hub id or artifact whole, a folder by its own name."""
     parts = []
@@ -379,11 +369,29 @@ def _exported(found: list[FoundSource], options: SourceOptions, trust_remote_cod
     folder = cache_folder() / key[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
-        if not repo_config.is_exported_repo(folder):
+        damage = _damage(folder)
+        if damage is not None:
             # A foundation that lies in the source may be one that training changed.
             layout = "adapter" if mixture.foundation_weights is None else "full"
+            if folder.exists():
+                message = f"the export in the cache, {folder}, is damaged ({damage}) and is made again"
+                warnings.warn(message, DyloraMoeWarning, stacklevel=4)
+                shutil.rmtree(folder)
             hub_export.export(mixture, folder, layout=layout, **export_options)
     return folder
+
+
+def _damage(folder: Path) -> str | None:
+    """Say what is wrong with a cached export by its own checksums; None where nothing is."""
+    if not repo_config.is_exported_repo(folder):
+        return "there is no repo"
+    try:
+        differing = differing_files(open_folder(folder))
+    except (InputError, OSError) as error:
+        return one_line(error)
+    if differing is None:
+        return "there are no checksums"
+    return few(differing, 3, "; ") or None
 
 
 def _foundation(mixture: Mixture, base_model: str | None) -> Any:

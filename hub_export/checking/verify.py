@@ -6,6 +6,7 @@ Nothing of the repo is run unless its code is this package's, byte for byte, or 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any
 
 import torch
 
-from ..errors import DyloraMoeError, FailureError, few
+from ..errors import DyloraMoeError, FailureError, InputError, few
 from ..foundation.reference import check_experts_fit, check_router_fits
 from ..foundation.weight_conversion import by_current_name
 from ..foundation.weights import skeleton, tied_names
 from ..preparation import prepare
 from ..readers.exported_repo import FULL_WEIGHTS, read
 from ..readers.open_source import open_source
-from ..repo.checksums import FILE, covered_files, read_checksums, sha256
+from ..repo.checksums import FILE, differing_files, read_checksums
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
-from ..repo.repo_files import needed_code, needed_weights
+from ..repo.repo_files import LEFT_BY_TOOLS, is_opened_by_loaders, needed_code, needed_weights, other_files
+from ..shown_text import printable, shortened
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
@@ -37,17 +39,39 @@ from .verify_tokenizer import check_tokenizer, compare_with_source
 
 
 MOST_DIFFERING_LINES = 40
+LONGEST_DETAIL = 100_000  # characters
+# Fields by which a JSON file makes loaders run code or open files that are not the repo's own, and the files that
+# are read for them.
+NAMING_FIELDS = {
+    "auto_map",
+    "custom_pipelines",
+    "configuration_files",
+    "transformers_weights",
+    "fast_tokenizer_files",
+    "audio_tokenizer",
+    "audio_tokenizer_name_or_path",
+}
+NAMING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
 # What may be said of the export that is checked; its layout is in the repo's config.
 OPTIONS = [name for name in ExportOptions.names() if name != "layout"]
 
 
 @dataclass
 class Finding:
-    """The result of one check. `passed` is None where it was not made."""
+    """The result of one check. `passed` is None where it was not made; `detail` may have several lines."""
 
     what: str
     passed: bool | None
     detail: str
+
+    def __post_init__(self):
+        self.detail = printable(shortened(self.detail, LONGEST_DETAIL), keep="\n")
 
 
 @dataclass
@@ -106,6 +130,7 @@ def verify(
             result.add(what, False, str(error))
         except OSError as error:
             result.add(what, False, f"{error.filename} cannot be read: {error.strerror}")
+    _add_others(folder, result)
     if not folder.has("README.md"):
         result.add("card", None, "there is no README.md")
     if against is None:
@@ -134,6 +159,22 @@ def _files(folder: SourceFolder, config: Any) -> Finding:
     if missing:
         return Finding("files", False, f"lacks {', '.join(missing)}")
     return Finding("files", True, f"{len(needed)} files; strategy {strategy}")
+
+
+def _add_others(folder: SourceFolder, result: Verification) -> None:
+    """Say what lies in the folder and is not the repo's; it is wrong where a loader would open it."""
+    try:
+        others = other_files(folder, folder.read_json("config.json"))
+    except InputError:  # said of the files already
+        return
+    opened = [name for name in others if is_opened_by_loaders(name)]
+    said = re.compile(rf".*\.py|{LEFT_BY_TOOLS.pattern}")  # code has a finding of its own
+    rest = [name for name in others if name not in opened and not said.fullmatch(name)]
+    if opened:
+        detail = f"{few(opened)}: not the repo's, and loaders open such files, too; move them elsewhere"
+        result.add("other files", False, detail)
+    elif rest:
+        result.add("other files", None, f"{few(rest)}: not the repo's, and of no name that loaders look for")
 
 
 def _headers(folder: SourceFolder, config: Any) -> Finding:
@@ -193,19 +234,12 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 
 def _checksums(folder: SourceFolder, config: Any) -> Finding:
     """Compare files with what was exported."""
-    stored = read_checksums(folder)
-    if stored is None:
+    wrong = differing_files(folder)
+    if wrong is None:
         return Finding("checksums", None, f"not compared: there is no {FILE}")
-    wrong = []
-    for name, digest in stored.items():
-        if not folder.has(name):
-            wrong.append(f"{name} is missing")
-        elif sha256(folder / name) != digest:
-            wrong.append(f"{name} is not what was exported")
-    wrong += [f"{name} was not exported" for name in covered_files(folder) if name not in stored]
     if wrong:
         return Finding("checksums", False, "; ".join(wrong))
-    return Finding("checksums", True, f"{len(stored)} files are what was exported")
+    return Finding("checksums", True, f"{len(read_checksums(folder) or ())} files are what was exported")
 
 
 def _code_files() -> dict[str, Path]:
@@ -228,23 +262,33 @@ def _code(folder: SourceFolder, config: Any) -> Finding:
             wrong.append(f"{name} of this package is not there")
         elif (folder / name).read_bytes() != ours[name].read_bytes():
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
-    for name in ("config.json", "tokenizer_config.json"):
-        wrong += _code_elsewhere(folder, name)
+    for name in NAMING_FILES:
+        wrong += _named_elsewhere(folder, name)
     if wrong:
         return Finding("code", False, "; ".join(wrong))
     return Finding("code", True, f"{len(ours)} files are those of this package")
 
 
-def _code_elsewhere(folder: SourceFolder, file: str) -> list[str]:
-    """Say which entries of `auto_map` take code from elsewhere."""
+def _named_elsewhere(folder: SourceFolder, file: str) -> list[str]:
+    """Say which fields of a JSON file, however deep, make loaders run other code or open other files."""
     from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 
-    entries = folder.read_json(file, required=False).get("auto_map") or {}
-    names = []
-    for value in entries.values() if isinstance(entries, dict) else [entries]:
-        names += [str(name) for name in (value if isinstance(value, list) else [value]) if name]
-    foreign = [name.partition("--")[0] for name in names if name not in AUTO_MAP.values()]
-    return [f"{file} takes code from {place}" for place in foreign]
+    own = {*AUTO_MAP.values(), FULL_WEIGHTS, "tokenizer.json"}
+    found, waiting = [], [(folder.read_json(file, required=False), "")]
+    while waiting:
+        value, field = waiting.pop()
+        if isinstance(value, list):
+            waiting += [(entry, field) for entry in value]
+        elif isinstance(value, dict):
+            waiting += [(entry, name if name in NAMING_FIELDS else field) for name, entry in value.items()]
+        elif field and value and value not in own:
+            found.append((field, str(value)))
+    return [
+        f"{file} takes code from {name.partition('--')[0]}"
+        if field == "auto_map"
+        else f"{file}: {field} names {name}"
+        for field, name in sorted(found)
+    ]
 
 
 def _difference(ours: Path, theirs: Path) -> str:

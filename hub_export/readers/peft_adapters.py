@@ -135,6 +135,12 @@ def read_config(folder: SourceFolder) -> dict[str, Any]:
         )
     check_fields(path, config)
     number(config.get("lora_dropout") or 0.0, f"{path}: lora_dropout")
+    if config.get("use_rslora") not in (
+        None,
+        True,
+        False,
+    ):  # PEFT takes any text for true, "false" among them
+        raise InputError(f"{path}: use_rslora is {str(config['use_rslora'])[:80]!r}, expected true or false")
     if _is_adalora(config):
         adalora.check_config(path, config)
         return config

@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..shown_text import shortened
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
 from ..tensors.mixture import AdaptedLayer, FoundationReference, Router, natural_order
@@ -52,10 +53,14 @@ def number(value: Any, what: str) -> float:
         InputError: it is something else; `what` says where it stands.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{what} is {value!r}, expected a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{what} is {value!r}, expected a finite number")
+        raise InputError(f"{what} is {_shown(value)}, expected a number")
+    if not abs(value) <= sys.float_info.max:  # a whole number may be larger, too; NaN is not less
+        raise InputError(f"{what} is {_shown(value)}, expected a finite number")
     return value
+
+
+def _shown(value: Any) -> str:
+    return shortened(repr(value), 100)
 
 
 def count_of_experts(config: dict[str, Any], fields: tuple[str, ...], path: Path) -> tuple[int, str] | None:
@@ -64,7 +69,7 @@ def count_of_experts(config: dict[str, Any], fields: tuple[str, ...], path: Path
         if config.get(field) is not None:
             value = config[field]
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_EXPERTS:
-                raise InputError(f"{path}: {field} is {value!r}, expected a positive number")
+                raise InputError(f"{path}: {field} is {_shown(value)}, expected a positive number")
             return value, field
     return None
 
@@ -274,10 +279,10 @@ def stored_setting(state: dict[str, Any], key: str, path: Path) -> float | None:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not 0 < value < math.inf
+        or not 0 < value <= sys.float_info.max
         or kind(value) != value
     ):
-        raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
+        raise InputError(f"{path}: {key} is {_shown(value)}, expected a positive number")
     return kind(value)
 
 

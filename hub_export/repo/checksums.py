@@ -52,6 +52,24 @@ def replace_covered(folder: Path, name: str, text: str) -> None:
         (folder / FILE).write_text("".join(lines), encoding="utf-8")
 
 
+def differing_files(folder: SourceFolder) -> list[str] | None:
+    """Say which covered files are not what was exported; None where there is no list of checksums.
+
+    Raises:
+        InputError: the list is damaged, or a file lies elsewhere.
+    """
+    stored = read_checksums(folder)
+    if stored is None:
+        return None
+    wrong = []
+    for name, digest in stored.items():
+        if not folder.has(name):
+            wrong.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            wrong.append(f"{name} is not what was exported")
+    return wrong + [f"{name} was not exported" for name in covered_files(folder) if name not in stored]
+
+
 def read_checksums(folder: Path | SourceFolder) -> dict[str, str] | None:
     """Read the checksum of each file; None where there is no such list.
 

@@ -1,7 +1,7 @@
 """The README.md of an exported repo: YAML metadata for the Hub and a short text, from facts alone.
 
 What is generated stands between two marks; what a person wrote outside them is kept when the repo is exported
-again.
+again. Names and notes in it may come from any file, so each is put in by `as_markdown` or `as_markdown_code`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..foundation.reference import is_local, open_foundation
+from ..shown_text import LONGEST_IN_CARD, as_markdown, as_markdown_code, one_printable_line
 from ..sources.hub_and_folders import is_on_hub
 from ..tensors.mixture import Expert, FoundationReference, Mixture
 from .results import Score
@@ -37,6 +38,9 @@ DATASETS = {  # on the Hub
     "MBPP": "google-research-datasets/mbpp",
     "MBPP+": "evalplus/mbppplus",
 }
+MOST_LIMITS = 20  # of a mixture; this package's readers state two or three
+# What a licence's link may be: an address, or a file of the repo.
+LINK = re.compile(r"https?://\S+|[\w./-]+", re.ASCII)
 TAGS = ["dylora-moe", "lora", "mixture-of-experts", "custom_code"]
 
 
@@ -62,7 +66,11 @@ def model_card(
         results: scores to state, in the text and for the Hub's leaderboards.
     """
     data = _metadata(name, config, licence, results)
-    body = [f"# {name}", _introduction(config, licence), _experts(mixture.experts, num_foundation_parameters)]
+    body = [
+        f"# {as_markdown(name)}",
+        _introduction(config, licence),
+        _experts(mixture.experts, num_foundation_parameters),
+    ]
     body += [_router(config), _strategies(config, routing_strategy), _loading(name), _scoring(name)]
     body += [_results(results)] if results else []
     body += [_limits(config, mixture)]
@@ -135,7 +143,7 @@ def restate(card: str, name: str, routing_strategy: str | None = None, config: A
     generated, end, after = rest.partition(END)
     if not mark or not end:
         return card
-    generated = re.sub(r"^# .*$", lambda _: f"# {name}", generated, count=1, flags=re.MULTILINE)
+    generated = re.sub(r"^# .*$", lambda _: f"# {as_markdown(name)}", generated, count=1, flags=re.MULTILINE)
     if routing_strategy is not None:
         default = f"The default here is `{routing_strategy}`"
         generated = re.sub(r"The default here is `[^`]*`", lambda _: default, generated, count=1)
@@ -175,13 +183,17 @@ def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence
 def _introduction(config: Any, licence: Licence | None) -> str:
     name = config.base_model_name_or_path
     foundation = (
-        f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{Path(name or 'unnamed').name}`"
+        f"[{name}](https://huggingface.co/{name})"
+        if is_on_hub(name)
+        else as_markdown_code(Path(name or "unnamed").name)
     )
-    kind = "" if config.base_config is None else f"{config.base_config.model_type} model "
-    revision = f" at revision `{config.base_model_revision}`" if config.base_model_revision else ""
+    kind = "" if config.base_config is None else f"{as_markdown(config.base_config.model_type)} model "
+    revision = (
+        f" at revision {as_markdown_code(config.base_model_revision)}" if config.base_model_revision else ""
+    )
     experts = f"{config.num_experts} LoRA expert{'s' if config.num_experts != 1 else ''}"
     router = "a router that weights them token by token" if config.has_router else "no router"
-    terms = f"its licence ({licence.text})" if licence is not None else "its licence"
+    terms = f"its licence ({as_markdown(licence.text)})" if licence is not None else "its licence"
     where = (
         f"The base model's weights are part of this repo, and {terms} applies to them."
         if config.weights_layout == "full"
@@ -198,7 +210,7 @@ def _experts(experts: list[Expert], num_foundation_parameters: int | None) -> st
         alphas = _span(layer.lora_alpha for layer in expert.layers.values())
         cells = [
             index,
-            f"`{expert.name}`",
+            as_markdown_code(expert.name),
             _span(layer.rank for layer in expert.layers.values()),
             f"{alphas}{' (rsLoRA)' if expert.use_rslora else ''}",
             len(expert.layers),
@@ -294,7 +306,7 @@ own: `dylora-moe variant` makes one that shares the weights on disk."""
 def _results(results: Sequence[Score]) -> str:
     rows = ["## Results", "", "| benchmark | strategy | pass@1 | tasks |", "|---|---|---|---|"]
     rows += [
-        f"| {result.benchmark} | `{result.routing_strategy}` | {result.value:.1%} | {result.num_tasks} |"
+        f"| {result.benchmark} | {as_markdown_code(result.routing_strategy)} | {result.value:.1%} | {result.num_tasks} |"
         for result in results
     ]
     return "\n".join(rows)
@@ -311,7 +323,8 @@ def _limits(config: Any, mixture: Mixture) -> str:
     lines.append(
         "- Continuous batching (paged caches) and inference servers that bring models of their own do not route."
     )
-    lines += [f"- {note[:1].upper()}{note[1:].rstrip('.')}." for note in mixture.limits]
+    notes = [as_markdown(note) for note in mixture.limits[:MOST_LIMITS]]
+    lines += [f"- {note[:1].upper()}{note[1:].rstrip('.')}." for note in notes]
     return "\n".join(lines)
 
 
@@ -367,5 +380,11 @@ def _of_card(data: Any) -> Licence | None:
     license = getattr(data, "license", None)
     if not isinstance(license, str):
         return None
-    texts = [value if isinstance(value, str) else None for value in (data.license_name, data.license_link)]
-    return Licence(license, *texts)
+    name, link = (
+        value if isinstance(value, str) else None for value in (data.license_name, data.license_link)
+    )
+    return Licence(
+        one_printable_line(license, LONGEST_IN_CARD),
+        None if name is None else one_printable_line(name, LONGEST_IN_CARD),
+        link if link is not None and LINK.fullmatch(link) else None,
+    )

@@ -64,6 +64,13 @@ WEIGHTS = re.compile(
     r"|experts/[^/]+/adapter_(config\.json|model\.safetensors)"
 )
 CODE = re.compile(r"\w+_dylora_moe\.py")
+# What loaders look for in a model's folder. Beside a repo's own files such a one runs code, applies an adapter, or
+# takes the place of config, weights or tokenizer.
+OPENED_BY_LOADERS = re.compile(
+    r"custom_generate/?|adapter_(config\.json|model\..+)|(video_preprocessor|audio_tokenizer)_config\.json"
+    r"|[^/]+\.(safetensors|index\.json)|(pytorch_model|consolidated)[^/]*"
+    r"|(config|tokenizer)\.[^/]+\.json|[^/]+\.model|tokenizer\.model\.[^/]+"
+)
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 # What git and Python leave in a repo's folder.
@@ -115,13 +122,24 @@ def repo_files(folder: str | Path | SourceFolder, follow_links: bool = False) ->
                 f"{repo.path / file} is a link, and what it points to may be no part of the repo; put a copy in its place"
             )
         raise InputError(f"{repo} is not a complete repo: {file} is missing")
-    optional = repo.names()
-    if not repo.is_link(TEMPLATE_FOLDER) and repo.has_folder(TEMPLATE_FOLDER):
-        optional += [f"{TEMPLATE_FOLDER}/{name}" for name in repo.folder(TEMPLATE_FOLDER).names()]
-    wanted = {file for file in optional if file in DESCRIPTIONS or is_tokenizer_file(file)}
-    files = needed | {file for file in wanted if is_file(file)}
+    files = needed | {file for file in _optional(repo) if is_file(file)}
     layout = config.get("weights_layout", "full")
     return RepoFiles(sorted(files), _others(repo, files), layout, config)
+
+
+def other_files(folder: SourceFolder, config: dict[str, Any]) -> list[str]:
+    """List what lies in a repo's folder and is not the repo's, which may lack files.
+
+    Raises:
+        InputError: config or index name what is no weight file.
+    """
+    needed = {"config.json", *needed_weights(folder, config), *needed_code(folder, config, folder.has)}
+    return _others(folder, needed | _optional(folder))
+
+
+def is_opened_by_loaders(path: str) -> bool:
+    """Whether loaders of models or tokenizers look for such a file, or a folder whose name ends in `/`."""
+    return OPENED_BY_LOADERS.fullmatch(path) is not None
 
 
 def is_tokenizer_file(path: str) -> bool:
@@ -134,6 +152,14 @@ def may_be_stale(path: str) -> bool:
     Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """
     return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
+
+
+def _optional(folder: SourceFolder) -> set[str]:
+    """List descriptions and the tokenizer's files, as far as there are any."""
+    names = folder.names()
+    if not folder.is_link(TEMPLATE_FOLDER) and folder.has_folder(TEMPLATE_FOLDER):
+        names += [f"{TEMPLATE_FOLDER}/{name}" for name in folder.folder(TEMPLATE_FOLDER).names()]
+    return {name for name in names if name in DESCRIPTIONS or is_tokenizer_file(name)}
 
 
 def needed_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:

@@ -6,6 +6,7 @@ compares every file that came with the manifest's digest.
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import netrc
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ..errors import DyloraMoeError, FailureError, InputError, one_line
+from ..errors import DyloraMoeError, FailureError, InputError, few, one_line
 from ..extras import how_to_install
 from ..staging import staged_folder
 from .hub_errors import without
@@ -25,6 +26,9 @@ from .hub_errors import without
 PREFIX = "wandb:"
 NOT_INSTALLED = f"W&B needs the wandb SDK, which is not installed: {how_to_install('wandb')}"
 LOGIN = "log in with `wandb login`, or set WANDB_API_KEY"
+# What `wandb init`, `wandb online` and `wandb offline` write into a folder's settings.
+OF_A_FOLDER = {"entity", "project", "mode"}
+OWN_SERVER = "https://api.wandb.ai"  # of W&B, which older releases wrote there, too
 NAME = re.compile(r"(?!\.{1,2}$)[^/\\#?%:\s\0-\x1f][^/\\#?%:\r\n\0-\x1f]{0,127}")
 
 
@@ -152,10 +156,10 @@ def cached(artifact: Any, name: str) -> Path:
 
 
 def sdk() -> Any:
-    """Import wandb.
+    """Import wandb, and check the settings file of the working folder before the SDK reads it.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed; that file sets what could send the API key elsewhere.
     """
     try:
         import wandb
@@ -169,7 +173,36 @@ def sdk() -> Any:
         wandb, "Api"
     ):  # a folder `wandb/`, which runs leave behind, is importable as an empty package
         raise InputError(NOT_INSTALLED)
+    _check_folder_settings(Path(wandb.Settings().settings_workspace), wandb)
     return wandb
+
+
+def _check_folder_settings(path: Path, wandb: Any) -> None:
+    """Refuse settings that could send the API key elsewhere: a server, a proxy, headers.
+
+    The SDK reads `wandb/settings` in the working folder, which may be a downloaded one. What its own commands
+    write there is taken; `wandb login --host` writes a server of one's own to `~/.config/wandb/settings`.
+
+    Raises:
+        InputError: names the settings.
+    """
+    if not path.exists():
+        return
+    parser = configparser.ConfigParser()
+    try:
+        parser.read(path)
+        found = dict(parser.items("default")) if parser.has_section("default") else {}
+    except (OSError, ValueError, configparser.Error) as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}; remove it") from None
+    if os.environ.get("WANDB_BASE_URL") or found.get("base_url") in (wandb.Settings().base_url, OWN_SERVER):
+        found.pop("base_url", None)
+    others = sorted(found.keys() - OF_A_FOLDER)
+    if others:
+        raise InputError(
+            f"{path} sets {few(others)}, by which the maker of this folder could have the API key sent elsewhere; take "
+            "it out, or run the command in another folder (a server of your own: `wandb login --host`, or "
+            "WANDB_BASE_URL)"
+        )
 
 
 def connect(token: str | None = None) -> Any:

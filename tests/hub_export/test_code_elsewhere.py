@@ -1,7 +1,10 @@
 """What a config asks transformers to fetch (code, kernels) has no effect without `--trust_remote_code`."""
 
+import ast
+import builtins
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from helpers_slow import slow_but
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import hub_kernels
 
+from dylora_moe import cli
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, inspect, make_variant, merge, verify
 from dylora_moe.modeling import DyloraMoeForCausalLM
@@ -197,3 +201,40 @@ def test_a_foundation_that_became_quantised_is_not_loaded_for_layout_adapter(fou
         ValueError, match=r"is quantised: pass the original model in full precision as `base_model=`"
     ):
         DyloraMoeForCausalLM.from_pretrained(repo)
+
+
+def test_nothing_asks_at_the_terminal_whether_code_may_run(foundation, checkpoint, tmp_path, monkeypatch):
+    """transformers does, where it is not told; a bar or a status hides the question, and it waits for 15 seconds."""
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+    own = shutil.copytree(foundation, tmp_path / "foundation")
+    repo = export(checkpoint, tmp_path / "repo", layout="adapter", verify=False).output_dir
+    code = {"AutoConfig": "mod.C", "AutoModelForCausalLM": "mod.X"}
+    change_json(own / "config.json", model_type="strange", auto_map=code)
+    change_json(repo / "config.json", base_model_name_or_path=str(own))
+    for given in (["merge", str(repo), "--expert", "0", "-o"], ["export", str(repo), "-o"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*given, str(tmp_path / "out")])
+        assert caught.value.code == 2
+    for source in (repo, own):
+        with pytest.raises(InputError, match="needs code of its own, which is not run"):
+            find_model(source).load(dtype="float32", device="cpu")
+
+
+def test_every_call_of_an_auto_class_says_whether_code_is_trusted():
+    root = Path(__file__).parents[2]
+    for file in (
+        file
+        for room in ("dylora_moe", "eval", "hub_export", "modeling")
+        for file in (root / room).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(file.read_text())):
+            function = node.func if isinstance(node, ast.Call) else None
+            if not isinstance(function, ast.Attribute) or function.attr not in (
+                "from_pretrained",
+                "from_config",
+            ):
+                continue
+            if isinstance(function.value, ast.Name) and function.value.id.startswith("Auto"):
+                assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, (
+                    f"{file}:{node.lineno}"
+                )

@@ -506,6 +506,40 @@ ENDLESS = ("(.*)*x", r"(.|..)+(?<!j)")
 NO_EXPRESSIONS = ("(", "(" * 5000, "*", "a{2,1}", "(?P<1>x)")
 
 
+HUGE = 10**400  # JSON has whole numbers of any size; no float does
+
+NUMBERS = {
+    "lora_alpha": (HUGE, -HUGE, float("inf"), float("nan"), "8", True, None, [8]),
+    "r": (HUGE, float("inf"), float("nan"), "4", True, None),
+    "use_rslora": ("false", "", HUGE, float("nan"), [True]),
+    "lora_dropout": (HUGE, float("nan"), "0.1", True),
+    "alpha_pattern": ({"q_proj": HUGE}, {"q_proj": float("nan")}, {"q_proj": "8"}, {"q_proj": True}),
+    "rank_pattern": ({"q_proj": HUGE}, {"q_proj": float("nan")}, {"q_proj": "4"}, {"q_proj": True}),
+}
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_numbers_of_an_adapter_that_are_none_are_one_line(foundation, tmp_path, field):
+    adapter = save_adapter(tmp_path / "adapter", foundation)
+    for value in NUMBERS[field]:
+        change_json(adapter / "adapter_config.json", **{field: value})
+        line = refused(tmp_path, adapter, expected=field)
+        assert len(line) < 500 and "Error:" not in line
+
+
+def test_numbers_of_a_checkpoint_that_no_float_holds_are_one_line(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "final")
+    stored = torch.load(source / "dylo_moe_state" / "router.pt")
+    for setting in ("temperature", "top_k"):
+        torch.save({**stored, setting: HUGE}, source / "dylo_moe_state" / "router.pt")
+        line = refused(tmp_path, source, expected="1000")
+        assert len(line) < 500 and "Error:" not in line
+    torch.save(stored, source / "dylo_moe_state" / "router.pt")
+    for value in (HUGE, -HUGE, float("nan"), True):
+        change_json(source / "config.json", _dylora_lora_alpha=value)
+        assert len(refused(tmp_path, source, expected="_dylora_lora_alpha")) < 500
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_expressions_that_take_too_long_are_refused(foundation, tmp_path, field, monkeypatch):
     monkeypatch.setattr(peft_fields, "TIME_LIMIT", 0.5)

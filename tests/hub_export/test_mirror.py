@@ -17,6 +17,9 @@ from helpers_checkpoints import VOCABULARY, change_json, save_tokenizer
 from helpers_models import build
 from wandb_server import API_KEY, Artifact, WandbServer, md5
 
+from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.sources import wandb_artifacts
+
 
 # each line of stdout: what one call returned or how it failed, its traceback included
 CALLS = """
@@ -260,6 +263,60 @@ def test_names_keys_and_servers_that_are_wrong_are_one_line(server, repo, tmp_pa
     server.status = 403
     (answer,) = run(home, server.environment(home), [action])
     assert "403" in error_line(answer)
+
+
+REDIRECTING = {
+    "server": "base_url = http://127.0.0.1:9",
+    "proxy": "mode = online\nhttps_proxy = http://127.0.0.1:9",
+    "headers": 'x_extra_http_headers = {"a": "b"}',
+    "inherited": "mode = online\n[DEFAULT]\nbase_url = http://127.0.0.1:9",
+    "twice": "mode = online\nmode = offline",  # which only the SDK might read
+}
+
+
+@pytest.mark.parametrize("case", REDIRECTING)
+@pytest.mark.parametrize("place", ["wandb", ".wandb"])
+def test_settings_of_the_working_folder_may_not_send_the_key_elsewhere(
+    sdk, tmp_path, monkeypatch, case, place
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "settings").write_text(f"[default]\n{REDIRECTING[case]}\n")
+    with pytest.raises(
+        InputError, match=f"{place}/settings (sets (base_url|https_proxy|x_extra)|cannot be read)"
+    ):
+        wandb_artifacts.sdk()
+
+
+def test_settings_that_wandbs_own_commands_write_are_taken(sdk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    for content in (
+        "",
+        "[default]\nentity = guild\nproject = moe\nmode = offline\n",
+        "[default]\nbase_url = https://api.wandb.ai\n",  # as older releases of the SDK wrote it
+        "[other]\nbase_url = http://127.0.0.1:9\n",  # which the SDK does not read
+    ):
+        (tmp_path / "wandb" / "settings").write_text(content)
+        assert wandb_artifacts.sdk().__name__ == "wandb"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8")  # which goes before the file's
+    (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    wandb_artifacts.sdk()
+
+
+@pytest.mark.slow
+def test_no_key_goes_to_a_server_that_the_working_folder_names(server, tmp_path):
+    """Without the check the artifact is fetched from there, by the key of the environment."""
+    home = tmp_path / "home"
+    (home / "wandb").mkdir(parents=True)
+    (home / "wandb" / "settings").write_text(f"[default]\nbase_url = {server.url}\n")
+    environment = {
+        name: value for name, value in server.environment(home).items() if name != "WANDB_BASE_URL"
+    }
+    download = {"call": "download", "artifact": "guild/moe/training:v0"}
+    (answer,) = run(home, environment, [download])
+    assert "wandb/settings sets base_url" in error_line(answer) and server.fetched == []
 
 
 def test_the_absence_of_the_sdk_says_what_to_install(repo, tmp_path):

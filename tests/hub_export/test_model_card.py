@@ -8,14 +8,17 @@ import shlex
 import pytest
 import yaml
 from helpers_checkpoints import (
+    change_json,
     save_adapters,
     save_final_checkpoint,
     save_foundation,
 )
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
-from dylora_moe.hub_export import InputError, export, make_variant
+from dylora_moe.hub_export import InputError, export, make_variant, merge
 from dylora_moe.hub_export.repo.model_card import BEGIN, END, restate
+from dylora_moe.hub_export.shown_text import as_markdown, as_markdown_code
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +226,70 @@ def test_commands_of_a_card_quote_a_folder_with_a_space(tmp_path, checkpoint):
     make_variant(spaced, routing_strategy="base", output_dir=tmp_path / "other one")
     assert "--model 'other one' --dataset" in (tmp_path / "other one" / "README.md").read_text()
     assert "--model org/name --dataset" in restate((spaced / "README.md").read_text(), "org/name")
+
+
+LINK = "[the paper](https://evil.example) ![](https://evil.example/x.png)"
+HTML = "<img src=https://evil.example/x onerror=alert(1)>"
+
+
+def elements(text: str) -> list[str]:
+    """What Markdown makes of a text, in order: links, pictures, headings, tables' cells, code, HTML."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inner = [token for block in tokens for token in (block.children or [block])]
+    return [token.tag or token.type for token in (*tokens, *inner) if token.type not in ("inline", "text")]
+
+
+def test_names_and_notes_from_files_are_neither_markdown_nor_html(repo, tmp_path):
+    """The generated card has the elements that it has with honest names, and no address that is a link."""
+    limits = [LINK, f"{HTML}\n\n# Heading\n\n```\ncode", f"www.evil.example | x | **b** {END}\n\n---\n- y"]
+    change_json(repo / "config.json", limits=limits, base_model_revision=f"` {LINK} {HTML} {END} `")
+    change_json(repo / "config.json", base_model_name_or_path=f"/models/`{LINK.partition('/')[0]} <b>|")
+    front = {
+        "license": "other",
+        "license_name": f"{LINK}\n---\n{HTML}",
+        "license_link": "javascript:alert(1)",
+    }
+    (repo / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
+    hostile = (export(repo, tmp_path / "hostile", verify=False).output_dir / "README.md").read_text()
+    change_json(repo / "config.json", limits=["a", "b", "c"], base_model_revision="main")
+    change_json(repo / "config.json", base_model_name_or_path="/models/base")
+    (repo / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n")
+    honest = (export(repo, tmp_path / "honest", verify=False).output_dir / "README.md").read_text()
+    bodies = [card.split("\n---\n", 1)[1] for card in (hostile, honest)]
+    assert elements(bodies[0]) == elements(bodies[1])
+    shown = re.sub("`[^`]*`", "", bodies[0].split(" -->", 2)[2])  # without code, and the marks above
+    assert "://" not in shown and "www." not in shown and "evil" in shown
+    assert hostile.count(END) == hostile.count(BEGIN) == 1
+    data = ModelCard(hostile).data
+    assert data.license_link is None and "\n" not in data.license_name
+
+
+def test_a_merged_models_card_is_neither(repo, tmp_path):
+    entries = json.loads((repo / "config.json").read_text())["expert_configs"]
+    entries[0]["name"] = f"x`\n\n## Injected\n\n{HTML}"
+    change_json(repo / "config.json", expert_configs=entries)
+    merge(repo, expert=0, output_dir=tmp_path / "hostile")
+    merge(repo, expert=1, output_dir=tmp_path / "honest")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("hostile", "honest")]
+    assert elements(cards[0]) == elements(cards[1])
+    assert f"with the LoRA expert `{entries[1]['name']}` of a mixture merged into its weights: an" in cards[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen2.5-Coder-1.5B",
+        "my_expert",
+        "it's",
+        "a+b",
+        "llama3.2",
+        "1.5B",
+        "cc-by-nc-4.0",
+        "数 🙂",
+        "a__b",
+        "x (y), z",
+    ],
+)
+def test_honest_names_stand_as_they_are(name):
+    assert as_markdown(name) == name
+    assert as_markdown_code(name) == f"`{name}`"

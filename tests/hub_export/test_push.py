@@ -203,7 +203,15 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     (linked / "model.safetensors").symlink_to(folders / "full" / "model.safetensors")
     repo = hub.repos.setdefault("guild/kept", type(hub.repos["guild/mixture"])())
     by_hand = dict.fromkeys(
-        (".gitattributes", "LICENSE", "results/humaneval.json", "notes.py", "demo.gif"), b"x"
+        (
+            ".gitattributes",
+            "LICENSE",
+            "results/humaneval.json",
+            "notes.py",
+            "demo.gif",
+            "adapter_config.json",
+        ),
+        b"x",
     )
     old = dict.fromkeys(
         ("experts/gone/adapter_model.safetensors", "old_dylora_moe.py", "model.safetensors"), b"x"
@@ -218,6 +226,8 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     assert set(files) == names(folders / "adapter") | set(by_hand)
     assert not any(b"secret" in data for data in files.values())
     assert set(answer["result"]["deleted"]) == set(old)
+    told = [note for note in answer["result"]["notes"] if "loaders open such files" in note]
+    assert len(told) == 1 and told[0].startswith("adapter_config.json on the Hub")
     note = next(note for note in answer["told"] if "not part of the repo" in note)
     left_here = [
         ".cache/",
