@@ -26,7 +26,7 @@ from .options import DEFAULT_FOLDER, BenchmarkOptions
 from .sampling.generation_options import refuse_options
 from .sampling.loading import FoundModel, LoadedModel, distinct_labels, find_model
 from .sampling.make_samples import make_samples, samples_name
-from .sampling.run_record import Run, file_sha256, write_run
+from .sampling.run_record import Run, file_sha256, open_results, write_run
 from .scoring.sanitizing import sanitize_programs
 
 
@@ -141,6 +141,7 @@ def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:
         raise InputError(f"-o {folder} cannot be made: {one_line(error)}") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"-o {folder} cannot be written to")
+    open_results(folder)
 
 
 def _runs_of(

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 FILE_BYTES = 64 * 1024**2
@@ -33,11 +34,14 @@ LANDLOCK_RULE_PATH_BENEATH = 1
 WRITE_FILE, READ_FILE, READ_FOLDER = 1 << 1, 1 << 2, 1 << 3
 # Removing and making folders, files, devices, sockets, pipes and links: bits 4 to 12.
 CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))
-# What later versions of Landlock know besides: moving between folders (2), truncating (3); TCP (4); abstract
-# sockets of, and signals to, processes outside (6).
-REFER, TRUNCATE = 1 << 13, 1 << 14
+# What later versions of Landlock know besides: moving between folders (2), truncating (3); TCP (4); settings of
+# devices (5); abstract sockets of, and signals to, processes outside (6).
+REFER, TRUNCATE, SET_DEVICES = 1 << 13, 1 << 14, 1 << 15
 BIND_AND_CONNECT_TCP = 3
 SOCKETS_AND_SIGNALS = 3
+# Where terminals and other devices lie, and what is there for every program.
+DEVICES = Path("/dev")
+HARMLESS_DEVICES = ("null", "zero", "full", "random", "urandom", "shm")
 
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 
@@ -82,10 +86,21 @@ def landlock_version() -> int:
     return max(0, _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
+def prctl(option: int, *arguments: Any) -> None:
+    """Raises OSError: the kernel refuses, or does not know this."""
+    _check(_libc.prctl(option, *arguments, *[0] * (4 - len(arguments))))
+
+
+def give_up_new_privileges() -> None:
+    """Have set-user-id programs take no effect; root's capabilities stay."""
+    if sys.platform == "linux":
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
 def drop_privileges() -> None:
     """Give up root's capabilities and the effect of set-user-id programs; the user id stays."""
     if sys.platform == "linux":
-        _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        give_up_new_privileges()
         none = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits of each
         _check(_libc.capset(ctypes.byref(_CapabilityHeader(CAPABILITY_VERSION_3, 0)), none))
 
@@ -94,7 +109,8 @@ def confine(folder: str | Path) -> bool:
     """Let this process change files in `folder` only, and not read other processes' memory or environment.
 
     By Landlock, after `drop_privileges`. Where that is new enough it also refuses TCP (version 4, Linux 6.7)
-    and signals to processes outside (version 6, Linux 6.12). Everything may still be read.
+    and signals to processes outside (version 6, Linux 6.12). All files may still be read, but no terminals and
+    other devices.
 
     Returns:
         False where the kernel has no Landlock, and nothing was done.
@@ -104,8 +120,9 @@ def confine(folder: str | Path) -> bool:
     """
     version = landlock_version()
     write = _writing(version)
-    files = write | CHANGE_FOLDER | (REFER if version >= 2 else 0)
-    return _restrict(version, files, [(folder, files), (os.devnull, write)])
+    files = write | READ_FILE | CHANGE_FOLDER | (REFER if version >= 2 else 0)
+    readable = [(path, READ_FILE) for path in _readable()]
+    return _restrict(version, files, [(folder, files), (os.devnull, write | READ_FILE), *readable])
 
 
 def confine_reading(paths: Iterable[str | Path]) -> bool:
@@ -125,6 +142,8 @@ def _restrict(version: int, files: int, allowed: list[tuple[str | Path, int]]) -
     """Refuse these uses of files but for what is allowed, and what else this version of Landlock can refuse."""
     if version == 0:
         return False
+    if version >= 5:
+        files |= SET_DEVICES
     ruleset, fields = _Ruleset(files=files), 1  # the kernel takes as many fields as its version has
     if version >= 4:
         ruleset.network, fields = BIND_AND_CONNECT_TCP, 2
@@ -140,6 +159,12 @@ def _restrict(version: int, files: int, allowed: list[tuple[str | Path, int]]) -
     finally:
         os.close(rules)
     return True
+
+
+def _readable() -> list[Path]:
+    """All that lies in the root folder but devices, and of those the harmless ones."""
+    top = [path for path in Path("/").iterdir() if path != DEVICES and not path.is_symlink()]
+    return [path for path in [*top, *(DEVICES / name for name in HARMLESS_DEVICES)] if os.path.exists(path)]
 
 
 def _allow(rules: int, path: str | Path, allowed: int) -> None:
@@ -171,13 +196,13 @@ def prefer_oom_kill() -> None:
 def end_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
-        _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none escapes."""
     if sys.platform == "linux":
-        _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def become_user(user: int) -> None:

@@ -3,7 +3,8 @@
 A folder is written as a hidden one beside the final one (`.NAME.partial-XXXXXXXX/content`), which is then
 renamed. An old folder of that name is exchanged for the new one in a single system call where Linux offers
 it. A killed run leaves at most its hidden folder, which the next run removes; a lock keeps runs from removing
-each other's. A file is written beside the final one, too, and then renamed.
+each other's. A file is written beside the final one, too, and then renamed; what a killed run leaves of it is
+removed by the next that comes a day later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +30,8 @@ except ImportError:  # Windows has no such locks; leftovers stay there
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
+# A killed run's file is removed after so long; a living one does not rest so long between two writes.
+STALE_SECONDS = 24 * 3600
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -112,7 +116,9 @@ def staged_file(final: Path, work: Path | None = None, *, keep: bool = True) -> 
         work: that path, on the same file system; one of this process's own beside `final`, if left out.
         keep: False removes what was written instead.
     """
-    work = work or final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    if work is None:
+        work = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        _remove_stale_files(final)
     try:
         yield work
         if keep:
@@ -210,6 +216,13 @@ def remove_leftovers(final: Path) -> None:
             shutil.rmtree(work, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def _remove_stale_files(final: Path) -> None:
+    for work in final.parent.glob(f".{_escape(final.name)}.[0-9]*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - work.lstat().st_mtime > STALE_SECONDS:
+                work.unlink()
 
 
 def _escape(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from dylora_moe.hub_export.errors import InputError
 
 from ..analysis.files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
-from ..sampling.run_record import Run, file_sha256, find_run, read_runs, read_versioned
+from ..sampling.run_record import Run, file_sha256, find_run, open_results, read_runs, read_versioned
 
 
 @dataclass
@@ -102,8 +102,13 @@ def _read(path: Path, version: int, command: str) -> dict[str, Any] | None:
 
 
 def _note_changes(content: ReportContent, used: Any, what: str, command: str) -> None:
-    """Add a note if an analysis was made from samples that are no longer those in the folder."""
-    if any(file_sha256(content.folder / run["samples"]) != run["samples_sha256"] for run in used):
+    """Add a note if an analysis was made from samples that are no longer those in the folder.
+
+    Raises:
+        InputError: it names a file that does not lie in the folder.
+    """
+    folder = open_results(content.folder)
+    if any(file_sha256(folder / run["samples"]) != run["samples_sha256"] for run in used):
         content.notes.append(f"{what} was made from samples that have changed since; run {command} again.")
 
 

@@ -24,7 +24,7 @@ from ..evalplus_bridge.data import Benchmark
 from ..scoring.sanitizing import sanitize_programs
 from .batch_decoding import LAST_POSITION, Row, decode_rows
 from .loading import FoundModel, LoadedModel
-from .run_record import Run, file_sha256, read_runs, write_run
+from .run_record import LOCKS, Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal, Samples
 
 
@@ -142,7 +142,7 @@ def _alone(run: Run, process: int) -> Iterator[None]:
     if process:
         yield  # the first process holds it for all of a command's
         return
-    path = run.folder / ".locks" / f"{run.samples.replace('/', '-')}.lock"
+    path = run.folder / LOCKS / f"{run.samples.replace('/', '-')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:

@@ -1,6 +1,9 @@
 """What `run.json` in a benchmark's folder says of each samples file: where it came from, and if it changed.
 
 {"format_version": 1, "runs": {"humaneval/NAME.jsonl": {…fields of Run…}, …}}
+
+The folder may come from elsewhere, and a benchmark deletes and writes files in it. So a record names a samples
+file of the folder, and all other paths are derived from that name; and `open_results` refuses links that lead out.
 """
 
 from __future__ import annotations
@@ -8,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -17,12 +20,25 @@ from filelock import FileLock
 
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.repo.checksums import sha256
+from dylora_moe.hub_export.sources.source_folder import SourceFolder, open_folder
 from dylora_moe.hub_export.staging import write_atomically
 from dylora_moe.version import __version__
 
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
+LOCKS = ".locks"
+# What benchmarks, analyses and reports keep in their folder, beside what else a user may have there.
+KEPT_FILES = (
+    RUN_FILE,
+    RUN_FILE + ".lock",
+    "report.html",
+    "overview.png",
+    "*_analysis.json",
+    "routing_tasks.jsonl",
+    ".*.tmp",
+)
+KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures")
 
 # Fields that decide what the samples are: two runs that share a samples file must agree in all of them.
 DECISIVE = (
@@ -56,7 +72,7 @@ class Run:
         samples: EvalPlus's samples file, `<benchmark>/<identifier>.jsonl`; raw ones lie beside it as
             `.raw.jsonl`.
         results: EvalPlus's result file, `<benchmark>/<identifier>_eval_results.json`; None until it is
-            scored.
+            scored. `results_path` does not depend on it.
         model: as the user gave it. `model_label` is what tables call it.
         model_sha256: of the weights, config and tokenizer, or None where `model_revision`, a commit on the
             Hub, says it; `model_files` has them file by file, `base_model` says where the foundation was
@@ -121,7 +137,7 @@ class Run:
     @property
     def results_path(self) -> Path:
         """Where the result file is, or will be."""
-        return self.folder / (self.results or self.samples.removesuffix(".jsonl") + "_eval_results.json")
+        return self.folder / _results_of(self.samples)
 
     @property
     def has_samples(self) -> bool:
@@ -169,21 +185,58 @@ class Run:
         return values
 
 
+def open_results(folder: str | Path) -> SourceFolder:
+    """Open a benchmark's folder, once it is certain that no link in it leads out.
+
+    Raises:
+        InputError: one does, or a FIFO or a device has a name that is kept for a file.
+    """
+    opened = open_folder(folder)
+    names = {name for pattern in (*KEPT_FILES, *KEPT_FOLDERS) for name in opened.names(pattern)}
+    for name in sorted(names):
+        opened / name  # which raises
+        if name in KEPT_FOLDERS and opened.has_folder(name):
+            for inner in opened.folder(name).names():
+                opened / f"{name}/{inner}"
+    return opened
+
+
 def read_runs(folder: str | Path) -> list[Run]:
     """Return the runs in a benchmark's folder in the order in which they began; none without a `run.json`.
 
     Raises:
-        InputError: the file is damaged, or was written by a newer version of this package.
+        InputError: the file is damaged, or was written by a newer version of this package; or a link in the folder
+            leads out.
     """
     folder = Path(folder)
     path = folder / RUN_FILE
-    if not path.is_file():
+    if not path.exists():
         return []
+    open_results(folder)
     content = read_versioned(path, FORMAT_VERSION, "choose another -o")
     try:
-        return [_recorded(folder, values) for values in content["runs"].values()]
-    except (KeyError, TypeError, AttributeError) as error:
+        runs = [_recorded(folder, values) for values in content["runs"].values()]
+        for run in runs:
+            _check_name(run)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); choose another -o") from error
+    return [run if run.results is None else replace(run, results=_results_of(run.samples)) for run in runs]
+
+
+def _check_name(run: Run) -> None:
+    """Raises ValueError: the samples' name is not that of a file in the benchmark's own folder."""
+    parts = PurePath(run.samples).parts
+    if (
+        parts[:-1] != (run.benchmark,)
+        or run.benchmark not in KEPT_FOLDERS
+        or not run.samples.endswith(".jsonl")
+    ):
+        raise ValueError(f"{run.samples[:100]!r} is no samples file of this folder")
+
+
+def _results_of(samples: str) -> str:
+    """Where EvalPlus puts the results of a samples file."""
+    return samples.removesuffix(".jsonl") + "_eval_results.json"
 
 
 def _recorded(folder: Path, values: dict[str, Any]) -> Run:

@@ -3,7 +3,7 @@
     NAME.partial-0.jsonl    {"task_id": "HumanEval/0", "sample": 0, "tokens": [5, 17, …], "stop": "stop_string"}
 
 One file a process, so that none waits for another. Whenever a process ends, at most the line that it was
-writing is lost.
+writing is lost; when the machine does, what it has not written to the disk yet, a few seconds' samples.
 """
 
 from __future__ import annotations

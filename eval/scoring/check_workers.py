@@ -15,14 +15,18 @@ from pathlib import Path
 from dylora_moe.hub_export.errors import FailureError
 
 from . import checking_process
-from .checking_process import Answer, Check, CheckingProcess, Verdict, insist
+from .checking_process import Answer, Check, CheckingProcess, Verdict, insist, keep_limits
+from .folder_removal import remove_folders
 from .guarded_check import Task
+from .process_state import own_state
 from .shortage import remedy
 
 
 POLL_SECONDS = 1
 # So much longer than that it waits only if this machine, or this process, stood still: then time limits ran out, too.
 STANDSTILL_SECONDS = 5
+# A folder of checks that were killed together with their checking process; others change with every check.
+STALE_SECONDS = 24 * 3600
 # How often a doubtful check is made again, with nothing beside it.
 TRIES = 2
 
@@ -61,12 +65,19 @@ def run_checks(
 
     Raises:
         InputError: bubblewrap is not installed.
-        FailureError: the process that checks cannot be started, or checks cannot be set up.
+        FailureError: the process that checks cannot be started, checks cannot be set up, or a program has lowered
+            this process's own limits for good.
     """
+    state = own_state()
     with contextlib.ExitStack() as stack:
+        stack.callback(keep_limits, state)  # when all have ended
         folder = Path(insist(tempfile.gettempdir))
+        remove_folders(folder, checking_process.PREFIX, older_than=STALE_SECONDS)
         pool = _Pool(
-            [CheckingProcess(folder, number, sandbox, stack) for number in range(min(workers, len(checks)))]
+            [
+                CheckingProcess(folder, number, sandbox, state, stack)
+                for number in range(min(workers, len(checks)))
+            ]
         )
         answers: dict[int, Answer] = {}
         while len(answers) < len(checks):

@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dylora_moe.hub_export import restrictions
 from dylora_moe.hub_export.errors import FailureError, one_line
 
 from .folder_removal import remove_folders
 from .guarded_check import EVALPLUS_SECONDS, KEPT_VARIABLE, READY, Task
+from .process_state import LIMITS, own_state, restore_limits
 from .sandbox import PROCESSES, WRITABLE, sandbox_user, sandboxed
 from .shortage import remedy
 
@@ -37,6 +38,7 @@ ENDING_SECONDS = 5
 TROUBLE_SECONDS = 60
 # Before each further attempt at what the machine has no room for just now.
 PAUSES = (0, 1, 2, 4, 8)
+PREFIX = "dylora-moe-checks-"
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
 # Empty packages in place of this one and of `hub_export`, whose own `__init__` and requirements would cost time and
@@ -90,6 +92,7 @@ class Answer(NamedTuple):
         has_run: whether the program ran at all. Only then can what went wrong be its own doing.
         early: whether the program counts as timed out but ended before its time, as one that could not be set
             up does.
+        changed: whether the checking process was changed meanwhile, by this program or by another.
     """
 
     verdict: Verdict
@@ -98,6 +101,7 @@ class Answer(NamedTuple):
     has_run: bool = True
     errno: int | None = None
     early: bool = False
+    changed: bool = False
 
     def is_doubtful(self, troubles: Iterable[float]) -> bool:
         """Return whether this may say more about the machine, with troubles then, than about the program."""
@@ -108,7 +112,7 @@ class Answer(NamedTuple):
 
     def is_certain(self) -> bool:
         """Whether the program was run until it passed, failed or had its time."""
-        return self.verdict.lost is None and not self.early
+        return self.verdict.lost is None and not self.early and not self.changed
 
 
 class CheckingProcess:
@@ -117,10 +121,13 @@ class CheckingProcess:
     It takes room for one folder in the temporary folder, and during a check EvalPlus for another in that.
     """
 
-    def __init__(self, folder: Path, number: int, sandbox: bool, stack: contextlib.ExitStack):
+    def __init__(
+        self, folder: Path, number: int, sandbox: bool, state: dict[str, Any], stack: contextlib.ExitStack
+    ):
         self.what = "the sandbox" if sandbox else "the process that checks programs"
-        self.folder, self.prefix = folder, f"dylora-moe-checks-{secrets.token_hex(8)}-"
-        self.command = _command(folder, self.prefix, number, sandbox)
+        self.folder, self.prefix = folder, f"{PREFIX}{secrets.token_hex(8)}-"
+        self.state = state
+        self.command = _command(folder, self.prefix, number, sandbox, state)
         self._start()
         stack.callback(self.end)
 
@@ -129,6 +136,7 @@ class CheckingProcess:
         return self.asked is not None and time.monotonic() - self.asked > CHECK_SECONDS
 
     def ask(self, check: Check) -> None:
+        keep_limits(self.state)
         if not self.is_ready:
             self._wait_until_ready()
         given = None if check.task is self.task else tuple(check.task)
@@ -166,7 +174,7 @@ class CheckingProcess:
         self.asked = None
         if "base" in said:
             verdict = Verdict(*said["base"], *(said["plus"] if has_plus else (None, [])))
-            return Answer(verdict, time.monotonic(), early=said["early"])
+            return Answer(verdict, time.monotonic(), early=said["early"], changed="last" in said)
         status = said.get("lost", "fail")
         reason = f"it could not be set up: {said['unset']}" if "unset" in said else said["reason"]
         verdict = Verdict(status, [], status if has_plus else None, [], reason)
@@ -201,6 +209,7 @@ class CheckingProcess:
         raise FailureError(f"{self.what} does not start: {_cause(b''.join(said).decode(errors='replace'))}")
 
     def _start(self) -> None:
+        keep_limits(self.state)
         self.is_ready, self.task, self.asked = False, None, None
         self.process = insist(self._popen)
 
@@ -232,7 +241,26 @@ def insist(action: Callable[[], T]) -> T:
     raise FailureError(f"programs cannot be checked: {one_line(refused)}; {advice}") from refused
 
 
-def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]:
+def keep_limits(state: dict[str, Any]) -> None:
+    """Undo what a program that was checked has done to the limits of this process.
+
+    Raises:
+        FailureError: it cannot be undone.
+    """
+    try:
+        restore_limits(state)
+    except (OSError, ValueError) as error:
+        now = own_state()
+        changed = ", ".join(
+            f"{name} is {now[name]}, was {state[name]}" for name in LIMITS if now[name] != state[name]
+        )
+        raise FailureError(
+            f"a program that was checked has changed what this command may use ({changed}), and that cannot be undone "
+            f"({one_line(error)}); nothing was recorded: run the same command again, with --sandbox"
+        ) from error
+
+
+def _command(folder: Path, prefix: str, number: int, sandbox: bool, state: dict[str, Any]) -> list[str]:
     code, hub_export = Path(__file__).resolve().parent, Path(restrictions.__file__).resolve().parent
     # `dylora_moe` itself holds nothing that a check needs.
     folders = {"checking": str(code), "dylora_moe": str(code), "dylora_moe.hub_export": str(hub_export)}
@@ -248,6 +276,7 @@ def _command(folder: Path, prefix: str, number: int, sandbox: bool) -> list[str]
         "private": WRITABLE if sandbox else [],
         "user": sandbox_user(number) if sandbox else None,
         "processes": PROCESSES if sandbox else None,
+        "state": state,
     }
     command = [sys.executable, "-I", "-c", _START, json.dumps(folders), json.dumps(settings)]
     if not sandbox:
@@ -290,4 +319,4 @@ def _cause(text: str) -> str:
     return (exceptions or lines[-1:] or ["it ended without a word"])[0].strip()
 
 
-__all__ = ["Answer", "Check", "CheckingProcess", "Verdict", "insist"]
+__all__ = ["Answer", "Check", "CheckingProcess", "Verdict", "insist", "keep_limits"]

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 
@@ -40,11 +41,17 @@ def empty_folder(folder: str | Path) -> None:
                     os.unlink(path)
 
 
-def remove_folders(parent: str | Path, prefix: str) -> None:
-    """Remove this user's folders in `parent` whose names begin with `prefix`, and no other user's."""
+def remove_folders(parent: str | Path, prefix: str, older_than: float | None = None) -> None:
+    """Remove this user's folders in `parent` whose names begin with `prefix`, and no other user's.
+
+    Args:
+        older_than: seconds since they changed; any if left out.
+    """
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in [entry for entry in entries if entry.name.startswith(prefix)]:
-            if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+            found = entry.stat(follow_symlinks=False)
+            is_old = older_than is None or time.time() - found.st_mtime > older_than
+            if found.st_uid == os.geteuid() and is_old:
                 remove_folder(entry.path)
 
 

@@ -5,7 +5,7 @@
         program         (EvalPlus's own child, once for base and once for plus tests; restricted when forked)
 
 It is started in an environment and, with a sandbox, in a file system without this package: from here it
-imports `restrictions` and `folder_removal` only. Questions come pickled on stdin, from the process that
+imports files of this folder only that need nothing but the standard library. Questions come pickled on stdin, from the process that
 started it; answers go to stdout as a line of JSON each, since nothing that a program may have touched is ever
 unpickled.
 """
@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import resource
 import select
 import signal
 import sys
@@ -41,6 +40,8 @@ from dylora_moe.hub_export.restrictions import (
 )
 
 from .folder_removal import empty_folder, remove_folder
+from .process_state import own_state, restore_limits
+from .syscall_filter import filter_calls
 
 
 # EvalPlus 0.3.1 gives the base and the plus tests so long each, waits so much longer before it calls a
@@ -52,7 +53,6 @@ ENDING_SECONDS = 3
 GRACE_SECONDS = 10
 # The only variable that EvalPlus reads in the process that it limits.
 KEPT_VARIABLE = "EVALPLUS_MAX_MEMORY_BYTES"
-LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 # System V's shared memory, messages and semaphores, which no process's end frees.
 LASTING = [Path("/proc/sysvipc", kind) for kind in ("shm", "msg", "sem")]
 
@@ -61,6 +61,8 @@ LASTING = [Path("/proc/sysvipc", kind) for kind in ("shm", "msg", "sem")]
 READY = b'{"ready": true}\n'
 # What a program's process notes of itself when all that remains is to run the program.
 RUNS = {"runs": True}
+# Whether this process is a program's. Not told by its parent, which may have ended.
+_is_restricted = False
 
 
 class Task(NamedTuple):
@@ -118,7 +120,14 @@ class _Folder:
         return [os.listdir(self.path), found.st_mode, found.st_gid, found.st_size, attributes]
 
 
-def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, processes: int | None) -> None:
+def serve(
+    folder: str,
+    prefix: str,
+    private: Sequence[str],
+    user: int | None,
+    processes: int | None,
+    state: Mapping[str, Any],
+) -> None:
     """Answer questions from stdin until it ends, or until a program has changed the place of the next.
 
     What is said on stdout and stderr before the line `READY` is why it does not start, if it does not.
@@ -129,25 +138,29 @@ def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, pr
     true` if a program that EvalPlus calls timed out ended before its time; or `{"lost": status, "reason":
     text}`; or `{"unset": reason, "errno": number or null, "has_run": …}` where the check could not be set up,
     with whether the program has run for the base tests at least. With `"last": true` this process ends with
-    it.
+    it, since it was changed.
 
     Args:
         folder: where this process makes the folder for its samples; `prefix`: how that one's name begins.
         private: folders that no other process writes to, in a sandbox; then shared memory is its own, too.
         user: to become, for a process that is root.
         processes: how many this user may have once a program runs, or None for no limit.
+        state: has the limits that this process must have, whatever a program did to its parent's.
     """
+    restore_limits(state)
+    state = own_state()
     prefer_oom_kill()
     if user is not None:
         become_user(user)
     adopt_orphans()
+    filter_calls()
     multiprocessing.set_start_method("fork")
     place = _Folder(folder, prefix)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers, contextlib.closing(place):
         _redirect(1)  # nothing that EvalPlus prints is an answer
         import evalplus.evaluate  # noqa: F401
 
-        task, state = None, _state(private, place)
+        task, lasting = None, _lasting(private, place)
         _redirect(2)
         answers.write(READY.decode())
         answers.flush()
@@ -161,7 +174,7 @@ def serve(folder: str, prefix: str, private: Sequence[str], user: int | None, pr
                 answer = _check(task, program, place, processes)
             except (EOFError, AskerGone):
                 return
-            if _state(private, place) != state:
+            if own_state() != state or _lasting(private, place) != lasting:
                 answer["last"] = True
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
@@ -308,19 +321,12 @@ def _guard(task: Task, program: str, own: str, writing: int, cpu_seconds: int, p
         os._exit(0)
 
 
-def _state(private: Sequence[str], place: _Folder) -> list[Any]:
-    """Collect what a program can change that outlives it and that the next one would be checked under.
-
-    A process of the same user id may set the limits and the priority of another process.
-    """
-    state: list[Any] = [[resource.getrlimit(limit) for limit in LIMITS], os.getpriority(os.PRIO_PROCESS, 0)]
-    if sys.platform == "linux":
-        state += [os.sched_getaffinity(0), os.sched_getscheduler(0)]
-    if private:
-        state += [path.read_text() for path in LASTING if path.exists()]
-        paths = {os.path.join(folder, name) for folder in private for name in os.listdir(folder)}
-        state.append(paths - {place.path})
-    return state
+def _lasting(private: Sequence[str], place: _Folder) -> list[Any]:
+    """Collect what a program can leave in the sandbox that outlives it and that the next one would find."""
+    if not private:
+        return []
+    paths = {os.path.join(folder, name) for folder in private for name in os.listdir(folder)}
+    return [*(path.read_text() for path in LASTING if path.exists()), paths - {place.path}]
 
 
 def _evalplus_check() -> Callable[..., dict[str, Any]]:
@@ -331,10 +337,14 @@ def _evalplus_check() -> Callable[..., dict[str, Any]]:
 
 def _restrict(guard: int, writing: int, own: str, cpu_seconds: int, processes: int | None) -> None:
     """Run in the process that EvalPlus forks for the program, before anything else."""
-    if os.getppid() != guard:
+    global _is_restricted
+    if _is_restricted:
         return  # a fork of the program's own: it has inherited everything
+    _is_restricted = True
     try:
         end_with_parent()
+        if os.getppid() != guard:
+            os._exit(1)  # that ended before, by what the base tests left running
         limit_resources(cpu_seconds, processes)
         drop_privileges()
         confine(own)

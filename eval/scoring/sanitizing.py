@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,11 @@ from typing import IO, NamedTuple
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, one_line
 
 
-# Runs of lines that this process parses in some two seconds, which is what starting others takes.
-FEW_RUNS = 100_000
+# Runs of lines that this process parses in less time than it takes to start others: one second of opening brackets,
+# which take longest, and a fifth of that of Python.
+FEW_RUNS = 20_000
+# So much time of a processor may a program take. EvalPlus needs it for some 2,000 lines of prose.
+SECONDS = 600
 # Blank lines at a program's end that are left. After two, further ones change nothing
 # (`tests/eval/test_sanitizing.py`).
 BLANK_LINES = 3
@@ -59,7 +63,7 @@ def sanitize_programs(
     """Return the text that `evalplus.sanitize.sanitize` makes of each program, in order.
 
     A program that EvalPlus fails at (thousands of operators in a row; NUL under Python 3.10), where it would
-    end, stays as it is, with a `DyloraMoeWarning`.
+    end, stays as it is, with a `DyloraMoeWarning`; so does one that takes it longer than `SECONDS`.
 
     Args:
         programs: the text of each and the name of the function that its task asks for.
@@ -96,12 +100,19 @@ def sanitize_program(program: Program) -> Sanitized:
 
 
 def serve() -> None:
-    """Sanitize what comes on standard input, a line each, until it ends; what a process of its own runs."""
+    """Sanitize what comes on standard input, a line each, until it ends; what a process of its own runs.
+
+    A line is a program and how many seconds of a processor it may take before this process ends.
+    """
+    import evalplus.sanitize  # noqa: F401  (takes no program's time)
+
     from dylora_moe.hub_export.restrictions import end_with_parent
 
     end_with_parent()
     for line in sys.stdin:
-        print(json.dumps(sanitize_program(Program(*json.loads(line)))), flush=True)
+        *program, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        print(json.dumps(sanitize_program(Program(*program))), flush=True)
 
 
 def _without_blank_end(code: str) -> str:
@@ -165,13 +176,16 @@ class _Worker:
 
     def __init__(self, log: IO[bytes]):
         self.log = log
+        self._start()
+
+    def _start(self) -> None:
         try:
             self.process = subprocess.Popen(
                 # Python warns of what it finds odd in a program.
                 [sys.executable, "-W", "ignore", "-c", _SERVE, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=self.log,
                 text=True,
                 start_new_session=True,  # an interrupt from the terminal is for the process that asks
             )
@@ -182,10 +196,14 @@ class _Worker:
 
     def sanitize(self, program: Program) -> Sanitized:
         try:
-            self.process.stdin.write(json.dumps(program) + "\n")
+            self.process.stdin.write(json.dumps([*program, SECONDS]) + "\n")
             self.process.stdin.flush()
             return Sanitized(*json.loads(self.process.stdout.readline()))
         except (OSError, ValueError) as error:
+            if self.process.wait() == -signal.SIGPROF:
+                self.end()
+                self._start()
+                return Sanitized(program.code, f"it takes longer than {SECONDS} seconds")
             raise FailureError(
                 f"the process that sanitizes samples ended at one of {program.entry_point}: {_last_line(self.log)}; run "
                 "the same command again, what was sanitized is kept"

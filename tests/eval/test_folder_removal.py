@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dylora_moe.eval.scoring.folder_removal import remove_folder
+from dylora_moe.eval.scoring.folder_removal import remove_folder, remove_folders
 
 
 def test_any_depth_and_width_and_locked_folders(tmp_path, monkeypatch):
@@ -38,3 +38,15 @@ def test_no_link_is_followed(tmp_path, where):
 
 def test_what_is_not_there_is_no_error(tmp_path):
     remove_folder(tmp_path / "none")
+
+
+def test_what_killed_runs_left_is_removed_when_it_is_old(tmp_path):
+    for name in ("mark-old", "mark-new", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("mark-old", "other"):
+        os.utime(tmp_path / name, (0, 0))
+    remove_folders(tmp_path, "mark-", older_than=3600)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mark-new", "other"]
+    os.utime(tmp_path / "mark-new", (2**33, 2**33))  # as a program may leave it
+    remove_folders(tmp_path, "mark-")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

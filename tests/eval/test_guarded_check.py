@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import os
+import platform
+import pty
 import resource
 import signal
 import socket
@@ -18,10 +20,12 @@ import psutil
 import pytest
 from helpers_slow import slow_but
 
-from dylora_moe.eval.scoring import check_workers, checking_process, sandbox
+from dylora_moe.eval.scoring import check_workers, checking_process, process_state, sandbox
 from dylora_moe.eval.scoring.check_workers import run_checks
-from dylora_moe.eval.scoring.checking_process import Check, Verdict
+from dylora_moe.eval.scoring.checking_process import Answer, Check, Verdict
 from dylora_moe.eval.scoring.guarded_check import Task
+from dylora_moe.eval.scoring.process_state import own_state
+from dylora_moe.eval.scoring.syscall_filter import MACHINES
 from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.restrictions import FILE_BYTES, landlock_version
 
@@ -47,6 +51,7 @@ SHORT = Task(
     base_only=True,
 )
 RIGHT = "def f(x):\n    return x\n"
+HAS_FILTER = sys.platform == "linux" and platform.machine() in MACHINES
 
 # Each would be right if it could do what it tries: PATH is a file outside of its folder.
 HOSTILE = {
@@ -183,6 +188,19 @@ def test_what_a_program_leaves_running_is_ended(sandboxed):
     assert [verdict.base_status for verdict in run([ORPHAN, RIGHT], sandbox=sandboxed)] == ["pass", "pass"]
 
 
+@pytest.fixture
+def no_filter(monkeypatch):
+    """As on a kernel without seccomp."""
+    change_start(monkeypatch, "checking.guarded_check.filter_calls = lambda: False")
+
+
+def change_start(monkeypatch, line: str) -> None:
+    """Have each checking process run this line first."""
+    changed = checking_process._START.replace("serve(", f"import checking.guarded_check\n{line}\nserve(")
+    monkeypatch.setattr(checking_process, "_START", changed)
+
+
+@pytest.mark.usefixtures("no_filter")
 @pytest.mark.parametrize("limit", slow_but(resource.RLIMIT_AS, of=[resource.RLIMIT_AS, resource.RLIMIT_DATA]))
 def test_a_checker_that_was_changed_checks_no_other(sandboxed, limit):
     changes = LIMITS_ITS_CHECKER.replace("RLIMIT", str(limit))
@@ -192,14 +210,144 @@ def test_a_checker_that_was_changed_checks_no_other(sandboxed, limit):
     assert [verdict.base_status for verdict in verdicts] == ["pass", "pass", "pass"]
 
 
+WRITES = """
+import os
+def f(x):
+    file = os.open("a", os.O_CREAT | os.O_WRONLY)
+    return x if os.write(file, bytes(8192)) == 8192 else None
+"""
+# Has every process from its guard up to the one that scores write files of 4 KiB at most. Passes if it was let.
+LIMITS_ALL = f"""
+import ctypes, io, posix
+def f(x):
+    low, process, done = (ctypes.c_uint64 * 2)(4096, 4096), posix.getppid(), []
+    for _ in range(3):
+        done.append(ctypes.CDLL(None).prlimit(process, {resource.RLIMIT_FSIZE}, low, None))
+        process = int(io.open(f"/proc/{{process}}/stat").read().rsplit(")", 1)[1].split()[1])
+    return x if done == [0, 0, 0] else None
+"""
+
+
+@pytest.mark.skipif(not HAS_FILTER, reason="there is no filter for this machine")
+def test_no_program_limits_other_processes():
+    before = own_state()
+    verdicts = run_checks([Check(SHORT, program) for program in (LIMITS_ALL, WRITES)], workers=1)
+    assert [verdict.base_status for verdict in verdicts] == ["fail", "pass"]
+    assert own_state() == before
+
+
+SCORES_THEM = """
+import json, resource, sys
+from dylora_moe.eval.scoring import checking_process
+from dylora_moe.eval.scoring.check_workers import Check, run_checks
+from dylora_moe.eval.scoring.guarded_check import Task
+task, *programs, checking_process._START = json.loads(sys.argv[1])
+checks = [Check(Task(**task), program) for program in programs]
+print([verdict.base_status for verdict in run_checks(checks, workers=1)], resource.getrlimit(resource.RLIMIT_FSIZE))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets processes limit others")
+@pytest.mark.usefixtures("no_filter")
+def test_limits_of_the_scoring_process_are_restored_or_it_fails():
+    given = [SHORT._asdict(), WRITES, LIMITS_ALL, WRITES, checking_process._START]
+    ran = subprocess.run(
+        [sys.executable, "-c", SCORES_THEM, json.dumps(given)], capture_output=True, text=True, check=False
+    )
+    if ran.returncode:  # limits that were lowered are raised by root only, where it has all capabilities
+        assert "RLIMIT_FSIZE is [4096, 4096], was" in ran.stderr
+    else:
+        assert ran.stdout == f"['pass', 'pass', 'pass'] {resource.getrlimit(resource.RLIMIT_FSIZE)}\n"
+
+
+def test_limits_that_cannot_be_restored_are_an_error(monkeypatch):
+    def refuse(limit, values):
+        raise ValueError("not allowed to raise maximum limit")
+
+    before = {**own_state(), "RLIMIT_FSIZE": [1, 1]}
+    monkeypatch.setattr(process_state.resource, "setrlimit", refuse)
+    with pytest.raises(FailureError, match=r"RLIMIT_FSIZE is .*, was \[1, 1\]\), and that cannot be undone"):
+        checking_process.keep_limits(before)
+
+
+def test_a_failure_under_changed_limits_is_not_believed():
+    verdict = Verdict("fail", [], None, [])
+    assert Answer(verdict, 0.0, changed=True).is_doubtful([]) and not Answer(verdict, 0.0).is_doubtful([])
+
+
+def test_a_program_whose_guard_was_ended_is_not_run_without_limits(tmp_path, monkeypatch):
+    """The base tests may leave a process that ends the guard just when that has forked for the plus tests."""
+    fakes = "checking.guarded_check.os.getppid = lambda: 1\nimport dylora_moe.hub_export.restrictions as restrictions\n"
+    change_start(monkeypatch, fakes + "restrictions.landlock_version = lambda: 5")
+    writes = f"import posix\nposix.close(posix.open({str(tmp_path / 'written')!r}, posix.O_CREAT))\n{RIGHT}"
+    with pytest.raises(FailureError):  # no program runs that way
+        run([writes])
+    assert not (tmp_path / "written").exists()
+
+
+# Passes if the kernel lets it. The key is added to the user's key ring, where all of the user's processes find it.
+REACHES_OUT = {
+    "keys": "key = libc.syscall({'x86_64': 248, 'aarch64': 217}[platform.machine()], b'user', b'dylora-moe-test', b'x', "
+    "ctypes.c_size_t(1), -4)\n    if key >= 0:\n        return x",
+    "vsock": "return x if libc.socket(40, 1, 0) >= 0 else None",
+    "io_uring": "return x if libc.syscall(425, 4, (ctypes.c_char * 120)()) >= 0 else None",
+    "priority": "return x if libc.setpriority(2, 0, 1) == 0 else None",
+}
+
+
+@pytest.mark.skipif(not HAS_FILTER, reason="there is no filter for this machine")
+def test_calls_that_reach_out_of_a_sandbox_are_denied(sandboxed):
+    template = "import ctypes, platform\nlibc = ctypes.CDLL(None)\ndef f(x):\n    {}\n"
+    verdicts = run([template.format(tries) for tries in REACHES_OUT.values()], sandbox=sandboxed)
+    statuses = dict(zip(REACHES_OUT, (verdict.base_status for verdict in verdicts), strict=True))
+    assert statuses == dict.fromkeys(REACHES_OUT, "fail")
+
+
+def test_calls_that_programs_need_are_allowed(sandboxed):
+    needs = """
+import io, os, socket, threading
+def f(x):
+    os.nice(1)
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
+    for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK):
+        socket.socket(family, socket.SOCK_DGRAM).close()
+    socket.socketpair()
+    thread = threading.Thread(target=print)
+    thread.start()
+    thread.join()
+    with io.open("/dev/null", "w") as nowhere, io.open("/dev/urandom", "rb") as random, io.open("own", "w+") as own:
+        nowhere.write(str(random.read(1)))
+        own.read()
+    return x if io.open(os.__file__, "rb").read(1) else None
+"""
+    assert run([needs], sandbox=sandboxed)[0].base_status == "pass"
+
+
+@pytest.mark.skipif(not landlock_version(), reason="this kernel has no Landlock")
+def test_the_terminal_is_neither_read_nor_set_nor_written_to():
+    ours, terminal = pty.openpty()
+    os.write(ours, b"my password\n")
+    begin = f"import os, termios\ndef f(x):\n    file = os.open({os.ttyname(terminal)!r}, os.{{}} | os.O_NOCTTY)\n"
+    reads = (
+        begin.format("O_RDONLY | os.O_NONBLOCK")
+        + "    return x if b'password' in os.read(file, 100) else None\n"
+    )
+    sets = (
+        begin.format("O_RDONLY") + "    termios.tcsetattr(file, 0, termios.tcgetattr(file))\n    return x\n"
+    )
+    writes = begin.format("O_WRONLY") + "    return x if os.write(file, b'x') else None\n"
+    controls = "import os\ndef f(x):\n    return x if os.open('/dev/tty', os.O_RDONLY) else None\n"
+    statuses = [verdict.base_status for verdict in run([reads, sets, writes, controls])]
+    os.close(ours)
+    os.close(terminal)
+    assert statuses == ["fail"] * 4
+
+
 def test_what_outlives_a_program_in_the_sandbox_is_not_there_for_the_next(monkeypatch):
     if sandbox_fails():
         pytest.skip(sandbox_fails())
     # As on a kernel without Landlock, where all of /tmp can be written to.
-    unconfined = (
-        "import checking.guarded_check\nchecking.guarded_check.confine = lambda folder: False\nserve("
-    )
-    monkeypatch.setattr(checking_process, "_START", checking_process._START.replace("serve(", unconfined))
+    change_start(monkeypatch, "checking.guarded_check.confine = lambda folder: False")
     lasting = "import ctypes\ndef f(x):\n    return x if ctypes.CDLL(None).{} >= 0 else None\n"
     leaves_memory, leaves_messages = map(lasting.format, ("shmget(0, 4096, 0o1600)", "msgget(0, 0o1600)"))
     leaves_file = (
@@ -342,6 +490,7 @@ def test_a_program_whose_checking_process_was_killed_is_checked_again(sandboxed)
     assert verdicts == [("pass", [1], None, [], None)] * 2
 
 
+@pytest.mark.usefixtures("no_filter")
 def test_a_program_that_takes_its_check_from_it_counts_as_failed_and_is_said(sandboxed):
     """Here: all files from the process that would have to set up the plus tests."""
     takes = f"""

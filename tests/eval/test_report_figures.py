@@ -110,12 +110,13 @@ def test_intervals_of_pass_at_10_are_of_evalplus_estimates(tmp_path):
     run = Run(
         folder=tmp_path, samples="humaneval/x.jsonl", model="m", model_label="m", benchmark="humaneval", dataset_hash="",
         task_ids=[f"HumanEval/{n}" for n in range(5)], n_samples=20, temperature=0.8, max_new_tokens=9, dtype="float32",
-        results="x_eval_results.json", scores={"pass@1": 0.45, "pass@10": 0.75},
+        results="humaneval/x_eval_results.json", scores={"pass@1": 0.45, "pass@10": 0.75},
     )  # fmt: skip
     statuses = {
         task: [{"base_status": "pass" if n < count else "fail", "plus_status": None} for n in range(20)]
         for task, count in zip(run.task_ids, counts, strict=True)
     }
+    run.results_path.parent.mkdir()
     run.results_path.write_text(json.dumps({"eval": statuses}))
     (record,) = scores([run]).records()
 

@@ -102,6 +102,18 @@ def test_a_program_that_evalplus_fails_at_stays_as_it_is_in_processes_too(long_o
         assert texts[0] == deep.code and texts[1:] == sanitize_programs(long_ones)
 
 
+def test_a_program_that_takes_too_long_costs_itself_only(monkeypatch):
+    monkeypatch.setattr(sanitizing, "SECONDS", 1)
+    endless = Program("(\n" * 400, "endless")
+    right = Program(PROMPT + "    return numbers[0]\n\nprint(", "first")
+    with pytest.warns(
+        DyloraMoeWarning, match="sample of endless .it takes longer than 1 seconds.; it stays as it is"
+    ):
+        texts = sanitize_programs([endless, right])
+    assert texts == [endless.code, sanitize(right.code, entrypoint="first")]
+    assert not _servers()
+
+
 def test_a_process_that_ends_is_said_and_keeps_the_rest(long_ones, tmp_path, monkeypatch):
     ask, asked = sanitizing._Worker.sanitize, []
 

@@ -307,3 +307,13 @@ def test_exchange_swaps(tmp_path):
         (tmp_path / name / "which").write_text(name)
     assert exchange(tmp_path / "a", tmp_path / "b")
     assert snapshot(tmp_path) == {"a/which": b"b", "b/which": b"a"}
+
+
+def test_the_file_of_a_killed_run_is_removed_a_day_later(tmp_path):
+    old, new, other = (tmp_path / f".{name}.tmp" for name in ("run.json.17", "run.json.18", "run.json.mine"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_atomically(tmp_path / "run.json", "{}")
+    assert not old.exists() and new.exists() and other.exists()
