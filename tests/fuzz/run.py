@@ -108,8 +108,9 @@ def main() -> None:
         fuzzer.kept[name] = entry.first_inputs()
         for number, data in enumerate(fuzzer.kept[name]):
             (inputs / f"{name.replace(' ', '-')}-{number}").write_bytes(data)
-            # What is imported and started once may take longer than an input; 0 makes a target do what is rare, too.
-            entry.run(unpack(data)[1], 0)
+            targets.run_input(
+                data, [0, *targets.EVERY_KIND]
+            )  # imports and starts what takes longer than an input may
     arguments = [*LIMITS, f"-artifact_prefix={folder}/", *options, str(inputs)]
     atheris.Setup([sys.argv[0], *arguments], fuzzer.run, custom_mutator=fuzzer.mutate)
     atheris.Fuzz()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.targets import TARGETS, run_input
+from fuzz.targets import EVERY_KIND, TARGETS, run_input
 
 
 CASES = sorted(Path(__file__).with_name("cases").iterdir())
@@ -13,7 +13,7 @@ CASES = sorted(Path(__file__).with_name("cases").iterdir())
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_kept_input_ends_well(case):
-    assert run_input(case.read_bytes()) is not None
+    assert run_input(case.read_bytes(), EVERY_KIND) is not None
 
 
 def test_shares_are_of_a_thousand():
