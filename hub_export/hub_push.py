@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, few, one_line
-from .repo.model_card import restate
+from .repo.model_card import restate, split_card
 from .repo.repo_config import MODEL_TYPE
 from .repo.repo_files import RepoFiles, is_opened_by_loaders, is_tokenizer_file, may_be_stale, repo_files
 from .sources.hub_and_folders import is_hub_id
 from .sources.hub_errors import find_token, hub_errors
 from .sources.json_files import read_json
 from .sources.source_folder import SourceFolder, open_folder
+from .sources.text_files import read_text
 
 
 Progress = Callable[[str], None]
@@ -138,11 +139,11 @@ def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
 
 def _check_card(path: Path) -> None:
     """Check the metadata, which the Hub would refuse after the repo had been created."""
-    from huggingface_hub.repocard import metadata_load
-
     try:
-        metadata_load(path)
-    except Exception as error:  # yaml's own kinds, ValueError, UnicodeDecodeError
+        split_card(read_text(path))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(
             f"{path}: the metadata between the two --- lines is not valid YAML: {one_line(error)}"
         ) from error
@@ -266,7 +267,7 @@ def _content(folder: SourceFolder, file: str, hub_id: str) -> str | bytes:
     """Give the file's path; of the card, the text with the examples naming the repo as others will."""
     if file != "README.md":
         return str(folder / file)
-    card = (folder / file).read_text(encoding="utf-8", errors="surrogateescape")
+    card = folder.read_text(file, errors="surrogateescape")
     return restate(card, hub_id).encode("utf-8", errors="surrogateescape")
 
 

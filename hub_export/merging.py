@@ -18,6 +18,7 @@ from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
 from .repo.model_card import foundation_licence
+from .repo.model_size import check_mixture_size
 from .repo.options import DTYPES, torch_dtype
 from .repo.repo_config import foundation_of, load_config
 from .repo.repo_files import repo_files
@@ -94,6 +95,7 @@ def merge(
         raise InputError(one_line(error, 500)) from error
     check_needs_no_kernels(config, str(folder))
     foundation = _foundation(folder, config, base_model)
+    check_mixture_size(folder, config, foundation)
     tell("loading the repo")
     model, merged = _load(folder, config, foundation, index)
     tell("comparing the merged model with the expert")

@@ -22,6 +22,7 @@ from .repo.repo_files import is_replaceable, repo_files
 from .repo.writer import write_generation_config
 from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions
+from .sources.text_files import read_text
 from .staging import staged_folder
 
 
@@ -92,7 +93,7 @@ def make_variant(
         card = folder / "README.md"
         if card.is_file():
             # It may be written in another encoding.
-            old = card.read_text(encoding="utf-8", errors="surrogateescape")
+            old = read_text(card, errors="surrogateescape")
             text = restate(old, Path(output_dir).resolve().name, strategy, config)
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":

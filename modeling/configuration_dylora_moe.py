@@ -4,6 +4,7 @@ It says the shapes of every expert before any weight is read.
 """
 
 import sys
+from collections import Counter
 from copy import deepcopy
 from typing import Any
 
@@ -169,8 +170,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         self._validate()
 
     def _validate(self) -> None:
-        names = self.expert_names
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(self.expert_names).items() if count > 1)
         if repeated:
             raise ValueError(
                 f"`expert_configs` names {repeated} more than once; every expert needs its own name."

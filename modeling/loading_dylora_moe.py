@@ -33,6 +33,7 @@ from .stacked_experts_dylora_moe import rows_of_stack
 logger = logging.get_logger(__name__)
 
 WEIGHTS = (".json", ".safetensors", ".bin")  # and what describes them
+LARGEST_JSON = 64 * 1024**2  # bytes; a tokenizer.json may have half as many
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 # A subfolder that does not exist: transformers applies an adapter that lies in a foundation's folder, unless
@@ -488,6 +489,8 @@ def _why_no_json(path: Path) -> str | None:
     if path.suffix != ".json":
         return None
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            return None
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return f"{path} is not valid JSON: {_first_line(error)}"

@@ -34,8 +34,7 @@ def read_error(*folders: Path, **options) -> str:
 
 def source_quantities(mixture: Mixture, base_model: Path | None, lora_alpha: float | None = None) -> dict:
     base = None if base_model is None else str(base_model)
-    folders = [folder.path for folder in mixture.folders]
-    return reference(mixture.format, folders, base, None, lora_alpha, {}, None).quantities(ROWS)
+    return reference(mixture.format, mixture.folders, base, None, lora_alpha, {}, None).quantities(ROWS)
 
 
 def foundation_of(mixture: Mixture, base_model: Path | None) -> torch.nn.Module:

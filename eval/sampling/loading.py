@@ -34,6 +34,7 @@ from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
 from dylora_moe.hub_export.repo import repo_config
 from dylora_moe.hub_export.repo.checksums import differing_files, sha256
+from dylora_moe.hub_export.repo.model_size import check_mixture_size, check_model_size
 from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOptions
 from dylora_moe.hub_export.tensors.mixture import Mixture
@@ -144,10 +145,11 @@ class FoundModel:
         """Read `generation_config.json`, by field; empty where there is none.
 
         Raises:
-            InputError: it is damaged.
+            InputError: it is damaged, or larger than honest ones are.
         """
         from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
+        open_folder(self.folder, may_link_out=True).read_json("generation_config.json", required=False)
         try:
             found = read_generation_config(str(self.folder), {})
         except ValueError as error:
@@ -160,6 +162,17 @@ class FoundModel:
         loaded = tokenizer_files.load_tokenizer(self.folder, None, self.trust_remote_code, name)
         tokenizer_files.warn_about_missed_arguments(open_folder(self.folder), loaded)
         return loaded
+
+    def _check_size(self, config: Any) -> None:
+        """Raise InputError if the model's config asks for more than its files hold."""
+        folder = open_folder(self.folder, may_link_out=True)
+        if not self.is_mixture:
+            check_model_size(folder, config)
+            return
+        foundation = repo_config.foundation_of(self.folder, config)
+        if config.weights_layout == "adapter":
+            foundation = resolve_foundation(foundation, None, None)
+        check_mixture_size(folder, config, foundation)
 
     def load(
         self,
@@ -198,6 +211,7 @@ class FoundModel:
             if not self.trust_remote_code:
                 config = self.config if self.is_mixture else read_config(str(self.folder))
                 check_needs_no_kernels(config, self.source)
+                self._check_size(config)
                 arguments |= {} if self.is_mixture else {"config": config}
             if ours:
                 model = load_with_own_code(self.folder, **arguments)

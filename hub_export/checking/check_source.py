@@ -8,7 +8,7 @@ computes.
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from ..foundation.reference import load_foundation, load_foundation_config
 from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
+from ..tensors.pickle_limits import check_size
 from . import rounding
 from .peft_layers import add_adapter, load_adapters, round_adapters, unwrap_idle_gates
 from .peft_reference import DEFAULT_TEMPERATURE, Reference
@@ -101,7 +102,7 @@ def _final_checkpoint(
     names = [f"expert_{index}" for index in range(len(files))]
     model = None
     for name in names:
-        tensors = torch.load(place / f"{name}.pt", map_location="cpu", weights_only=True)
+        tensors = _torch_file(place / f"{name}.pt")
         tensors = {key: value for key, value in tensors.items() if name in key.split(".")}
         model = add_adapter(foundation, model, name, tensors, alpha)
     return model, names
@@ -152,7 +153,7 @@ def _raw_state_dict(folder: SourceFolder) -> dict[str, torch.Tensor]:
     if raw:
         return raw
     for name in folder.names("pytorch_model*.bin"):
-        raw.update(torch.load(folder / name, map_location="cpu", weights_only=True))
+        raw.update(_torch_file(folder / name))
     return raw
 
 
@@ -185,6 +186,11 @@ def _carried_foundation(
     return foundation
 
 
+def _torch_file(path: Path) -> Any:
+    check_size(path)  # it may be one that the readers left unread
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _number(name: str) -> int:
     """Return the number of `expert_<number>`."""
     return int(name.rpartition("_")[2])
@@ -207,9 +213,9 @@ def _gate(folder: SourceFolder) -> dict[str, Any]:
     if folder.has("router.safetensors"):
         tensors = load_file(folder / "router.safetensors")
     elif flat.is_file() or not state.is_file():
-        tensors = torch.load(flat, map_location="cpu", weights_only=True)
+        tensors = _torch_file(flat)
     else:
-        tensors = torch.load(state, map_location="cpu", weights_only=True)
+        tensors = _torch_file(state)
     if "gate_state_dict" in tensors:
         tensors = {**tensors, **{f"gate.{key}": value for key, value in tensors["gate_state_dict"].items()}}
     settings = _settings(folder)
@@ -227,7 +233,7 @@ def _settings(folder: SourceFolder) -> dict[str, Any]:
     for place in (folder, run, run.folder("best_model")):
         path = place / "dylo_moe_state/router.pt"
         if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _torch_file(path)
             top_k = state.get("top_k") if top_k is None else top_k
             temperature = state.get("temperature") if temperature is None else temperature
     return {

@@ -21,7 +21,7 @@ from ..foundation.weights import skeleton, tied_names
 from ..preparation import prepare
 from ..readers.exported_repo import FULL_WEIGHTS, read
 from ..readers.open_source import open_source
-from ..repo.checksums import FILE, differing_files, read_checksums
+from ..repo.checksums import FILE, differing_files, read_checksums, sha256
 from ..repo.options import ExportOptions
 from ..repo.repo_config import load_config, stored_routing_strategy
 from ..repo.repo_files import LEFT_BY_TOOLS, is_opened_by_loaders, needed_code, needed_weights, other_files
@@ -29,6 +29,7 @@ from ..shown_text import printable, shortened
 from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
+from ..sources.text_files import read_text
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
@@ -39,6 +40,7 @@ from .verify_tokenizer import check_tokenizer, compare_with_source
 
 
 MOST_DIFFERING_LINES = 40
+MOST_LINES = 5_000  # to be compared line by line; the files of an honest repo have 500
 LONGEST_DETAIL = 100_000  # characters
 # Fields by which a JSON file makes loaders run code or open files that are not the repo's own, and the files that
 # are read for them.
@@ -260,7 +262,7 @@ def _code(folder: SourceFolder, config: Any) -> Finding:
             wrong.append(f"{name} is no file of this package's")
         elif not folder.has(name):
             wrong.append(f"{name} of this package is not there")
-        elif (folder / name).read_bytes() != ours[name].read_bytes():
+        elif sha256(folder / name) != sha256(ours[name]):
             wrong.append(f"{name} differs:\n{_difference(ours[name], folder / name)}")
     for name in NAMING_FILES:
         wrong += _named_elsewhere(folder, name)
@@ -293,7 +295,9 @@ def _named_elsewhere(folder: SourceFolder, file: str) -> list[str]:
 
 def _difference(ours: Path, theirs: Path) -> str:
     """Show the first lines in which two files differ."""
-    sides = [path.read_text(encoding="utf-8", errors="replace").splitlines() for path in (ours, theirs)]
+    sides = [read_text(path, errors="replace").splitlines() for path in (ours, theirs)]
+    if len(sides[1]) > MOST_LINES:
+        return f"{theirs.name} has {len(sides[1]):,} lines, this package's {len(sides[0]):,}"
     lines = list(difflib.unified_diff(*sides, "this package", "the repo", lineterm="", n=1))
     if len(lines) > MOST_DIFFERING_LINES:
         more = f"… {len(lines) - MOST_DIFFERING_LINES} more lines"

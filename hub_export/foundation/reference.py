@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..sources.hub_and_folders import is_hub_id
+from ..sources.json_files import check_model_config
 from ..sources.source_folder import SourceFolder, exists, is_forbidden, open_folder
 from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Router
 from ..tensors.weight_files import has_all_weights
@@ -142,12 +143,19 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     from dylora_moe.modeling.configuration_dylora_moe import read_config
 
     if is_local(reference):
-        open_foundation(reference) / "config.json"
+        folder = open_foundation(reference)
+        try:
+            folder.read_json("config.json", required=False)  # it may be of any size, or a link
+        except InputError as error:
+            raise InputError(f"{error}; pass another folder or Hub id with --base_model") from error
     try:
         stored, _ = PreTrainedConfig.get_config_dict(reference.name, revision=reference.revision)
+        check_model_config(f"{reference.name}/config.json", stored)
         is_mixture = stored.get("model_type") == "dylora_moe"
         if not is_mixture:
             return read_config(reference.name, revision=reference.revision)
+    except InputError:
+        raise
     except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(not_loaded(reference, error)) from error
     raise InputError(

@@ -13,6 +13,7 @@ generation_config.json   routing_strategy
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -77,12 +78,12 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
     config = load_config(folder)
     is_full = config.weights_layout == "full"
     weights = _full_weights(folder, config) if is_full else _adapter_weights(folder, config)
-    _check_nothing_else(folder, config, weights)
-    layouts = config.rank_layouts()
+    places = _Places(config)
+    _check_nothing_else(folder, config, places, weights)
     return Mixture(
         format=FORMAT,
         folders=folders,
-        experts=[_expert(folder, config, layouts, index, weights) for index in range(config.num_experts)],
+        experts=[_expert(folder, config, places, index, weights) for index in range(config.num_experts)],
         router=_router(folder, config, weights),
         foundation=foundation_of(folder, config),
         foundation_config=config.base_config,
@@ -91,6 +92,25 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
         limits=[str(limit) for limit in _as_list(getattr(config, "limits", None))],
         routing_strategy=stored_routing_strategy(folder, config),
     )
+
+
+class _Places:
+    """What the config says of every adapted place, found once for all experts: there may be thousands.
+
+    Attributes:
+        modules: place to the module that holds its stacks.
+        stacked: the places that are parameters of stacked experts.
+        starts: place to the row of its stacks at which each expert begins, and at the end the number of rows.
+    """
+
+    def __init__(self, config: Any):
+        self.names = config.expert_names
+        self.modules = config.stack_modules()
+        self.stacked = set(config.adapted_parameters())
+        self.starts = {
+            place: list(accumulate((rank for rank, _ in layout), initial=0))
+            for place, layout in config.rank_layouts().items()
+        }
 
 
 def _as_list(value: Any) -> list:
@@ -121,7 +141,9 @@ def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, 
     return {now.get(key, key): tensor for key, tensor in weights.items()}
 
 
-def _check_nothing_else(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor]) -> None:
+def _check_nothing_else(
+    folder: SourceFolder, config: Any, places: _Places, weights: dict[str, StoredTensor]
+) -> None:
     """Refuse tensors that are not read here, as what they do is not known.
 
     Raises:
@@ -130,7 +152,7 @@ def _check_nothing_else(folder: SourceFolder, config: Any, weights: dict[str, St
     known = {"router.gate.weight", "router.gate.bias"} if config.router_input is not None else set()
     is_full = config.weights_layout == "full"
     for index in range(config.num_experts):
-        keys = _stored_keys(config, index)
+        keys = _stored_keys(config, places, index)
         known |= {key.format(matrix) for key in keys.values() for matrix in "AB"}
     for key in weights:
         is_foundations = is_full and key.startswith("foundation.") and not _is_stack(key)
@@ -138,7 +160,7 @@ def _check_nothing_else(folder: SourceFolder, config: Any, weights: dict[str, St
             raise InputError(f"{folder}: {key} in its weights is nothing that its config.json speaks of")
 
 
-def _stored_keys(config: Any, index: int) -> dict[str, str]:
+def _stored_keys(config: Any, places: _Places, index: int) -> dict[str, str]:
     """Map what an expert adapts to the name of its tensors, with {} for A and B.
 
     In layout `full` they are those of all experts.
@@ -147,9 +169,8 @@ def _stored_keys(config: Any, index: int) -> dict[str, str]:
 
     keys = peft_keys(config.expert_configs[index])
     if config.weights_layout == "full":
-        modules = config.stack_modules()
-        return {name: f"foundation.{modules[name]}.lora_{{}}" for name in keys}
-    return {name: f"{config.expert_names[index]}/{key}.lora_{{}}.weight" for name, key in keys.items()}
+        return {name: f"foundation.{places.modules[name]}.lora_{{}}" for name in keys}
+    return {name: f"{places.names[index]}/{key}.lora_{{}}.weight" for name, key in keys.items()}
 
 
 def _is_stack(key: str) -> bool:
@@ -170,9 +191,10 @@ def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTenso
     from dylora_moe.modeling.saving_dylora_moe import peft_config
 
     weights = {}
-    for name, entry in zip(config.expert_names, config.expert_configs, strict=True):
+    for index, entry in enumerate(config.expert_configs):
+        name = entry["name"]
         place = f"experts/{name}"
-        written = peft_config(config, config.expert_names.index(name), False)
+        written = peft_config(config, index, False)
         earlier = {**entry, "target_parameters": entry["target_parameters"] or None}
         _check_adapter_config(folder, f"{place}/adapter_config.json", name, (written, earlier))
         tensors = stored_tensors([folder / f"{place}/adapter_model.safetensors"])
@@ -214,14 +236,14 @@ def _check_adapter_config(
 
 
 def _expert(
-    folder: SourceFolder, config: Any, layouts: dict, index: int, weights: dict[str, StoredTensor]
+    folder: SourceFolder, config: Any, places: _Places, index: int, weights: dict[str, StoredTensor]
 ) -> Expert:
     entry = config.expert_configs[index]
     stored = {
-        name: _matrices(folder, config, layouts[name], index, (name, key), weights)
-        for name, key in _stored_keys(config, index).items()
+        name: _matrices(folder, config, places, index, (name, key), weights)
+        for name, key in _stored_keys(config, places, index).items()
     }
-    ranks = {name: layouts[name][index][0] for name in stored}
+    ranks = {name: places.starts[name][index + 1] - places.starts[name][index] for name in stored}
     return Expert(
         name=entry["name"],
         layers={name: _layer(entry, name, ranks[name], pair) for name, pair in stored.items()},
@@ -236,7 +258,7 @@ def _expert(
 def _matrices(
     folder: SourceFolder,
     config: Any,
-    layout: tuple,
+    places: _Places,
     index: int,
     place: tuple[str, str],
     weights: dict[str, StoredTensor],
@@ -248,9 +270,10 @@ def _matrices(
     """
     from dylora_moe.modeling.stacked_experts_dylora_moe import a_as_in_peft, b_as_in_peft
 
-    rank, name = layout[index][0], config.expert_names[index]
-    is_full, is_stacked = config.weights_layout == "full", place[0] in config.adapted_parameters()
-    rows = sum(rank for rank, _ in layout) if is_full else rank
+    start, stop = places.starts[place[0]][index : index + 2]
+    rank, name = stop - start, places.names[index]
+    is_full, is_stacked = config.weights_layout == "full", place[0] in places.stacked
+    rows = places.starts[place[0]][-1] if is_full else rank
     found = []
     for matrix, as_in_peft in (("A", a_as_in_peft), ("B", b_as_in_peft)):
         key = place[1].format(matrix)
@@ -266,8 +289,7 @@ def _matrices(
                 f"{folder}: {key} is {list(tensor.shape)}, but the ranks in config.json sum up to {rows} there"
             )
         if is_full:
-            start = sum(rank for rank, _ in layout[:index])
-            tensor = _changed(tensor.rows(start, start + rank), as_in_peft)
+            tensor = _changed(tensor.rows(start, stop), as_in_peft)
         found.append(tensor)
     return tuple(found)
 

@@ -306,6 +306,7 @@ class _Scales:
     def __init__(self, folder: SourceFolder, config: dict[str, Any]):
         self.path = folder / "adapter_config.json"
         self._config = config
+        self._parameters = set(config.get("target_parameters") or ())
         if isinstance(config.get("target_modules"), str):
             check_expression(config["target_modules"], f"{self.path}: target_modules")
         self._ranks = NamePatterns(config.get("rank_pattern"), f"{self.path}: a key of rank_pattern")
@@ -321,10 +322,9 @@ class _Scales:
 
     def _target(self, module: str) -> str:
         """Give what PEFT looks up: the layer, or its weight where that is what it adapts."""
-        weight = f"{module}.weight"
-        parameters = self._config.get("target_parameters") or ()
-        is_target = any(weight == name or weight.endswith(f".{name}") for name in parameters)
-        return weight if is_target else module
+        parts = f"{module}.weight".split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        return f"{module}.weight" if any(end in self._parameters for end in ends) else module
 
 
 def same_foundation(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,10 @@ ADALORA_FIELDS = {
 # them
 PLAIN_INITIALISATIONS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
+# A name, as it is or with its dots escaped, which matches in no time.
+PLAIN_NAME = re.compile(r"(\w|-|\\?\.)*")
+ESCAPED_OR_NOT = re.compile(r"\\?.", re.DOTALL)
+LONGEST_EXPRESSION = 100_000  # characters, with the names of a thousand layers in it
 TIME_LIMIT = 5.0  # seconds, for all layers of an adapter; a thousand layers take some milliseconds
 
 
@@ -157,7 +163,11 @@ def _check_parameters(path: Path, parameters: Any) -> None:
 
 
 def check_expression(expression: str, what: str) -> None:
-    """Raise InputError if Python's `re`, which PEFT uses, does not take it for a regular expression."""
+    """Raise InputError if Python's `re`, which PEFT uses, does not take it for a regular expression, or it is too long."""
+    if len(expression) > LONGEST_EXPRESSION:
+        raise InputError(
+            f"{what} has {len(expression):,} characters, more than {LONGEST_EXPRESSION:,}; write it shorter"
+        )
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
@@ -168,18 +178,28 @@ class NamePatterns:
     """Values by regular expression: the first that matches the end of a layer's name counts, as in PEFT
     (`peft.utils.get_pattern_key`).
 
+    Most are names, and there may be one for every layer: those are looked up, the others are tried one by one.
+
     Args:
         values: expression to value, or None for none.
         what: where the expressions stand, for error messages.
 
     Raises:
-        InputError: one is no regular expression.
+        InputError: one is no regular expression, or compiling them takes too long.
     """
 
     def __init__(self, values: dict[str, Any] | None, what: str):
         self._what = what
         self._seconds = TIME_LIMIT
-        self._values = [(key, self._compiled(key), value) for key, value in (values or {}).items()]
+        self._values = list((values or {}).items())
+        # By where its dots are, which match any character, and the rest of a name: its place in `_values`.
+        self._names: dict[tuple[int, ...], dict[str, int]] = {}
+        self._expressions: list[tuple[int, regex.Pattern]] = []
+        for place, (key, _) in enumerate(self._values):
+            if PLAIN_NAME.fullmatch(key):
+                self._add_name(place, key)
+            else:
+                self._expressions.append((place, self._compiled(key)))
 
     def find(self, name: str, otherwise: Any) -> Any:
         """Give the value for a layer's name.
@@ -187,25 +207,59 @@ class NamePatterns:
         Raises:
             InputError: matching takes too long.
         """
-        for key, expression, value in self._values:
-            if self._matches(key, expression, name):
-                return value
-        return otherwise
+        found = self._find_name(name) if self._names else len(self._values)
+        for place, expression in self._expressions:
+            if place > found:
+                break
+            if self._matches(self._values[place][0], expression, name):
+                found = place
+                break
+        return self._values[found][1] if found < len(self._values) else otherwise
+
+    def _add_name(self, place: int, key: str) -> None:
+        text = "".join("\0" if part == "." else part[-1] for part in ESCAPED_OR_NOT.findall(key))
+        dots = [position for position, letter in enumerate(text) if letter == "\0"]
+        self._names.setdefault((len(text), *dots), {}).setdefault(text, place)
+
+    def _find_name(self, name: str) -> int:
+        """Find the first of the keys that are names; past all of them where there is none."""
+        found = len(self._values)
+        with self._timed(f"{self._what}: there are too many to find that of {name[:80]} in time"):
+            for (length, *dots), keys in self._names.items():
+                start = len(name) - length
+                if start < 0 or (start > 0 and name[start - 1] != "."):
+                    continue
+                end = list(name[start:])
+                for dot in dots:
+                    end[dot] = "\0"
+                found = min(found, keys.get("".join(end), found))
+        return found
 
     def _compiled(self, key: str) -> regex.Pattern:
-        check_expression(key, self._what)
-        try:
-            return regex.compile(rf"(.*\.)?({key})$")
-        except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            raise InputError(f"{self._what} is no regular expression: {error}") from error
+        with self._timed(
+            f"{self._what} is {key[:80]!r} and the last of those that were compiled in time; there are too many"
+        ):
+            check_expression(key, self._what)
+            try:
+                return regex.compile(rf"(.*\.)?({key})$")
+            except (regex.error, RecursionError, OverflowError, ValueError) as error:
+                raise InputError(f"{self._what} is no regular expression: {error}") from error
 
     def _matches(self, key: str, expression: regex.Pattern, name: str) -> bool:
+        too_long = f"{self._what} is {key[:80]!r}, a regular expression that takes too long on {name[:80]}; simplify it"
+        with self._timed(too_long):
+            try:
+                return expression.match(name, timeout=max(self._seconds, 0.001)) is not None
+            except TimeoutError as error:
+                raise InputError(too_long) from error
+
+    @contextmanager
+    def _timed(self, too_long: str) -> Iterator[None]:
+        """Take the time from what is left for all of them."""
+        if self._seconds <= 0:
+            raise InputError(too_long)
         started = time.monotonic()
         try:
-            return expression.match(name, timeout=max(self._seconds, 0.001)) is not None
-        except TimeoutError as error:
-            raise InputError(
-                f"{self._what} is {key[:80]!r}, a regular expression that takes too long on {name[:80]}; simplify it"
-            ) from error
+            yield
         finally:
             self._seconds -= time.monotonic() - started

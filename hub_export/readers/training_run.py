@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..shown_text import shortened
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
-from ..tensors.mixture import AdaptedLayer, FoundationReference, Router, natural_order
+from ..tensors.mixture import MOST_EXPERTS, AdaptedLayer, FoundationReference, Router, natural_order
 from ..tensors.stored_tensors import StoredTensor, of_tensor
 from ..tensors.tensor_files import TensorFile, load_torch_file
 
@@ -31,8 +31,6 @@ STATE = "dylo_moe_state/router.pt"
 STEP = re.compile(r"checkpoint-\d+")
 # of training runs that do not store theirs, as its documentation gives them
 DEFAULT_TOP_K, DEFAULT_TEMPERATURE = 1, 2.0
-# more experts than this is a damaged number, not a mixture
-MOST_EXPERTS = 4096
 
 
 def only_folder(folders: list[SourceFolder], format: str) -> SourceFolder:

@@ -76,11 +76,12 @@ def read_checksums(folder: Path | SourceFolder) -> dict[str, str] | None:
     Raises:
         InputError: a line is none of a checksum file, or names a file outside the folder.
     """
-    path = open_folder(folder) / FILE
+    repo = open_folder(folder)
+    path = repo / FILE
     if not path.is_file():
         return None
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in repo.read_text(FILE, errors="replace").splitlines():
         match = LINE.fullmatch(line)
         if match is None or Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
             raise InputError(f"{path}: {line[:100]!r} is not a checksum and a file of this folder")

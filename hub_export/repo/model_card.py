@@ -20,13 +20,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..foundation.reference import is_local, open_foundation
 from ..shown_text import LONGEST_IN_CARD, as_markdown, as_markdown_code, one_printable_line
 from ..sources.hub_and_folders import is_on_hub
+from ..sources.text_files import parse_yaml, read_text
 from ..tensors.mixture import Expert, FoundationReference, Mixture
 from .results import Score
 
 
 BEGIN = "<!-- dylora-moe: generated from here; what stands outside these two marks is yours and is kept -->"
 END = "<!-- dylora-moe: generated up to here -->"
-FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n?", re.DOTALL)
+FRONT_MATTER = re.compile(r"\A---[^\S\n]*\n(.*?)\n---[^\S\n]*(?:\n|\Z)", re.DOTALL)
 RECORD = re.compile(r"<!-- metadata that was generated, too: (.*) -->")
 # The repo's name where `_loading` and `_scoring` write it: a string of Python, and a word of a shell.
 LITERAL = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
@@ -87,8 +88,7 @@ def keep_edits(card: str, old: Path | None) -> str:
     """
     if old is None or not old.is_file():
         return card
-    text = old.read_text(encoding="utf-8", errors="replace")
-    fields, mine = _split(text)
+    fields, mine = _split(read_text(old, errors="replace"))
     new_fields, generated = _split(card)
     recorded = _recorded(mine)
     generated_tags = (*new_fields["tags"], *recorded.get("tags", ()))
@@ -116,14 +116,25 @@ def _recorded(text: str) -> dict[str, Any]:
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
     """Split a card into its metadata, none where it cannot be read, and the text below it."""
+    try:
+        return split_card(card)
+    except ValueError:
+        return {}, card
+
+
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Split a card into its metadata, none where it has none, and the text below it.
+
+    Raises:
+        ValueError: the metadata is no YAML that is read (see `parse_yaml`), or no mapping.
+    """
     match = FRONT_MATTER.match(card)
     if match is None:
         return {}, card
-    try:
-        fields = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:
-        return {}, card
-    return (fields, card[match.end() :]) if isinstance(fields, dict) else ({}, card)
+    fields = parse_yaml(match.group(1))
+    if not isinstance(fields, dict):
+        raise ValueError("no mapping of names to values")
+    return fields, card[match.end() :]
 
 
 def _as_list(value: Any) -> list:
@@ -347,7 +358,7 @@ def foundation_licence(reference: FoundationReference) -> Licence | None:
     A missing licence is no reason to stop: the card then says that the foundation's applies, without its
     name.
     """
-    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if reference.name is None:
@@ -357,34 +368,39 @@ def foundation_licence(reference: FoundationReference) -> Licence | None:
             path = open_foundation(reference) / "README.md"
         else:
             path = Path(hf_hub_download(reference.name, "README.md", revision=reference.revision))
-        data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else None
+        return _licence_in(path)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
         return None
-    return _of_card(data)
 
 
 def stored_licence(mixture: Mixture) -> Licence | None:
     """Read the licence in the card of an exported repo, for where the foundation's own cannot be had."""
-    from huggingface_hub import ModelCard
-
     path = mixture.folders[0] / "README.md"
-    if mixture.routing_strategy is None or not path.is_file():
+    if mixture.routing_strategy is None:
         return None
     try:
-        return _of_card(ModelCard.load(path, ignore_metadata_errors=True).data)
+        return _licence_in(path)
     except (OSError, ValueError):
         return None
 
 
-def _of_card(data: Any) -> Licence | None:
-    license = getattr(data, "license", None)
-    if not isinstance(license, str):
+def _licence_in(path: Path) -> Licence | None:
+    """Read the licence in a card's metadata; None where there is no card, or it says nothing.
+
+    Raises:
+        OSError, ValueError: the card cannot be read.
+    """
+    if not path.is_file():
+        return None
+    fields, _ = _split(read_text(path))
+    if not isinstance(fields.get("license"), str):
         return None
     name, link = (
-        value if isinstance(value, str) else None for value in (data.license_name, data.license_link)
+        value if isinstance(value, str) else None
+        for value in (fields.get("license_name"), fields.get("license_link"))
     )
     return Licence(
-        one_printable_line(license, LONGEST_IN_CARD),
+        one_printable_line(fields["license"], LONGEST_IN_CARD),
         None if name is None else one_printable_line(name, LONGEST_IN_CARD),
         link if link is not None and LINK.fullmatch(link) else None,
     )

@@ -11,10 +11,13 @@ from typing import Any
 
 from ..errors import InputError, one_line
 from ..sources.source_folder import SourceFolder, open_folder
-from ..tensors.mixture import FoundationReference
+from ..tensors.mixture import MOST_EXPERTS, FoundationReference
 
 
 MODEL_TYPE = "dylora_moe"
+# One for each expert at each place that any of them adapts. 4096 experts on 560 layers have half as many, and 64
+# experts on each of the 70,000 matrices of the largest models' own experts no more.
+MOST_RANKS = 5_000_000
 
 
 def is_exported_repo(folder: Path | SourceFolder) -> bool:
@@ -43,10 +46,22 @@ def load_config(folder: Path | SourceFolder):
     from dylora_moe.modeling import DyloraMoeConfig
 
     check_is_exported_repo(folder)
+    entries = open_folder(folder).read_json("config.json").get("expert_configs")
+    if isinstance(entries, list) and len(entries) > MOST_EXPERTS:
+        raise InputError(
+            f"{folder}/config.json: expert_configs has {len(entries):,} experts, more than {MOST_EXPERTS:,}; correct it"
+        )
     try:
-        return DyloraMoeConfig.from_pretrained(open_folder(folder).path)
+        config = DyloraMoeConfig.from_pretrained(open_folder(folder).path)
+        size = len(config.adapted_places()) * config.num_experts
     except Exception as error:  # any wrong field may make the config class fail in its own way
         raise InputError(f"{folder}/config.json is not a valid config: {one_line(error)}") from error
+    if size > MOST_RANKS:
+        raise InputError(
+            f"{folder}/config.json: its experts adapt {len(config.adapted_places()):,} modules, and more than {MOST_RANKS:,} "
+            "ranks would be kept for them; correct it"
+        )
+    return config
 
 
 def foundation_of(folder: Path | SourceFolder, config: Any) -> FoundationReference:

@@ -230,7 +230,7 @@ def needed_code(folder: SourceFolder, config: dict[str, Any], is_file: Callable[
             continue
         found.add(name)
         if is_file(name):
-            waiting += RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8", errors="replace"))
+            waiting += RELATIVE_IMPORT.findall(folder.read_text(name, errors="replace"))
     return found
 
 

@@ -15,6 +15,8 @@ from ..sources.json_files import read_json
 
 
 PASS = "pass"
+# Bytes. It holds every program: 200 samples of each task of MBPP are 100 MB.
+MOST_RESULTS = 256 * 1024**2
 BENCHMARKS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
 
 
@@ -44,7 +46,7 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
     Raises:
         InputError: it is not one, or holds no task.
     """
-    tasks = read_json(Path(path)).get("eval")
+    tasks = read_json(Path(path), most_bytes=MOST_RESULTS).get("eval")
     if not isinstance(tasks, dict) or not tasks:
         raise InputError(f"{path} is not a result file of EvalPlus: it has no entry 'eval' with tasks")
     return {task_id: _task_result(samples, task_id, path) for task_id, samples in tasks.items()}

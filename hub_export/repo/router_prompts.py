@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..errors import InputError, one_line
 from ..foundation.last_position import last_position
+from ..sources.text_files import parse_yaml, read_text
 from ..tensors.mixture import Mixture, Router
 from .options import ExportOptions
 from .plan import Plan
@@ -34,8 +34,8 @@ def read_prompts(path: str | Path, mixture: Mixture) -> dict[str, list[str]]:
         InputError: the file is no such mapping, or names other experts; lists both.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(read_text(Path(path)))
+    except (OSError, ValueError) as error:
         raise InputError(f"--router_prompts {path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"--router_prompts {path} must map each expert's name to a list of prompts")

@@ -2,5 +2,6 @@
 
 Read `source_folder` first: `open_folder` is the door to every folder that a command reads. `hub_and_folders`
 turns what a user calls a source into one, `wandb_artifacts` fetches artifacts and `hub_errors` explains the
-Hub's errors. `source_options` is what a user may say about a source, `json_files` reads JSON.
+Hub's errors. `source_options` is what a user may say about a source. `json_files` and `text_files` read text whole,
+up to a size.
 """

@@ -3,31 +3,91 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, one_line
+from .text_files import MOST_TEXT, read_text
 
 
-MOST_DEPTH = 100  # tokenizers and configs have less than 20
+# A value takes some 70 bytes of memory, and two characters of the file. The largest tokenizer.json holds 2,000,000,
+# the index of a model with 100,000 tensors 200,000.
+MOST_VALUES = 4_000_000
+# A config is read by several readers in turn. That of 64 experts with a rank and an alpha of their own on each of
+# 560 layers holds 110,000.
+MOST_IN_CONFIG = 1_000_000
+CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
+# transformers makes lists of this length of a config; the deepest public models have less than 200 layers.
+COUNT_OF_LAYERS = re.compile(r"(.*_)?(n_?)?(layers?|depth|blocks?)", re.IGNORECASE)
+MOST_LAYERS = 10_000
+# Sizes, tokens and positions lie far below; 2^40 of them fit no memory.
+MOST_NUMBER = 2**32
+MOST_DEPTH = 100  # containers in containers; tokenizers and configs have less than 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = MOST_TEXT) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        InputError: the file is missing, is not JSON, or holds something else than an object.
+        InputError: the file is missing, is not JSON, holds something else than an object, or is larger than honest
+            ones are.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path, most=most_bytes)
+        _check_count(path, text)
+        content = json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except InputError:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(why_unreadable(path) or f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
     _check_depth(path, content)
+    if path.name == "config.json":
+        check_model_config(path, content)
     return content
+
+
+def _check_count(path: Path, text: str) -> None:
+    """Raise InputError if a text holds more values than honest files; commas and brackets are faster to count."""
+    most = MOST_IN_CONFIG if path.name in CONFIGS else MOST_VALUES
+    count = text.count(",") + text.count("[") + text.count("{")
+    if count > most:
+        raise InputError(
+            f"{path} holds {count:,} values or so, and a file of its kind has no more than {most:,}; it is not read: look at "
+            "what it holds"
+        )
+
+
+def check_model_config(where: Path | str, fields: Any) -> None:
+    """Check the numbers of a model's config, before transformers makes lists and modules of them.
+
+    Raises:
+        InputError: one is larger than in any model; names it.
+    """
+    waiting = [fields]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += [entry for entry in value if isinstance(entry, list | dict)]
+        if not isinstance(value, dict):
+            continue
+        for name, entry in value.items():
+            if isinstance(entry, list | dict):
+                waiting.append(entry)
+            elif isinstance(entry, int) and not isinstance(entry, bool):
+                most = MOST_LAYERS if COUNT_OF_LAYERS.fullmatch(name) else MOST_NUMBER
+                if entry > most:
+                    raise InputError(
+                        f"{where}: {name} is {_shown(entry)}, and no model has more than {most:,}; correct it"
+                    )
+
+
+def _shown(number: int) -> str:
+    return str(number) if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"
 
 
 def _check_depth(path: Path, content: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import InputError
 from .json_files import read_json
+from .text_files import read_text
 
 
 NOT_ALLOWED = "{} may not be read by this user (permission denied)"
@@ -153,6 +154,15 @@ class SourceFolder:
         """
         path = self / name
         return read_json(path) if required or path.is_file() else {}
+
+    def read_text(self, name: str | PurePath, errors: str = "strict") -> str:
+        """Read a text file; `errors` says what to do with bytes that are no UTF-8, as for `open`.
+
+        Raises:
+            InputError: it is larger than honest ones are.
+            OSError, ValueError: as `open` and decoding do.
+        """
+        return read_text(self / name, errors)
 
     def called(self, name: str) -> SourceFolder:
         """Give the same folder under another name."""

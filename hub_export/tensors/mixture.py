@@ -19,6 +19,10 @@ from ..sources.source_folder import SourceFolder
 from .stored_tensors import StoredTensor
 
 
+# More experts than this are a damaged number, not a mixture.
+MOST_EXPERTS = 4096
+
+
 @dataclass
 class AdaptedLayer:
     """One expert on one layer. `lora_A` is [rank, in_features], `lora_B` [out_features, rank], as in PEFT.

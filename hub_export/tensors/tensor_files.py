@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, one_line
 from ..sources.json_files import why_unreadable
+from .pickle_limits import check_size, check_unfolded
 
 
 # the names safetensors headers use (https://huggingface.co/docs/safetensors)
@@ -38,6 +39,8 @@ SAFETENSORS_DTYPES = {
 # mapping it again takes time, which many small files that are read in turn, such as experts, are not worth.
 MAPPED_AT_ONCE = 64 * 1024**2
 SMALL_FILE = 32 * 1024**2
+# Bytes, for 150,000 tensors, twice those of 64 experts on 560 layers; safetensors itself reads up to 100 MB.
+MOST_HEADER = 24 * 1024**2
 
 
 def load_torch_file(path: Path) -> Any:
@@ -47,6 +50,7 @@ def load_torch_file(path: Path) -> Any:
         InputError: the file is missing, damaged, or holds more than plain tensors and containers.
     """
     try:
+        check_size(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -56,6 +60,8 @@ def load_torch_file(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
             why_unreadable(path)
@@ -67,15 +73,24 @@ def load_torch_file(path: Path) -> Any:
             why_unreadable(path)
             or f"{path} cannot be read: {one_line(error)}; the file is damaged or incomplete, copy it again"
         ) from error
-    _check_plain(path, content)
+    check_unfolded(path, _check_plain(path, content))
     return content
 
 
-def _check_plain(path: Path, content: Any, depth: int = 2) -> None:
+def _check_plain(path: Path, content: Any, depth: int = 2) -> int:
+    """Count the bytes of all tensors, as their shapes have them.
+
+    Raises:
+        InputError: one is sparse or quantised.
+    """
+    size = 0
     for key, value in content.items() if isinstance(content, dict) and depth else ():
-        _check_plain(path, value, depth - 1)
-        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized):
-            raise InputError(f"{path}: {key} is stored sparse or quantised, expected a plain tensor")
+        size += _check_plain(path, value, depth - 1)
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_quantized:
+                raise InputError(f"{path}: {key} is stored sparse or quantised, expected a plain tensor")
+            size += value.nbytes
+    return size
 
 
 class TensorFile:
@@ -104,12 +119,24 @@ class TensorFile:
 
     def _open(self):
         try:
+            self._check_header()
             return safe_open(self.path, framework="pt")
+        except InputError:
+            raise
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(
                 why_unreadable(self.path)
                 or f"{self.path} is not a whole safetensors file: {one_line(error)}; copy it again"
             ) from error
+
+    def _check_header(self) -> None:
+        with open(self.path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if MOST_HEADER < size < self.path.stat().st_size:
+            raise InputError(
+                f"{self.path} is not a whole safetensors file: its header has {size:,} bytes, and those of honest files have "
+                f"no more than {MOST_HEADER:,}; copy it again"
+            )
 
     def _read_header(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         layout = {}
