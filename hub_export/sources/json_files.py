@@ -20,7 +20,7 @@ MOST_IN_CONFIG = 1_000_000
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
 # transformers makes lists of this length of a config; the deepest public models have less than 200 layers.
 COUNT_OF_LAYERS = re.compile(r"(.*_)?(n_?)?(layers?|depth|blocks?)", re.IGNORECASE)
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 # Sizes, tokens and positions lie far below; 2^40 of them fit no memory.
 MOST_NUMBER = 2**32
 MOST_DEPTH = 100  # containers in containers; tokenizers and configs have less than 20
