@@ -65,7 +65,12 @@ def trainer_checkpoint(folder: Path) -> list[Path]:
     return [source]
 
 
-def repo(folder: Path, layout: str) -> list[Path]:
+def repos(folder: Path) -> list[Path]:
+    """A repo of each layout."""
+    return [repo(folder / layout, layout) for layout in ("full", "adapter")]
+
+
+def repo(folder: Path, layout: str) -> Path:
     foundation = save_foundation(folder / "foundation", hidden_size=8)
     source = save_final_checkpoint(
         folder / "final", foundation, num_experts=2, rank=1, hidden_size=8, tokenizer=False
@@ -76,7 +81,7 @@ def repo(folder: Path, layout: str) -> list[Path]:
     if layout == "adapter":
         for path in [made / "config.json", *made.glob("experts/*/adapter_config.json")]:
             change_json(path, base_model_name_or_path=AWAY)
-    return [made]
+    return made
 
 
 def tokenizer(folder: Path) -> list[Path]:
@@ -170,7 +175,7 @@ def results(folder: Path) -> list[Path]:
 
 def card(folder: Path) -> list[Path]:
     """A README.md as an export writes it, with what a person added."""
-    (made,) = repo(folder, "adapter")
+    made = repo(folder, "adapter")
     text = (made / "README.md").read_text()
     text = text.replace("---\n", "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n", 1)
     for path in made.iterdir():

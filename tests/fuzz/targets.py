@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,14 +143,13 @@ def _read_source(folder: Path, number: int) -> None:
 
 FIXED = ("base/*.safetensors", "base/token*", "base/chat*")
 
-target("adapter", seeds.adapter, 230)(_read_source)
-target("adapter with foundation", seeds.fitted_adapter, 50, FIXED)(_read_source)
-target("final checkpoint", seeds.final_checkpoint, 60)(_read_source)
+target("adapter", seeds.adapter, 236)(_read_source)
+target("adapter with foundation", seeds.fitted_adapter, 52, FIXED)(_read_source)
+target("final checkpoint", seeds.final_checkpoint, 52)(_read_source)
 target("trainer checkpoint", seeds.trainer_checkpoint, 60, ("*.pt", "*.pth", "*.bin"))(_read_source)
 
 
-@target("full repo", partial(seeds.repo, layout="full"), 50, ("*.py",))
-@target("light repo", partial(seeds.repo, layout="adapter"), 50, ("*.py",))
+@target("exported repo", seeds.repos, 60, ("*.py",))
 def _read_repo(folder: Path, number: int) -> None:
     if number % 100 == 0:
         verify(folder)
@@ -183,7 +181,7 @@ def _read_runs(folder: Path, number: int) -> None:
         run.differences(runs[0])
 
 
-@target("journals", seeds.journal, 140)
+@target("journals", seeds.journal, 156)
 def _read_journals(folder: Path, number: int) -> None:
     journal = SampleJournal(folder / "samples.jsonl")
     sanitizing._read(journal.sanitized_path)
@@ -191,18 +189,18 @@ def _read_journals(folder: Path, number: int) -> None:
     make_samples._stops(SimpleNamespace(samples="samples.jsonl", max_new_tokens=16), samples)
 
 
-@target("router prompts", seeds.prompts, 50)
+@target("router prompts", seeds.prompts, 60)
 def _read_prompts(folder: Path, number: int) -> None:
     experts = [SimpleNamespace(name=name) for name in ("one", "two")]
     read_prompts(folder / "prompts.yaml", SimpleNamespace(experts=experts, router=None))
 
 
-@target("results", seeds.results, 50)
+@target("results", seeds.results, 60)
 def _read_results(folder: Path, number: int) -> None:
     read_scores([f"router={folder / 'eval_results.json'}"])
 
 
-@target("card", seeds.card, 50)
+@target("card", seeds.card, 52)
 def _read_card(folder: Path, number: int) -> None:
     path = folder / "README.md"
     new = "---\ntags: [lora]\n---\n\n<!-- dylora-moe: -->\n"
@@ -212,6 +210,6 @@ def _read_card(folder: Path, number: int) -> None:
     stored_licence(SimpleNamespace(folders=[open_folder(folder)], routing_strategy="router"))
 
 
-@target("checksums", seeds.checksums, 50)
+@target("checksums", seeds.checksums, 52)
 def _read_sums(folder: Path, number: int) -> None:
     read_checksums(folder)

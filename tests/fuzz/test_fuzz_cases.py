@@ -16,6 +16,6 @@ def test_a_kept_input_ends_well(case):
     assert run_input(case.read_bytes(), EVERY_KIND) is not None
 
 
-def test_shares_are_of_a_thousand():
+def test_every_target_has_its_share():
     assert sum(target.share for target in TARGETS.values()) == 1000
     assert min(target.share for target in TARGETS.values()) >= 50
