@@ -78,9 +78,8 @@ def repo(folder: Path, layout: str) -> Path:
     made = export(source, folder / layout, layout=layout, verify=False).output_dir
     for path in [*made.glob("tokenizer*"), *made.glob("chat_template*")]:
         path.unlink()
-    if layout == "adapter":
-        for path in [made / "config.json", *made.glob("experts/*/adapter_config.json")]:
-            change_json(path, base_model_name_or_path=AWAY)
+    for path in [made / "config.json", *made.glob("experts/*/adapter_config.json")]:
+        change_json(path, base_model_name_or_path=AWAY)
     return made
 
 

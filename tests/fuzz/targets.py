@@ -70,7 +70,7 @@ class Target:
         }
 
     def run(self, files: dict[str, bytes], number: int) -> None:
-        """Read a folder of these files; errors that are written for the user are a right end."""
+        """Read a folder of these files, as `read` does."""
         if self._folder is None:
             self._prepare()
         for name in self._written.keys() - files.keys():
@@ -80,8 +80,7 @@ class Target:
             if self._written.get(name) != files[name]:
                 (self._folder / name).write_bytes(files[name])
                 self._written[name] = files[name]
-        with suppress(DyloraMoeError):
-            self.read(self._folder, number)
+        self.read(self._folder, number)
 
     def _prepare(self) -> None:
         """Make the folder, with the files that no input holds, and without the others."""
@@ -114,6 +113,8 @@ EVERY_KIND = range(1, 4)  # numbers with which a target does everything that tak
 def run_input(data: bytes, numbers: Iterable[int] = ()) -> str | None:
     """Run an input, and return its target's name; None where there is no such target.
 
+    Errors that are written for the user are a right end.
+
     Args:
         numbers: for the target; a number of the input's own if left out.
 
@@ -124,7 +125,8 @@ def run_input(data: bytes, numbers: Iterable[int] = ()) -> str | None:
     if name not in TARGETS:
         return None
     for number in numbers or [zlib.crc32(data)]:
-        TARGETS[name].run(files, number)
+        with suppress(DyloraMoeError):
+            TARGETS[name].run(files, number)
     return name
 
 
