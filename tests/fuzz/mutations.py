@@ -32,6 +32,7 @@ ODD = [
 NAMES = [
     "", "x", "../x", "/x", "\0", "name", "r", "auto_map", "model_type", "quantization_config", "vocab_file", "rank_pattern",
     "target_parameters", "modules_to_save", "__type", "0", "_name_or_path", "architectures",
+    "num_labels", "attention_types", "layer_types", "rope_parameters",
 ]  # fmt: skip
 NUMBERS = [0, 1, -1, 2, 4, 8, 16, 32, 127, 2**31, 2**32, 2**62, 2**63 - 1, 2**64, 1.5, "1", None, True, []]
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "", "x", 3, None]
