@@ -202,8 +202,6 @@ class FoundModel:
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
         arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-        if not ours:
-            arguments["trust_remote_code"] = self.trust_remote_code
         for name, value in (("device_map", device_map), ("attn_implementation", attn_implementation)):
             if value is not None:
                 arguments[name] = value
@@ -220,7 +218,11 @@ class FoundModel:
                     refuse_other_weights(open_folder(self.folder))
                 read_generation_config(str(self.folder), {})  # transformers takes a damaged one for none
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    self.folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+                    self.folder,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=self.trust_remote_code,
+                    **arguments,
                 )
                 check_all_weights(self.source, report, may_hold_more=not self.is_mixture)
         except InputError:

@@ -8,6 +8,7 @@ computes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ..foundation.reference import load_foundation, load_foundation_config
-from ..sources.source_folder import SourceFolder
+from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference
 from ..tensors.pickle_limits import check_size
 from . import rounding
@@ -33,7 +34,7 @@ WRAPPER = "foundation_model."
 
 def reference(
     source_format: str,
-    folders: list[SourceFolder],
+    folders: Sequence[Path | SourceFolder],
     base_model: str | torch.nn.Module,
     base_revision: str | None,
     lora_alpha: float | None,
@@ -57,6 +58,7 @@ def reference(
     """
     if source_format not in (FINAL, TRAINER, WHOLE_MODEL, ADAPTERS):
         raise ValueError(f"no way to recompute a source of format {source_format!r}")
+    folders = [open_folder(folder) for folder in folders]
     if source_format == WHOLE_MODEL:
         model, names, own_gate = _whole_model(folders[0], base_model, base_revision, lora_alpha, precision)
         round_adapters(model, dtype)

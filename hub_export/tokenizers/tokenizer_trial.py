@@ -11,10 +11,11 @@ One process serves all trials of a command. It forks for each.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
+import importlib
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -47,9 +48,11 @@ KEPT_VARIABLES = (
     "SYSTEMROOT",
 )
 
+# Tokenizers need no PyTorch, whose import takes longer than all else.
 _START = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
+sys.modules["torch"] = None
 from dylora_moe.hub_export.tokenizers.tokenizer_trial import serve
 serve()
 """
@@ -71,7 +74,7 @@ def try_tokenizer(folder: Path, config: Any) -> None:
     if digest in _passed:
         return
     with _lock:
-        problem = _process().ask({"folder": str(folder), "config": _portable(config)})
+        problem = _process().ask({"folder": str(folder), **_config_fields(config)})
     if problem is not None:
         raise TrialError(problem)
     _passed.add(digest)
@@ -83,9 +86,7 @@ class TrialError(Exception):
 
 def _digest(folder: Path, config: Any) -> str:
     """Hash all that decides what a trial does."""
-    found = hashlib.sha256(
-        repr((type(config), config.model_type, getattr(config, "_name_or_path", None))).encode()
-    )
+    found = hashlib.sha256(json.dumps(_config_fields(config)).encode())
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             found.update(f"\n{path.relative_to(folder)}\n".encode())
@@ -93,16 +94,28 @@ def _digest(folder: Path, config: Any) -> str:
     return found.hexdigest()
 
 
-def _portable(config: Any) -> bytes:
-    """Pickle a config; of one whose class is a repo's own code, what decides the tokenizer's class."""
+def _config_fields(config: Any) -> dict[str, Any]:
+    """Give what of a config decides the tokenizer's class."""
+    names = ("model_type", "model_name", "tokenizer_class", "_name_or_path", "transformers_version")
+    fields = {name: getattr(config, name, None) for name in names}
+    return {
+        "module": type(config).__module__,
+        "class": type(config).__name__,
+        "fields": {name: value for name, value in fields.items() if isinstance(value, str)},
+    }
+
+
+def _config(request: dict[str, Any]) -> Any:
+    """Make a config of the same class, if that is transformers' own, with these fields."""
     from transformers import PreTrainedConfig
 
-    if type(config).__module__.startswith("transformers_modules"):
-        names = ("tokenizer_class", "_name_or_path", "transformers_version", "model_name")
-        fields = {name: getattr(config, name, None) for name in names}
-        model_type, config = config.model_type, PreTrainedConfig(**fields)
-        config.model_type = model_type
-    return pickle.dumps(config)
+    config = PreTrainedConfig()
+    if request["module"].startswith("transformers."):
+        with contextlib.suppress(Exception):  # a class may need more than that to be made
+            config = getattr(importlib.import_module(request["module"]), request["class"])()
+    for name, value in request["fields"].items():
+        setattr(config, name, value)
+    return config
 
 
 class _Trials:
@@ -130,7 +143,7 @@ class _Trials:
 
     def ask(self, request: dict[str, Any]) -> str | None:
         """Run one trial, and return what is wrong with the tokenizer; None for nothing."""
-        pickle.dump(request, self._process.stdin)
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
         if not answer:
@@ -165,12 +178,8 @@ def serve() -> None:
     requests, answers = sys.stdin.buffer, os.dup(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
-    while True:
-        try:
-            request = pickle.load(requests)
-        except EOFError:
-            return
-        os.write(answers, json.dumps(_fork(request)).encode() + b"\n")
+    for line in requests:
+        os.write(answers, json.dumps(_fork(json.loads(line))).encode() + b"\n")
 
 
 def _fork(request: dict[str, Any]) -> str | None:
@@ -180,10 +189,11 @@ def _fork(request: dict[str, Any]) -> str | None:
     if child == 0:
         os.close(reading)
         try:
-            problem = _try(Path(request["folder"]), pickle.loads(request["config"]))
+            problem = _try(Path(request["folder"]), _config(request))
         except BaseException as error:  # a panic of the library in Rust is no Exception
             problem = str(error) or type(error).__name__
-        os.write(writing, json.dumps(problem)[:MOST_CHARACTERS].encode())
+        said = None if problem is None else problem[:MOST_CHARACTERS]
+        os.write(writing, json.dumps(said).encode())
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as file:

@@ -48,7 +48,8 @@ def write_scored_run(folder, strategy, solved, *, n_samples=1, plus=True, **fiel
     of them.
     """
     name = f"{fields.get('model_label', 'mixture')}_hf_{strategy.replace(':', '-')}_temp_0.0"
-    path = folder / "humaneval" / f"{name}.jsonl"
+    benchmark = fields.setdefault("benchmark", "humaneval")
+    path = folder / benchmark / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "".join(json.dumps({"task_id": task_id, "solution": strategy}) + "\n" for task_id in TASKS)
@@ -69,8 +70,8 @@ def write_scored_run(folder, strategy, solved, *, n_samples=1, plus=True, **fiel
     results_path.write_text(json.dumps({"date": "", "hash": "data-hash", "eval": results}))
     run = Run(
         folder=folder,
-        samples=f"humaneval/{name}.jsonl",
-        results=f"humaneval/{name}_eval_results.json",
+        samples=f"{benchmark}/{name}.jsonl",
+        results=f"{benchmark}/{name}_eval_results.json",
         samples_sha256=file_sha256(path),
         results_sha256=file_sha256(results_path),
         routing_strategy=strategy,
@@ -80,7 +81,6 @@ def write_scored_run(folder, strategy, solved, *, n_samples=1, plus=True, **fiel
             "model_label": "mixture",
             "model_sha256": "model-hash",
             "expert_names": ["sorter", "speller"],
-            "benchmark": "humaneval",
             "dataset_hash": "data-hash",
             "task_ids": list(TASKS),
             "temperature": 0.0,

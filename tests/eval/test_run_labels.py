@@ -155,7 +155,8 @@ def test_a_file_of_ones_own_is_not_titled_as_the_benchmark_alone(
     path.write_bytes(problems_file.read_bytes())
     monkeypatch.setattr(module, variable, str(path))
     data = load_benchmark(name)
-    run = leave_run(tmp_path, benchmark=name, dataset_file=data.file, task_ids=data.task_ids)
+    samples = f"{name}/own.jsonl"
+    run = leave_run(tmp_path, samples=samples, benchmark=name, dataset_file=data.file, task_ids=data.task_ids)
     page = (write_report(run.folder)).read_text()
     assert f"{label}, 24 tasks, greedy" in page and f"on {label}, 24 tasks" in page
 

@@ -104,7 +104,7 @@ def test_an_adapter_of_several_kinds_rounded_as_an_export_rounds_it(adapter, fou
     one."""
     plain = save_adapter(tmp_path / "plain", foundation, seed=1)
     mixture = read(adapter, plain)
-    folders = [folder.path for folder in mixture.folders]
+    folders = mixture.folders
     rows = torch.randint(0, VOCABULARY, (1, 6))
     arguments = (str(foundation), None, None, {}, torch.bfloat16)
     results = reference(mixture.format, folders, *arguments).quantities(rows)

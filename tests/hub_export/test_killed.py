@@ -93,7 +93,7 @@ def run():
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs fork, and the exchange of two folders is Linux's"
 )
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("adapter", of=["full", "adapter"]))
 @pytest.mark.parametrize("overwrite", slow_but(True, of=[False, True]))
 def test_killed_at_any_moment(run, checkpoint, tmp_path, layout, overwrite):
     """Six moments for each layout, with and without an old repo. The check against the source is left out,

@@ -154,7 +154,8 @@ def test_a_push_holds_the_repos_files_and_nothing_of_the_export_before(hub, fold
 @pytest.mark.parametrize("left_out", ["fast_*.py", "fast_kernels_*.py"])
 def test_a_repo_of_a_package_without_optional_files_is_sent_whole(folders, tmp_path, monkeypatch, left_out):
     package, repo = tmp_path / "package", tmp_path / "repo"
-    shutil.copytree(Path(saving_dylora_moe.__file__).parent, package)
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(saving_dylora_moe.__file__).parent, package, ignore=compiled)
     for file in package.glob(left_out):
         file.unlink()
     shutil.copytree(folders / "full", repo, ignore=shutil.ignore_patterns("*.py"))

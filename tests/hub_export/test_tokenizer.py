@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_foundation
+from helpers_slow import slow_but
 from helpers_tokenizers import byte_level, remove_tokenizer, sentencepiece_kind, write_tokenizer_files
 from huggingface_hub import constants
 from transformers import (
@@ -149,7 +150,7 @@ def family_config(model_type):
 
 
 @pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
-@pytest.mark.parametrize("declared", DECLARED)
+@pytest.mark.parametrize("declared", slow_but("LlamaTokenizer", of=DECLARED))
 def test_every_family_with_a_foreign_class(declared, kind, tmp_path):
     """Beside a config of each family that has a tokenizer in transformers; what stock cannot load is not
     compared."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers_checkpoints import change_json, save_adapter, write_json
+from helpers_slow import slow_but
 from helpers_tokenizers import byte_level, remove_tokenizer, sentencepiece_kind, write_tokenizer_files
 from transformers import AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -75,7 +76,7 @@ def holds_secret(folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
-@pytest.mark.parametrize("way", attacks(""))
+@pytest.mark.parametrize("way", slow_but("an argument", "a file's argument", of=attacks("")))
 def test_no_class_reads_a_file_that_its_arguments_name(way, secret, tmp_path):
     for tokenizer_class in sorted({name for name in TOKENIZER_MAPPING_NAMES.values() if name}):
         folder = tmp_path / tokenizer_class
@@ -89,7 +90,7 @@ def test_no_class_reads_a_file_that_its_arguments_name(way, secret, tmp_path):
 
 
 @pytest.mark.parametrize("way", attacks(""))
-@pytest.mark.parametrize("place", ["adapter", "foundation", "option"])
+@pytest.mark.parametrize("place", slow_but("option", of=["adapter", "foundation", "option"]))
 def test_an_export_publishes_no_file_that_a_tokenizer_names(way, place, secret, foundation, tmp_path, capsys):
     base = shutil.copytree(foundation, tmp_path / "base")
     source = save_adapter(tmp_path / "adapter", foundation)

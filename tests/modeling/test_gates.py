@@ -162,7 +162,7 @@ def test_it_goes_the_default_path_where_nothing_else_would_keep_it_from_another(
     assert type(foundation)._can_compile_fullgraph
     model = mixture(foundation)
     arguments = {
-        "routing_strategy": "single:all", "past_key_values": transformers.DynamicCache(config=model.foundation.config),
+        "routing_strategy": "single:all", fast.CACHE: transformers.DynamicCache(config=model.foundation.config),
         "use_cache": True,
     }  # fmt: skip
     assert (

@@ -162,7 +162,7 @@ def test_experts_on_what_stays_in_float32_with_the_gate(tmp_path):
     """transformers goes by the name, and a module of the foundation may have the gate's."""
 
     class Block(LlamaForCausalLM):
-        def __init__(self, config):
+        def __init__(self, config, trust_remote_code=False):
             super().__init__(config)
             self.model.layers[0].router = torch.nn.Module()
             self.model.layers[0].router.gate = torch.nn.Linear(32, 4)

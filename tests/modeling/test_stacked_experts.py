@@ -352,7 +352,7 @@ def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
     model = mixture()
     monkeypatch.setattr(fast, "DEVICES", ("cpu",))
     arguments = {
-        "routing_strategy": "single:both", "past_key_values": transformers.DynamicCache(config=model.foundation.config),
+        "routing_strategy": "single:both", fast.CACHE: transformers.DynamicCache(config=model.foundation.config),
         "use_cache": True,
     }  # fmt: skip
     assert (
