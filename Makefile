@@ -9,7 +9,9 @@ INSTALLED := $(VENV)/.installed
 LOWEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test test-slow test-clients test-versions lint format clean
+RUNS ?= 1000000
+
+.PHONY: demo test fuzz test-slow test-clients test-versions lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
@@ -22,6 +24,12 @@ test: lint
 # The suites that take minutes. HUMANEVAL_OVERRIDE_PATH names EvalPlus's HumanEvalPlus.jsonl(.gz), where there is one.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# RUNS damaged and hostile inputs through the code that reads what others made. What reached new code stays below .fuzz/,
+# where a finding is put, too.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet 'atheris>=3'
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run .fuzz -runs=$(RUNS)
 
 # Other projects' libraries on a mixture, each in an environment of its own that pip makes from the package index.
 test-clients: $(INSTALLED)
@@ -49,4 +57,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .versions demo_output build dist *.egg-info
+	rm -rf $(VENV) .versions .fuzz demo_output build dist *.egg-info

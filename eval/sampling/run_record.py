@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from filelock import FileLock
 
@@ -213,12 +214,8 @@ def read_runs(folder: str | Path) -> list[Run]:
         return []
     open_results(folder)
     content = read_versioned(path, FORMAT_VERSION, "choose another -o")
-    known = {entry.name for entry in fields(Run)}
     try:
-        runs = [
-            Run(folder=folder, **{name: value for name, value in values.items() if name in known})
-            for values in content["runs"].values()
-        ]
+        runs = [_recorded(folder, values) for values in content["runs"].values()]
         for run in runs:
             _check_name(run)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -242,6 +239,28 @@ def _results_of(samples: str) -> str:
     return samples.removesuffix(".jsonl") + "_eval_results.json"
 
 
+def _recorded(folder: Path, values: dict[str, Any]) -> Run:
+    """Raises TypeError or AttributeError: a field is missing, or no value of its kind."""
+    kinds = get_type_hints(Run)
+    known = {name: value for name, value in values.items() if name in kinds}
+    for name, value in known.items():
+        if not _is_of(value, kinds[name]):
+            raise TypeError(f"{name} is not {Run.__annotations__[name]}")
+    return Run(folder=folder, **known)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of an annotated kind; a whole number is a fraction, too."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is UnionType:
+        return any(_is_of(value, entry) for entry in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(entry, inner[0]) for entry in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(entry, inner[1]) for entry in value.values())
+    return isinstance(value, int | float if kind is float else kind)
+
+
 def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
     """Read a JSON file that states its `format_version`.
 
@@ -255,7 +274,7 @@ def read_versioned(path: Path, latest: int, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = int(content["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
     if version > latest:
         raise InputError(

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dylora_moe.hub_export.errors import InputError
 
@@ -102,14 +102,22 @@ def _read(path: Path) -> tuple[Samples, int]:
             break  # the process ended while it was writing this
         try:
             entry = json.loads(line)
-            tokens = [int(token) for token in entry["tokens"]]
-            samples[entry["task_id"], int(entry["sample"])] = Sample(tokens, entry.get("stop"))
-        except (ValueError, KeyError, TypeError) as error:
+            samples[entry["task_id"], int(entry["sample"])] = _sample(entry)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{path}: line {number} is damaged; remove the file to make its samples again"
             ) from error
         whole += len(line)
     return samples, whole
+
+
+def _sample(entry: dict[str, Any]) -> Sample:
+    """Raises KeyError, TypeError, ValueError or OverflowError: a field is missing or no such thing."""
+    tokens = [int(token) for token in entry["tokens"]]
+    stop = entry.get("stop")
+    if stop is not None and not isinstance(stop, str):
+        raise TypeError(f"stop is a {type(stop).__name__}")
+    return Sample(tokens, stop)
 
 
 __all__ = ["Sample", "SampleJournal", "Samples"]

@@ -232,9 +232,10 @@ def _read(kept: Path) -> dict[str, Sanitized]:
         for line in kept.read_bytes().splitlines():
             try:
                 key, text, problem = json.loads(line)
-                done[key] = Sanitized(text, problem)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
+            if isinstance(key, str) and isinstance(text, str):
+                done[key] = Sanitized(text, problem)
     return done
 
 

@@ -19,10 +19,12 @@ MOST_VALUES = 4_000_000
 MOST_IN_CONFIG = 1_000_000
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
 # transformers makes lists of this length of a config; the deepest public models have less than 200 layers.
-COUNT_OF_LAYERS = re.compile(r"(.*_)?(n_?)?(layers?|depth|blocks?)", re.IGNORECASE)
-MOST_LAYERS = 10_000
+COUNT_OF_LAYERS = re.compile(r"(.*_)?(n_?)?(layers?|depth|blocks?)|attention_types", re.IGNORECASE)
+MOST_LAYERS = 1_000
+MOST_LABELS = 100_000  # of a classifier, each of which gets a name
 # Sizes, tokens and positions lie far below; 2^40 of them fit no memory.
 MOST_NUMBER = 2**32
+MOST_DEPTH = 100  # containers in containers; tokenizers and configs have less than 20
 
 
 def read_json(path: Path, most_bytes: int = MOST_TEXT) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def read_json(path: Path, most_bytes: int = MOST_TEXT) -> dict[str, Any]:
         raise InputError(why_unreadable(path) or f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    _check_depth(path, content)
     if path.name == "config.json":
         check_model_config(path, content)
     return content
@@ -66,26 +69,50 @@ def check_model_config(where: Path | str, fields: Any) -> None:
     Raises:
         InputError: one is larger than in any model; names it.
     """
-    waiting = [fields]
+    waiting = [("", fields)]
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += [entry for entry in value if isinstance(entry, list | dict)]
-        if not isinstance(value, dict):
-            continue
-        for name, entry in value.items():
-            if isinstance(entry, list | dict):
-                waiting.append(entry)
-            elif isinstance(entry, int) and not isinstance(entry, bool):
-                most = MOST_LAYERS if COUNT_OF_LAYERS.fullmatch(name) else MOST_NUMBER
-                if entry > most:
-                    raise InputError(
-                        f"{where}: {name} is {_shown(entry)}, and no model has more than {most:,}; correct it"
-                    )
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            # GPT-Neo's counts of layers; sizes of each layer are no counts
+            inside = name if name == "attention_types" else ""
+            waiting += [(inside, entry) for entry in value]
+        elif isinstance(value, int) and not isinstance(value, bool) and value > _most(name):
+            raise InputError(
+                f"{where}: {name} is {_shown(value)}, and no model has more than {_most(name):,}; correct it"
+            )
+
+
+def _most(name: str) -> int:
+    if COUNT_OF_LAYERS.fullmatch(name):
+        return MOST_LAYERS
+    return MOST_LABELS if name == "num_labels" else MOST_NUMBER
 
 
 def _shown(number: int) -> str:
     return str(number) if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"
+
+
+def _check_depth(path: Path, content: dict[str, Any]) -> None:
+    """Check that functions that call themselves for what is inside can go through it, as writing it again does.
+
+    Raises:
+        InputError: it is nested too deep.
+    """
+    level: list[Any] = [content]
+    for _ in range(MOST_DEPTH):
+        level = [
+            value
+            for container in level
+            for value in (container.values() if isinstance(container, dict) else container)
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return
+    raise InputError(
+        f"{path} is nested more than {MOST_DEPTH} deep, and no file of its kind is; look at what it holds"
+    )
 
 
 def why_unreadable(path: Path) -> str | None:

@@ -8,6 +8,7 @@ those are followed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ class SourceFolder:
     def is_link(self, name: str | PurePath) -> bool:
         """Whether this is a link, or lies in a folder that is one."""
         parts = PurePath(name).parts
-        return any(self.path.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts)))
+        return any(os.path.islink(self.path.joinpath(*parts[: depth + 1])) for depth in range(len(parts)))
 
     def entries(self) -> list[os.DirEntry[str]]:
         """List what is in the folder, whatever it is, sorted by name; links are told, not followed."""
@@ -182,11 +183,17 @@ def _roots(path: Path) -> list[Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether there is something that is neither a file nor a folder."""
+    """Whether there is something that is neither a file nor a folder.
+
+    Raises:
+        InputError: no file can have such a long name.
+    """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # nothing is there, or no path of that length
-        return False
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise InputError(f"{str(path)[:200]}… is no name of a file, it is too long") from error
+        return False  # nothing is there
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 

@@ -68,16 +68,7 @@ def load_torch_file(path: Path) -> Any:
             or f"{path} holds more than tensors, or is damaged ({one_line(error, 120)}); "
             "it was not opened, because pickled code could run"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # of a damaged pickle, torch raises AssertionError, struct.error and others
         raise InputError(
             why_unreadable(path)
             or f"{path} cannot be read: {one_line(error)}; the file is damaged or incomplete, copy it again"

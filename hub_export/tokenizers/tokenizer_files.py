@@ -81,7 +81,8 @@ def copy_tokenizer(folder: SourceFolder, target: Path) -> None:
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair stays \ud800
 
 
 @lru_cache(maxsize=64)  # a file of tens of megabytes, which an export copies several times

@@ -151,7 +151,7 @@ class _Trials:
             answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
         except BrokenPipeError:
             answer = b""
-        except BaseException:  # Ctrl-C: this answer, when it comes, is none to the next question
+        except BaseException:  # interrupted: the next question must not read this one's answer
             self.end()
             raise
         if not answer:
@@ -161,10 +161,11 @@ class _Trials:
 
     def end(self) -> None:
         atexit.unregister(self.end)
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 _passed: set[str] = set()

@@ -138,7 +138,7 @@ def test_an_answer_that_nobody_waited_for_is_not_the_next_one(folder, monkeypatc
         raise KeyboardInterrupt
 
     class Answers:
-        readline = staticmethod(interrupted)
+        readline, close = staticmethod(interrupted), staticmethod(no_trial)
 
     load_tokenizer(folder)
     trials = tokenizer_trial._process()
