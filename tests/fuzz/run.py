@@ -108,9 +108,8 @@ def main() -> None:
         fuzzer.kept[name] = entry.first_inputs()
         for number, data in enumerate(fuzzer.kept[name]):
             (inputs / f"{name.replace(' ', '-')}-{number}").write_bytes(data)
-            targets.run_input(
-                data, [0, *targets.EVERY_KIND]
-            )  # imports and starts what takes longer than an input may
+            # Imports and starts what takes longer than an input may.
+            targets.run_input(data, [0, *targets.EVERY_KIND])
     arguments = [*LIMITS, f"-artifact_prefix={folder}/", *options, str(inputs)]
     atheris.Setup([sys.argv[0], *arguments], fuzzer.run, custom_mutator=fuzzer.mutate)
     atheris.Fuzz()
