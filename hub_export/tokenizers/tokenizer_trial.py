@@ -143,9 +143,13 @@ class _Trials:
 
     def ask(self, request: dict[str, Any]) -> str | None:
         """Run one trial, and return what is wrong with the tokenizer; None for nothing."""
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()  # JSON: what an unknown tokenizer moved wrote it
+        except BaseException:  # interrupted: the next question must not read this one's answer
+            self.end()
+            raise
         if not answer:
             self.end()
             return "the process that tries it ended"
@@ -153,9 +157,11 @@ class _Trials:
 
     def end(self) -> None:
         atexit.unregister(self.end)
-        self._process.stdin.close()
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 _passed: set[str] = set()
