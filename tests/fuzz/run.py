@@ -31,7 +31,7 @@ from .inputs import pack, unpack
 from .mutations import change_file
 
 
-LIMITS = ["-timeout=5", "-rss_limit_mb=2500", "-max_len=200000", "-len_control=0", "-report_slow_units=2"]
+LIMITS = ["-timeout=5", "-rss_limit_mb=2500", "-max_len=60000", "-len_control=0", "-report_slow_units=2"]
 MOST_KEPT = 400  # inputs of a target that are changed further
 EVERY = 50_000  # inputs, after which the counts are printed
 
