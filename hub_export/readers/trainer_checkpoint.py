@@ -44,6 +44,7 @@ DESCRIPTION = "config.json, peft_adapters/expert_<i>/expert_<i>/adapter_model.sa
 
 ROUTER_FILES = ("router.safetensors", "router.pt")
 GATE = {"weight": "gate.weight", "bias": "gate.bias"}
+MOST_TOLD = 8  # missing experts that are looked for in other checkpoints, one by one
 # what the router's file may hold beside the gate without computing anything else
 ROUTER_SETTINGS = ("expert_maturity", "top_k", "temperature", "num_experts", "input_size")
 
@@ -112,7 +113,11 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
             "correct whichever is wrong"
         )
     configs: list[tuple[SourceFolder, dict[str, Any]]] = []
-    experts = [_read_expert(folder, index, places.get(index), configs, problems) for index in range(expected)]
+    missing = [index for index in range(expected) if index not in places]
+    told = sorted([*places, *missing[:MOST_TOLD]])
+    experts = [_read_expert(folder, index, places.get(index), configs, problems) for index in told]
+    if len(missing) > MOST_TOLD:
+        problems.append(f"{folder}/peft_adapters lacks {len(missing) - MOST_TOLD} more experts")
     return Mixture(
         format=FORMAT,
         folders=folders,

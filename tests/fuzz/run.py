@@ -31,7 +31,7 @@ from .inputs import pack, unpack
 from .mutations import change_file
 
 
-LIMITS = ["-timeout=5", "-rss_limit_mb=2500", "-max_len=200000", "-len_control=0", "-report_slow_units=2"]
+LIMITS = ["-timeout=5", "-rss_limit_mb=2500", "-max_len=60000", "-len_control=0", "-report_slow_units=2"]
 MOST_KEPT = 400  # inputs of a target that are changed further
 EVERY = 50_000  # inputs, after which the counts are printed
 
@@ -108,9 +108,8 @@ def main() -> None:
         fuzzer.kept[name] = entry.first_inputs()
         for number, data in enumerate(fuzzer.kept[name]):
             (inputs / f"{name.replace(' ', '-')}-{number}").write_bytes(data)
-            targets.run_input(
-                data, [0, *targets.EVERY_KIND]
-            )  # imports and starts what takes longer than an input may
+            # Imports and starts what takes longer than an input may.
+            targets.run_input(data, [0, *targets.EVERY_KIND])
     arguments = [*LIMITS, f"-artifact_prefix={folder}/", *options, str(inputs)]
     atheris.Setup([sys.argv[0], *arguments], fuzzer.run, custom_mutator=fuzzer.mutate)
     atheris.Fuzz()

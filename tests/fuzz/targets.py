@@ -107,7 +107,7 @@ def target(name: str, make: Callable[[Path], list[Path]], share: int, fixed: tup
     return add
 
 
-EVERY_KIND = range(1, 4)  # numbers with which a target does everything that takes no time
+EVERY_KIND = range(1, 7)  # numbers with which a target does everything that takes no time
 
 
 def run_input(data: bytes, numbers: Iterable[int] = ()) -> str | None:
@@ -155,8 +155,9 @@ target("trainer checkpoint", seeds.trainer_checkpoint, 60, ("*.pt", "*.pth", "*.
 def _read_repo(folder: Path, number: int) -> None:
     if number % 100 == 0:
         verify(folder)
-    elif number % 3 == 0:
+    elif number % 6 == 0:
         foreign_files(folder)
+    elif number % 3 == 0:
         check_foundation(open_folder(folder), repo_files(folder))
     else:
         _read_source(folder, number)
