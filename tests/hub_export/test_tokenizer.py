@@ -149,7 +149,7 @@ def family_config(model_type):
     return config
 
 
-@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+@pytest.mark.parametrize("kind", slow_but("byte level", of=["byte level", "sentencepiece"]))
 @pytest.mark.parametrize("declared", slow_but("LlamaTokenizer", of=DECLARED))
 def test_every_family_with_a_foreign_class(declared, kind, tmp_path):
     """Beside a config of each family that has a tokenizer in transformers; what stock cannot load is not
@@ -275,6 +275,7 @@ def test_a_class_without_its_vocabulary_is_refused_where_the_foundation_is_not_a
         export(source, tmp_path / "repo", layout="adapter", verify=False)
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_tells_the_time_is_no_difference(granite_adapter, tmp_path):
     source = shutil.copytree(granite_adapter, tmp_path / "adapter")
     template = "{{ strftime_now('%H:%M:%S.%f') }} {{ messages[0]['content'] }}"

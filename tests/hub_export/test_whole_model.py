@@ -331,7 +331,7 @@ DAMAGES = {
     "alpha is text": (set_config(_dylora_lora_alpha="8"), ["'8'", "number"]),
     "alpha is not a number": (set_config(_dylora_lora_alpha=float("nan")), ["nan", "finite number"]),
     "other vocabulary": (set_config(vocab_size=98), ["weight of its base model is [97, 32]", "[98, 32]"]),
-    "countless layers": (set_config(num_hidden_layers=9999), ["9999 layers"]),
+    "countless layers": (set_config(num_hidden_layers=999), ["999 layers"]),
     "layers are text": (set_config(num_hidden_layers="two"), ["config.json"]),
     "no causal model": (set_config(model_type="clip_vision_model"), ["no causal language model"]),
     "shard elsewhere": (shard(point_outside), ["'../model-00001-of-00002.safetensors'"]),

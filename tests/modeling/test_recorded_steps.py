@@ -168,7 +168,7 @@ SCALED = [scaled_forward, scaled_activation, scaled_forward_of_the_class, scaled
 
 @pytest.mark.parametrize(
     "scaled",
-    slow_but(scaled_forward, of=[*SCALED, scaled_positions_by_no_function]),
+    slow_but(scaled_activation, of=[*SCALED, scaled_positions_by_no_function]),
     ids=lambda scaled: scaled.__name__,
 )
 def test_replacements_that_come_and_go_one_after_the_other(monkeypatch, scaled):
@@ -368,6 +368,7 @@ def test_an_ensembles_step_is_one_batch(monkeypatch):
     assert rows and set(rows) == {3 * model.config.num_experts} and RecordedGraph.replays == 11
 
 
+@pytest.mark.slow
 def test_a_shallow_copy_outlives_its_model():
     model = build(seed=7)
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
@@ -397,6 +398,7 @@ def test_streams_to_record_on_go_from_a_model_that_is_gone_to_the_next(monkeypat
     assert third.handle is not fourth.handle
 
 
+@pytest.mark.slow
 def test_a_model_whose_graphs_were_all_dropped_records_on_its_stream_in_a_new_pool(monkeypatch):
     handles = itertools.count()
     monkeypatch.setattr(fast_sessions, "GraphPool", GraphPool)

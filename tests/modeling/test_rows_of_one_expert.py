@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers_graphs import GREEDY, RecordedGraph, ordinary_and_fast, record_on_a_cpu
 from helpers_models import PAD, build, left_padded, random_rows
+from helpers_slow import slow_but
 from transformers import OPTConfig
 
 
@@ -21,7 +22,7 @@ BATCH = left_padded(random_rows((9, 5, 7), seed=2))
 ONE = {name: rows[:1] for name, rows in BATCH.items()}
 
 
-@pytest.fixture(autouse=True, params=["called", "recorded"])
+@pytest.fixture(autouse=True, params=slow_but("called", of=["called", "recorded"]))
 def how(monkeypatch, request):
     """A step is called as it is, or recorded and replayed."""
     monkeypatch.setattr(fast, "DEVICES", ("cpu",))
