@@ -514,6 +514,7 @@ def test_a_check_that_does_not_answer_is_given_up(monkeypatch):
     assert "did not answer" in verdicts[0].lost
 
 
+@pytest.mark.slow
 def test_an_answer_that_came_in_time_is_read_however_late(monkeypatch):
     """As after a stop from the terminal, which the checking processes do not get."""
     monkeypatch.setattr(checking_process, "CHECK_SECONDS", 3)

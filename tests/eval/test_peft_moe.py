@@ -445,6 +445,7 @@ def test_the_examples_run(checkpoint, tmp_path, capsys):
     assert (tmp_path / "worth" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_samples_are_scored_anew(checkpoint, problems, tmp_path, capsys):
     folder = tmp_path / "old"
     path = Path(run_codegen(model=checkpoint, root=tmp_path / "new", dtype="float32", max_new_tokens=8))

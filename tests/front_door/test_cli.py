@@ -66,6 +66,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_whole_path_in_processes_of_its_own(checkpoint, tmp_path):
     exported = command("export", checkpoint, "-o", tmp_path / "repo", "--router-mode", "sparse", "--json")
     assert exported.returncode == 0, exported.stderr

@@ -229,6 +229,7 @@ def test_a_hostile_or_damaged_artifact_leaves_nothing(server, repo, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"home"} and not Path("/tmp/evil.txt").exists()
 
 
+@pytest.mark.slow
 def test_names_keys_and_servers_that_are_wrong_are_one_line(server, repo, tmp_path):
     home = tmp_path / "home"
     pull = {"call": "pull", "output_dir": tmp_path / "out"}

@@ -69,7 +69,10 @@ def test_the_process_has_no_secrets(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [(FOREVER, "more than 4 seconds"), ("{{ 'a' * 9000000000 }}", "400 MiB")],
+    [
+        pytest.param(FOREVER, "more than 4 seconds", marks=pytest.mark.slow),
+        ("{{ 'a' * 9000000000 }}", "400 MiB"),
+    ],
     ids=["endless", "huge"],
 )
 def test_a_chat_template_ends_within_limits(folder, template, expected):

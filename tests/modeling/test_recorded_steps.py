@@ -166,6 +166,7 @@ def times(factor, rotate, *args, **kwargs):
 SCALED = [scaled_forward, scaled_activation, scaled_forward_of_the_class, scaled_positions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scaled",
     slow_but(scaled_activation, of=[*SCALED, scaled_positions_by_no_function]),
