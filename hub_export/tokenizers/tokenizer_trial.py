@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..restrictions import confine_reading, drop_privileges, end_with_parent
 from .tokenizer_comparison import behaviour
 
 
@@ -193,6 +192,8 @@ def serve() -> None:
 
 def _fork(request: dict[str, Any]) -> str | None:
     """Run a trial in a process that ends with it; return what is wrong with the tokenizer."""
+    from ..restrictions import end_with_parent  # which other systems than these cannot import
+
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -233,6 +234,8 @@ def _end_with_command(answers: int, child: int) -> None:
 
 def _try(folder: Path, config: Any) -> str | None:
     from transformers import AutoTokenizer
+
+    from ..restrictions import confine_reading, drop_privileges
 
     with open("/proc/self/statm" if sys.platform == "linux" else os.devnull, "rb") as sizes:
         _limit(sizes, SECONDS_TO_LOAD, BYTES_TO_LOAD)

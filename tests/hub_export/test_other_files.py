@@ -211,7 +211,7 @@ HARMFUL = {
 
 @pytest.mark.parametrize("case", HARMFUL)
 def test_what_loaders_would_open_is_wrong(repo, tmp_path, case):
-    """Without a list of checksums, which whoever made the repo need not have kept."""
+    """Without a list of checksums, which a hostile repo need not have."""
     mark = tmp_path / "ran"
     damage, what, expected, load = HARMFUL[case]
     (repo / "SHA256SUMS").unlink()
