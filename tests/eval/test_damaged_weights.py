@@ -1,18 +1,17 @@
 """Tensors that are missing are not zeros, and those of no use are not passed over: every loader names them."""
 
-import contextlib
 import functools
-import io
 import shutil
 
 import pytest
 import torch
 from helpers_checkpoints import change_json, snapshot
+from helpers_cli import run
 from helpers_text import save_text_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dylora_moe import cli, hub_export
+from dylora_moe import hub_export
 from dylora_moe.eval.sampling import loading
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, inspect, make_variant, verify
 
@@ -36,15 +35,10 @@ def repo(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / exported.name)
 
 
-def run(*arguments) -> tuple[int, str]:
-    """The exit code and the errors that a command ends with, in this process."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            return end.code, " ".join(said.getvalue().split())
-    raise AssertionError("a command ends with an exit code")
+def errors_of(*arguments) -> tuple[int, str]:
+    """Run a command; its exit code and what it says on stderr, as one line."""
+    code, said = run(*arguments, errors_alone=True)
+    return code, " ".join(said.split())
 
 
 def change(repo, what, tensor=None) -> str:
@@ -78,7 +72,7 @@ def test_a_missing_tensor_is_named_by_every_command(repo, tmp_path, what):
     if what == "lora_B" and repo.name == "full":
         commands.append(("benchmark", "--model", repo, "--limit", "2", "-o", tmp_path / "out"))
     for command in commands:
-        code, said = run(*command)
+        code, said = errors_of(*command)
         assert code == 2 and name in said, (command, said)
         assert not list((tmp_path / "out").glob("*.safetensors"))
     for trust in (False, True):
@@ -98,7 +92,7 @@ def test_stock_loading_names_what_is_missing_or_unexpected(repo, caplog):
 @pytest.mark.parametrize("name", ["foundation.model.layers.9.up.lora_A", "gate.scale"])
 def test_a_tensor_that_the_config_does_not_speak_of_is_named(repo, tmp_path, name):
     change(repo, name, torch.ones(2))
-    code, said = run("merge", repo, "--expert", "0", "-o", tmp_path / "out")
+    code, said = errors_of("merge", repo, "--expert", "0", "-o", tmp_path / "out")
     assert code == 2 and name in said and not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         loading.find_model(repo).load(dtype="float32")
@@ -114,7 +108,7 @@ def test_a_base_model_that_lacks_a_tensor_is_not_made_up(repo, checkpoint, tmp_p
     name = change(place, "model.norm.weight")
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         loading.find_model(repo).load(dtype="float32")
-    code, said = run("merge", repo, "--expert", "0", "-o", tmp_path / "out")
+    code, said = errors_of("merge", repo, "--expert", "0", "-o", tmp_path / "out")
     assert code == 2 and name in said
     if repo.name == "full":
         assert any("model.norm.weight" in line for line in inspect(repo).missing)

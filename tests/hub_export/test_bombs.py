@@ -1,7 +1,6 @@
 """Small sources that ask for endless time or memory are refused with one line, and honest large ones are not."""
 
 import contextlib
-import io
 import json
 import shutil
 import struct
@@ -21,6 +20,7 @@ from helpers_checkpoints import (
     save_router,
     save_whole_model,
 )
+from helpers_cli import run
 from safetensors.torch import load_file, save_file
 
 from dylora_moe import cli
@@ -39,20 +39,15 @@ from dylora_moe.hub_export.tensors.tensor_files import TensorFile, load_torch_fi
 
 def refused(*arguments, expected: str) -> None:
     """A command ends with one line and exit code 2."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1 and "Traceback" not in said.getvalue(), said.getvalue()
+    code, said = run(*arguments)
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
     assert expected in lines[0], lines[0]
 
 
 def says_what_is_missing(*arguments, expected: str) -> None:
     """`inspect` of a source whose foundation is the bomb: that is what an export would lack."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        cli.main(["inspect", *map(str, arguments)])
-    assert expected in " ".join(said.getvalue().split()), said.getvalue()
+    assert expected in " ".join(run("inspect", *arguments)[1].split())
 
 
 # PyTorch files

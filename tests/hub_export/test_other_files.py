@@ -10,11 +10,11 @@ import shutil
 import pytest
 import torch
 from helpers_checkpoints import change_json, snapshot
+from helpers_cli import run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
-from dylora_moe import cli
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import InputError, export, merge, verify
 from dylora_moe.hub_export.repo.repo_files import is_opened_by_loaders, repo_files
@@ -23,17 +23,6 @@ from dylora_moe.modeling import DyloraMoeForCausalLM
 
 ROW = torch.arange(3, 11)[None]
 TRUSTING = {"trust_remote_code": True}
-
-
-def run(*arguments) -> tuple[int, str]:
-    """The exit code and all that a command says, in this process."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            return end.code, said.getvalue()
-    raise AssertionError("a command ends with an exit code")
 
 
 def others(repo):
