@@ -27,6 +27,7 @@ from ..errors import InputError, one_line
 # layers in one file are 2,300,000. torch.load takes two seconds for a million.
 OPERATIONS = 300_000
 OPERATIONS_PER_RECORD = 100
+BYTES_PER_OPERATION = 64  # of a file whose tensors have a few hundred numbers each, or share their storage
 MOST_OPERATIONS = 3_000_000
 MOST_PICKLE = 64 * 1024**2  # bytes, for 200,000 tensors
 BYTES_PER_RECORD = 1024
@@ -59,7 +60,7 @@ def check_size(path: Path) -> None:
         file.seek(0)
         start = io.BytesIO(file.read(MOST_PICKLE))
     for _ in range(5):  # magic number, version, system, content, storages
-        _check_pickle(path, start, OPERATIONS)
+        _check_pickle(path, start, _most_operations(path, 0))
 
 
 def _check_archive(path: Path) -> None:
@@ -75,10 +76,15 @@ def _check_archive(path: Path) -> None:
                         f"{path}: {record.filename} in it has {record.file_size:,} bytes; {NOT_READ}"
                     )
                 if is_pickle:
-                    operations = OPERATIONS + OPERATIONS_PER_RECORD * len(records)
-                    _check_pickle(path, io.BytesIO(archive.read(record)), min(operations, MOST_OPERATIONS))
+                    most_operations = _most_operations(path, len(records))
+                    _check_pickle(path, io.BytesIO(archive.read(record)), most_operations)
     except (zipfile.BadZipFile, zlib.error) as error:
         raise RuntimeError(str(error)) from error
+
+
+def _most_operations(path: Path, num_records: int) -> int:
+    found = OPERATIONS + OPERATIONS_PER_RECORD * num_records + path.stat().st_size // BYTES_PER_OPERATION
+    return min(found, MOST_OPERATIONS)
 
 
 def check_unfolded(path: Path, size: int) -> None:
@@ -111,7 +117,10 @@ def _check_pickle(path: Path, file: io.BytesIO, most: int) -> None:
 def _operations(path: Path, file: io.BytesIO, most: int) -> Iterator[tuple[str, Any]]:
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if count > most:
-            raise InputError(f"{path} takes more than {most:,} operations to read; {NOT_READ}")
+            raise InputError(
+                f"{path} takes more than {most:,} operations to read, too many for its {path.stat().st_size:,} bytes; if it is "
+                "honest, save its tensors as safetensors"
+            )
         if operation.name == "GLOBAL" and argument in REFUSED:
             raise InputError(f"{path} holds more than tensors: {argument.replace(' ', '.')}; {NOT_READ}")
         yield operation.name, argument

@@ -86,7 +86,7 @@ def doubled(times: int) -> bytes:
 
 
 PICKLES = {
-    "300,000 lists": (b"](" + b"]" * 301_000 + b"e", "operations to read"),
+    "310,000 lists": (b"](" + b"]" * 310_000 + b"e", "operations to read"),
     "a key that doubles": (b"}(" + doubled(40) + b"K\x01u", "never ends"),
     "nested 200 deep": (b"]" * 200 + b"a" * 199, "nested"),
     "a list in itself": (b"]q\x00(h\x00h\x00h\x00e", "never ends"),
@@ -103,6 +103,12 @@ def test_pickles_that_never_end(damaged, name):
     data, expected = PICKLES[name]
     with_pickle(damaged / "peft_adapters" / "expert_0.pt", data)
     refused("inspect", damaged, expected=expected)
+
+
+def test_a_file_before_torch_1_6_of_many_tensors_is_read(tmp_path):
+    tensors = {f"layers.{index}": torch.zeros(16, 64) for index in range(10_000)}
+    torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_torch_file(tmp_path / "old.pt").keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
