@@ -309,7 +309,7 @@ def test_agreement_counts_the_tasks_on_which_the_choice_matters():
         {"chosen": 0, "categories": ["x"], "experts_passed": [1.0, 0.0, 0.0]},
         {"chosen": 1, "categories": ["x"], "experts_passed": [1.0, 0.0, 1.0]},
         {"chosen": 2, "categories": ["y"], "experts_passed": [0.5, 0.0, 1.0]},
-        {"chosen": 0, "categories": ["y"], "experts_passed": [1.0, 1.0, 1.0]},  # whoever is asked solves it
+        {"chosen": 0, "categories": ["y"], "experts_passed": [1.0, 1.0, 1.0]},  # every expert solves it
         {"chosen": 0, "categories": ["y"], "experts_passed": [0.0, 0.0, 0.0]},
         {"chosen": None, "categories": ["y"], "experts_passed": [1.0, 0.0, 0.0]},  # nothing was written
     ]
