@@ -279,6 +279,12 @@ def test_yaml_without_end(checkpoint, foundation, tmp_path, name):
     assert "license: mit" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_yaml_of_many_values():
+    """A megabyte of them takes a quarter of a minute and a gigabyte."""
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        parse_yaml("[" + "?," * 50_000 + "]")
+
+
 def test_merges_without_end():
     """PyYAML takes an entry once since 6.0.4; before, ten lines are a hundred million entries."""
     with contextlib.suppress(ValueError):
