@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import FailureError, InputError, one_line
+from .sources.source_folder import check_name
 
 
 try:
@@ -44,6 +45,7 @@ def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], 
     Raises:
         InputError: something is there that may not be replaced; nothing was touched.
     """
+    check_name(final)
     if final.is_symlink() and not final.exists():
         raise InputError(f"{final} is a link to nothing; remove it or choose another folder")
     final = final.resolve()

@@ -36,11 +36,12 @@ def open_folder(
             base model that consists of links to another disk.
 
     Raises:
-        InputError: it does not exist, is no folder, or this user may not look into it.
+        InputError: it does not exist, is no folder, has a name that is no text, or this user may not look into it.
     """
     if isinstance(folder, SourceFolder):
         return folder
     path = Path(folder)
+    check_name(path)
     if is_forbidden(path):
         raise InputError(NOT_ALLOWED.format(path))
     if not exists(path):
@@ -180,6 +181,18 @@ class SourceFolder:
 def _roots(path: Path) -> list[Path]:
     root = path.resolve()
     return [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+
+
+def check_name(path: Path) -> None:
+    """Check that a path is text, which safetensors and JSON need.
+
+    Raises:
+        InputError: its name, or that of a folder above it, is no UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the path {path} is not UTF-8, and no other can be read; rename it, or choose another") from None
 
 
 def _is_special(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,15 @@ def test_experts_names_are_names(checked, adapters, tmp_path, name):
     with pytest.raises(InputError, match="name"):
         export(adapters[0], tmp_path / "out", expert_names=[name], verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repo"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_path_that_is_not_utf_8_is_said_to_be_so(checked, tmp_path):
+    """It was called damaged, or a traceback, where safetensors or JSON met it."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    shutil.copytree(checked[0], folder)
+    for command in (["inspect"], ["verify"], ["merge", "--expert", "expert_0", "-o", tmp_path / "out"]):
+        code, said = run(command[0], folder, *command[1:])
+        assert code == 2 and "\\udcff is not UTF-8" in said, said
+    code, said = run("export", checked[0], "-o", f"{folder}-out")
+    assert code == 2 and "\\udcff-out is not UTF-8" in said, said
