@@ -138,7 +138,9 @@ def test_merge_reads_files_of_the_repo_alone(foundation, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "chat_template.jinja"])
-def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(foundation, tmp_path, file):
+def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(
+    foundation, tmp_path, monkeypatch, file
+):
     """A foundation of this machine may consist of links to another disk; one that is downloaded may not."""
     source = save_adapter(tmp_path / "adapter", foundation)
     shutil.copytree(foundation, source / "foundation")
@@ -152,6 +154,11 @@ def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(
     shutil.rmtree(inner / "foundation")
     change_json(inner / "adapter_config.json", base_model_name_or_path="../../../foundation")
     refused(tmp_path, inner, "--layout", "full", expected="leads out of")
+    monkeypatch.chdir(tmp_path / "download")  # from where the download's own folder has this name, too
+    change_json(inner / "adapter_config.json", base_model_name_or_path="foundation")
+    remedy = "--tokenizer" if file == "chat_template.jinja" else "--base_model"
+    said = refused(tmp_path, inner, "--layout", "full", expected="leads out of")
+    assert f"with {remedy}" in said
     if file != "chat_template.jinja":  # a text that would be published
         own = tmp_path / "own"
         (source / "foundation").rename(own)
