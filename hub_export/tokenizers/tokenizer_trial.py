@@ -172,6 +172,18 @@ _trials: _Trials | None = None
 _lock = threading.Lock()
 
 
+def _leave_to_parent() -> None:
+    """In a process that was forked: start other trials when needed, though a thread of the parent waits for one."""
+    global _trials, _lock
+    if _trials is not None:
+        atexit.unregister(_trials.end)
+    _trials, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def _process() -> _Trials:
     global _trials
     if _trials is None or not _trials.is_running():

@@ -1,5 +1,6 @@
 """A tokenizer is loaded in a confined process first: it reads no other file, and no text of it takes forever."""
 
+import atexit
 import json
 import os
 import signal
@@ -134,6 +135,21 @@ def test_the_process_outlives_the_thread_that_started_it(folder, monkeypatch):
     change_json(folder / "tokenizer_config.json", model_max_length=11)
     load_tokenizer(folder)
     assert tokenizer_trial._trials._process is process and process.poll() is None
+
+
+def test_a_fork_while_a_thread_waits_for_a_trial(folder, monkeypatch):
+    """The child neither waits for that thread, which it does not have, nor ends its parent's process."""
+    load_tokenizer(folder)
+    running, left = tokenizer_trial._process(), []
+    monkeypatch.setattr(atexit, "unregister", left.append)
+    with tokenizer_trial._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            tokenizer_trial._passed.clear()
+            load_tokenizer(folder)
+            os._exit(tokenizer_trial._process() is running or running.end not in left)
+    assert os.waitpid(child, 0)[1] == 0 and running.is_running()
 
 
 def test_an_answer_that_nobody_waited_for_is_not_the_next_one(folder, monkeypatch):
