@@ -168,6 +168,8 @@ def _what_it_lacks(folder: SourceFolder, error: Exception) -> str | None:
     ]
     if files and not is_sentencepiece_available():
         return f"{files[0]} needs a package that is not installed: pip install sentencepiece"
+    if files and "Error parsing line" in str(error):  # as a file of tiktoken's, which transformers tries next
+        return f"{files[0]} needs sentencepiece and a protobuf of its time: pip install -U sentencepiece protobuf"
     if "instantiate the backend tokenizer" in str(error):
         return "the file that holds its vocabulary is missing (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)"
     return None

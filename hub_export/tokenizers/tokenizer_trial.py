@@ -131,6 +131,7 @@ class _Trials:
                 "HF_HUB_OFFLINE": "1",
                 "TRANSFORMERS_VERBOSITY": "error",
                 "TOKENIZERS_PARALLELISM": "false",
+                "TIKTOKEN_CACHE_DIR": "",  # nowhere: it would write there what it reads
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """A tokenizer is loaded in a confined process first: it reads no other file, and no text of it takes forever."""
 
 import atexit
+import base64
 import json
 import os
 import signal
@@ -63,7 +64,7 @@ def test_the_process_has_no_secrets(folder, monkeypatch):
         with open(f"/proc/{trials._process.pid}/environ", "rb") as file:
             names = [entry.split(b"=")[0].decode() for entry in file.read().split(b"\0") if entry]
         assert set(names) <= {*tokenizer_trial.KEPT_VARIABLES, "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY",
-                              "TOKENIZERS_PARALLELISM"}  # fmt: skip
+                              "TOKENIZERS_PARALLELISM", "TIKTOKEN_CACHE_DIR"}  # fmt: skip
     finally:
         trials.end()
 
@@ -123,6 +124,15 @@ def test_a_module_in_the_working_folder_is_not_run(folder, tmp_path, monkeypatch
     change_json(folder / "tokenizer_config.json", model_max_length=9)
     load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_of_tiktoken_is_loaded(tmp_path):
+    """tiktoken keeps a copy of what it reads in a folder for temporary files, where the trial may not write."""
+    pytest.importorskip("tiktoken")
+    vocabulary = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "tokenizer.model").write_text(vocabulary)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    assert load_tokenizer(tmp_path)("ab")["input_ids"][-2:] == [97, 98]
 
 
 def test_the_process_outlives_the_thread_that_started_it(folder, monkeypatch):
