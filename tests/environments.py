@@ -81,7 +81,7 @@ def build_wheel(directory: Path) -> Path:
     copy.mkdir(parents=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, copy)
-    for name in ("dylora_moe", "eval", "hub_export", "modeling"):
+    for name in ("dylora_moe", "eval", "hub_export", "modeling", "serving"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(directory), str(copy)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

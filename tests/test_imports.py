@@ -13,6 +13,7 @@ PACKAGES = {
     "eval": "dylora_moe.eval",
     "hub_export": "dylora_moe.hub_export",
     "modeling": "dylora_moe.modeling",
+    "serving": "dylora_moe.serving",
 }
 # What each package may import of this project, itself included.
 MAY_IMPORT = {
@@ -20,6 +21,7 @@ MAY_IMPORT = {
     "eval": {"eval", "hub_export", "modeling"},
     "hub_export": {"hub_export", "modeling"},
     "modeling": {"modeling"},
+    "serving": {"modeling", "serving"},
 }
 FOR_ALL = "dylora_moe/version.py"  # the one file that a package below the front door may import from it
 THIRD_PARTY_OF_THE_MODEL = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging", "triton"}

@@ -1,0 +1,97 @@
+"""What a mixture changes in the config of the engine that serves it, and what it refuses there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import vllm
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from dylora_moe.modeling.loading_dylora_moe import read_generation_config
+
+from .request_routing import check_requests_with
+from .strategies import ARGUMENT, EngineStrategies, served_strategy
+
+
+logger = init_logger(f"vllm.{__name__}")
+
+TESTED_VERSIONS = ("0.32.0",)  # of vLLM, on its CPU engine
+SCHEDULER = "dylora_moe.serving.scheduler.RoutedScheduler"
+REQUEST_ROUTING = "dylora_moe.serving.request_routing:RequestRouting"
+
+
+class DyloraMoeEngineConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for an architecture: runs once, in the process that makes the engine's config."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Fix the engine's strategy, refuse what is not served, and name scheduler and request routing.
+
+        Raises:
+            ValueError: an option that a mixture is not served with; the message names it and a remedy.
+        """
+        if vllm.__version__.split("+")[0] not in TESTED_VERSIONS:
+            logger.warning(
+                "dylora-moe was tested with vLLM %s, and this is %s.",
+                ", ".join(TESTED_VERSIONS),
+                vllm.__version__,
+            )
+        model_config = vllm_config.model_config
+        config = model_config.hf_config
+        default = served_strategy(_default_strategy(model_config), config)
+        setattr(config, ARGUMENT, str(default))
+        strategies = EngineStrategies(config)
+        _refuse(vllm_config, strategies)
+        _use_own_parts(vllm_config)
+        check_requests_with(strategies)
+
+
+def _default_strategy(model_config: Any) -> str | None:
+    """Read the engine's strategy: `--hf-overrides`, else the repo's `generation_config.json`."""
+    override = getattr(model_config.hf_config, ARGUMENT, None)
+    if override is not None:
+        return override
+    stored = read_generation_config(model_config.model, {"revision": model_config.revision})
+    return getattr(stored, ARGUMENT, None)
+
+
+def _refuse(vllm_config: Any, strategies: EngineStrategies) -> None:
+    """Raise ValueError for what would give other tokens, or none."""
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    needs_gate = strategies.default.needs_router
+    refused = {
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "quantisation (--quantization)": model_config.quantization is not None,
+        "adapters on top (--enable-lora)": vllm_config.lora_config is not None,
+        "pooling (--runner pooling)": model_config.runner_type == "pooling",
+        "a scheduler of your own (--scheduler-cls)": vllm_config.scheduler_config.scheduler_cls
+        not in (None, SCHEDULER),
+        f"pipeline parallelism with {strategies.default}, whose router stands on the last of the processes; use "
+        "--tensor-parallel-size, or single:<expert>": needs_gate and parallel.pipeline_parallel_size > 1,
+        "micro-batches (--enable-dbo)": parallel.use_ubatching,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(f"A mixture is not served with {what}.")
+
+
+def _use_own_parts(vllm_config: Any) -> None:
+    """Name the scheduler and the request routing, and switch off what cannot follow a request's strategy."""
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    vllm_config.scheduler_config.async_scheduling = False
+    processors = list(vllm_config.model_config.logits_processors or [])
+    if REQUEST_ROUTING not in processors:
+        vllm_config.model_config.logits_processors = [*processors, REQUEST_ROUTING]
+    # The routed model decides in Python which streams run, so graphs are recorded inside a stream alone.
+    if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    # Model Runner V2 takes another kind of logits processor, which is not told of a batch's rows.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if vllm_config.use_v2_model_runner:
+        raise ValueError("A mixture needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
+
+
+__all__ = ["DyloraMoeEngineConfig"]

@@ -1,0 +1,186 @@
+"""The experts' stacks and the gate, from a repo's files to the layers of vLLM's that they act on.
+
+A repo of layout `full` holds stacks beside the base model's weights; one of layout `adapter` holds a PEFT folder an
+expert. Both become stacks by the names of the base model's own layers, which are checked and then placed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from dylora_moe.modeling.configuration_dylora_moe import DyloraMoeConfig
+from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS, peft_keys
+
+from .routed_linear import Part, RoutedLinear
+
+
+Stacks = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by place: lora_A [R, in] and lora_B [R, out]
+
+
+def read_adapters(
+    location: str, revision: str | None, config: DyloraMoeConfig
+) -> tuple[Stacks, dict[str, torch.Tensor]]:
+    """Read the stacks and the gate of a repo of layout `adapter`.
+
+    Args:
+        location: a folder or a Hub id.
+
+    Returns:
+        The stacks, and the gate's tensors by name.
+
+    Raises:
+        ValueError: an expert's matrices are missing.
+        OSError: a file is missing.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        patterns = [f"experts/*/{ADAPTER_WEIGHTS}", ROUTER_WEIGHTS]
+        folder = Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
+    rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in config.adapted_modules()}
+    for entry in config.expert_configs:
+        path = folder / "experts" / entry["name"] / ADAPTER_WEIGHTS
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            for name, key in peft_keys(entry).items():
+                matrices = [f"{key}.lora_A.weight", f"{key}.lora_B.weight"]
+                missing = [matrix for matrix in matrices if matrix not in keys]
+                if missing:
+                    raise ValueError(
+                        f"{path} lacks {missing[0]}, and config.json says that the expert adapts {name}."
+                    )
+                lora_a, lora_b = (file.get_tensor(matrix) for matrix in matrices)
+                rows[name].append((lora_a, lora_b.T))
+    stacks = {}
+    for name, pairs in rows.items():
+        stacks[name] = (
+            torch.cat([lora_a for lora_a, _ in pairs]),
+            torch.cat([lora_b for _, lora_b in pairs]),
+        )
+    gate = {}
+    if config.has_router:
+        with safe_open(folder / ROUTER_WEIGHTS, framework="pt") as file:
+            gate = {name.removeprefix("gate."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return stacks, gate
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that holds NaN or an infinity, which a server would turn into a token all the same.
+
+    Raises:
+        ValueError: it does; names it.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or training failed.")
+
+
+def check_stacks(stacks: Stacks, config: DyloraMoeConfig) -> None:
+    """Compare the stacks with the config.
+
+    Raises:
+        ValueError: one is missing, has other ranks or holds NaN, or none is in the config; names it.
+    """
+    layouts = config.rank_layouts()
+    for name in sorted(set(layouts) | set(stacks)):
+        if name not in layouts:
+            raise ValueError(f"The weights have experts at {name}, and config.json has none there.")
+        if name not in stacks:
+            raise ValueError(f"The weights lack the experts' stacks of {name}, which config.json names.")
+        rank = sum(rank for rank, _ in layouts[name])
+        for kind, stack in zip(("lora_A", "lora_B"), stacks[name], strict=True):
+            if stack.dim() != 2 or stack.shape[0] != rank:
+                raise ValueError(
+                    f"{name}.{kind} is of shape {list(stack.shape)}, and by the ranks in config.json it has {rank} rows."
+                )
+            check_finite(f"{name}.{kind}", stack)
+
+
+def place_experts(
+    streams: list[nn.Module],
+    stacks: Stacks,
+    config: DyloraMoeConfig,
+    weights: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Put every stack beside the layer of vLLM's that it adapts, in each of the given streams.
+
+    Args:
+        streams: those in which experts act.
+        weights: see `RoutedLinear`.
+        dtype: of the base model; stacks of more precision keep theirs.
+
+    Raises:
+        ValueError: vLLM has no linear layer for a stack, or one of another shape; names both.
+    """
+    layouts = config.rank_layouts()
+    parts: dict[str, list[Part]] = {}
+    names = _VllmNames(streams[0])
+    for name, (lora_a, lora_b) in stacks.items():
+        module, index = names.find(name)
+        parts.setdefault(module, []).append(Part(index, layouts[name], lora_a, lora_b))
+    for module, of_layer in parts.items():
+        base_layer = streams[0].get_submodule(module)
+        of_layer.sort(key=lambda part: part.index or 0)
+        stored = [tensor.dtype for part in of_layer for tensor in (part.lora_A, part.lora_B)]
+        products = dtype
+        for stored_dtype in stored:
+            products = torch.promote_types(products, stored_dtype)
+        routed = RoutedLinear(base_layer, of_layer, weights, products)
+        parent, _, child = module.rpartition(".")
+        for stream in streams:
+            setattr(stream.get_submodule(parent), child, routed)
+
+
+class _VllmNames:
+    """Where vLLM's implementation of a base model has the layers that transformers' has.
+
+    Args:
+        stream: the implementation.
+    """
+
+    def __init__(self, stream: nn.Module):
+        self.layers = {name: layer for name, layer in stream.named_modules() if isinstance(layer, LinearBase)}
+        self.family = type(stream).__name__
+        self.mapper = getattr(stream, "hf_to_vllm_mapper", None)
+        self.fused: dict[
+            str, tuple[str, int]
+        ] = {}  # by the last part of a name: the fused layer's, and which output
+        for fused, kids in getattr(stream, "packed_modules_mapping", {}).items():
+            self.fused |= {kid: (fused, index) for index, kid in enumerate(kids)}
+        shards = {"q": 0, "k": 1, "v": 2}
+        for kid, (fused, shard) in getattr(self.mapper, "orig_to_new_stacked", {}).items():
+            index = shards.get(shard, shard)
+            self.fused[kid.strip(".").rpartition(".")[2]] = (fused.strip(".").rpartition(".")[2], index)
+
+    def find(self, name: str) -> tuple[str, int | None]:
+        """Give the layer of vLLM's that holds one of transformers', and which of its outputs.
+
+        Raises:
+            ValueError: there is none.
+        """
+        parent, _, leaf = name.rpartition(".")
+        candidates: list[tuple[str, int | None]] = [(name, None)]
+        if leaf in self.fused:
+            fused, index = self.fused[leaf]
+            candidates.append((f"{parent}.{fused}", index))
+        if self.mapper is not None:
+            mapped = self.mapper.map_name(f"{name}.weight")
+            if mapped is not None:
+                index = self.fused[leaf][1] if leaf in self.fused else None
+                candidates.append((mapped.removesuffix(".weight"), index))
+        for module, index in candidates:
+            if module in self.layers and (index is None or isinstance(index, int)):
+                return module, index
+        raise ValueError(
+            f"Experts adapt {name}, and vLLM's {self.family} has no linear layer for it, or one whose update it "
+            "cannot take (the head, experts of the base model, gates). Serve a mixture without these, or merge one "
+            "expert with `dylora-moe merge`."
+        )
+
+
+__all__ = ["check_finite", "check_stacks", "place_experts", "read_adapters"]
