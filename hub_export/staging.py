@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import FailureError, InputError, one_line
-from .sources.source_folder import check_name
 
 
 try:
@@ -34,6 +33,20 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 # A killed run's file is removed after so long; a living one does not rest so long between two writes.
 STALE_SECONDS = 24 * 3600
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def check_name(path: Path) -> None:
+    """Check that a path is text, which safetensors and JSON need.
+
+    Raises:
+        InputError: its name, or that of a folder above it, is no UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the path {path} is not UTF-8, and no other can be read; rename it, or choose another"
+        ) from None
 
 
 def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Path:

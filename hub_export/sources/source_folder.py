@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import InputError
+from ..staging import check_name
 from .json_files import read_json
 from .text_files import read_text
 
@@ -187,20 +188,6 @@ class SourceFolder:
 def _roots(path: Path) -> list[Path]:
     root = path.resolve()
     return [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
-
-
-def check_name(path: Path) -> None:
-    """Check that a path is text, which safetensors and JSON need.
-
-    Raises:
-        InputError: its name, or that of a folder above it, is no UTF-8.
-    """
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"the path {path} is not UTF-8, and no other can be read; rename it, or choose another"
-        ) from None
 
 
 def _is_special(path: Path) -> bool:
