@@ -33,7 +33,7 @@ def test_an_engine_in_a_process_of_its_own(llama):
 
 def test_samples_of_one_prompt_choose_each(llama):
     """`n` samples of a request share their parameters inside the engine; `best` chooses for each."""
-    model, repo = llama()
+    repo = llama()[1]
     requests = mixed_requests(("best", "router"), count=6)
     for request in requests:
         request.params = {"n": 3, "temperature": 0.8, "seed": 5}
@@ -53,7 +53,13 @@ def test_weights_are_in_memory_once(tmp_path):
     requests = mixed_requests((None,), count=4, max_tokens=4)
     peaks = []
     for strategy in ("single:0", "router"):
-        few = {"num_gpu_blocks_override": 32, "block_size": 32, "hf_overrides": {"routing_strategy": strategy}}
+        few = {
+            "num_gpu_blocks_override": 32,
+            "block_size": 32,
+            "hf_overrides": {"routing_strategy": strategy},
+        }
         peaks.append(run_engine(repo, requests, **few).details["peak_mb"])
-    print(f"{weights_mb:.0f} MB of weights; peaks {peaks[0]:.0f} MB with one stream, {peaks[1]:.0f} MB with two")
+    print(
+        f"{weights_mb:.0f} MB of weights; peaks {peaks[0]:.0f} MB with one stream, {peaks[1]:.0f} MB with two"
+    )
     assert peaks[1] - peaks[0] < 0.05 * weights_mb
