@@ -17,6 +17,7 @@ MOST_TEXT = 64 * 1024**2
 MOST_YAML = 1024**2
 MOST_NODES = 100_000
 MOST_MERGED = 10_000  # entries of a mapping, with those that it takes from others (<<)
+MOST_DEPTH = 100  # containers in containers, of YAML and JSON; tokenizers and configs have less than 20
 LONGEST_NUMBER = 100  # characters; PyYAML takes time by their square for 1:1:1:…
 
 
@@ -53,22 +54,27 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("YAML that is nested too deep") from error
 
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, without endless values, merges and numbers."""
 
     num_nodes = 0
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         self.num_nodes += 1
         if self.num_nodes > MOST_NODES:
-            raise yaml.composer.ComposerError(
-                None, None, f"more than {MOST_NODES:,} values", self.peek_event().start_mark
-            )
-        return super().compose_node(parent, index)
+            self._refuse(f"more than {MOST_NODES:,} values")
+        self.depth += 1
+        if self.depth > MOST_DEPTH:  # for which PyYAML takes time by their square
+            self._refuse("YAML that is nested too deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, why: str) -> None:
+        raise yaml.composer.ComposerError(None, None, why, self.peek_event().start_mark)
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         if len(node.value) > LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
