@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from helpers_models import build, llama_experts
+from helpers_models import SIZES, build, llama_experts
 from helpers_serving import EngineError, Request, llama_base, run_engine, save_repo
 from safetensors.torch import load_file, save_file
+from transformers import Lfm2Config
 
 
 PROMPT = Request([5, 6, 7, 8], max_tokens=2)
@@ -71,7 +72,14 @@ def test_a_base_model_that_vllm_has_not(tmp_path, llama):
     config = json.loads((repo / "config.json").read_text())
     config["base_config"]["architectures"] = ["SomethingForCausalLM"]
     (repo / "config.json").write_text(json.dumps(config))
-    assert "SomethingForCausalLM" in refused(repo)
+    assert "The base model is a SomethingForCausalLM, which vLLM" in refused(repo)
+
+
+def test_a_base_model_with_a_state(tmp_path):
+    base = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"], max_position_embeddings=512)
+    experts = [{"name": "first", "r": 4, "target_modules": ["model.layers.1.self_attn.q_proj"]}]
+    repo = save_repo(build(base, experts), tmp_path)
+    assert "is a Lfm2ForCausalLM, which is no decoder with a KV cache alone" in refused(repo)
 
 
 def damaged(repo, change):
