@@ -113,4 +113,17 @@ def _use_own_parts(vllm_config: Any) -> None:
         raise ValueError("A mixture needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
 
 
-__all__ = ["DyloraMoeEngineConfig"]
+def check_engine(vllm_config: Any) -> None:
+    """Make sure that the engine has what gives requests their strategies and keeps their caches apart.
+
+    Raises:
+        RuntimeError: this vLLM did not run the hook above, or did not keep what it set.
+    """
+    has_scheduler = vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+    if not has_scheduler or REQUEST_ROUTING not in (vllm_config.model_config.logits_processors or []):
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} has changed an interface that routing needs; use {', '.join(TESTED_VERSIONS)}."
+        )
+
+
+__all__ = ["DyloraMoeEngineConfig", "check_engine"]

@@ -20,6 +20,7 @@ from vllm.sequence import IntermediateTensors
 from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter, routes_densely
 from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS
 
+from .engine_config import check_engine
 from .expert_weights import Stacks, check_finite, check_stacks, place_experts, read_adapters
 from .request_routing import RequestRouting, routing_of_new_model
 from .strategies import EngineStrategies
@@ -35,6 +36,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
+        check_engine(vllm_config)
         self.requests: RequestRouting = routing_of_new_model()
         self.vllm_config = vllm_config
         self.config = config = vllm_config.model_config.hf_config

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,3 +124,19 @@ def test_a_config_that_lies_about_ranks(tmp_path, llama):
     config["expert_configs"][0]["r"] = 5
     (repo / "config.json").write_text(json.dumps(config))
     assert "by the ranks in config.json it has 16 rows" in refused(repo)
+
+
+def test_an_engine_that_did_not_take_what_routing_needs():
+    """As with a vLLM that no longer asks for an architecture's changes of its config."""
+    from dylora_moe.serving.engine_config import REQUEST_ROUTING, SCHEDULER, check_engine
+
+    def engine(scheduler, processors):
+        model_config = SimpleNamespace(logits_processors=processors)
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(scheduler_cls=scheduler), model_config=model_config
+        )
+
+    check_engine(engine(SCHEDULER, [REQUEST_ROUTING]))
+    for changed in (engine(None, [REQUEST_ROUTING]), engine(SCHEDULER, None), engine(SCHEDULER, [])):
+        with pytest.raises(RuntimeError, match="has changed an interface that routing needs"):
+            check_engine(changed)
