@@ -48,20 +48,15 @@ class Row:
     Attributes:
         params: its sampling parameters, the same object as long as the request lives in this process.
         strategy: as `RoutingStrategy` writes it; `choose` for a first pass of `best`.
-        prompt_length: in tokens.
     """
 
     params: Any
     strategy: str
-    prompt_length: int
 
-
-@dataclass
-class Choice:
-    """What a first pass of `best` has seen: sum of softmax(gate logits) `[num_experts]` over that many tokens."""
-
-    probabilities: torch.Tensor
-    num_tokens: int = 0
+    @property
+    def choice(self) -> torch.Tensor:
+        """What a first pass has seen so far: the sum of softmax(gate logits) over its tokens, `[num_experts]`."""
+        return vars(self.params)["dylora_moe_choice"]
 
 
 class RequestRouting(LogitsProcessor):
@@ -101,8 +96,8 @@ class RequestRouting(LogitsProcessor):
             return
         for index in batch_update.removed:
             self.rows.pop(index, None)
-        for index, params, prompt, _ in batch_update.added:
-            self.rows[index] = self._new_row(params, len(prompt or ()))
+        for index, params, _, _ in batch_update.added:
+            self.rows[index] = self._new_row(params)
         for source, target, direction in batch_update.moved:
             moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
             if moved is not None:
@@ -111,17 +106,13 @@ class RequestRouting(LogitsProcessor):
                 self.rows[source] = replaced
         self._write_tables()
 
-    def _new_row(self, params: Any, prompt_length: int) -> Row:
+    def _new_row(self, params: Any) -> Row:
         strategy = self.strategies.of_request(params)
         if strategy.name != "best":
-            return Row(params, str(strategy), prompt_length)
-        # A request that comes back was preempted: by the scheduler's choice after the whole prompt, or for want of
-        # memory, in which case its first pass begins again.
-        choice = vars(params).get("dylora_moe_choice")
-        if choice is not None and choice.num_tokens == prompt_length:
-            return Row(params, f"single:{int(choice.probabilities.argmax())}", prompt_length)
-        vars(params)["dylora_moe_choice"] = Choice(torch.zeros(self.num_experts, device=self.device))
-        return Row(params, "choose", prompt_length)
+            return Row(params, str(strategy))
+        # Kept with the request, since its row may come and go between the chunks of a prompt.
+        vars(params).setdefault("dylora_moe_choice", torch.zeros(self.num_experts, device=self.device))
+        return Row(params, "choose")
 
     def _write_tables(self) -> None:
         weights = torch.zeros(self.weights.shape)
@@ -165,29 +156,29 @@ class RequestRouting(LogitsProcessor):
         rows = torch.searchsorted(ends.contiguous(), tokens, right=True)
         return torch.where(rows < len(self.rows), rows, len(self.weights) - 1)
 
-    def note_choices(self, rows: torch.Tensor, router_logits: torch.Tensor) -> None:
+    def note_choices(self, rows: torch.Tensor, positions: torch.Tensor, router_logits: torch.Tensor) -> None:
         """Add what first passes of `best` saw in this step.
 
         Args:
             rows: the row of every token, `[tokens]`.
+            positions: of every token in its prompt, `[tokens]`.
             router_logits: `[tokens, num_experts]`.
         """
         probabilities = router_logits.softmax(dim=-1)
         for index, row in self.rows.items():
             if row.strategy == "choose":
                 of_row = rows == index
-                choice = vars(row.params)["dylora_moe_choice"]
-                choice.probabilities += probabilities[of_row].sum(dim=0)
-                choice.num_tokens += int(of_row.sum())
+                if (positions[of_row] == 0).any():  # the first chunk; also of a prompt that was preempted
+                    row.choice.zero_()
+                row.choice.add_(probabilities[of_row].sum(dim=0))
 
     # As a logits processor
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         for index, row in self.rows.items():
             if row.strategy == "choose":
-                expert = vars(row.params)["dylora_moe_choice"].probabilities.argmax()
                 logits[index] = -torch.inf
-                logits[index, expert] = 0
+                logits[index, row.choice.argmax()] = 0
         return logits
 
 

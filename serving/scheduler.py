@@ -5,8 +5,8 @@ prefix cache only with their like: the strategy is part of a request's cache sal
 
 `best` chooses from the whole prompt, of which chunked prefill shows a piece at a time and the prefix cache hides a
 part. So its prompt runs twice. The first pass reads no cached blocks and computes what the router reads; its
-sampled token is the chosen expert's number (see `request_routing`), which no client sees. Then the request is
-preempted, and its second pass is that of `single:<expert>`.
+sampled token is the chosen expert's number (see `request_routing`), which no client sees. Then the request begins
+again as one of `single:<expert>`: workers forget the first pass and take it as new, with a new random generator.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from .strategies import EngineStrategies
+from .strategies import ARGUMENT, EngineStrategies
 
 
 # What is called of vLLM's own, and is no public interface.
@@ -79,9 +79,12 @@ class RoutedScheduler(Scheduler):
         """Put a request back to its beginning, under the expert that was chosen."""
         self.running.remove(request)
         self._preempt_request(request, time.monotonic())
-        request.num_preemptions -= (
-            1  # it was not for want of memory, and statistics of its prompt begin again, too
-        )
+        request.num_preemptions -= 1  # it was not for want of memory
+        request.status = RequestStatus.WAITING
+        self.finished_req_ids.add(request.request_id)
+        params = request.sampling_params.clone()
+        params.extra_args = {**(params.extra_args or {}), ARGUMENT: f"single:{expert}"}
+        request.sampling_params = params
         request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache()
         _salt(request, f"single:{expert}")
 
