@@ -12,14 +12,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from dylora_moe.modeling.configuration_dylora_moe import DyloraMoeConfig
 from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS, peft_keys
 
-from .routed_linear import Part, RoutedLinear
+from .routed_linear import Part, RoutedLinear, own_outputs, whole_outputs
 
 
+Edges = tuple[torch.Tensor, torch.Tensor]  # first column and first row of a weight in a file
 Stacks = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by place: lora_A [R, in] and lora_B [R, out]
 
 
@@ -35,7 +36,7 @@ def read_adapters(
         The stacks, and the gate's tensors by name.
 
     Raises:
-        ValueError: an expert's matrices are missing.
+        ValueError: an expert's matrices are missing, or it has more than the config says.
         OSError: a file is missing.
     """
     folder = Path(location)
@@ -46,16 +47,19 @@ def read_adapters(
     for entry in config.expert_configs:
         path = folder / "experts" / entry["name"] / ADAPTER_WEIGHTS
         with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
+            unread = set(file.keys())
             for name, key in peft_keys(entry).items():
                 matrices = [f"{key}.lora_A.weight", f"{key}.lora_B.weight"]
-                missing = [matrix for matrix in matrices if matrix not in keys]
+                missing = [matrix for matrix in matrices if matrix not in unread]
                 if missing:
                     raise ValueError(
                         f"{path} lacks {missing[0]}, and config.json says that the expert adapts {name}."
                     )
+                unread.difference_update(matrices)
                 lora_a, lora_b = (file.get_tensor(matrix) for matrix in matrices)
                 rows[name].append((lora_a, lora_b.T))
+            if unread:
+                raise ValueError(f"{path} holds {min(unread)}, of which config.json says nothing.")
     stacks = {}
     for name, pairs in rows.items():
         stacks[name] = (
@@ -100,12 +104,31 @@ def check_stacks(stacks: Stacks, config: DyloraMoeConfig) -> None:
             check_finite(f"{name}.{kind}", stack)
 
 
+def mark_unread(stream: nn.Module) -> None:
+    """Fill the base model's parameters with NaN, which stays where files have no weight."""
+    for parameter in stream.parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            parameter.data.fill_(torch.nan)
+
+
+def check_all_read(stream: nn.Module) -> None:
+    """Refuse a base model of which a weight, or a part of one that vLLM made of several, was not in the files.
+
+    Raises:
+        ValueError: there is one; names it.
+    """
+    for name, parameter in stream.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise ValueError(f"The files lack weights of the base model: {name}, or a part of it.")
+
+
 def place_experts(
     streams: list[nn.Module],
     stacks: Stacks,
     config: DyloraMoeConfig,
     weights: torch.Tensor,
     dtype: torch.dtype,
+    edges: dict[str, Edges],
 ) -> None:
     """Put every stack beside the layer of vLLM's that it adapts, in each of the given streams.
 
@@ -113,16 +136,19 @@ def place_experts(
         streams: those in which experts act.
         weights: see `RoutedLinear`.
         dtype: of the base model; stacks of more precision keep theirs.
+        edges: of the weights of the layers that experts adapt, by name.
 
     Raises:
-        ValueError: vLLM has no linear layer for a stack, or one of another shape; names both.
+        ValueError: vLLM has no linear layer for a stack, or one of another shape or order; names both.
     """
     layouts = config.rank_layouts()
     parts: dict[str, list[Part]] = {}
     names = _VllmNames(streams[0])
     for name, (lora_a, lora_b) in stacks.items():
         module, index = names.find(name)
-        parts.setdefault(module, []).append(Part(index, layouts[name], lora_a, lora_b))
+        part = Part(index, layouts[name], lora_a, lora_b)
+        _check_place(name, streams[0].get_submodule(module), part, edges.get(name))
+        parts.setdefault(module, []).append(part)
     for module, of_layer in parts.items():
         base_layer = streams[0].get_submodule(module)
         of_layer.sort(key=lambda part: part.index or 0)
@@ -131,9 +157,49 @@ def place_experts(
         for stored_dtype in stored:
             products = torch.promote_types(products, stored_dtype)
         routed = RoutedLinear(base_layer, of_layer, weights, products)
-        parent, _, child = module.rpartition(".")
         for stream in streams:
-            setattr(stream.get_submodule(parent), child, routed)
+            _replace(stream, base_layer, routed)
+
+
+def _replace(stream: nn.Module, layer: nn.Module, by: nn.Module) -> None:
+    """Replace a layer wherever a stream holds it: some modules are handed a layer of their parent's."""
+    for module in list(stream.modules()):
+        for name, child in list(module._modules.items()):
+            if child is layer and module is not by:
+                setattr(module, name, by)
+
+
+def _check_place(name: str, layer: nn.Module, part: Part, edges: Edges | None) -> None:
+    """Make sure that a stack fits the layer of vLLM's beside which it is put, and that the layer's order is the file's.
+
+    vLLM reorders the rows of some layers when it loads them (queries, keys and values that a file has head by head);
+    updates would then be added in another order.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    wholes = whole_outputs(layer)
+    if part.index is not None and part.index >= len(wholes):
+        raise ValueError(f"Experts adapt {name}, and vLLM has no such part of its layer.")
+    wanted = [layer.input_size, sum(wholes) if part.index is None else wholes[part.index]]
+    found = [part.lora_A.shape[1], part.lora_B.shape[1]]
+    if found != wanted:
+        raise ValueError(
+            f"The experts' stacks of {name} are of {found[0]} inputs and {found[1]} outputs, and the base model's layer "
+            f"is of {wanted[0]} and {wanted[1]}: they were trained on another one."
+        )
+    if edges is None:
+        raise ValueError(f"The files have no {name}.weight, which experts adapt.")
+    if isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
+        return  # the edges are of the first process's inputs
+    for first, columns in own_outputs(layer, part.index, torch.arange(wanted[1])[None]):
+        here = layer.weight[first : first + columns.shape[1], 0].cpu()
+        stored = [edge[columns[0]] for edge in edges if len(edge) == wanted[1]]
+        if not any(torch.equal(here, edge.to(here.dtype)) for edge in stored):
+            raise ValueError(
+                f"Experts adapt {name}, whose outputs vLLM has in another order than the files. Serve a mixture without "
+                "it, or merge one expert with `dylora-moe merge`."
+            )
 
 
 class _VllmNames:
@@ -183,4 +249,12 @@ class _VllmNames:
         )
 
 
-__all__ = ["check_finite", "check_stacks", "place_experts", "read_adapters"]
+__all__ = [
+    "Edges",
+    "check_all_read",
+    "check_finite",
+    "check_stacks",
+    "mark_unread",
+    "place_experts",
+    "read_adapters",
+]

@@ -64,7 +64,7 @@ class RoutedLinear(nn.Module):
         for part in parts:
             row_slice = slice(start, start + len(part.lora_A))
             start = row_slice.stop
-            for first, columns in _own_outputs(base_layer, part.index, part.lora_B):
+            for first, columns in own_outputs(base_layer, part.index, part.lora_B):
                 self.places.append((row_slice, first, columns.shape[1]))
                 self.lora_B.append(nn.Parameter(columns.to(device, dtype).contiguous(), requires_grad=False))
         self.sums_over_processes = (
@@ -110,7 +110,7 @@ def _own_inputs(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[..., layer.tp_rank * size : (layer.tp_rank + 1) * size]
 
 
-def _own_outputs(layer: nn.Module, index: int | None, lora_b: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+def own_outputs(layer: nn.Module, index: int | None, lora_b: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Select this process's outputs of a layer's part: where they begin in its output, and their columns.
 
     Args:
@@ -119,11 +119,8 @@ def _own_outputs(layer: nn.Module, index: int | None, lora_b: torch.Tensor) -> l
     """
     if not isinstance(layer, ColumnParallelLinear) or layer.gather_output:
         return [(0, lora_b)]
-    sizes = layer.output_partition_sizes  # of this process
-    replicas = [1] * len(sizes)
-    if isinstance(layer, QKVParallelLinear):
-        replicas = [1, layer.num_kv_head_replicas, layer.num_kv_head_replicas]
-    wholes = [size * layer.tp_size // copies for size, copies in zip(sizes, replicas, strict=True)]
+    sizes, replicas = layer.output_partition_sizes, _replicas(layer)
+    wholes = whole_outputs(layer)
     parts = [lora_b] if index is not None else lora_b.split(wholes, dim=1)
     indices = [index] if index is not None else range(len(sizes))
     selected = []
@@ -134,4 +131,19 @@ def _own_outputs(layer: nn.Module, index: int | None, lora_b: torch.Tensor) -> l
     return selected
 
 
-__all__ = ["Part", "RoutedLinear"]
+def whole_outputs(layer: nn.Module) -> list[int]:
+    """Give the sizes of a layer's outputs over all processes: one, or one for each of the base model's layers in it."""
+    if not isinstance(layer, ColumnParallelLinear) or layer.gather_output:
+        return [layer.output_size]
+    sizes = zip(layer.output_partition_sizes, _replicas(layer), strict=True)
+    return [size * layer.tp_size // copies for size, copies in sizes]
+
+
+def _replicas(layer: nn.Module) -> list[int]:
+    """Say how many processes hold the same piece of each output: several where there are fewer heads than processes."""
+    if isinstance(layer, QKVParallelLinear):
+        return [1, layer.num_kv_head_replicas, layer.num_kv_head_replicas]
+    return [1] * len(layer.output_partition_sizes)
+
+
+__all__ = ["Part", "RoutedLinear", "own_outputs", "whole_outputs"]

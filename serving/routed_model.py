@@ -21,7 +21,16 @@ from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter, routes_dense
 from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS
 
 from .engine_config import check_engine
-from .expert_weights import Stacks, check_finite, check_stacks, place_experts, read_adapters
+from .expert_weights import (
+    Edges,
+    Stacks,
+    check_all_read,
+    check_finite,
+    check_stacks,
+    mark_unread,
+    place_experts,
+    read_adapters,
+)
 from .request_routing import RequestRouting, routing_of_new_model
 from .strategies import EngineStrategies
 from .streams import make_streams
@@ -38,6 +47,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         check_engine(vllm_config)
         self.requests: RequestRouting = routing_of_new_model()
+        self.is_loaded = False
         self.vllm_config = vllm_config
         self.config = config = vllm_config.model_config.hf_config
         _refuse_stacked_experts(config)
@@ -69,6 +79,8 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
         """Compute the last hidden states of a batch, `[tokens, hidden_size]`."""
+        if not self.is_loaded:
+            raise RuntimeError("The experts were not loaded: use --load-format auto or safetensors.")
         inputs = (input_ids, positions, intermediate_tensors, inputs_embeds)
         num_tokens = positions.shape[-1]
         rows = self._rows_of_tokens(num_tokens, positions.device)
@@ -82,7 +94,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         self.weights[:num_tokens] = weights
         hidden_states = self.streams[-1](*inputs)
         if self.requests.any_choosing:
-            self.requests.note_choices(rows, self.router(hidden_states))
+            self.requests.note_choices(rows, positions, self.router(hidden_states))
         return hidden_states
 
     def _rows_of_tokens(self, num_tokens: int, device: torch.device) -> torch.Tensor:
@@ -116,10 +128,19 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
 
         Raises:
             ValueError: what the files hold is not what the config says; names the tensor.
+            RuntimeError: weights were loaded before.
         """
+        if self.is_loaded:
+            raise RuntimeError(
+                "A mixture's weights are loaded once: start another engine to load them again."
+            )
         stacks: dict[str, dict[str, torch.Tensor]] = {}
         gate: dict[str, torch.Tensor] = {}
-        self.streams[0].load_weights(self._split(weights, stacks, gate))
+        edges: dict[str, Edges] = {}
+        mark_unread(self.streams[0])
+        self.streams[0].load_weights(self._split(weights, stacks, gate, edges))
+        # vLLM's own check leaves out all linear layers, and does not see parts of a fused one.
+        check_all_read(self.streams[0])
         if self.config.weights_layout == "adapter":
             model = self.vllm_config.model_config
             pairs, gate = read_adapters(model.model, model.revision, self.config)
@@ -131,7 +152,9 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         with_experts = list(self.streams)
         if len(self.streams) > 1 and self.config.router_input == "base":
             with_experts = with_experts[1:]
-        place_experts(with_experts, pairs, self.config, self.weights, self.vllm_config.model_config.dtype)
+        dtype = self.vllm_config.model_config.dtype
+        place_experts(with_experts, pairs, self.config, self.weights, dtype, edges)
+        self.is_loaded = True
         return {name for name, _ in self.named_parameters()}
 
     def _split(
@@ -139,8 +162,10 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         weights: Iterable[tuple[str, torch.Tensor]],
         stacks: dict[str, dict[str, torch.Tensor]],
         gate: dict[str, torch.Tensor],
+        edges: dict[str, Edges],
     ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Yield the base model's weights by its own names, and keep stacks and gate."""
+        """Yield the base model's weights by its own names, and keep stacks, gate and edges of adapted weights."""
+        adapted = set(self.config.adapted_modules())
         for name, tensor in weights:
             if not name.startswith("foundation."):
                 if name.startswith("router.gate."):
@@ -152,7 +177,10 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
                 stacks.setdefault(place, {})[kind] = tensor
                 continue
             check_finite(name, tensor)
-            yield name.replace(".base_layer.", "."), tensor
+            name = name.replace(".base_layer.", ".")
+            if tensor.dim() == 2 and name.removesuffix(".weight") in adapted:
+                edges[name.removesuffix(".weight")] = (tensor[:, 0].cpu().clone(), tensor[0].cpu().clone())
+            yield name, tensor
 
     def _load_gate(self, gate: dict[str, torch.Tensor]) -> None:
         if self.router is None:

@@ -71,6 +71,16 @@ FAMILIES = {
         LINEAR,
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
+    "Qwen2-MoE": (  # its shared expert's gate is a layer of two modules of vLLM's
+        "Qwen2MoeConfig",
+        (*LINEAR, "model.layers.{}.mlp.shared_expert_gate", "model.layers.{}.mlp.shared_expert.down_proj"),
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
 }
 
 
