@@ -12,6 +12,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from dylora_moe.modeling.configuration_dylora_moe import DyloraMoeConfig
 from dylora_moe.modeling.loading_dylora_moe import read_generation_config
 
 from .request_routing import check_requests_with
@@ -43,6 +44,7 @@ class DyloraMoeEngineConfig(VerifyAndUpdateConfig):
             )
         model_config = vllm_config.model_config
         config = model_config.hf_config
+        _check_overrides(model_config.hf_overrides)
         default = served_strategy(_default_strategy(model_config), config)
         setattr(config, ARGUMENT, str(default))
         strategies = EngineStrategies(config)
@@ -50,6 +52,19 @@ class DyloraMoeEngineConfig(VerifyAndUpdateConfig):
         _refuse(vllm_config, strategies)
         _use_own_parts(vllm_config)
         check_requests_with(strategies)
+
+
+def _check_overrides(overrides: Any) -> None:
+    """Raise ValueError for a field that is none of a mixture's config, where it would change nothing."""
+    if not isinstance(overrides, dict):
+        return  # a function of the user's
+    known = {ARGUMENT, *vars(DyloraMoeConfig()), *dir(DyloraMoeConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(
+            f"--hf-overrides has {unknown[0]!r}, which is no field of a mixture's config. For a field of the base model's "
+            f'write {{"base_config": {{"{unknown[0]}": …}}}}.'
+        )
 
 
 def _default_strategy(model_config: Any) -> str | None:
@@ -80,7 +95,7 @@ def _check_base_model(model_config: Any) -> None:
 def _refuse(vllm_config: Any, strategies: EngineStrategies) -> None:
     """Raise ValueError for what would give other tokens, or none."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    needs_gate = strategies.default.needs_router
+    cache = vllm_config.cache_config
     refused = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "quantisation (--quantization)": model_config.quantization is not None,
@@ -88,9 +103,20 @@ def _refuse(vllm_config: Any, strategies: EngineStrategies) -> None:
         "pooling (--runner pooling)": model_config.runner_type == "pooling",
         "a scheduler of your own (--scheduler-cls)": vllm_config.scheduler_config.scheduler_cls
         not in (None, SCHEDULER),
-        f"pipeline parallelism with {strategies.default}, whose router stands on the last of the processes; use "
-        "--tensor-parallel-size, or single:<expert>": needs_gate and parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism (--pipeline-parallel-size); use --tensor-parallel-size": parallel.pipeline_parallel_size
+        > 1,
         "micro-batches (--enable-dbo)": parallel.use_ubatching,
+        # Their keys are of the tokens alone, and they would hide a part of the prompt from a choice.
+        "keys and values from elsewhere (--kv-transfer-config, --kv-offloading-size)": cache.kv_offloading_size
+        is not None
+        or vllm_config.kv_transfer_config is not None,
+        "layers that see a part of the tokens (--kv-sharing-fast-prefill)": cache.kv_sharing_fast_prefill,
+        # Each layer of the base model's own experts waits for all processes, and each skips the router's pass or not.
+        f"--data-parallel-size and {strategies.default}, on a base model with experts of its own; use "
+        "--tensor-parallel-size, or single:<expert>": strategies.num_streams > 1
+        and parallel.data_parallel_size > 1
+        and model_config.is_moe,
+        "a base model of latent attention, which takes weights of its layers past the experts": model_config.use_mla,
     }
     for what, is_asked in refused.items():
         if is_asked:
@@ -107,6 +133,8 @@ def _use_own_parts(vllm_config: Any) -> None:
     # The routed model decides in Python which streams run, so graphs are recorded inside a stream alone.
     if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    # Files of compiled forward functions are named by class alone: one stream would load the other's.
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     # Model Runner V2 takes another kind of logits processor, which is not told of a batch's rows.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if vllm_config.use_v2_model_runner:

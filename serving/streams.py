@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
@@ -21,16 +22,29 @@ def make_streams(vllm_config: Any, prefix: str, base_config: Any, num_streams: i
     Args:
         base_config: the base model's config.
         num_streams: 1 or more.
+
+    Raises:
+        ValueError: the base model cannot be built a second time without memory of its own.
     """
 
     def build(number: int) -> nn.Module:
         name = maybe_prefix(prefix, f"stream{number}")
-        return init_vllm_registered_model(vllm_config, prefix=name, hf_config=base_config)
+        with set_model_tag(
+            name
+        ):  # of what `torch.compile` keeps on disk: streams differ, and their classes do not
+            return init_vllm_registered_model(vllm_config, prefix=name, hf_config=base_config)
 
     streams = [build(0)]
     for number in range(1, num_streams):
-        with torch.device("meta"):  # takes no memory
-            stream = build(number)
+        try:
+            with torch.device("meta"):  # takes no memory
+                stream = build(number)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"vLLM's {type(streams[0]).__name__} reads its own numbers while it is built (as ALiBi's slopes), which a "
+                "further stream has none of. Start the engine with a strategy of one stream: --hf-overrides "
+                '\'{"routing_strategy": "best"}\', or another than router.'
+            ) from error
         share_modules(streams[0], stream)
         _forget_replaced(vllm_config, maybe_prefix(prefix, f"stream{number}"), stream)
         streams.append(stream)

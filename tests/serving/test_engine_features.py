@@ -5,13 +5,16 @@ from helpers_models import build
 from helpers_serving import check_tokens, family_model, llama_base, mixed_requests, run_engine, save_repo
 
 
-def test_compiled_streams(llama):
+def test_compiled_streams(llama, tmp_path):
     """`torch.compile` of every stream, as `enforce_eager=False` asks for."""
     model, repo = llama()
     requests = mixed_requests()
-    served = run_engine(repo, requests, requests, enforce_eager=False, timeout=900)
+    variables = {"VLLM_CACHE_ROOT": str(tmp_path)}
+    served = run_engine(repo, requests, requests, enforce_eager=False, timeout=900, variables=variables)
     for answers in served.rounds:
         check_tokens(model, requests, answers)
+    # Files of whole functions are named by the class of a stream, and would be loaded into the other.
+    assert not list(tmp_path.rglob("torch_aot_compile"))
 
 
 @pytest.mark.slow
@@ -40,6 +43,19 @@ def test_samples_of_one_prompt_choose_each(llama):
     served = run_engine(repo, requests)
     again = run_engine(repo, requests, variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     assert served.answers == again.answers
+
+
+def test_samples_after_a_choice_are_those_of_the_chosen_expert(llama):
+    """With one seed: the choice draws no number of the request's."""
+    repo = llama()[1]
+    params = {"temperature": 0.9, "seed": 5}
+    requests = mixed_requests(("best", "single:0", "single:1", "single:2"), count=24)
+    for place, request in enumerate(requests):
+        request.prompt, request.params = requests[place - place % 4].prompt, params
+    answers = run_engine(repo, requests, variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}).answers
+    for place in range(0, len(requests), 4):
+        best, *singles = (answer.tokens for answer in answers[place : place + 4])
+        assert best in singles
 
 
 def test_weights_are_in_memory_once(tmp_path):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_models import SIZES, build, llama_experts
+from helpers_models import SIZES, build, build_on_latent_attention, llama_experts
 from helpers_serving import EngineError, Request, llama_base, run_engine, save_repo
 from safetensors.torch import load_file, save_file
-from transformers import Lfm2Config
+from transformers import BloomConfig, Lfm2Config
 
 
 PROMPT = Request([5, 6, 7, 8], max_tokens=2)
@@ -28,15 +28,34 @@ def refused(repo, *requests, **options) -> str:
         ({"hf_overrides": {"routing_strategy": "ensemble"}}, "mixes the next-token distributions"),
         ({"hf_overrides": {"routing_strategy": "round_robin"}}, "name an expert in each, as single:<expert>"),
         ({"hf_overrides": {"routing_strategy": "single:7"}}, "Expert 7 is out of range"),
+        ({"hf_overrides": {"rope_parameters": {"rope_theta": 5e5}}}, '"base_config": {"rope_parameters"'),
         ({"enable_lora": True}, "adapters on top"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "speculative",
         ),
         ({"quantization": "fp8"}, "quantisation"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism with router"),
+        (
+            {"pipeline_parallel_size": 2, "hf_overrides": {"routing_strategy": "single:0"}},
+            "pipeline parallelism (--pipeline-parallel-size); use --tensor-parallel-size",
+        ),
+        ({"kv_offloading_size": 1}, "keys and values from elsewhere"),
+        ({"kv_sharing_fast_prefill": True}, "a part of the tokens"),
+        ({"load_format": "dummy"}, "The experts were not loaded"),
     ],
-    ids=["ensemble", "round_robin", "no such expert", "adapters", "speculative", "quantised", "pipeline"],
+    ids=[
+        "ensemble",
+        "round_robin",
+        "no such expert",
+        "base model's field",
+        "adapters",
+        "speculative",
+        "quantised",
+        "pipeline",
+        "offloaded",
+        "fast prefill",
+        "dummy weights",
+    ],
 )
 def test_options_of_an_engine(options, words, llama):
     assert words in refused(llama()[1], **options)
@@ -76,6 +95,12 @@ def test_a_base_model_that_vllm_has_not(tmp_path, llama):
     assert "The base model is a SomethingForCausalLM, which vLLM" in refused(repo)
 
 
+def test_a_base_model_of_latent_attention(tmp_path):
+    assert "not served with a base model of latent attention" in refused(
+        save_repo(build_on_latent_attention(), tmp_path)
+    )
+
+
 def test_a_base_model_with_a_state(tmp_path):
     base = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"], max_position_embeddings=512)
     experts = [{"name": "first", "r": 4, "target_modules": ["model.layers.1.self_attn.q_proj"]}]
@@ -102,6 +127,13 @@ def _nan(name):
     return change
 
 
+def _wider(name):
+    def change(tensors):
+        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 8))
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -110,8 +142,28 @@ def _nan(name):
         (_nan(STACK), "q_proj.lora_B holds NaN"),
         (_nan("router.gate.weight"), "gate.weight holds NaN"),
         (_nan("foundation.model.layers.1.mlp.up_proj.weight"), "up_proj.weight holds NaN"),
+        (
+            lambda tensors: tensors.pop("foundation.model.layers.1.self_attn.o_proj.weight"),
+            "The files lack weights of the base model: model.layers.1.self_attn.o_proj.weight",
+        ),
+        (
+            lambda tensors: tensors.pop("foundation.model.layers.0.self_attn.k_proj.weight"),
+            "The files lack weights of the base model: model.layers.0.self_attn.qkv_proj.weight, or a part",
+        ),
+        (_wider("foundation.model.layers.0.self_attn.v_proj.lora_B"), "and 40 outputs, and the base model's"),
+        (_wider("foundation.model.layers.0.self_attn.q_proj.lora_A"), "are of 72 inputs and"),
     ],
-    ids=["no stack", "no gate", "NaN in a stack", "NaN in the gate", "NaN in the base model"],
+    ids=[
+        "no stack",
+        "no gate",
+        "NaN in a stack",
+        "NaN in the gate",
+        "NaN in the base model",
+        "no linear layer",
+        "no keys",
+        "too many outputs",
+        "too many inputs",
+    ],
 )
 def test_damaged_weights(change, words, tmp_path, llama):
     repo = damaged(shutil.copytree(llama()[1], tmp_path / "repo"), change)
@@ -124,6 +176,32 @@ def test_a_config_that_lies_about_ranks(tmp_path, llama):
     config["expert_configs"][0]["r"] = 5
     (repo / "config.json").write_text(json.dumps(config))
     assert "by the ranks in config.json it has 16 rows" in refused(repo)
+
+
+def test_an_expert_with_more_than_the_config_says(tmp_path):
+    repo = save_repo(build(llama_base()), tmp_path, "adapter")
+    file = repo / "experts" / "first" / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
+    save_file({**load_file(file), key: torch.zeros(4, 64)}, file)
+    assert f"adapter_model.safetensors holds {key}" in refused(repo)
+
+
+def test_a_layer_whose_outputs_vllm_reorders(tmp_path):
+    """BLOOM's files have queries, keys and values head by head, and vLLM's layer has all queries first."""
+    repo = bloom_repo(tmp_path, "query_key_value", ["first"])
+    assert "whose outputs vLLM has in another order than the files" in refused(repo)
+
+
+def test_a_base_model_that_has_no_second_stream(tmp_path):
+    repo = bloom_repo(tmp_path, "dense", ["first", "second"])
+    assert "BloomForCausalLM reads its own numbers while it is built" in refused(repo)
+
+
+def bloom_repo(folder, layer, experts):
+    base = BloomConfig(vocab_size=SIZES["vocab_size"], hidden_size=64, n_layer=2, n_head=2)
+    names = [f"transformer.h.{number}.self_attention.{layer}" for number in range(2)]
+    entries = [{"name": name, "r": 4, "target_modules": names} for name in experts]
+    return save_repo(build(base, entries), folder)
 
 
 def test_an_engine_that_did_not_take_what_routing_needs():
