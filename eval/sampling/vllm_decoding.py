@@ -108,7 +108,7 @@ def vllm_decoder(
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments, max_model_len=length))
     except (ValueError, OSError, ImportError) as error:
         raise InputError(f"{model.source} cannot be served by vLLM: {_said(error)}") from error
-    except RuntimeError as error:
+    except Exception as error:  # whatever its processes raise
         raise FailureError(f"vLLM's engine did not start on {model.source}: {_said(error)}") from error
     settings = model.generation_settings() or vars(GenerationConfig.from_model_config(config.hf_text_config))
     decoder = VllmDecoder(engine, tokenizer, settings, length)
