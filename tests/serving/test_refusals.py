@@ -109,9 +109,22 @@ def _nan(name):
         (lambda tensors: tensors.pop("router.gate.bias"), "The router's gate.bias is missing"),
         (_nan(STACK), "q_proj.lora_B holds NaN"),
         (_nan("router.gate.weight"), "gate.weight holds NaN"),
-        (_nan("foundation.model.layers.1.mlp.up_proj.weight"), "up_proj.weight holds NaN"),
+        (_nan("foundation.model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.gate_up_proj.weight holds NaN"),
+        (
+            lambda tensors: tensors.pop("foundation.model.layers.1.mlp.up_proj.weight"),
+            "layers.1.mlp.gate_up_proj.weight holds NaN or infinity: its file is damaged or lacks a part of it",
+        ),
+        (lambda tensors: tensors.pop("foundation.model.norm.weight"), "model.norm.weight holds NaN"),
     ],
-    ids=["no stack", "no gate", "NaN in a stack", "NaN in the gate", "NaN in the base model"],
+    ids=[
+        "no stack",
+        "no gate",
+        "NaN in a stack",
+        "NaN in the gate",
+        "NaN in the base model",
+        "no matrix of two in one",
+        "no norm",
+    ],
 )
 def test_damaged_weights(change, words, tmp_path, llama):
     repo = damaged(shutil.copytree(llama()[1], tmp_path / "repo"), change)
