@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_models import build, llama_experts
+from helpers_models import SIZES, build, llama_experts
 from helpers_serving import EngineError, Request, llama_base, run_engine, save_repo
 from safetensors.torch import load_file, save_file
+from transformers import Lfm2Config
 
 
 PROMPT = Request([5, 6, 7, 8], max_tokens=2)
@@ -71,7 +73,14 @@ def test_a_base_model_that_vllm_has_not(tmp_path, llama):
     config = json.loads((repo / "config.json").read_text())
     config["base_config"]["architectures"] = ["SomethingForCausalLM"]
     (repo / "config.json").write_text(json.dumps(config))
-    assert "SomethingForCausalLM" in refused(repo)
+    assert "The base model is a SomethingForCausalLM, which vLLM" in refused(repo)
+
+
+def test_a_base_model_with_a_state(tmp_path):
+    base = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"], max_position_embeddings=512)
+    experts = [{"name": "first", "r": 4, "target_modules": ["model.layers.1.self_attn.q_proj"]}]
+    repo = save_repo(build(base, experts), tmp_path)
+    assert "is a Lfm2ForCausalLM, which is no decoder with a KV cache alone" in refused(repo)
 
 
 def damaged(repo, change):
@@ -100,9 +109,22 @@ def _nan(name):
         (lambda tensors: tensors.pop("router.gate.bias"), "The router's gate.bias is missing"),
         (_nan(STACK), "q_proj.lora_B holds NaN"),
         (_nan("router.gate.weight"), "gate.weight holds NaN"),
-        (_nan("foundation.model.layers.1.mlp.up_proj.weight"), "up_proj.weight holds NaN"),
+        (_nan("foundation.model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.gate_up_proj.weight holds NaN"),
+        (
+            lambda tensors: tensors.pop("foundation.model.layers.1.mlp.up_proj.weight"),
+            "layers.1.mlp.gate_up_proj.weight holds NaN or infinity: its file is damaged or lacks a part of it",
+        ),
+        (lambda tensors: tensors.pop("foundation.model.norm.weight"), "model.norm.weight holds NaN"),
     ],
-    ids=["no stack", "no gate", "NaN in a stack", "NaN in the gate", "NaN in the base model"],
+    ids=[
+        "no stack",
+        "no gate",
+        "NaN in a stack",
+        "NaN in the gate",
+        "NaN in the base model",
+        "no matrix of two in one",
+        "no norm",
+    ],
 )
 def test_damaged_weights(change, words, tmp_path, llama):
     repo = damaged(shutil.copytree(llama()[1], tmp_path / "repo"), change)
@@ -115,3 +137,19 @@ def test_a_config_that_lies_about_ranks(tmp_path, llama):
     config["expert_configs"][0]["r"] = 5
     (repo / "config.json").write_text(json.dumps(config))
     assert "by the ranks in config.json it has 16 rows" in refused(repo)
+
+
+def test_an_engine_that_did_not_take_what_routing_needs():
+    """As with a vLLM that no longer asks for an architecture's changes of its config."""
+    from dylora_moe.serving.engine_config import REQUEST_ROUTING, SCHEDULER, check_engine
+
+    def engine(scheduler, processors):
+        model_config = SimpleNamespace(logits_processors=processors)
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(scheduler_cls=scheduler), model_config=model_config
+        )
+
+    check_engine(engine(SCHEDULER, [REQUEST_ROUTING]))
+    for changed in (engine(None, [REQUEST_ROUTING]), engine(SCHEDULER, None), engine(SCHEDULER, [])):
+        with pytest.raises(RuntimeError, match="has changed an interface that routing needs"):
+            check_engine(changed)
