@@ -167,7 +167,7 @@ def refuse_for_vllm(settings: Mapping[str, Any], is_sampled: bool, model: str = 
     for name, idle in refused.items():
         value = settings.get(name)
         if value is not None and value not in idle:
-            raise _refusal(model, name, value, "vLLM does not do it as transformers does; use --backend hf")
+            raise _refusal(model, name, value, "vLLM does not do it as transformers does (--backend hf does)")
 
 
 def _refusal(model: str, name: str, value: Any, reason: str) -> InputError:

@@ -76,7 +76,6 @@ def vllm_decoder(
     from vllm import EngineArgs, LLMEngine
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    model.check_files()
     arguments = {
         "model": str(model.folder),
         "dtype": dtype,
@@ -95,6 +94,7 @@ def vllm_decoder(
     if model.is_mixture:
         arguments["hf_overrides"] = {"routing_strategy": engine_strategy(strategies)}
     try:
+        model.check_files()
         config = EngineArgs(**arguments).create_model_config()
         positions = config.max_model_len
         wanted = longest_prompt + max_new_tokens
@@ -106,6 +106,8 @@ def vllm_decoder(
             warnings.warn(message, DyloraMoeWarning, stacklevel=3)
         length = min(wanted, positions)
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments, max_model_len=length))
+    except InputError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         raise InputError(f"{model.source} cannot be served by vLLM: {_said(error)}") from error
     except Exception as error:  # whatever its processes raise

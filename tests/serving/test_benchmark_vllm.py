@@ -126,6 +126,13 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same(folders, tmp_path, optio
     assert len(set(solutions)) == len(solutions)
 
 
+@pytest.mark.slow
+def test_an_engine_of_two_processes(folders, tmp_path):
+    wanted = {"models": str(folders / "full"), "strategies": ["best", "router", "round_robin"], **GREEDY}
+    served = by_vllm(tmp_path / "vllm", {**wanted, "tensor_parallel_size": 2})
+    assert files(served) == files(by_hf(wanted["models"], tmp_path, strategies=wanted["strategies"]))
+
+
 def test_what_vllm_does_not_serve_is_one_line(folders, tmp_path):
     """Two heads of attention on three GPUs."""
     command = [sys.executable, "-m", "dylora_moe", "benchmark", "--model", str(folders / "full")]
