@@ -80,7 +80,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         ValueError: it does; names it.
     """
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or training failed.")
+        raise ValueError(
+            f"{name} holds NaN or infinity: its file is damaged or lacks a part of it, or training failed."
+        )
 
 
 def check_stacks(stacks: Stacks, config: DyloraMoeConfig) -> None:
@@ -102,24 +104,6 @@ def check_stacks(stacks: Stacks, config: DyloraMoeConfig) -> None:
                     f"{name}.{kind} is of shape {list(stack.shape)}, and by the ranks in config.json it has {rank} rows."
                 )
             check_finite(f"{name}.{kind}", stack)
-
-
-def mark_unread(stream: nn.Module) -> None:
-    """Fill the base model's parameters with NaN, which stays where files have no weight."""
-    for parameter in stream.parameters():
-        if parameter.is_floating_point() and not parameter.is_meta:
-            parameter.data.fill_(torch.nan)
-
-
-def check_all_read(stream: nn.Module) -> None:
-    """Refuse a base model of which a weight, or a part of one that vLLM made of several, was not in the files.
-
-    Raises:
-        ValueError: there is one; names it.
-    """
-    for name, parameter in stream.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise ValueError(f"The files lack weights of the base model: {name}, or a part of it.")
 
 
 def place_experts(
@@ -251,10 +235,8 @@ class _VllmNames:
 
 __all__ = [
     "Edges",
-    "check_all_read",
     "check_finite",
     "check_stacks",
-    "mark_unread",
     "place_experts",
     "read_adapters",
 ]

@@ -24,10 +24,8 @@ from .engine_config import check_engine
 from .expert_weights import (
     Edges,
     Stacks,
-    check_all_read,
     check_finite,
     check_stacks,
-    mark_unread,
     place_experts,
     read_adapters,
 )
@@ -137,10 +135,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         stacks: dict[str, dict[str, torch.Tensor]] = {}
         gate: dict[str, torch.Tensor] = {}
         edges: dict[str, Edges] = {}
-        mark_unread(self.streams[0])
-        self.streams[0].load_weights(self._split(weights, stacks, gate, edges))
-        # vLLM's own check leaves out all linear layers, and does not see parts of a fused one.
-        check_all_read(self.streams[0])
+        self._load_base_model(self._split(weights, stacks, gate, edges))
         if self.config.weights_layout == "adapter":
             model = self.vllm_config.model_config
             pairs, gate = read_adapters(model.model, model.revision, self.config)
@@ -156,6 +151,19 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         place_experts(with_experts, pairs, self.config, self.weights, dtype, edges)
         self.is_loaded = True
         return {name for name, _ in self.named_parameters()}
+
+    def _load_base_model(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the base model, and make sure that nothing of it is left as it was allocated.
+
+        vLLM's own check goes by names, and a fused matrix has one for several of the base model's.
+        """
+        parameters = dict(self.streams[0].named_parameters())
+        for parameter in parameters.values():
+            if parameter.is_floating_point():
+                parameter.data.fill_(torch.nan)
+        self.streams[0].load_weights(weights)
+        for name, parameter in parameters.items():
+            check_finite(f"The base model's {name}", parameter)
 
     def _split(
         self,
@@ -176,7 +184,6 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
             if kind in ("lora_A", "lora_B"):
                 stacks.setdefault(place, {})[kind] = tensor
                 continue
-            check_finite(name, tensor)
             name = name.replace(".base_layer.", ".")
             if tensor.dim() == 2 and name.removesuffix(".weight") in adapted:
                 edges[name.removesuffix(".weight")] = (tensor[:, 0].cpu().clone(), tensor[0].cpu().clone())

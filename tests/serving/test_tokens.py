@@ -50,6 +50,18 @@ def test_other_base_models(family, tmp_path):
     check_tokens(model, requests, served.answers)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_strategies_on_other_base_models(family, setting, layout, tmp_path):
+    model = family_model(family, router_input="experts_sum" if layout == "full" else "base")
+    requests = mixed_requests()
+    served = run_engine(save_repo(model, tmp_path, layout), requests, requests, **SETTINGS[setting])
+    for answers in served.rounds:
+        check_tokens(model, requests, answers)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
