@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from helpers_serving import ENVIRONMENT, HEADS
 from helpers_text import save_text_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from dylora_moe.hub_export import export
@@ -75,13 +76,27 @@ class Server:
 
 
 def save_served_repo(folder: Path) -> Path:
-    """An exported mixture of three experts with a tokenizer and a chat template: `<folder>/repo`."""
+    """An exported mixture of three experts with a tokenizer and a chat template, which writes ASCII:
+    `<folder>/repo`."""
     checkpoint = save_text_checkpoint(folder, **HEADS)
+    _leave_only_ascii(folder / "foundation")
     export([checkpoint], folder / "repo", verify=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "repo")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "repo")
+    (folder / "repo" / "generation_config.json").unlink()  # it has a penalty that vLLM does not know
     return folder / "repo"
+
+
+def _leave_only_ascii(foundation: Path) -> None:
+    """Give all other tokens a logit of 0, less than the greatest of so many."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(foundation)
+    weights = load_file(foundation / "model.safetensors")
+    for token in range(len(weights["lm_head.weight"])):
+        text = tokenizer.decode([token])
+        if token in tokenizer.all_special_ids or not (text.isprintable() and text.isascii()):
+            weights["lm_head.weight"][token] = 0
+    save_file(weights, foundation / "model.safetensors", {"format": "pt"})
 
 
 def free_port() -> int:
@@ -141,7 +156,6 @@ class OwnAnswers:
 
     def __init__(self, repo: Path):
         self.model = DyloraMoeForCausalLM.from_pretrained(repo).eval()
-        self.model.generation_config.exponential_decay_length_penalty = None  # which vLLM does not have
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(repo)
 
     @torch.no_grad()
