@@ -51,7 +51,7 @@ def own_score(own: OwnAnswers, start: str, end: str, strategy: str) -> float:
     return chosen.sum().item()
 
 
-@pytest.mark.parametrize("strategy", ["router", "single:1"])
+@pytest.mark.parametrize("strategy", ["router", pytest.param("single:1", marks=pytest.mark.slow)])
 def test_scores_and_texts_are_the_models_own(strategy, repo, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
