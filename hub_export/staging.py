@@ -35,6 +35,20 @@ STALE_SECONDS = 24 * 3600
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+def check_name(path: Path) -> None:
+    """Check that a path is text, which safetensors and JSON need.
+
+    Raises:
+        InputError: its name, or that of a folder above it, is no UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the path {path} is not UTF-8, and no other can be read; rename it, or choose another"
+        ) from None
+
+
 def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Path:
     """Resolve the path of the final folder, if it may be written.
 
@@ -44,6 +58,7 @@ def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], 
     Raises:
         InputError: something is there that may not be replaced; nothing was touched.
     """
+    check_name(final)
     if final.is_symlink() and not final.exists():
         raise InputError(f"{final} is a link to nothing; remove it or choose another folder")
     final = final.resolve()

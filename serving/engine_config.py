@@ -6,6 +6,8 @@ import os
 from typing import Any
 
 import vllm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm import ModelRegistry
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -44,6 +46,7 @@ class DyloraMoeEngineConfig(VerifyAndUpdateConfig):
         default = served_strategy(_default_strategy(model_config), config)
         setattr(config, ARGUMENT, str(default))
         strategies = EngineStrategies(config)
+        _check_base_model(model_config)
         _refuse(vllm_config, strategies)
         _use_own_parts(vllm_config)
         check_requests_with(strategies)
@@ -56,6 +59,22 @@ def _default_strategy(model_config: Any) -> str | None:
         return override
     stored = read_generation_config(model_config.model, {"revision": model_config.revision})
     return getattr(stored, ARGUMENT, None)
+
+
+def _check_base_model(model_config: Any) -> None:
+    """Raise ValueError for a base model that vLLM does not have, or whose past is no KV cache."""
+    base = model_config.hf_config.base_config
+    known = base.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base.model_type, base.model_type)]
+    remedy = "Run it with transformers, or serve one expert that `dylora-moe merge` made a model of."
+    if known[0] not in ModelRegistry.get_supported_archs():
+        raise ValueError(
+            f"The base model is a {known[0]}, which vLLM {vllm.__version__} does not have. {remedy}"
+        )
+    found, _ = ModelRegistry.inspect_model_cls(known, model_config)
+    if found.has_inner_state or found.is_attention_free or not found.is_text_generation_model:
+        raise ValueError(
+            f"The base model is a {known[0]}, which is no decoder with a KV cache alone. {remedy}"
+        )
 
 
 def _refuse(vllm_config: Any, strategies: EngineStrategies) -> None:
@@ -94,4 +113,17 @@ def _use_own_parts(vllm_config: Any) -> None:
         raise ValueError("A mixture needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
 
 
-__all__ = ["DyloraMoeEngineConfig"]
+def check_engine(vllm_config: Any) -> None:
+    """Make sure that the engine has what gives requests their strategies and keeps their caches apart.
+
+    Raises:
+        RuntimeError: this vLLM did not run the hook above, or did not keep what it set.
+    """
+    has_scheduler = vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+    if not has_scheduler or REQUEST_ROUTING not in (vllm_config.model_config.logits_processors or []):
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} has changed an interface that routing needs; use {', '.join(TESTED_VERSIONS)}."
+        )
+
+
+__all__ = ["DyloraMoeEngineConfig", "check_engine"]

@@ -76,7 +76,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         ValueError: it does; names it.
     """
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or training failed.")
+        raise ValueError(
+            f"{name} holds NaN or infinity: its file is damaged or lacks a part of it, or training failed."
+        )
 
 
 def check_stacks(stacks: Stacks, config: DyloraMoeConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 
 ARCHITECTURE = "DyloraMoeForCausalLM"
 
@@ -13,16 +15,21 @@ def register() -> None:
     """
     from transformers import AutoConfig
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from dylora_moe.modeling.configuration_dylora_moe import DyloraMoeConfig
-
-    from .engine_config import DyloraMoeEngineConfig
 
     AutoConfig.register(DyloraMoeConfig.model_type, DyloraMoeConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "dylora_moe.serving.routed_model:DyloraMoeForCausalLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = DyloraMoeEngineConfig
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from .engine_config import DyloraMoeEngineConfig
+    except ImportError as error:
+        # A vLLM that has changed still serves other models; `check_engine` refuses ours.
+        logging.getLogger(__name__).warning("dylora-moe cannot serve mixtures by this vLLM: %s", error)
+    else:
+        MODELS_CONFIG_MAP[ARCHITECTURE] = DyloraMoeEngineConfig
 
 
 __all__ = ["ARCHITECTURE", "register"]

@@ -20,6 +20,7 @@ from vllm.sequence import IntermediateTensors
 from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter, routes_densely
 from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS
 
+from .engine_config import check_engine
 from .expert_weights import Stacks, check_finite, check_stacks, place_experts, read_adapters
 from .request_routing import RequestRouting, routing_of_new_model
 from .strategies import EngineStrategies
@@ -35,6 +36,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
+        check_engine(vllm_config)
         self.requests: RequestRouting = routing_of_new_model()
         self.vllm_config = vllm_config
         self.config = config = vllm_config.model_config.hf_config
@@ -117,7 +119,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         """
         stacks: dict[str, dict[str, torch.Tensor]] = {}
         gate: dict[str, torch.Tensor] = {}
-        self.streams[0].load_weights(self._split(weights, stacks, gate))
+        self._load_base_model(self._split(weights, stacks, gate))
         if self.config.weights_layout == "adapter":
             model = self.vllm_config.model_config
             pairs, gate = read_adapters(model.model, model.revision, self.config)
@@ -131,6 +133,19 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
             with_experts = with_experts[1:]
         place_experts(with_experts, pairs, self.config, self.weights, self.vllm_config.model_config.dtype)
         return {name for name, _ in self.named_parameters()}
+
+    def _load_base_model(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the base model, and make sure that nothing of it is left as it was allocated.
+
+        vLLM's own check goes by names, and a fused matrix has one for several of the base model's.
+        """
+        parameters = dict(self.streams[0].named_parameters())
+        for parameter in parameters.values():
+            if parameter.is_floating_point():
+                parameter.data.fill_(torch.nan)
+        self.streams[0].load_weights(weights)
+        for name, parameter in parameters.items():
+            check_finite(f"The base model's {name}", parameter)
 
     def _split(
         self,
@@ -149,7 +164,6 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
             if kind in ("lora_A", "lora_B"):
                 stacks.setdefault(place, {})[kind] = tensor
                 continue
-            check_finite(name, tensor)
             yield name.replace(".base_layer.", "."), tensor
 
     def _load_gate(self, gate: dict[str, torch.Tensor]) -> None:

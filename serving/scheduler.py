@@ -20,12 +20,15 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from .strategies import EngineStrategies
 
 
 logger = init_logger(f"vllm.{__name__}")
+
+# What is called of vLLM's own, and is no public interface.
+NEEDED = {Scheduler: ("_preempt_request",), Request: ("update_block_hashes", "get_skip_reading_prefix_cache")}
 
 
 class RoutedScheduler(Scheduler):
@@ -33,6 +36,10 @@ class RoutedScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        for kind, names in NEEDED.items():
+            for name in names:
+                if not hasattr(kind, name):
+                    raise RuntimeError(f"This vLLM's {kind.__name__} has no {name}, which routing needs.")
         self.strategies = EngineStrategies(self.vllm_config.model_config.hf_config)
         self.choosing: set[str] = set()  # requests of `best` in their first pass
         self.refused: list[Any] = []  # requests whose clients are still to be told

@@ -32,6 +32,48 @@ OF_SMALL_MODELS = {
 STRATEGIES = ("router", "best", "single:0", "single:second", "single:2", "base", "uniform")
 
 
+ATTENTION = ("model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj")
+LINEAR = (*ATTENTION, "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.o_proj")
+GATED = (
+    *LINEAR,
+    "model.layers.{}.mlp.gate_proj",
+    "model.layers.{}.mlp.up_proj",
+    "model.layers.{}.mlp.down_proj",
+)
+GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+FAMILIES = {
+    "Qwen2": ("Qwen2Config", GATED, {}),
+    "Qwen3": ("Qwen3Config", GATED, {}),
+    "Gemma": ("GemmaConfig", GATED, {}),
+    "Mistral": ("MistralConfig", GATED, {"sliding_window": 16}),
+    "Phi-3": (
+        "Phi3Config",
+        (
+            "model.layers.{}.self_attn.qkv_proj",
+            "model.layers.{}.mlp.gate_up_proj",
+            "model.layers.{}.mlp.down_proj",
+        ),
+        {},
+    ),
+    "StarCoder2": (
+        "Starcoder2Config",
+        (*LINEAR, "model.layers.{}.mlp.c_fc", "model.layers.{}.mlp.c_proj"),
+        {},
+    ),
+    "GPT-2": (
+        "GPT2Config",
+        tuple(f"transformer.h.{{}}.{name}" for name in GPT2),
+        {"num_key_value_heads": None},
+    ),
+    "Mixtral": ("MixtralConfig", LINEAR, {"num_local_experts": 4}),
+    "Qwen3-MoE": (
+        "Qwen3MoeConfig",
+        LINEAR,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+
+
 @dataclass
 class Request:
     """A prompt in tokens, the strategy in the request itself (None: the engine's), and further parameters."""
@@ -92,10 +134,16 @@ def save_repo(model, folder: Path, layout: str = "full") -> Path:
     return folder / layout
 
 
-def family_model(kind: str, targets: tuple[str, ...], fields: dict, **mixture):
-    """A mixture of three experts of unequal ranks and targets on a small base model of another family."""
-    settings = {**SIZES, **HEADS, "max_position_embeddings": 512, **fields}
-    base = getattr(transformers, kind)(
+def family_model(family: str, base: dict | None = None, **mixture):
+    """A mixture of three experts of unequal ranks and targets on a small base model of one of `FAMILIES`.
+
+    Args:
+        base: fields of the base model's config.
+        mixture: arguments of `build`.
+    """
+    kind, targets, fields = FAMILIES[family]
+    settings = {**SIZES, **HEADS, "max_position_embeddings": 512, **fields, **(base or {})}
+    config = getattr(transformers, kind)(
         **{name: value for name, value in settings.items() if value is not None}
     )
     modules = [target.format(layer) for layer in range(2) for target in targets]
@@ -104,7 +152,7 @@ def family_model(kind: str, targets: tuple[str, ...], fields: dict, **mixture):
         {"name": "second", "r": 3, "lora_alpha": 6, "use_rslora": True, "target_modules": modules[1:]},
         {"name": "third", "r": 8, "lora_alpha": 8, "target_modules": modules[::2]},
     ]
-    return build(base, experts, **mixture)
+    return build(config, experts, **mixture)
 
 
 def mixed_requests(strategies=STRATEGIES, count: int = 32, max_tokens: int = 24) -> list[Request]:

@@ -20,6 +20,7 @@ from . import rounding
 
 NAME = re.compile(r"[\w.-]*")  # as a regular expression, it matches in no time
 SECONDS_PER_NAME = 5
+MOST_PATTERNS = 100  # that PEFT gets as they are; Python's `re` remembers 512
 
 
 def round_adapters(model: PeftModel, dtype: torch.dtype | None, only: str = "") -> None:
@@ -92,16 +93,17 @@ def _as_peft_loads(
 
 
 def _config_with_names(folder: SourceFolder) -> PeftConfig:
-    """Load an adapter's config, with the names of its layers in place of regular expressions.
+    """Load an adapter's config, with the names of its layers in place of regular expressions or many patterns.
 
-    PEFT matches them by Python's `re`, which an expression such as `(.*)*x` keeps busy forever.
+    PEFT matches them by Python's `re`, which an expression such as `(.*)*x` keeps busy forever, and compiles more than
+    it remembers for every layer.
     """
     config = PeftConfig.from_pretrained(str(folder))
     patterns = [config.target_modules, config.exclude_modules, config.layers_pattern]
     is_adalora = config.peft_type == PeftType.ADALORA  # whose rank_pattern holds names
     patterns += [] if is_adalora else [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
     texts = [text for each in patterns for text in ([each] if isinstance(each, str) else each or ())]
-    if all(NAME.fullmatch(text) for text in texts):
+    if len(texts) <= MOST_PATTERNS and all(NAME.fullmatch(text) for text in texts):
         return config
     tensors = load_peft_weights(str(folder), device="cpu")
     ranks = {
@@ -112,18 +114,31 @@ def _config_with_names(folder: SourceFolder) -> PeftConfig:
     config.target_modules = set(ranks)
     config.exclude_modules = config.layers_pattern = config.layers_to_transform = None
     if not is_adalora:
-        alphas = {layer: _of_pattern(config.alpha_pattern or {}, layer, config.lora_alpha) for layer in ranks}
-        config.rank_pattern = {re.escape(layer): rank for layer, rank in ranks.items()}
-        config.alpha_pattern = {re.escape(layer): alpha for layer, alpha in alphas.items()}
+        patterns = _compiled(config.alpha_pattern)
+        alphas = {layer: _of_pattern(patterns, layer, config.lora_alpha) for layer in ranks}
+        config.rank_pattern, config.alpha_pattern = _as_patterns(ranks), _as_patterns(alphas)
     return config
 
 
-def _of_pattern(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
+def _compiled(patterns: dict[str, Any] | None) -> list[tuple[regex.Pattern, Any]]:
+    """Compile the keys of `rank_pattern` or `alpha_pattern` as PEFT reads them."""
+    return [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
+
+
+def _of_pattern(patterns: list[tuple[regex.Pattern, Any]], name: str, otherwise: Any) -> Any:
     """Find what PEFT finds for a name (`peft.utils.other.get_pattern_key`), within a limited time."""
-    for key, value in patterns.items():
-        if regex.match(rf"(.*\.)?({key})$", name, timeout=SECONDS_PER_NAME):
+    for pattern, value in patterns:
+        if pattern.match(name, timeout=SECONDS_PER_NAME):
             return value
     return otherwise
+
+
+def _as_patterns(values: dict[str, Any]) -> dict[str, Any]:
+    """Write values of layers as `rank_pattern` or `alpha_pattern`: one pattern a value, since PEFT tries each of them."""
+    names: dict[Any, list[str]] = {}
+    for layer, value in values.items():
+        names.setdefault(value, []).append(re.escape(layer))
+    return {"|".join(group): value for value, group in names.items()}
 
 
 def _by_names_alone(folder: SourceFolder) -> bool:
@@ -146,7 +161,7 @@ def _add_by_names(
     """Put PEFT's layers where the names of the adapter's tensors say."""
     fields = _fields(folder)
     tensors = load_peft_weights(str(folder), device="cpu")
-    patterns, parameters = fields.get("alpha_pattern") or {}, fields.get("target_parameters") or ()
+    patterns, parameters = _compiled(fields.get("alpha_pattern")), fields.get("target_parameters") or ()
 
     def alpha(target: str) -> float:
         by_weight = any(f".{target}.weight".endswith(f".{parameter}") for parameter in parameters)
@@ -256,8 +271,8 @@ def add_adapter(
         # all that there are, as all adapters of a model must name the same; those that have no tensors do
         # nothing
         target_parameters=stacked if any(parameters.values()) else None,
-        rank_pattern={re.escape(target): rank for target, rank in ranks.items()},
-        alpha_pattern={re.escape(target): alpha for target, alpha in alphas.items()},
+        rank_pattern=_as_patterns(ranks),
+        alpha_pattern=_as_patterns(alphas),
         use_rslora=use_rslora,
     )
     with _no_other_targets(foundation):

@@ -80,13 +80,11 @@ def _local_folder(name: str, named_in: Path | None) -> Path | None:
 
 
 def _comes_with(path: Path, name: str, named_in: Path) -> bool:
-    """Whether a foundation's folder belongs to the source that names it: it lies in it, or a relative name leads to it from there."""
-    home = named_in.resolve().parent
-    if home in path.parents:
-        return True
-    if Path(name).expanduser().is_absolute():
-        return False
-    return home.parent in path.parents or path in ((home / name).resolve(), (home.parent / name).resolve())
+    """Whether a foundation's folder may belong to the source that names it: it lies in it, or its name is relative.
+
+    Even one that is found from the working directory may have been downloaded with the source.
+    """
+    return named_in.resolve().parent in path.parents or not Path(name).expanduser().is_absolute()
 
 
 def open_foundation(reference: FoundationReference) -> SourceFolder:
@@ -98,7 +96,11 @@ def open_foundation(reference: FoundationReference) -> SourceFolder:
         InputError: it is gone, or this user may not look into it.
     """
     try:
-        return open_folder(reference.name, may_link_out=not reference.comes_with_source)
+        return open_folder(
+            reference.name,
+            may_link_out=not reference.comes_with_source,
+            remedy="copy it there, or pass the folder with --base_model if you trust it",
+        )
     except InputError as error:
         raise InputError(not_loaded(reference, error)) from error
 

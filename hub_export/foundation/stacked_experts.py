@@ -107,6 +107,8 @@ def put_together(expert: Expert, foundation: nn.Module) -> Expert:
     """
     modules = dict(foundation.named_modules())
     unknown = [name for name in expert.layers if name not in modules and not expert.layers[name].num_stacked]
+    if not unknown:
+        return expert
     layers, members = dict(expert.layers), {}
     for parameter, parts in weight_conversion.stacks(unknown, foundation).items():
         if why_not_whole(parameter, parts, foundation) is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, one_line
-from .text_files import MOST_TEXT, read_text
+from .text_files import MOST_DEPTH, MOST_TEXT, read_text
 
 
 # A value takes some 70 bytes of memory, and two characters of the file. The largest tokenizer.json holds 2,000,000,
@@ -24,7 +24,6 @@ MOST_LAYERS = 1_000
 MOST_LABELS = 100_000  # of a classifier, each of which gets a name
 # Sizes, tokens and positions lie far below; 2^40 of them fit no memory.
 MOST_NUMBER = 2**32
-MOST_DEPTH = 100  # containers in containers; tokenizers and configs have less than 20
 
 
 def read_json(path: Path, most_bytes: int = MOST_TEXT) -> dict[str, Any]:

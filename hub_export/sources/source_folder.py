@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import InputError
+from ..staging import check_name
 from .json_files import read_json
 from .text_files import read_text
 
@@ -25,7 +26,11 @@ NOT_ALLOWED = "{} may not be read by this user (permission denied)"
 
 
 def open_folder(
-    folder: str | Path | SourceFolder, name: str | None = None, *, may_link_out: bool = False
+    folder: str | Path | SourceFolder,
+    name: str | None = None,
+    *,
+    may_link_out: bool = False,
+    remedy: str = "copy it there",
 ) -> SourceFolder:
     """Open a folder for reading; one that is open already is returned as it is.
 
@@ -34,20 +39,22 @@ def open_folder(
             after commits).
         may_link_out: follow links that lead out of the folder. For folders that the user vouches for, such as a
             base model that consists of links to another disk.
+        remedy: what to do about a link that leads out.
 
     Raises:
-        InputError: it does not exist, is no folder, or this user may not look into it.
+        InputError: it does not exist, is no folder, has a name that is no text, or this user may not look into it.
     """
     if isinstance(folder, SourceFolder):
         return folder
     path = Path(folder)
+    check_name(path)
     if is_forbidden(path):
         raise InputError(NOT_ALLOWED.format(path))
     if not exists(path):
         raise InputError(f"{path} does not exist")
     if not path.is_dir():
         raise InputError(f"{path} is a file; give the folder it belongs to")
-    return SourceFolder(path, name or path.resolve().name, None if may_link_out else _roots(path))
+    return SourceFolder(path, name or path.resolve().name, None if may_link_out else _roots(path), remedy)
 
 
 class SourceFolder:
@@ -58,9 +65,10 @@ class SourceFolder:
         name: what its content is called.
     """
 
-    def __init__(self, path: Path, name: str, roots: list[Path] | None):
+    def __init__(self, path: Path, name: str, roots: list[Path] | None, remedy: str):
         self.path = path
         self.name = name
+        self._remedy = remedy
         self._roots = roots  # where links may lead; None: anywhere
 
     def __str__(self) -> str:
@@ -99,7 +107,7 @@ class SourceFolder:
             raise InputError(f"{path} is a link that leads back to itself; put the file itself in its place")
         if not any(target == root or root in target.parents for root in roots):
             raise InputError(
-                f"{path} leads out of {self}, to {target}; what lies elsewhere is not read, copy it there"
+                f"{path} leads out of {self}, to {target}; what lies elsewhere is not read, {self._remedy}"
             )
 
     def has(self, name: str | PurePath) -> bool:
@@ -138,7 +146,7 @@ class SourceFolder:
     def folder(self, name: str | PurePath) -> SourceFolder:
         """Open a folder inside; links in it may lead as far as those of this folder."""
         path = self / name
-        return SourceFolder(path, path.name, self._roots)
+        return SourceFolder(path, path.name, self._roots, self._remedy)
 
     def folders(self, pattern: str = "*", holding: str = "") -> list[SourceFolder]:
         """Open the folders inside whose names match a pattern, sorted; only those that hold a file, if one is named.
@@ -169,12 +177,12 @@ class SourceFolder:
 
     def called(self, name: str) -> SourceFolder:
         """Give the same folder under another name."""
-        return SourceFolder(self.path, name, self._roots)
+        return SourceFolder(self.path, name, self._roots, self._remedy)
 
     def parent(self) -> SourceFolder:
         """Give the folder in which it lies: the run of a checkpoint."""
         path = self.path.resolve().parent
-        return SourceFolder(path, path.name, _roots(path))
+        return SourceFolder(path, path.name, _roots(path), self._remedy)
 
 
 def _roots(path: Path) -> list[Path]:

@@ -13,9 +13,11 @@ from ..errors import InputError
 # Bytes. The largest of public models are tokenizer.json, of 35 MB, and the index of a model with 100,000 tensors,
 # of 10 MB; a trainer_state.json has 250 bytes a logged step.
 MOST_TEXT = 64 * 1024**2
-# Characters, which PyYAML takes three seconds for. Cards with a thousand results have 300,000.
+# Characters and values, which PyYAML takes three seconds for. Cards with a thousand results have 330,000 and 36,000.
 MOST_YAML = 1024**2
+MOST_NODES = 100_000
 MOST_MERGED = 10_000  # entries of a mapping, with those that it takes from others (<<)
+MOST_DEPTH = 100  # containers in containers, of YAML and JSON; tokenizers and configs have less than 20
 LONGEST_NUMBER = 100  # characters; PyYAML takes time by their square for 1:1:1:…
 
 
@@ -43,7 +45,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML that anyone may have written.
 
     Raises:
-        ValueError: it is none, is nested too deep, or is longer than what people write, as it stands or with its
+        ValueError: it is none, is nested too deep, or holds more than what people write, by itself or with its
             merges, by which ten lines can stand for any number of entries.
     """
     if len(text) > MOST_YAML:
@@ -52,12 +54,27 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("YAML that is nested too deep") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, without endless merges and numbers."""
+    """The safe loader, without endless values, merges and numbers."""
+
+    num_nodes = 0
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self.num_nodes += 1
+        if self.num_nodes > MOST_NODES:
+            self._refuse(f"more than {MOST_NODES:,} values")
+        self.depth += 1
+        if self.depth > MOST_DEPTH:  # for which PyYAML takes time by their square
+            self._refuse("YAML that is nested too deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, why: str) -> None:
+        raise yaml.composer.ComposerError(None, None, why, self.peek_event().start_mark)
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         if len(node.value) > LONGEST_NUMBER and node.tag.endswith((":int", ":float")):

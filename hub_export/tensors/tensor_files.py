@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import weakref
 import zipfile
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +37,8 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 # Bytes. What was read of a file that is mapped into memory takes memory for as long as the file is mapped;
-# mapping it again takes time, which many small files that are read in turn, such as experts, are not worth.
+# mapping it again takes time: of a safetensors file by the number of its tensors, of a small `.pt` more than many that
+# are read in turn, such as experts, are worth.
 MAPPED_AT_ONCE = 64 * 1024**2
 SMALL_FILE = 32 * 1024**2
 # Bytes, for 150,000 tensors, twice those of 64 experts on 560 layers; safetensors itself reads up to 100 MB.
@@ -108,14 +110,19 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._tensors: dict[str, torch.Tensor] | None = None
-        if path.suffix == ".safetensors":
+        self._mapped_tensors: Any = None  # a dict of them, or an open safetensors file
+        if self._is_safetensors:
             self._layout = self._read_header()
+            self._is_let_go = True
         else:
-            self._tensors = self._load()
+            self._mapped_tensors = tensors = self._load()
+            self._layout = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
             # Only torch's zip format is mapped into memory.
-            self._is_large = path.stat().st_size > SMALL_FILE and zipfile.is_zipfile(path)
-            self._layout = {key: (tuple(value.shape), value.dtype) for key, value in self._tensors.items()}
+            self._is_let_go = path.stat().st_size > SMALL_FILE and zipfile.is_zipfile(path)
+
+    @property
+    def _is_safetensors(self) -> bool:
+        return self.path.suffix == ".safetensors"
 
     def _open(self):
         try:
@@ -178,30 +185,27 @@ class TensorFile:
         return self._layout[key][1]
 
     def read(self, key: str) -> torch.Tensor:
-        if self.path.suffix != ".safetensors":
-            return self._of_pickle(key)
-        with self._open() as file:
-            return file.get_tensor(key)
+        tensors = self._map(key)
+        return tensors.get_tensor(key) if self._is_safetensors else tensors[key]
 
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Read rows `start` to `stop` of a tensor; a safetensors file reads only these."""
-        if self.path.suffix != ".safetensors":
-            return self._of_pickle(key, (stop - start) / max(1, self.shape(key)[0]))[start:stop]
-        with self._open() as file:
-            return file.get_slice(key)[start:stop]
+        tensors = self._map(key, (stop - start) / max(1, self.shape(key)[0]))
+        return (tensors.get_slice(key) if self._is_safetensors else tensors[key])[start:stop]
 
-    def _of_pickle(self, key: str, share: float = 1.0) -> torch.Tensor:
-        """Give a tensor of a mapped file, of which a share is about to be read.
+    def _map(self, key: str, share: float = 1.0) -> Any:
+        """Give the file's tensors, of one of which a share is about to be read.
 
-        Once much was read of all large ones together, they are let go, and mapped again when needed.
+        Once much was read of all files together, they are let go, and mapped again when needed.
         """
         if TensorFile._read_of_mapped > MAPPED_AT_ONCE:
             for file in TensorFile._mapped:
-                file._tensors = None
+                file._mapped_tensors = None
             TensorFile._mapped, TensorFile._read_of_mapped = weakref.WeakSet(), 0
-        if self._tensors is None:
-            self._tensors = self._load()
-        if self._is_large:
+        if self._mapped_tensors is None:
+            self._mapped_tensors = self._open() if self._is_safetensors else self._load()
+        if self._is_let_go:
             TensorFile._mapped.add(self)
-            TensorFile._read_of_mapped += share * self._tensors[key].nbytes
-        return self._tensors[key]
+            shape, dtype = self._layout[key]
+            TensorFile._read_of_mapped += share * prod(shape) * dtype.itemsize
+        return self._mapped_tensors

@@ -121,7 +121,8 @@ def find_tokenizer(
         may_have_one = name is not None
     if may_have_one:
         try:
-            return opened(name, fetch_tokenizer(name, foundation.revision))
+            remedy = "copy it there, or pass a tokenizer with --tokenizer"
+            return opened(name, fetch_tokenizer(name, foundation.revision, remedy))
         except InputError:
             if options.layout != "adapter" or is_available(foundation):
                 raise

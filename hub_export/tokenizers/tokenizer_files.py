@@ -168,6 +168,8 @@ def _what_it_lacks(folder: SourceFolder, error: Exception) -> str | None:
     ]
     if files and not is_sentencepiece_available():
         return f"{files[0]} needs a package that is not installed: pip install sentencepiece"
+    if files and "Error parsing line" in str(error):  # as a file of tiktoken's, which transformers tries next
+        return f"{files[0]} needs sentencepiece and a protobuf of its time: pip install -U sentencepiece protobuf"
     if "instantiate the backend tokenizer" in str(error):
         return "the file that holds its vocabulary is missing (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)"
     return None
@@ -225,14 +227,17 @@ def _own_config(folder: SourceFolder, trust_remote_code: bool) -> Any:
         return PreTrainedConfig.from_pretrained(folder.path)
 
 
-def fetch_tokenizer(name: str, revision: str | None = None) -> SourceFolder:
+def fetch_tokenizer(name: str, revision: str | None = None, remedy: str = "copy it there") -> SourceFolder:
     """Open the folder of a tokenizer's files: the one named, or that of a Hub repo, which are downloaded.
+
+    Args:
+        remedy: what to do about a link that leads out of a folder.
 
     Raises:
         InputError: there is no such folder, nor a Hub repo that can be had.
     """
     if Path(name).is_dir():
-        return open_folder(name)
+        return open_folder(name, remedy=remedy)
     if not is_hub_id(name):
         raise InputError(
             f"there is no tokenizer {name}: neither a folder nor a Hub id; pass one with --tokenizer"

@@ -131,6 +131,7 @@ class _Trials:
                 "HF_HUB_OFFLINE": "1",
                 "TRANSFORMERS_VERBOSITY": "error",
                 "TOKENIZERS_PARALLELISM": "false",
+                "TIKTOKEN_CACHE_DIR": "",  # nowhere: it would write there what it reads
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -170,6 +171,18 @@ class _Trials:
 _passed: set[str] = set()
 _trials: _Trials | None = None
 _lock = threading.Lock()
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked: start other trials when needed, though a thread of the parent waits for one."""
+    global _trials, _lock
+    if _trials is not None:
+        atexit.unregister(_trials.end)
+    _trials, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _process() -> _Trials:

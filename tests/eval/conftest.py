@@ -1,13 +1,16 @@
-"""A small mixture that generates text, and a folder with a report, each made once."""
+"""A small mixture that generates text, and a folder with a report, each made once; how programs are checked."""
 
 import shutil
+import tempfile
 
 import pytest
 from evalplus.data import humaneval
+from helpers_checks import change_start, processes, sandbox_fails
 from helpers_report import Page, leave_folder
 from helpers_text import save_text_repo
 
 from dylora_moe.eval.report.page import write_report
+from dylora_moe.eval.scoring import checking_process
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,32 @@ def folder(made, tmp_path):
         made, tmp_path / "copy", ignore=shutil.ignore_patterns("figures", "report.html", "*.png")
     )
     return copy
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "sandbox"])
+def sandboxed(request):
+    if request.param and sandbox_fails():
+        pytest.skip(sandbox_fails())
+    return request.param
+
+
+@pytest.fixture
+def nothing_is_left(tmp_path, monkeypatch):
+    """Every process of a test can be told by its command line, which forks keep. None may outlive the test.
+
+    Neither may anything in the temporary folder.
+    """
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(checking_process, "PAUSES", (0, 0.1))
+    monkeypatch.setattr(checking_process, "_START", f"# {tmp_path}\n{checking_process._START}")
+    yield
+    assert processes(str(tmp_path)) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.fixture
+def no_filter(monkeypatch):
+    """As on a kernel without seccomp."""
+    change_start(monkeypatch, "checking.guarded_check.filter_calls = lambda: False")

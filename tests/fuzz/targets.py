@@ -135,6 +135,8 @@ def _read_source(folder: Path, number: int) -> None:
         inspect(folder)
         return
     mixture = open_source(folder)
+    if mixture.problems:  # with which an export ends before it asks for more
+        return
     for expert in mixture.experts:
         expert.config()
         for layer in expert.layers:

@@ -21,17 +21,21 @@ from helpers_checkpoints import (
     save_whole_model,
 )
 from helpers_cli import run
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dylora_moe import cli
 from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import export
+from dylora_moe.hub_export.checking.peft_layers import load_adapters
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.foundation import weights
 from dylora_moe.hub_export.readers.peft_fields import NamePatterns
 from dylora_moe.hub_export.repo.checksums import read_checksums
 from dylora_moe.hub_export.repo.model_card import split_card
 from dylora_moe.hub_export.sources import json_files
+from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.sources.text_files import MOST_TEXT, parse_yaml
 from dylora_moe.hub_export.tensors import pickle_limits, tensor_files
 from dylora_moe.hub_export.tensors.tensor_files import TensorFile, load_torch_file
@@ -279,6 +283,12 @@ def test_yaml_without_end(checkpoint, foundation, tmp_path, name):
     assert "license: mit" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_yaml_of_many_values():
+    """A megabyte of them takes a quarter of a minute and a gigabyte."""
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        parse_yaml("[" + "?," * 50_000 + "]")
+
+
 def test_merges_without_end():
     """PyYAML takes an entry once since 6.0.4; before, ten lines are a hundred million entries."""
     with contextlib.suppress(ValueError):
@@ -440,6 +450,31 @@ def test_a_pattern_for_every_layer_is_no_matter_of_time(foundation, tmp_path, ca
     assert time.process_time() - started < 5
 
 
+@pytest.mark.filterwarnings("ignore:The following")
+def test_a_pattern_for_every_layer_is_no_matter_of_time_in_the_check(foundation, tmp_path):
+    """PEFT compiles all of them for each layer, where they are more than `re` remembers."""
+    others = {f"model.layers.{number}.mlp.up_proj": 5 for number in range(2, 150)}
+    ranks, alphas = {"model.layers.0.self_attn.q_proj": 3, "v_proj": 2}, {"layers.1.self_attn.q_proj": 3}
+    source = save_adapter(
+        tmp_path / "source", foundation, rank_pattern=others | ranks, alpha_pattern=others | alphas
+    )
+    alone = AutoModelForCausalLM.from_pretrained(foundation)
+    model = load_adapters(alone, [open_folder(source)], ["one"], None)
+    config = model.peft_config["one"]
+    assert len(config.rank_pattern) + len(config.alpha_pattern) < 10
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(foundation), source, "one")
+    found, expected = (
+        {
+            name: (module.r, module.scaling)
+            for name, module in each.named_modules()
+            if hasattr(module, "lora_A")
+        }
+        for each in (model, by_peft)
+    )
+    assert found == expected and len(found) == 4
+    assert all(map(torch.equal, model.parameters(), by_peft.parameters()))
+
+
 def test_expressions_without_end(foundation, tmp_path, monkeypatch):
     monkeypatch.setattr("dylora_moe.hub_export.readers.peft_fields.TIME_LIMIT", 0.2)
     source = save_adapter(tmp_path / "source", foundation)
@@ -462,16 +497,18 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
 
-def run(source):
+def run(*arguments):
     try:
-        cli.main(["inspect", source])
+        cli.main(arguments)
     except SystemExit as end:
         return end.code
 
-honest, bomb = sys.argv[1:]
-run(honest)
+honest, bomb, out = sys.argv[1:]
+rest = ["--no_verify", "-o"] if out else []
+command = "export" if out else "inspect"
+run(command, honest, *rest, *([out + "/honest"] if out else []))
 before, started = peak(), time.process_time()
-code = run(bomb)
+code = run(command, bomb, *rest, *([out + "/bomb"] if out else []))
 print("MEASURED", code, time.process_time() - started, peak() - before)
 """
 
@@ -492,7 +529,7 @@ def extreme(what: str, folder: Path, foundation: Path, checkpoint: Path, repo: P
         add_values(source / "config.json", 450_000)
     elif what == "repo of 100,000 experts":
         many_experts(source, 100_000)
-    elif what == "repo of 4,000 experts":
+    elif "4,000 experts" in what:
         many_experts(source, 4_000)
     elif what == "repo of many layers":
         change_foundations_config(source, num_hidden_layers=9_999)
@@ -506,20 +543,21 @@ def extreme(what: str, folder: Path, foundation: Path, checkpoint: Path, repo: P
     "what",
     [
         "compressed pickle", "small objects", "most objects", "values", "most values", "repo of 100,000 experts",
-        "repo of 4,000 experts", "repo of many layers", "repo of 10^12 layers",
+        "repo of 4,000 experts", "repo of many layers", "repo of 10^12 layers", "repo of 4,000 experts to export",
     ],
 )  # fmt: skip
 def test_no_bomb_takes_more_than_five_seconds_and_500_mb(foundation, checkpoint, checked, tmp_path, what):
     bomb = extreme(what, tmp_path, foundation, checkpoint, checked[0])
-    command = [sys.executable, "-c", MEASURE, str(checkpoint), str(bomb)]
+    out = str(tmp_path / "out") if "to export" in what else ""
+    command = [sys.executable, "-c", MEASURE, str(checkpoint), str(bomb), out]
     said = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert "MEASURED" in said.stdout, said.stderr[-1000:]
     code, seconds, megabytes = said.stdout.split("MEASURED")[1].split()
-    listed = (
+    listed = (  # or read, being below the limits
         "repo of 4,000 experts",
-        "repo of many layers",
+        "repo of 4,000 experts to export",
         "most values",
-    )  # or read, being below the limits
+    )
     assert code == ("0" if what in listed else "2"), said.stderr
     assert float(seconds) < 5 and float(megabytes) < 500, (seconds, megabytes)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,9 @@ def test_merge_reads_files_of_the_repo_alone(foundation, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "chat_template.jinja"])
-def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(foundation, tmp_path, file):
+def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(
+    foundation, tmp_path, monkeypatch, file
+):
     """A foundation of this machine may consist of links to another disk; one that is downloaded may not."""
     source = save_adapter(tmp_path / "adapter", foundation)
     shutil.copytree(foundation, source / "foundation")
@@ -151,6 +154,11 @@ def test_links_out_of_a_foundation_that_comes_with_its_adapter_are_not_followed(
     shutil.rmtree(inner / "foundation")
     change_json(inner / "adapter_config.json", base_model_name_or_path="../../../foundation")
     refused(tmp_path, inner, "--layout", "full", expected="leads out of")
+    monkeypatch.chdir(tmp_path / "download")  # from where the download's own folder has this name, too
+    change_json(inner / "adapter_config.json", base_model_name_or_path="foundation")
+    remedy = "--tokenizer" if file == "chat_template.jinja" else "--base_model"
+    said = refused(tmp_path, inner, "--layout", "full", expected="leads out of")
+    assert f"with {remedy}" in said
     if file != "chat_template.jinja":  # a text that would be published
         own = tmp_path / "own"
         (source / "foundation").rename(own)
@@ -210,3 +218,15 @@ def test_experts_names_are_names(checked, adapters, tmp_path, name):
     with pytest.raises(InputError, match="name"):
         export(adapters[0], tmp_path / "out", expert_names=[name], verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repo"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_path_that_is_not_utf_8_is_said_to_be_so(checked, tmp_path):
+    """It was called damaged, or a traceback, where safetensors or JSON met it."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    shutil.copytree(checked[0], folder)
+    for command in (["inspect"], ["verify"], ["merge", "--expert", "expert_0", "-o", tmp_path / "out"]):
+        code, said = run(command[0], folder, *command[1:])
+        assert code == 2 and "\\udcff is not UTF-8" in said, said
+    code, said = run("export", checked[0], "-o", f"{folder}-out")
+    assert code == 2 and "\\udcff-out is not UTF-8" in said, said

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dylora_moe.hub_export import InputError
-from dylora_moe.hub_export.tensors import stored_tensors
+from dylora_moe.hub_export.tensors import stored_tensors, tensor_files
 from dylora_moe.hub_export.tensors.stored_tensors import (
     of_file,
     of_tensor,
@@ -57,6 +58,22 @@ def test_numbers_are_compared_in_the_dtype_of_the_first(pairs):
     wide = of_tensor(tensor.float() * (1 + 1e-5))
     for left, _ in pairs(tensor):
         assert same_numbers(left, wide) and not same_numbers(wide, left) and not same_bits(left, wide)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(10**6, 1), (0, 20)])
+def test_a_file_is_opened_again_only_once_much_was_read(tmp_path, monkeypatch, most, expected):
+    """Opening one takes time by the number of its tensors, so that doing it for each would be quadratic."""
+    save_file({str(number): torch.full((3, 2), number) for number in range(20)}, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    opened = []
+    monkeypatch.setattr(tensor_files, "MAPPED_AT_ONCE", most)
+    monkeypatch.setattr(TensorFile, "_read_of_mapped", 0)
+    monkeypatch.setattr(
+        tensor_files, "safe_open", lambda *given, **named: opened.append(1) or safe_open(*given, **named)
+    )
+    for number in range(20):
+        assert torch.equal(file.read_rows(str(number), 1, 3), torch.full((2, 2), number))
+    assert len(opened) == expected
 
 
 def test_what_is_written_is_read_again_though_tensors_share_memory(tmp_path):

@@ -26,8 +26,11 @@ from dylora_moe.eval.sampling.loading import find_model
 from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_variant, merge, verify
 from dylora_moe.hub_export.repo.repo_files import is_tokenizer_file
 from dylora_moe.hub_export.tensors.mixture import FoundationReference
+from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.hub_export.tokenizers.tokenizer import foundations_tokenizer, open_tokenizer, write_tokenizer
 from dylora_moe.hub_export.tokenizers.tokenizer_comparison import TEXTS, behaviour, differences
+from dylora_moe.hub_export.tokenizers.tokenizer_files import load_tokenizer
+from dylora_moe.hub_export.tokenizers.tokenizer_trial import TrialError
 from dylora_moe.modeling import DyloraMoeConfig
 from dylora_moe.modeling.saving_dylora_moe import AUTO_MAP
 
@@ -347,6 +350,19 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(foundation, monkeypatch, t
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(InputError, match=r"tokenizer\.model needs a package .*pip install sentencepiece"):
         export(source, tmp_path / "repo", verify=False)
+
+
+def test_a_tokenizer_that_needs_another_protobuf_says_so(monkeypatch, tmp_path):
+    """Where SentencePiece fails, transformers takes its file for one of tiktoken's, and that error is all it says."""
+
+    def fail(*arguments):
+        raise TrialError("Error parsing line b'\\x0e' in tokenizer.model")
+
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: True)
+    monkeypatch.setattr(tokenizer_files, "try_tokenizer", fail)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(InputError, match=r"tokenizer\.model needs .*: pip install -U sentencepiece protobuf"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_foundations_tokenizer_that_fails_on_a_text_is_nothing_to_compare_with(

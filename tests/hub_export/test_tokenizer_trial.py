@@ -1,5 +1,7 @@
 """A tokenizer is loaded in a confined process first: it reads no other file, and no text of it takes forever."""
 
+import atexit
+import base64
 import json
 import os
 import signal
@@ -62,7 +64,7 @@ def test_the_process_has_no_secrets(folder, monkeypatch):
         with open(f"/proc/{trials._process.pid}/environ", "rb") as file:
             names = [entry.split(b"=")[0].decode() for entry in file.read().split(b"\0") if entry]
         assert set(names) <= {*tokenizer_trial.KEPT_VARIABLES, "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY",
-                              "TOKENIZERS_PARALLELISM"}  # fmt: skip
+                              "TOKENIZERS_PARALLELISM", "TIKTOKEN_CACHE_DIR"}  # fmt: skip
     finally:
         trials.end()
 
@@ -124,6 +126,15 @@ def test_a_module_in_the_working_folder_is_not_run(folder, tmp_path, monkeypatch
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizer_of_tiktoken_is_loaded(tmp_path):
+    """tiktoken keeps a copy of what it reads in a folder for temporary files, where the trial may not write."""
+    pytest.importorskip("tiktoken")
+    vocabulary = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "tokenizer.model").write_text(vocabulary)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    assert load_tokenizer(tmp_path)("ab")["input_ids"][-2:] == [97, 98]
+
+
 def test_the_process_outlives_the_thread_that_started_it(folder, monkeypatch):
     monkeypatch.setattr(tokenizer_trial, "_trials", None)
     change_json(folder / "tokenizer_config.json", model_max_length=10)
@@ -134,6 +145,21 @@ def test_the_process_outlives_the_thread_that_started_it(folder, monkeypatch):
     change_json(folder / "tokenizer_config.json", model_max_length=11)
     load_tokenizer(folder)
     assert tokenizer_trial._trials._process is process and process.poll() is None
+
+
+def test_a_fork_while_a_thread_waits_for_a_trial(folder, monkeypatch):
+    """The child neither waits for that thread, which it does not have, nor ends its parent's process."""
+    load_tokenizer(folder)
+    running, left = tokenizer_trial._process(), []
+    monkeypatch.setattr(atexit, "unregister", left.append)
+    with tokenizer_trial._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            tokenizer_trial._passed.clear()
+            load_tokenizer(folder)
+            os._exit(tokenizer_trial._process() is running or running.end not in left)
+    assert os.waitpid(child, 0)[1] == 0 and running.is_running()
 
 
 def test_an_answer_that_nobody_waited_for_is_not_the_next_one(folder, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 from helpers_models import build, random_rows
 from helpers_serving import (
+    FAMILIES,
     STRATEGIES,
     Request,
     check_tokens,
@@ -18,46 +19,6 @@ SETTINGS = {
     "prefix caching": {"enable_prefix_caching": True, "block_size": 32},
     "no prefix caching": {"enable_prefix_caching": False},
     "chunks of 32": {"max_num_batched_tokens": 32, "enable_chunked_prefill": True},
-}
-ATTENTION = ("model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj")
-LINEAR = (*ATTENTION, "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.o_proj")
-GATED = (
-    *LINEAR,
-    "model.layers.{}.mlp.gate_proj",
-    "model.layers.{}.mlp.up_proj",
-    "model.layers.{}.mlp.down_proj",
-)
-GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-FAMILIES = {
-    "Qwen2": ("Qwen2Config", GATED, {}),
-    "Qwen3": ("Qwen3Config", GATED, {}),
-    "Gemma": ("GemmaConfig", GATED, {}),
-    "Mistral": ("MistralConfig", GATED, {"sliding_window": 16}),
-    "Phi-3": (
-        "Phi3Config",
-        (
-            "model.layers.{}.self_attn.qkv_proj",
-            "model.layers.{}.mlp.gate_up_proj",
-            "model.layers.{}.mlp.down_proj",
-        ),
-        {},
-    ),
-    "StarCoder2": (
-        "Starcoder2Config",
-        (*LINEAR, "model.layers.{}.mlp.c_fc", "model.layers.{}.mlp.c_proj"),
-        {},
-    ),
-    "GPT-2": (
-        "GPT2Config",
-        tuple(f"transformer.h.{{}}.{name}" for name in GPT2),
-        {"num_key_value_heads": None},
-    ),
-    "Mixtral": ("MixtralConfig", LINEAR, {"num_local_experts": 4}),
-    "Qwen3-MoE": (
-        "Qwen3MoeConfig",
-        LINEAR,
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    ),
 }
 
 
@@ -83,11 +44,22 @@ def test_a_strategy_of_the_whole_engine(strategy, setting, llama):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_base_models(family, tmp_path):
-    kind, targets, fields = FAMILIES[family]
-    model = family_model(kind, targets, fields)
+    model = family_model(family)
     requests = mixed_requests(("router", "single:1", "base"))
     served = run_engine(save_repo(model, tmp_path), requests)
     check_tokens(model, requests, served.answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_strategies_on_other_base_models(family, setting, layout, tmp_path):
+    model = family_model(family, router_input="experts_sum" if layout == "full" else "base")
+    requests = mixed_requests()
+    served = run_engine(save_repo(model, tmp_path, layout), requests, requests, **SETTINGS[setting])
+    for answers in served.rounds:
+        check_tokens(model, requests, answers)
 
 
 @pytest.mark.parametrize(
