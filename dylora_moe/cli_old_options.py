@@ -19,7 +19,7 @@ MODELS = ("--model", "--trained_model", "--wandb_artifact", "--adapter_path")
 GONE = {
     "--use_evalplus": "EvalPlus is always used; leave it out",
     "--no_evalplus": "there is no scoring but EvalPlus's",
-    "--evalplus_backend": "use --backend hf or peft_moe",
+    "--evalplus_backend": "use --backend hf, peft_moe or vllm",
     "--peft_moe_artifact": "use --wandb_artifact, or --model for a folder",
     "--peft_moe_base_model": "use --base_model",
     "--peft_moe_routing": "use --routing_strategy",

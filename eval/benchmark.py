@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -23,10 +24,12 @@ from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
 from .front_door import run_command
 from .options import DEFAULT_FOLDER, BenchmarkOptions
-from .sampling.generation_options import refuse_options
-from .sampling.loading import FoundModel, LoadedModel, distinct_labels, find_model
-from .sampling.make_samples import make_samples, samples_name
+from .sampling.batch_decoding import decode_rows
+from .sampling.generation_options import refuse_for_vllm, refuse_options
+from .sampling.loading import FoundModel, distinct_labels, find_model
+from .sampling.make_samples import Decode, make_samples, samples_name
 from .sampling.run_record import Run, file_sha256, open_results, write_run
+from .sampling.vllm_decoding import VllmDecoder, check_vllm, vllm_decoder
 from .scoring.sanitizing import sanitize_programs
 
 
@@ -75,6 +78,8 @@ def benchmark(
     """
     check_packages("evalplus")
     chosen = BenchmarkOptions.of(options, benchmark)
+    if chosen.backend == "vllm":
+        check_vllm()
     if score:
         _check_settings(chosen)
     folder = Path(output_dir)
@@ -95,7 +100,10 @@ def benchmark(
         (model, model.strategies(wanted if model.is_mixture or not mixtures else None)) for model in found
     ]
     for model in found:
-        refuse_options(model.generation_settings(), model.source)
+        settings = model.generation_settings()
+        refuse_options(settings, model.source)
+        if model.backend == "vllm":
+            refuse_for_vllm(settings, chosen.temperature > 0, model.source)
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
@@ -154,40 +162,81 @@ def _runs_of(
     progress: Progress | None,
 ) -> Iterator[Run]:
     """Make the samples of one model, which is loaded when the first of them is missing."""
+    with ExitStack() as loaded:
 
-    @cache
-    def load() -> LoadedModel:
-        if progress is not None:
-            progress(f"loading {model.label}", 0, 0)
-        loaded = model.load(
-            dtype=options.dtype,
-            device=state.device,
-            device_map=options.device_map,
-            attn_implementation=options.attn_implementation,
-        )
-        if state.is_main_process:
-            warn_of_tokenizer(model.label, loaded.tokenizer, sets, options.force_base_prompt)
-        return loaded
+        @cache
+        def load() -> Decode:
+            if progress is not None:
+                progress(f"loading {model.label}", 0, 0)
+            if model.backend == "vllm":
+                tokenizer = model.load_tokenizer()
+                decode = loaded.enter_context(_by_vllm(model, tokenizer, strategies, sets, options)).decode
+            else:
+                found = model.load(
+                    dtype=options.dtype,
+                    device=state.device,
+                    device_map=options.device_map,
+                    attn_implementation=options.attn_implementation,
+                )
+                tokenizer, decode = found.tokenizer, partial(decode_rows, found.model, found.tokenizer)
+            if state.is_main_process:
+                warn_of_tokenizer(model.label, tokenizer, sets, options.force_base_prompt)
+            return decode
 
-    for data in sets:
-        for strategy in strategies:
-            run = _describe(model, strategy, data, folder, options, state)
-            what = f"{model.label}, {strategy}, {data.name}"
-            tell = None if progress is None else partial(progress, what)
-            sanitizing = None if progress is None else partial(progress, f"sanitizing {what}")
-            yield make_samples(
-                run,
-                data,
-                model,
-                load,
-                batch_size=options.batch_size,
-                overwrite=options.overwrite,
-                state=state,
-                progress=tell,
-                sanitize=partial(
-                    sanitize_programs, workers=options.parallel or os.cpu_count() or 1, progress=sanitizing
-                ),
-            )
+        for data in sets:
+            for strategy in strategies:
+                run = _describe(model, strategy, data, folder, options, state)
+                what = f"{model.label}, {strategy}, {data.name}"
+                tell = None if progress is None else partial(progress, what)
+                sanitizing = None if progress is None else partial(progress, f"sanitizing {what}")
+                yield make_samples(
+                    run,
+                    data,
+                    model,
+                    load,
+                    batch_size=options.batch_size,
+                    overwrite=options.overwrite,
+                    state=state,
+                    progress=tell,
+                    sanitize=partial(
+                        sanitize_programs,
+                        workers=options.parallel or os.cpu_count() or 1,
+                        progress=sanitizing,
+                    ),
+                )
+
+
+def _by_vllm(
+    model: FoundModel,
+    tokenizer: Any,
+    strategies: Sequence[str],
+    sets: Sequence[Benchmark],
+    options: BenchmarkOptions,
+) -> AbstractContextManager[VllmDecoder]:
+    """Start an engine with positions for the longest prompt of all data sets."""
+    from .evalplus_bridge.decoder import ask
+
+    lengths = [
+        len(question.input_ids)
+        for data in sets
+        for question in ask(
+            data,
+            tokenizer,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+            force_base_prompt=options.force_base_prompt,
+        )[0]
+    ]
+    return vllm_decoder(
+        model,
+        tokenizer,
+        strategies,
+        max(lengths),
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        tensor_parallel_size=options.tensor_parallel_size,
+    )
 
 
 def _describe(
@@ -219,11 +268,11 @@ def _describe(
         seed=options.seed if sampled else None,
         max_new_tokens=options.max_new_tokens,
         dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
+        attn_implementation=None if model.backend == "vllm" else options.attn_implementation,
         force_base_prompt=options.force_base_prompt,
         batch_size=options.batch_size,
         device=_device_name(state.device),
-        versions=_versions(),
+        versions=_versions(model.backend),
     )
 
 
@@ -288,13 +337,17 @@ def _device_name(device: Any) -> str:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def _versions(backend: str) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError as error:
             found[name] = one_line(error)
+    if backend == "vllm":
+        from vllm import __version__  # its packages have several names
+
+        found["vllm"] = __version__
     return found
 
 

@@ -16,6 +16,7 @@ from dylora_moe.hub_export.sources.source_options import SourceOptions
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
+LOWEST_OF_VLLM = 0.01  # what it makes of any lower temperature but 0
 # What says where a model is, and what its source does not say itself.
 OF_SOURCE = (*SourceOptions.names(), "adapter_path", "backend", "trust_remote_code")
 
@@ -34,7 +35,9 @@ class BenchmarkOptions(SourceOptions):
     adapter_path: Annotated[
         list[str] | None, "Adapter folders, an expert each; --model is then the base model."
     ] = None
-    backend: Annotated[str | None, "hf: what transformers loads; peft_moe: what is exported first."] = None
+    backend: Annotated[
+        str | None, "hf: what transformers loads; peft_moe: what is exported first; vllm: any."
+    ] = None
     n_samples: Annotated[int, "Samples a task."] = 1
     temperature: Annotated[float, "0: greedy."] = 0.0
     greedy: Annotated[bool, "One sample a task at temperature 0."] = False
@@ -44,6 +47,7 @@ class BenchmarkOptions(SourceOptions):
     dtype: Annotated[str, "bfloat16, float16, float32 or float64."] = "bfloat16"
     device_map: Annotated[str | None, "auto: spread over the GPUs."] = None
     attn_implementation: Annotated[str | None, "eager, sdpa or flash_attention_2."] = "eager"
+    tensor_parallel_size: Annotated[int, "GPUs of one vLLM engine."] = 1
     id_range: Annotated[tuple[int, int] | None, "LOW HIGH: tasks from LOW up to but not with HIGH."] = None
     limit: Annotated[int | None, "The first so many tasks."] = None
     mini: Annotated[bool, "The set with few plus inputs."] = False
@@ -59,7 +63,7 @@ class BenchmarkOptions(SourceOptions):
             raise InputError(
                 "--greedy makes one sample a task at temperature 0; leave out the others, or --greedy"
             )
-        for name in ("n_samples", "batch_size", "max_new_tokens", "parallel"):
+        for name in ("n_samples", "batch_size", "max_new_tokens", "parallel", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}; it must be at least 1")
@@ -70,6 +74,32 @@ class BenchmarkOptions(SourceOptions):
             raise InputError(
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
             )
+
+        if self.backend == "vllm":
+            self._check_with_vllm()
+        elif self.tensor_parallel_size != 1:
+            raise InputError("--tensor_parallel_size is for --backend vllm; elsewhere pass --device_map auto")
+
+    def _check_with_vllm(self) -> None:
+        """Raise InputError for what vLLM's engine does otherwise, or not at all."""
+        refused = {
+            f"--device_map {self.device_map}": (
+                self.device_map is not None,
+                "it places the model itself; pass --tensor_parallel_size for several GPUs",
+            ),
+            f"--attn_implementation {self.attn_implementation}": (
+                self.attn_implementation != "eager",
+                "its attention is its own; leave it out",
+            ),
+            f"--dtype {self.dtype}": (self.dtype == "float64", "it has bfloat16, float16 and float32"),
+            f"--temperature {self.temperature}": (
+                0 < self.temperature < LOWEST_OF_VLLM,
+                f"it samples at {LOWEST_OF_VLLM} where less is asked; pass that or more, or 0",
+            ),
+        }
+        for option, (is_asked, why) in refused.items():
+            if is_asked:
+                raise InputError(f"{option} cannot be used with --backend vllm: {why}")
 
     @property
     def of_source(self) -> dict[str, Any]:

@@ -10,7 +10,14 @@ import importlib
 from .errors import InputError, one_line
 
 
-EXTRAS = {"evalplus": "eval", "jinja2": "eval", "matplotlib": "eval", "scipy": "eval", "wandb": "wandb"}
+EXTRAS = {
+    "evalplus": "eval",
+    "jinja2": "eval",
+    "matplotlib": "eval",
+    "scipy": "eval",
+    "vllm": "vllm",
+    "wandb": "wandb",
+}
 REPORT = ("evalplus", "jinja2", "matplotlib", "scipy")  # what scores, tables, figures and the page take
 
 

@@ -329,23 +329,13 @@ class _Loop:
         for place in self.going_on:
             new_tokens = self.new_tokens[place]
             new_tokens.append(tokens[place])
-            stop = self._stop(place, end, max_new_tokens)
+            row, room = self.rows[place], self.room[place]
+            stop = why_ended(row, new_tokens, end, self.stop_strings, max_new_tokens, room)
             if stop is None:
                 going_on.append(place)
             else:
-                self.finished(self.rows[place], new_tokens, stop)
+                self.finished(row, new_tokens, stop)
         self.going_on = going_on
-
-    def _stop(self, place: int, end: set[int], max_new_tokens: int) -> str | None:
-        """Say why a row ends with its newest token; None where it goes on."""
-        new_tokens = self.new_tokens[place]
-        if new_tokens[-1] in end:
-            return END_OF_SEQUENCE
-        if self.stop_strings.complete(new_tokens, self.rows[place].input_ids):
-            return STOP_STRING
-        if len(new_tokens) >= max_new_tokens:
-            return MAX_NEW_TOKENS
-        return LAST_POSITION if len(new_tokens) >= self.room[place] else None
 
     def _drop_done(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]):
         self.rows = [self.rows[place] for place in self.going_on]
@@ -355,6 +345,24 @@ class _Loop:
         kept = torch.tensor(self.going_on, device=input_ids.device)
         self.going_on = list(range(len(kept)))
         return _select_rows(input_ids, model_kwargs, kept)
+
+
+def why_ended(
+    row: Row, new_tokens: list[int], end: set[int], stops: StopStrings, max_new_tokens: int, room: float
+) -> str | None:
+    """Say why a row ends with its newest token; None where it goes on.
+
+    Args:
+        end: the model's end-of-sequence tokens.
+        room: new tokens that the row has positions for.
+    """
+    if new_tokens[-1] in end:
+        return END_OF_SEQUENCE
+    if stops.complete(new_tokens, row.input_ids):
+        return STOP_STRING
+    if len(new_tokens) >= max_new_tokens:
+        return MAX_NEW_TOKENS
+    return LAST_POSITION if len(new_tokens) >= room else None
 
 
 def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
@@ -373,8 +381,13 @@ def _start_reading(tensor: torch.Tensor) -> Callable[[], list]:
 
 def row_generator(seed: int, row: Row) -> np.random.Generator:
     """Make a random generator that belongs to one sample, whatever else is drawn."""
+    return np.random.Generator(np.random.Philox(row_seed(seed, row)))
+
+
+def row_seed(seed: int, row: Row) -> int:
+    """Make a seed of 128 bits that belongs to one sample."""
     digest = hashlib.sha256(f"{seed}:{row.task_id}:{row.sample}".encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+    return int.from_bytes(digest[:16], "little")
 
 
 def _select_rows(input_ids: torch.Tensor, model_kwargs: dict[str, Any], kept: torch.Tensor):
@@ -391,4 +404,4 @@ def _select_rows(input_ids: torch.Tensor, model_kwargs: dict[str, Any], kept: to
     return input_ids[kept], selected
 
 
-__all__ = ["Row", "StopStrings", "decode_rows", "row_generator", "visible"]
+__all__ = ["Row", "StopStrings", "decode_rows", "row_generator", "row_seed", "visible", "why_ended"]

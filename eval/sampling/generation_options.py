@@ -108,6 +108,32 @@ REFUSED: dict[str, tuple[str, tuple]] = {
     "use_mtp": ("assisted decoding is not made in batches", (False,)),
 }
 
+# Of those that are obeyed, what vLLM's engine does not do, with the values besides None that ask for nothing.
+NOT_IN_VLLM: dict[str, tuple] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "cache_implementation": ("dynamic", "offloaded", "static", "hybrid", "sliding_window"),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "no_repeat_ngram_size": (0,),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "watermarking_config": (),
+}
+# The same, of what only sampling asks for.
+NOT_SAMPLED_BY_VLLM: dict[str, tuple] = {
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+}
+
 KNOWN = frozenset((*OBEYED, *SET_BY_EVALPLUS, *WITHOUT_EFFECT, *REFUSED))
 
 
@@ -131,10 +157,23 @@ def refuse_options(settings: Mapping[str, Any], model: str = "the model") -> Non
             raise _refusal(model, name, settings[name], "no field that this package knows")
 
 
+def refuse_for_vllm(settings: Mapping[str, Any], is_sampled: bool, model: str = "the model") -> None:
+    """Refuse what vLLM's engine would not do as transformers does.
+
+    Raises:
+        InputError: as `refuse_options`.
+    """
+    refused = {**NOT_IN_VLLM, **(NOT_SAMPLED_BY_VLLM if is_sampled else {})}
+    for name, idle in refused.items():
+        value = settings.get(name)
+        if value is not None and value not in idle:
+            raise _refusal(model, name, value, "vLLM does not do it as transformers does (--backend hf does)")
+
+
 def _refusal(model: str, name: str, value: Any, reason: str) -> InputError:
     return InputError(
         f"the generation config of {model} has {name} = {value!r}: {reason}; take it out of generation_config.json"
     )
 
 
-__all__ = ["refuse_options"]
+__all__ = ["refuse_for_vllm", "refuse_options"]

@@ -45,7 +45,7 @@ from ..options import DTYPES
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
-BACKENDS = ("hf", "peft_moe")
+BACKENDS = ("hf", "peft_moe", "vllm")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
 LONGEST_LABEL = 120  # bytes
 
@@ -72,7 +72,7 @@ class FoundModel:
         source: as the user gave it; `label` is what tables and files call it.
         folder: what is loaded.
         format: what the source was, as `inspect` calls it.
-        backend: "hf" where it is loaded as it is, "peft_moe" where it was exported first.
+        backend: "hf" where it is loaded as it is, "peft_moe" where it was exported first, "vllm" where vLLM is asked.
         revision: the commit, of a repo on the Hub.
     """
 
@@ -133,13 +133,19 @@ class FoundModel:
         from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
         if not wanted:
-            return [repo_config.stored_routing_strategy(self.folder, self.config)]
+            wanted = [repo_config.stored_routing_strategy(self.folder, self.config)]
         try:
-            return list(
+            found = list(
                 dict.fromkeys(str(resolve_routing_strategy(strategy, self.config)) for strategy in wanted)
             )
         except ValueError as error:
             raise InputError(one_line(error, 2000)) from error
+        if self.backend == "vllm" and "ensemble" in found:
+            raise InputError(
+                "routing strategy 'ensemble' mixes the next-token distributions of all experts, and vLLM samples each "
+                "request from one; use --backend hf, or leave it out"
+            )
+        return found
 
     def generation_settings(self) -> dict[str, Any]:
         """Read `generation_config.json`, by field; empty where there is none.
@@ -174,6 +180,19 @@ class FoundModel:
             foundation = resolve_foundation(foundation, None, None)
         check_mixture_size(folder, config, foundation)
 
+    def check_files(self) -> None:
+        """Check what can be without loading: a trusted repo's own code may do anything with its files.
+
+        Raises:
+            InputError: the config asks for more than the files hold, or for kernels that are not installed.
+        """
+        from dylora_moe.modeling.configuration_dylora_moe import read_config
+
+        if not self.trust_remote_code:
+            config = self.config if self.is_mixture else read_config(str(self.folder))
+            check_needs_no_kernels(config, self.source)
+            self._check_size(config)
+
     def load(
         self,
         *,
@@ -206,11 +225,9 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
-            if not self.trust_remote_code:
-                config = self.config if self.is_mixture else read_config(str(self.folder))
-                check_needs_no_kernels(config, self.source)
-                self._check_size(config)
-                arguments |= {} if self.is_mixture else {"config": config}
+            self.check_files()
+            if not self.trust_remote_code and not self.is_mixture:
+                arguments["config"] = read_config(str(self.folder))
             if ours:
                 model = load_with_own_code(self.folder, **arguments)
             else:
@@ -252,7 +269,7 @@ def find_model(
         source: a folder, a Hub id or `wandb:entity/project/name:version`.
         adapter_path: adapter folders, one expert each; `source` is then the foundation unless `base_model`
             is.
-        backend: "hf" refuses what needs an export, "peft_moe" an ordinary model; None takes both.
+        backend: "hf" refuses what needs an export, "peft_moe" an ordinary model; None and "vllm" take both.
         options: `base_model`, `lora_alpha`, `revision` and `subfolder`; see `SourceOptions`.
 
     Raises:
@@ -292,7 +309,7 @@ def find_model(
         raise InputError(
             f"{given} is a {reader.FORMAT}, which transformers cannot load; use --backend peft_moe"
         )
-    model.folder, model.backend = _exported(found, chosen, trust_remote_code), "peft_moe"
+    model.folder, model.backend = _exported(found, chosen, trust_remote_code), backend or "peft_moe"
     return model
 
 

@@ -22,21 +22,23 @@ from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputEr
 
 from ..evalplus_bridge.data import Benchmark
 from ..scoring.sanitizing import sanitize_programs
-from .batch_decoding import LAST_POSITION, Row, decode_rows
-from .loading import FoundModel, LoadedModel
+from .batch_decoding import LAST_POSITION, Row
+from .loading import FoundModel
 from .run_record import LOCKS, Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal, Samples
 
 
 # Called with the number of samples that are done, and of all.
 Progress = Callable[[int, int], None]
+# `batch_decoding.decode_rows` with its model and tokenizer, or the same by another engine.
+Decode = Callable[..., Any]
 
 
 def make_samples(
     run: Run,
     benchmark: Benchmark,
     model: FoundModel,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Decode],
     *,
     batch_size: int,
     overwrite: bool = False,
@@ -48,7 +50,7 @@ def make_samples(
 
     Args:
         run: what is wanted; its folder may hold the same run, finished or not.
-        model: where the samples come from; `load` gives it loaded, and is not called when nothing is missing.
+        model: where the samples come from; `load` loads it, and is not called when nothing is missing.
         overwrite: throw away what another run left under the same name, instead of refusing.
         state: accelerate's `PartialState` where several processes share the work.
         sanitize: `sanitize_programs`, with its `workers` and `progress`.
@@ -71,7 +73,7 @@ def _make(
     run: Run,
     benchmark: Benchmark,
     model: FoundModel,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Decode],
     batch_size: int,
     overwrite: bool,
     state: Any,
@@ -104,7 +106,7 @@ def _make(
     _wait(state)  # no process adds a sample before all have seen which are missing
     seconds = 0.0
     if rows:
-        loaded = load()
+        decode = load()
         started = time.monotonic()
         journal.begin()
         done = count(len(there) + 1)
@@ -114,16 +116,14 @@ def _make(
             journal.add(row.task_id, row.sample, tokens, stop)
             tell(next(done), len(there) + len(rows))
 
-        decode_rows(
-            loaded.model,
-            tokenizer,
+        decode(
             rows,
             finished,
             stop_strings=stop_strings,
             batch_size=batch_size,
             seed=run.seed or 0,
             **questions[0].generation,
-            **({"routing_strategy": run.routing_strategy} if loaded.is_mixture else {}),
+            **({"routing_strategy": run.routing_strategy} if model.is_mixture else {}),
         )
         seconds = time.monotonic() - started
     recorded.seconds = None if there else seconds

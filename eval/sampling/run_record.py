@@ -44,6 +44,7 @@ KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures")
 DECISIVE = (
     "model_sha256",
     "model_revision",
+    "backend",
     "routing_strategy",
     "benchmark",
     "dataset_hash",

@@ -164,7 +164,7 @@ def test_a_model_on_the_hub_is_recorded_by_its_commit_and_is_not_fetched_again(r
         ({"temperature": 1e-40}, "--temperature is 1e-40; .*overflow"),
         ({"parallel": 0}, "--parallel"),
         ({"strategies": "single:9"}, "out of range"),
-        ({"backend": "vllm"}, "hf, peft_moe"),
+        ({"backend": "tgi"}, "hf, peft_moe, vllm"),
         ({"colour": "red"}, "unknown option colour"),
     ],
     ids=str,

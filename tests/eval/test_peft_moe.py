@@ -282,7 +282,9 @@ def test_the_command_takes_a_wandb_artifact_as_it_takes_the_folder(checkpoint, t
     assert (tmp_path / "out" / run["samples"]).read_bytes() == Path(expected).read_bytes()
 
 
-@pytest.mark.parametrize(("backend", "message"), [("hf", "use --backend peft_moe"), ("vllm", "hf, peft_moe")])
+@pytest.mark.parametrize(
+    ("backend", "message"), [("hf", "use --backend peft_moe"), ("tgi", "hf, peft_moe, vllm")]
+)
 def test_other_backends_are_refused_for_a_checkpoint(checkpoint, tmp_path, backend, message):
     with pytest.raises(InputError, match=message):
         run_codegen(model=checkpoint, backend=backend, root=tmp_path, **SMALL)
