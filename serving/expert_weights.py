@@ -197,9 +197,8 @@ class _VllmNames:
         self.layers = {name: layer for name, layer in stream.named_modules() if isinstance(layer, LinearBase)}
         self.family = type(stream).__name__
         self.mapper = getattr(stream, "hf_to_vllm_mapper", None)
-        self.fused: dict[
-            str, tuple[str, int]
-        ] = {}  # by the last part of a name: the fused layer's, and which output
+        # By the last part of a name: that of the fused layer, and which of its outputs.
+        self.fused: dict[str, tuple[str, int]] = {}
         for fused, kids in getattr(stream, "packed_modules_mapping", {}).items():
             self.fused |= {kid: (fused, index) for index, kid in enumerate(kids)}
         shards = {"q": 0, "k": 1, "v": 2}

@@ -65,7 +65,6 @@ class RequestRouting(LogitsProcessor):
     Attributes:
         weights: `[max_num_seqs + 1, num_experts]` float32, by row; the last row is of padding and stays zero.
         is_routed: `[max_num_seqs + 1]`, true for rows of `router`, whose weights the router gives.
-        is_choosing: `[max_num_seqs + 1]`, true for first passes of `best`.
     """
 
     @classmethod
@@ -83,7 +82,6 @@ class RequestRouting(LogitsProcessor):
         size = vllm_config.scheduler_config.max_num_seqs + 1
         self.weights = torch.zeros(size, self.num_experts, device=device)
         self.is_routed = torch.zeros(size, dtype=torch.bool, device=device)
-        self.is_choosing = torch.zeros(size, dtype=torch.bool, device=device)
         _without_model[:] = [self]
 
     def is_argmax_invariant(self) -> bool:
@@ -116,15 +114,11 @@ class RequestRouting(LogitsProcessor):
 
     def _write_tables(self) -> None:
         weights = torch.zeros(self.weights.shape)
-        routed, choosing = (
-            torch.zeros(len(weights), dtype=torch.bool),
-            torch.zeros(len(weights), dtype=torch.bool),
-        )
+        routed = torch.zeros(len(weights), dtype=torch.bool)
         for index, row in self.rows.items():
             if row.strategy == "router":
                 routed[index] = True
             elif row.strategy == "choose":
-                choosing[index] = True
                 weights[index] = float(self.read_sum)
             elif row.strategy == "uniform":
                 weights[index] = 1 / self.num_experts
@@ -132,7 +126,6 @@ class RequestRouting(LogitsProcessor):
                 weights[index, int(row.strategy.removeprefix("single:"))] = 1
         self.weights.copy_(weights)
         self.is_routed.copy_(routed)
-        self.is_choosing.copy_(choosing)
 
     # What the model asks
 

@@ -7,6 +7,9 @@ prefix cache only with their like: the strategy is part of a request's cache sal
 part. So its prompt runs twice. The first pass reads no cached blocks and computes what the router reads; its
 sampled token is the chosen expert's number (see `request_routing`), which no client sees. Then the request begins
 again as one of `single:<expert>`: workers forget the first pass and take it as new, with a new random generator.
+
+The process that takes a request in has checked it (`request_routing.check_requests_with`). What came another way (in
+pieces, or by a server that is not in Python) is checked here, and ends with an error of its own, not the engine.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from .strategies import ARGUMENT, EngineStrategies
 
+
+logger = init_logger(f"vllm.{__name__}")
 
 # What is called of vLLM's own, and is no public interface.
 NEEDED = {Scheduler: ("_preempt_request",), Request: ("update_block_hashes", "get_skip_reading_prefix_cache")}
@@ -35,19 +42,31 @@ class RoutedScheduler(Scheduler):
                     raise RuntimeError(f"This vLLM's {kind.__name__} has no {name}, which routing needs.")
         self.strategies = EngineStrategies(self.vllm_config.model_config.hf_config)
         self.choosing: set[str] = set()  # requests of `best` in their first pass
+        self.refused: list[Any] = []  # requests whose clients are still to be told
 
     def add_request(self, request: Any) -> None:
-        if request.request_id not in self.requests:  # else a further piece of a streamed prompt
+        if request.request_id in self.requests:  # a further piece of a streamed prompt
+            super().add_request(request)
+            return
+        try:
             self._prepare(request)
-        super().add_request(request)
+        except ValueError as error:
+            logger.error("Request %s ends with an error. %s", request.request_id, error)
+            super().add_request(request)
+            self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            self.refused.append(request)
+        else:
+            super().add_request(request)
 
     def _prepare(self, request: Any) -> None:
         """Salt a new request, and begin its first pass if it has two."""
         strategy = self.strategies.of_request(request.sampling_params)
+        if request.resumable:
+            raise ValueError(
+                "A mixture takes a prompt whole, not in pieces, each of which could name a strategy."
+            )
         request.client_salt = request.cache_salt
         if strategy.name == "best":
-            if request.resumable:
-                raise ValueError("Routing strategy 'best' takes a prompt whole, not in pieces.")
             self.choosing.add(request.request_id)
             request.skip_reading_prefix_cache = True
             # Workers keep what a first pass saw with these, which several requests may share until here.
@@ -62,7 +81,14 @@ class RoutedScheduler(Scheduler):
             self.choosing.discard(request_id)
             if request is not None and request in self.running:
                 self._begin_again(request, expert)
+        self._tell_of_refused(outputs)
         return outputs
+
+    def _tell_of_refused(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        for request in self.refused:
+            end = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR)
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(end)
+        self.refused.clear()
 
     def _take_choices(self, scheduler_output: Any, model_runner_output: Any) -> dict[str, int]:
         """Take the experts that first passes chose out of what was sampled."""

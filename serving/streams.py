@@ -29,9 +29,8 @@ def make_streams(vllm_config: Any, prefix: str, base_config: Any, num_streams: i
 
     def build(number: int) -> nn.Module:
         name = maybe_prefix(prefix, f"stream{number}")
-        with set_model_tag(
-            name
-        ):  # of what `torch.compile` keeps on disk: streams differ, and their classes do not
+        # For what `torch.compile` keeps on disk: streams differ, and their classes do not.
+        with set_model_tag(name):
             return init_vllm_registered_model(vllm_config, prefix=name, hf_config=base_config)
 
     streams = [build(0)]

@@ -4,7 +4,7 @@ prompt."""
 import json
 from pathlib import Path
 
-from helpers_checkpoints import save_final_checkpoint, save_foundation
+from helpers_checkpoints import HIDDEN, save_final_checkpoint, save_foundation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -28,17 +28,20 @@ def save_text_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def save_text_checkpoint(folder: Path, length: int = 40) -> Path:
+def save_text_checkpoint(folder: Path, length: int = 40, hidden_size: int = HIDDEN, **fields) -> Path:
     """A final checkpoint with a foundation beside it, whose answers differ from prompt to prompt and end some
-    twenty tokens after `length`."""
+    twenty tokens after `length`; `fields` are of the foundation's config."""
     vocabulary = save_text_tokenizer(folder / "foundation")
-    foundation = save_foundation(folder / "foundation", vocab_size=vocabulary, max_position_embeddings=4096)
+    fields = {"vocab_size": vocabulary, "max_position_embeddings": 4096, **fields}
+    foundation = save_foundation(folder / "foundation", hidden_size, **fields)
     save_text_tokenizer(foundation)
     generation = GenerationConfig(
         bos_token_id=0, eos_token_id=1, pad_token_id=2, exponential_decay_length_penalty=(length, 1.2)
     )
     generation.save_pretrained(foundation)
-    checkpoint = save_final_checkpoint(folder / "checkpoint", foundation, tokenizer=False)
+    checkpoint = save_final_checkpoint(
+        folder / "checkpoint", foundation, hidden_size=hidden_size, tokenizer=False
+    )
     save_text_tokenizer(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
