@@ -106,9 +106,6 @@ def _refuse(vllm_config: Any, strategies: EngineStrategies) -> None:
         "adapters on top (--enable-lora)": vllm_config.lora_config is not None,
         "pooling (--runner pooling)": model_config.runner_type == "pooling",
         "a scheduler of your own (--scheduler-cls)": own_scheduler,
-        "pipeline parallelism (--pipeline-parallel-size); use --tensor-parallel-size": (
-            parallel.pipeline_parallel_size > 1
-        ),
         "micro-batches (--enable-dbo)": parallel.use_ubatching,
         # Their keys are of the tokens alone, and they would hide a part of the prompt from a choice.
         "keys and values from elsewhere (--kv-transfer-config, --kv-offloading-size)": kv_from_elsewhere,

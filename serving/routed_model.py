@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.sequence import IntermediateTensors
 
 from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter, routes_densely
@@ -34,7 +33,7 @@ from .strategies import EngineStrategies
 from .streams import make_streams
 
 
-class DyloraMoeForCausalLM(nn.Module, SupportsPP):
+class DyloraMoeForCausalLM(nn.Module):
     """A mixture of LoRA experts on vLLM's own implementation of its base model.
 
     Raises:
@@ -56,7 +55,6 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         self.router = DyloraMoeRouter(config) if config.has_router else None
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.weights = torch.zeros(max_tokens, config.num_experts, dtype=torch.float32)  # see `RoutedLinear`
-        self.make_empty_intermediate_tensors = self.streams[-1].make_empty_intermediate_tensors
         if config.weights_layout == "adapter":
             # vLLM reads something of the repo itself in any case; the experts' files are read by `read_adapters`.
             self.allow_patterns_overrides = [ROUTER_WEIGHTS, f"experts/*/{ADAPTER_WEIGHTS}"]
@@ -75,7 +73,7 @@ class DyloraMoeForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor:
         """Compute the last hidden states of a batch, `[tokens, hidden_size]`."""
         if not self.is_loaded:
             raise RuntimeError("The experts were not loaded: use --load-format auto or safetensors.")

@@ -37,7 +37,7 @@ def refused(repo, *requests, **options) -> str:
         ({"quantization": "fp8"}, "quantisation"),
         (
             {"pipeline_parallel_size": 2, "hf_overrides": {"routing_strategy": "single:0"}},
-            "pipeline parallelism (--pipeline-parallel-size); use --tensor-parallel-size",
+            "Pipeline parallelism is not supported for this model",  # vLLM's own words
         ),
         ({"kv_offloading_size": 1}, "keys and values from elsewhere"),
         ({"kv_sharing_fast_prefill": True}, "a part of the tokens"),
