@@ -1,6 +1,7 @@
 """Greedy tokens of the engine are those of the model's own `generate`, in float32, for every strategy."""
 
 import pytest
+import torch
 from helpers_models import build, random_rows
 from helpers_serving import (
     FAMILIES,
@@ -85,6 +86,18 @@ def test_layout_adapter(router_input, tmp_path):
     repo = save_repo(model, tmp_path, "adapter")
     requests = mixed_requests()
     check_tokens(model, requests, run_engine(repo, requests).answers)
+
+
+def test_experts_stored_in_less_precision_than_the_engine_s(tmp_path):
+    """They are multiplied in the engine's, as the model's own loading does."""
+    model = build(llama_base())
+    for layer in model.expert_layers().values():
+        for stack in (layer.lora_A, layer.lora_B):
+            stack.data = stack.data.bfloat16()
+    repo = save_repo(model, tmp_path)
+    requests = mixed_requests()
+    served = run_engine(repo, requests)
+    check_tokens(type(model).from_pretrained(repo, dtype=torch.float32).eval(), requests, served.answers)
 
 
 def test_equal_prompts_under_different_strategies_share_no_blocks(llama):
