@@ -587,7 +587,15 @@ def test_64_experts_with_a_rank_for_each_of_560_layers(tmp_path):
                 {**fields, "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": list(layers)}
             )
         )
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "experts" / "e0"), str(tmp_path / "experts")]
+    experts = tmp_path / "experts"
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        str(experts / "e0"),
+        str(experts),
+        "",
+    ]  # inspected, not exported
     said = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     code, seconds, _ = said.stdout.split("MEASURED")[1].split()
     assert code == "0" and float(seconds) < 60, (said.stderr[-1000:], seconds)
