@@ -266,7 +266,7 @@ def read_adapter(
     for name, module in config.stack_modules().items():
         stack = needed[f"foundation.{module}.lora_A"]
         num_stacked[name] = stack.shape[1] if stack.dim() == 3 else 0
-    state.update(_expert_stacks(location, config, num_stacked, where))
+    state.update(expert_stacks(location, config, num_stacked, where))
     if config.has_router:
         router = _open_safetensors(cached_file(location, ROUTER_WEIGHTS, **where))
         for key in router.keys():  # noqa: SIM118  (not a dict)
@@ -275,7 +275,7 @@ def read_adapter(
     return state
 
 
-def _expert_stacks(
+def expert_stacks(
     location: str, config: DyloraMoeConfig, num_stacked: dict[str, int], where: dict
 ) -> dict[str, torch.Tensor]:
     """Read the stacks of all experts from their PEFT folders.
@@ -518,6 +518,7 @@ def _first_line(error: Exception) -> str:
 __all__ = [
     "HUB_OPTIONS",
     "FoundationError",
+    "expert_stacks",
     "foundation_config",
     "keep_single_expert",
     "read_adapter",

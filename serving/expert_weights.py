@@ -6,16 +6,15 @@ expert. Both become stacks by the names of the base model's own layers, which ar
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import cached_file
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from dylora_moe.modeling.configuration_dylora_moe import DyloraMoeConfig
-from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS, peft_keys
+from dylora_moe.modeling.loading_dylora_moe import expert_stacks
+from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS
 
 from .routed_linear import Part, RoutedLinear, own_outputs, whole_outputs
 
@@ -36,39 +35,23 @@ def read_adapters(
         The stacks, and the gate's tensors by name.
 
     Raises:
-        ValueError: an expert's matrices are missing, or it has more than the config says.
+        ValueError: an expert's matrices are missing or of another rank, or it has more than the config says.
         OSError: a file is missing.
     """
-    folder = Path(location)
-    if not folder.is_dir():
-        patterns = [f"experts/*/{ADAPTER_WEIGHTS}", ROUTER_WEIGHTS]
-        folder = Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
-    rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in config.adapted_modules()}
-    for entry in config.expert_configs:
-        path = folder / "experts" / entry["name"] / ADAPTER_WEIGHTS
-        with safe_open(path, framework="pt") as file:
-            unread = set(file.keys())
-            for name, key in peft_keys(entry).items():
-                matrices = [f"{key}.lora_A.weight", f"{key}.lora_B.weight"]
-                missing = [matrix for matrix in matrices if matrix not in unread]
-                if missing:
-                    raise ValueError(
-                        f"{path} lacks {missing[0]}, and config.json says that the expert adapts {name}."
-                    )
-                unread.difference_update(matrices)
-                lora_a, lora_b = (file.get_tensor(matrix) for matrix in matrices)
-                rows[name].append((lora_a, lora_b.T))
-            if unread:
-                raise ValueError(f"{path} holds {min(unread)}, of which config.json says nothing.")
+    where = {"revision": revision}
+    named = expert_stacks(location, config, dict.fromkeys(config.adapted_modules(), 0), where)
     stacks = {}
-    for name, pairs in rows.items():
-        stacks[name] = (
-            torch.cat([lora_a for lora_a, _ in pairs]),
-            torch.cat([lora_b for _, lora_b in pairs]),
-        )
+    for name in config.adapted_modules():
+        stacks[name] = tuple(named.pop(f"foundation.{name}.{kind}") for kind in ("lora_A", "lora_B"))
+    for name in config.expert_names:
+        for key in sorted(named):  # what is left of an expert's file
+            if key.startswith(f"experts.{name}."):
+                path = f"{location}/experts/{name}/{ADAPTER_WEIGHTS}"
+                further = key.removeprefix(f"experts.{name}.")
+                raise ValueError(f"{path} holds {further}, of which config.json says nothing.")
     gate = {}
     if config.has_router:
-        with safe_open(folder / ROUTER_WEIGHTS, framework="pt") as file:
+        with safe_open(cached_file(location, ROUTER_WEIGHTS, **where), framework="pt") as file:
             gate = {name.removeprefix("gate."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return stacks, gate
 
