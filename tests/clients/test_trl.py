@@ -85,12 +85,10 @@ def test_sft_moves_experts_and_gate_and_what_it_saves_loads(trl):
 
 
 def test_sft_with_the_balance_loss_starts_at_the_models_own_loss(trl):
-    losses = [
-        entry["loss"]
-        for entry in said(trl(blocks()["SFT with the balance loss"]), "HISTORY")
-        if "loss" in entry
-    ]
-    without = blocks()["SFT with the balance loss"].replace("share * outputs.aux_loss", "0 * share")
+    above, _, _ = blocks()["SFT"].partition("trainer = ")  # its model, tokenizer and texts
+    code = above + blocks()["SFT with the balance loss"]
+    losses = [entry["loss"] for entry in said(trl(code), "HISTORY") if "loss" in entry]
+    without = code.replace("share * outputs.aux_loss", "0 * share")
     other = [entry["loss"] for entry in said(trl(without), "HISTORY") if "loss" in entry]
     assert 0 < losses[0] - other[0] < 0.01  # 0.01, its coefficient, times a mean square below 1
 
