@@ -89,7 +89,6 @@ class _PassInProgress(threading.local):
     def __init__(self):  # instance attributes, since torch 2.7 cannot guard those of a class
         self.active: ActiveExperts | None = None  # `None` with the experts off
         self.running = False  # also true of a pass with the experts off
-        self.add_update = None  # fast decoding's: adds a layer's update and says whether it did
 
 
 # Thread-local, since `torch.compile` traces no context variable; it guards this for the calling thread.
@@ -251,9 +250,6 @@ class DyloraMoeLinear(LowRankStacks):
             return result
         if active.tokens is not None and hidden_states.dim() > 2 and hidden_states.shape[-2] > active.tokens:
             raise ValueError(PAST_TOKENS)
-        add_update = _pass_in_progress.add_update
-        if add_update is not None and add_update(self, hidden_states, result, active):
-            return result
         if active.single is not None and self.layout[active.single][0] == 0:
             return result
         return result + self.update(hidden_states, active).to(result.dtype)
@@ -288,7 +284,9 @@ class DyloraMoeLinear(LowRankStacks):
         self, hidden_states: torch.Tensor, rows: slice, dropout: float, scale: float | torch.Tensor
     ) -> torch.Tensor:
         """Compute B ((A x) * scale) with some rows of the stacks."""
-        hidden_states = F.dropout(hidden_states.to(self.lora_A.dtype), dropout, self.training)
+        hidden_states = hidden_states.to(self.lora_A.dtype)
+        if self.training and dropout:
+            hidden_states = F.dropout(hidden_states, dropout)
         ranks = F.linear(hidden_states, self._stack("lora_A")[rows])  # [batch, sequence, rank]
         if isinstance(scale, torch.Tensor):
             scale = _fit_scale(scale.to(ranks.dtype), ranks)

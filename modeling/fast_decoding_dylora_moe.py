@@ -1,119 +1,127 @@
 """Fast decoding on a GPU: decode steps of greedy and sampled generation as CUDA graphs. Optional.
 
-Decoding a small model is bound by launching kernels, thousands a token. transformers' own loop stays, with
-its logits processors, stopping criteria and streamers; only the model's forward of a decode step is replaced
-by the replay of a CUDA graph. Prefill takes the default path, and its keys and values go to the graph's KV
-cache. `why_not` says where fast decoding applies.
+transformers' own loop stays, with its logits processors, stopping criteria and streamers, and so does its
+prefill; only the model's forward of a decode step is replaced by the replay of a CUDA graph. The step is
+computed by kernels for a table of families, and for other base models by their own forward over a static KV
+cache (`fast_step_dylora_moe`). `why_not` says where neither applies.
 
-Words of the `fast_` files: a *session* is a decode graph (one CUDA graph a strategy, batch size and cache
-capacity), *recorded* is captured, *buffers* are a static KV cache.
+A decode graph is for a kind of strategy, a batch size and a cache capacity. Its state (tokens, positions,
+experts) lies in tensors that a step reads and moves on. Streams lie one after the other in the rows of the KV
+cache, so that one pass can serve several.
 """
 
-from collections.abc import Callable, Iterator
+import gc
+import math
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import GenerationConfig, GenerationMixin
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_dylora_moe import CACHE, RowExpertsLayer, row_experts, stream_of
-from .experts_dylora_moe import use_experts
-from .fast_buffers_dylora_moe import PromptLayer, PromptLayers
-from .fast_sessions_dylora_moe import (
-    NotRecordable,
-    Session,
-    SessionStore,
-    every_module,
-    every_tensor,
-    mix,
-    single_expert,
-)
+from .cache_dylora_moe import CACHE, RowExpertsLayer, new_cache, row_experts
+from .fast_step_dylora_moe import ForwardStep, KernelStep, Pass, PassExperts, why_not_kernels
 from .generation_dylora_moe import _call
-from .routing_strategies_dylora_moe import EnsembleStrategy, RoutingStrategy, one_hot_rows
-from .stacked_experts_dylora_moe import DyloraMoeFoundationGate, DyloraMoeStackedExperts
+from .routing_strategies_dylora_moe import RoutingStrategy, one_hot_rows
 
 
 logger = logging.get_logger(__name__)
 DEVICES = ("cuda",)
+GRAPH_DEVICES = ("cuda",)  # where steps are captured
+MAX_GRAPHS = 8  # kept for calls to come; their KV caches share memory
+USUAL_HIT_RATE = 0.77  # of speculative routing on real text, a row
+SPECULATION_PAYS = 0.5  # from this hit rate on
+WINDOW = 16  # steps, after which the hit rate is looked at
+CAPACITY_STEP = 128  # a KV cache holds a multiple of this in tokens
+FIRST_CAPACITY = 1024  # unless a text is known to end before
+ROUTER_SETTINGS = ("num_experts_per_tok", "router_temperature", "router_input")
 ON_BY_ITSELF = True  # or only where `fast_decoding=True` asks for it
-PROMPT_TOKENS = 2048  # tokens of prompts that run together: enough to keep a GPU busy
 KNOWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 KNOWN_ARGUMENTS |= {"routing_strategy", "expert_ids", "output_router_logits"}
 OF_THE_MODEL = ("forward", "prepare_inputs_for_generation")
-OF_THE_LOOP = {"logits_processor", "stopping_criteria", "synced_gpus", "streamer", "tokenizer"}
+OF_THE_LOOP = {
+    "logits_processor",
+    "stopping_criteria",
+    "synced_gpus",
+    "streamer",
+    "tokenizer",
+    "inputs_tensor",
+}
+MOST_DRAFTS = 15  # tokens that prompt lookup checks in one step
 
 
 def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
-    """Why a call of `generate` takes the default path, or `None` where it may decode fast."""
+    """Say why a call of `generate` takes the default path; `None` where it may decode fast."""
     wanted = getattr(generation_config, "fast_decoding", None)
     if not (ON_BY_ITSELF if wanted is None else wanted):
-        return "switched off"
+        return "`fast_decoding` is off"
     if model.device.type not in DEVICES:
-        return "another device"
-    foundation = model.foundation
+        return f"the model is on {model.device.type}"
+    return why_not_call(model, generation_config, arguments) or why_not_model(model)
+
+
+def why_not_call(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
+    """Say which argument of a call is for the default path."""
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     strategy = model.routing_strategy(arguments["routing_strategy"])
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    ropes = [
-        each for each in (rope, *rope.values()) if isinstance(each, dict)
-    ]  # there may be one for a type of layer
-    modules = every_module(model)
-    tensors = every_tensor(modules)
+    given = {name for name, value in arguments.items() if value is not None}
+    unknown = given - KNOWN_ARGUMENTS - OF_THE_LOOP
     reasons = {
-        "the model's forward was replaced, by a compiled one for instance": _is_overridden(model),
-        "training": model.training,
-        "autocast": torch.is_autocast_enabled(model.device.type),
-        "arguments that it does not know": not (KNOWN_ARGUMENTS | OF_THE_LOOP).issuperset(
-            name for name, value in arguments.items() if value is not None
-        ),
-        "several processes in step": bool(arguments.get("synced_gpus")),
-        "attentions or hidden states": generation_config.output_attentions
+        f"arguments that it does not know: {', '.join(sorted(unknown))}": unknown,
+        "several processes in step": arguments.get("synced_gpus"),
+        "attentions or hidden states are asked for": generation_config.output_attentions
         or generation_config.output_hidden_states,
         "a prompt in chunks": generation_config.prefill_chunk_size is not None,
-        "no cache, one of another kind, or one that was handed in": type(cache) is not DynamicCache
-        or not arguments.get("use_cache")
-        or getattr(cache, "offloading", False)
-        or cache.get_seq_length() > 0
-        or any(type(layer) not in (DynamicLayer, RowExpertsLayer) for layer in cache.layers),
-        "a mask of another form": mask is not None and mask.dim() != 2,
-        "a custom strategy, which may read what no CUDA graph holds": type(strategy).__module__
-        != RoutingStrategy.__module__,
-        "quantised": getattr(model, "is_quantized", False) or getattr(foundation, "is_quantized", False),
-        "weights that consist of several tensors": any(map(is_traceable_wrapper_subclass, tensors)),
-        "attention that takes no mask": model.config.get_text_config()._attn_implementation
-        not in ("sdpa", "eager"),
-        "a base model that cannot be compiled": not type(foundation)._can_compile_fullgraph,
-        "a base model that prepares inputs or masks its own way": type(
-            foundation
-        ).prepare_inputs_for_generation
-        is not GenerationMixin.prepare_inputs_for_generation
-        or hasattr(type(foundation), "create_masks_for_generate"),
-        "experts that adapt stacked experts or gates": any(
-            isinstance(module, (DyloraMoeStackedExperts, DyloraMoeFoundationGate)) for module in modules
-        ),
-        "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(map(type, modules))),
-        "positions that depend on the length": any(
-            each.get("rope_type") in ("dynamic", "longrope") for each in ropes
-        ),
-        "several devices, or offloaded": len({tensor.device for tensor in tensors}) != 1,
-        "hooks on modules, which a graph does not call": any(
-            "_hf_hook" in vars(module)
-            or any(map(_looks_on, list(module._forward_hooks.values())))
-            or module._forward_pre_hooks
-            for module in modules
-        )
-        or torch.nn.modules.module._has_any_global_hook(),
+        "no KV cache, one of another kind, or one that was handed in": not is_own_cache(cache)
+        or not arguments.get("use_cache"),
+        "an attention mask that is not [batch, sequence]": mask is not None and mask.dim() != 2,
+        "a custom routing strategy": type(strategy).__module__ != RoutingStrategy.__module__,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _looks_on(hook: Callable) -> bool:
-    """Say whether a hook does something by itself; transformers' own wait until outputs are asked for."""
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+def is_own_cache(cache: Cache | None) -> bool:
+    """Say whether a KV cache is the empty, dynamic one that `generate` makes by itself."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or cache.get_seq_length() > 0:
+        return False
+    return all(isinstance(layer, (DynamicLayer, RowExpertsLayer)) for layer in cache.layers)
+
+
+def why_not_model(model) -> str | None:
+    """Say what of a model a CUDA graph would not see, or cannot hold."""
+    modules = every_module(model)
+    tensors = every_tensor(modules)
+    reasons = {
+        "the model's forward was replaced, by a compiled one for instance": _is_overridden(model),
+        "the model, or a part of it, is in training mode": any(module.training for module in modules),
+        "autocast": torch.is_autocast_enabled(model.device.type),
+        "a quantised model": getattr(model, "is_quantized", False)
+        or getattr(model.foundation, "is_quantized", False)
+        or any(map(is_traceable_wrapper_subclass, tensors)),
+        "an attention implementation without a mask": model.config.get_text_config()._attn_implementation
+        not in ("sdpa", "eager"),
+        "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(map(type, modules))),
+        "several devices, or offloaded weights": len({tensor.device for tensor in tensors}) != 1,
+        "hooks on modules": any(map(_has_hooks, modules)) or torch.nn.modules.module._has_any_global_hook(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Say whether something looks on; transformers' own hooks wait until outputs are asked for."""
+    own = "transformers.utils.output_capturing"
+    others = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != own]
+    return bool(others or module._forward_pre_hooks or "_hf_hook" in vars(module))
 
 
 def _is_overridden(model) -> bool:
@@ -154,6 +162,21 @@ class FastDecodingMixin:
                 decoding.hand_back()
             return output
 
+    def _assisted_decoding(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
+        if looks_up_greedily(input_ids, generation_config, kwargs):
+            with self.decoding_fast(generation_config, kwargs) as decoding:
+                if decoding is not None:
+                    try:
+                        return PromptLookup(decoding, input_ids, generation_config).run(**kwargs)
+                    except NotCapturable as error:
+                        decoding.give_up(str(error))
+                        config = self.config.get_text_config(decoder=True)
+                        kwargs[CACHE] = new_cache(config, decoding.strategy)
+                    except BaseException:
+                        decoding.store.graphs.clear()  # as where a step of one token breaks off
+                        raise
+        return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
+
     @contextmanager
     def decoding_fast(
         self, generation_config: GenerationConfig, arguments: dict
@@ -162,23 +185,42 @@ class FastDecodingMixin:
 
         From before prefill to the end of the loop; `None` on the default path. `arguments` are the model's.
         """
+        store = self.__dict__.setdefault("_decode_graphs", GraphStore())
         reason = why_not(self, generation_config, arguments)
-        store = None if reason else self.__dict__.setdefault("_decoding_sessions", SessionStore())
-        if reason or not store.lock.acquire(blocking=False):  # or another thread is decoding in the buffers
+        has_lock = reason is None and store.lock.acquire(blocking=False)
+        if not has_lock:
+            self._tell_once(reason or "another thread decodes with this model", store)
             yield None
             return
         try:
-            with torch.cuda.device_of(next(self.parameters())):  # Triton and streams go by the current GPU
-                decoding = Decoding(self, store, arguments, generation_config.max_length)
-                _call.decoding = None if store.refused else decoding
+            # Triton and streams go by the current GPU.
+            with torch.cuda.device_of(next(self.parameters())):
+                store.look_at(self)
+                reason = store.reason or store.why_not_text(generation_config, arguments)
+                self._tell_once(reason, store)
+                if reason is None:
+                    _call.decoding = Decoding(self, store, arguments, generation_config.max_length)
                 yield _call.decoding
         finally:
             _call.decoding = None
             store.lock.release()
 
+    def _tell_once(self, reason: str | None, store: "GraphStore") -> None:
+        """Log once a reason how decode steps are computed."""
+        told = f"Decode steps take the default path: {reason}."
+        if reason is None:
+            told = f"Decode steps are CUDA graphs of {store.step.description}."
+        if told not in store.told:
+            store.told.add(told)
+            logger.info(told)
+
+    def _apply(self, *args, **kwargs):
+        self.forget_decoding_sessions()  # or weights would stay where they were, beside the moved ones
+        return super()._apply(*args, **kwargs)
+
     def forget_decoding_sessions(self) -> None:
-        """Free what fast decoding keeps for calls to come, graphs and buffers, unless it is decoding."""
-        store = self.__dict__.get("_decoding_sessions")
+        """Free what fast decoding keeps for calls to come, graphs and KV caches, unless it is decoding."""
+        store = self.__dict__.get("_decode_graphs")
         if store is not None and store.lock.acquire(blocking=False):
             store.forget()
             store.lock.release()
@@ -187,50 +229,19 @@ class FastDecodingMixin:
         decoding = _decoding_of(self)
         if decoding is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        copies = generation_config.num_return_sequences or 1
-        expert_ids = model_kwargs.get("expert_ids")
-        if expert_ids is not None and expert_ids.shape != (
-            len(input_ids),
-        ):  # the pass says so, if it sees all rows
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        if expert_ids is not None and not torch.equal(
-            expert_ids[::copies].repeat_interleave(copies), expert_ids
-        ):
-            copies = 1
-        mask, inputs_embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
-        batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
-        padding = [0] * (batch // copies)  # which is at the left
-        hands_back = generation_config.return_dict_in_generate  # keys and values, those of padding too
-        if mask is not None and inputs_embeds is None and not hands_back:
-            padding = mask[::copies].to(torch.int).argmax(dim=1).tolist()
-        parts, single = [], single_expert(decoding.strategy)
-        for prompts, cut in prompts_that_run_together(padding, length):
-            # A prompt's rows lie together, and one of them is enough.
-            chosen = slice(prompts.start * copies, prompts.stop * copies, copies)
+        copies = decoding.copies_of_prompts(len(input_ids), generation_config, model_kwargs)
+        rows = len(input_ids)
+        inputs = model_kwargs
+        if copies > 1:  # a prompt's rows lie together, and one of them is enough
             inputs = {
-                name: value[chosen] if isinstance(value, torch.Tensor) and len(value) == batch else value
+                name: value[::copies] if isinstance(value, torch.Tensor) and len(value) == rows else value
                 for name, value in model_kwargs.items()
             }
-            for name in ("attention_mask", "position_ids"):
-                if inputs.get(name) is not None:
-                    inputs[name] = inputs[name][..., cut:]
-            if decoding.strategy.name == "ensemble":
-                inputs["routing_strategy"] = EnsembleOfPrompts(self.config)
-            decoding.take_prompts(batch, chosen.start, copies, cut)
-            with decoding.store.products.in_use(single), decoding.store.norms.in_use():
-                parts.append(
-                    super()._prefill(input_ids[chosen, cut:], generation_config, inputs, *args, **kwargs)
-                )
-        outputs = parts[0]
-        outputs.logits = torch.cat([part.logits for part in parts]).repeat_interleave(copies, dim=0)
+        outputs = super()._prefill(input_ids[::copies], generation_config, inputs, *args, **kwargs)
+        outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
         if outputs.router_logits is not None:
-            last = torch.cat(
-                [part.router_logits[:, -1:] for part in parts]
-            )  # all that `generate` takes of them
-            outputs.router_logits = last.repeat_interleave(copies, dim=0)
-        if row_experts(decoding.cache) is not None:
-            row_experts(decoding.cache).expert_ids = expert_ids
-        decoding.prompts_are_done(length)
+            outputs.router_logits = outputs.router_logits.repeat_interleave(copies, dim=0)
+        decoding.take_prompts(copies, model_kwargs.get("expert_ids"))
         return outputs
 
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
@@ -244,88 +255,9 @@ class FastDecodingMixin:
         decoding = _decoding_of(self)
         if decoding is not None:
             decoding.asked_with = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        if decoding is not None and decoding.session is not None:
-            return {"input_ids": input_ids[:, -1:]}  # the rest is in the buffers
+        if decoding is not None and decoding.graph is not None:
+            return {"input_ids": input_ids[:, -1:]}  # the rest is in the graph's state
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-
-
-class EnsembleOfPrompts(EnsembleStrategy):
-    """The ensemble with as many experts in one batch as may run together."""
-
-    def run(self, routed_pass):
-        rows = routed_pass.batch_size
-        together = max(1, PROMPT_TOKENS // (rows * routed_pass.sequence_length))
-        if any(
-            not isinstance(value, torch.Tensor) or len(value) != rows
-            for value in of_rows(routed_pass).values()
-        ):
-            together = 1
-        each = []
-        for first in range(0, self.num_experts, together):
-            experts = range(first, min(first + together, self.num_experts))
-            outputs = (
-                self._run_some(routed_pass, experts)
-                if len(experts) > 1
-                else routed_pass.run(first, stream=first)
-            )
-            each += F.log_softmax(outputs.logits, dim=-1, dtype=torch.float32).split(rows)
-        outputs.logits = mix(each)
-        return outputs
-
-    def _run_some(self, routed_pass, experts: range):
-        model, per_stream = routed_pass.model, routed_pass.model.num_layers_per_stream
-        streams = [stream_of(routed_pass.past_key_values, per_stream, expert).layers for expert in experts]
-        cache = Cache(layers=[PromptLayers(list(layers)) for layers in zip(*streams, strict=True)])
-        inputs = {name: torch.cat([value] * len(experts)) for name, value in of_rows(routed_pass).items()}
-        inputs = {
-            **routed_pass.inputs,
-            **inputs,
-            model.cache_argument: cache,
-            "use_cache": True,
-            "return_dict": True,
-        }
-        expert_ids = torch.tensor(experts, device=routed_pass.device).repeat_interleave(
-            routed_pass.batch_size
-        )
-        with use_experts(model.active_experts(one_hot_rows(expert_ids, self.num_experts))):
-            return routed_pass.body(**inputs)
-
-
-def of_rows(routed_pass) -> dict[str, torch.Tensor]:
-    """The inputs of a prompt's pass that have a row for each of the batch's."""
-    names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-    return {name: routed_pass.inputs[name] for name in names if routed_pass.inputs.get(name) is not None}
-
-
-def strategy_of_rows(model, strategy: RoutingStrategy, expert_ids: torch.Tensor | None) -> RoutingStrategy:
-    """Return the strategy, or `single:<id>` if all rows have one expert (`expert_ids`: `[batch]`)."""
-    if (
-        not strategy.chooses_row_experts
-        or getattr(expert_ids, "dtype", None) != torch.long
-        or expert_ids.dim() != 1
-    ):
-        return strategy
-    different = set(expert_ids.tolist())
-    known = different.issubset(range(model.config.num_experts))  # what is wrong with others, the pass says
-    return model.routing_strategy(f"single:{different.pop()}") if known and len(different) == 1 else strategy
-
-
-def prompts_that_run_together(padding: list[int], length: int) -> Iterator[tuple[slice, int]]:
-    """Split a batch into groups of prompts for prefill; a whole batch would need more memory than decoding.
-
-    Each comes with the number of padding tokens that none of its prompts needs. `padding`: of every prompt,
-    in a batch that is `length` tokens wide.
-    """
-    start = 0
-    while start < len(padding):
-        stop, cut = start + 1, padding[start]
-        while stop < len(padding):
-            smaller = min(cut, padding[stop])
-            if (stop + 1 - start) * (length - smaller) > PROMPT_TOKENS:
-                break
-            stop, cut = stop + 1, smaller
-        yield slice(start, stop), cut
-        start = stop
 
 
 def _decoding_of(model) -> "Decoding | None":
@@ -338,102 +270,104 @@ class Decoding:
 
     Args:
         model: the routed model.
-        store: its sessions; the caller holds the lock.
+        store: its decode graphs; the caller holds the lock.
         arguments: the model's arguments in this `generate`.
         max_length: tokens of a text at most, its prompt included.
     """
 
-    def __init__(self, model, store: SessionStore, arguments: dict, max_length: int):
+    def __init__(self, model, store: "GraphStore", arguments: dict, max_length: int):
         self.model, self.store, self.max_length = model, store, max_length
-        self.asked_for = model.routing_strategy(arguments["routing_strategy"])
-        self.strategy = strategy_of_rows(model, self.asked_for, arguments.get("expert_ids"))
+        self.strategy = model.routing_strategy(arguments["routing_strategy"])
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
-        self.session: Session | None = None
+        self.graph: DecodeGraph | None = None
         self.layers: list[
-            tuple[torch.Tensor, ...]
-        ] = []  # buffers of keys and values, `[streams * batch, ...]`
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # `[streams * batch, heads, capacity, size]`
         self.length = 0
         self.asked_with: dict = {}  # what the last step's inputs were made of
-        store.look_at_model(model, self.strategy)
+
+    def copies_of_prompts(self, rows: int, generation_config: GenerationConfig, arguments: dict) -> int:
+        """Return how many rows each prompt has that are the same in everything."""
+        copies = generation_config.num_return_sequences or 1
+        expert_ids = arguments.get("expert_ids")
+        if expert_ids is None:
+            return copies
+        if expert_ids.shape != (rows,):
+            return 1  # the pass says what is wrong with them
+        alike = torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids)
+        return copies if alike else 1
+
+    def take_prompts(self, copies: int, expert_ids: torch.Tensor | None) -> None:
+        """Move the prompts' keys and values to the static KV cache, `copies` times, layer by layer."""
+        if row_experts(self.cache) is not None and expert_ids is not None:
+            row_experts(self.cache).expert_ids = expert_ids
+        self.length = self.cache.get_seq_length()
+        per_stream, streams = self.model.num_layers_per_stream, self.strategy.num_streams
+        if any(layer.keys is None for layer in self.cache.layers[: streams * per_stream]):
+            self.cache.batch_repeat_interleave(copies)
+            self.store.give_up("layers that the config counts and the base model does not have")
+            return
+        for index in range(per_stream):
+            layers = self.cache.layers[index : streams * per_stream : per_stream]
+            self.layers.append(self.store.take(index, layers, copies, self.length, self.max_length))
 
     def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
-        if self.store.refused:
+        if self.store.reason:
             return self.model(input_ids=input_ids, **arguments)
-        if self.session is None:
-            self._start(input_ids, **arguments)
-        elif self.length == self.session.capacity:
-            self._grow()
-        self.session.input_ids.copy_(input_ids)
         try:
-            self.session.step()
-        except NotRecordable as error:
-            logger.warning_once(
-                f"Decoding takes the default path, since no CUDA graph can capture a decode step: {error}."
-            )
-            self.session = None
-            self.hand_back()
-            self.store.give_up()
-            return self.model(**self.model.prepare_inputs_for_generation(**self.asked_with), return_dict=True)
+            if self.graph is None:
+                self._start(input_ids, **arguments)
+            elif self.length == self.graph.capacity:
+                self.grow()
+            self.graph.input_ids.copy_(input_ids)
+            self.graph.step()
+        except NotCapturable as error:
+            self.give_up(str(error))
+            inputs = self.model.prepare_inputs_for_generation(**self.asked_with)
+            return self.model(**inputs, return_dict=True)
         except BaseException:
-            self.store.sessions.clear()  # a recording that breaks off takes the graphs' common pool with it
+            self.store.graphs.clear()  # a capture that breaks off takes the graphs' common pool with it
             raise
         self.length += 1
-        routing = self.session.router_logits if self.returns_routing else None
+        routing = self.graph.router_logits if self.returns_routing else None
         return MoeCausalLMOutputWithPast(
-            logits=self.session.logits,
+            logits=self.graph.logits.unsqueeze(1),
             **{CACHE: self.cache},
-            router_logits=None if routing is None else routing.clone(),
+            router_logits=None if routing is None else routing.clone().unsqueeze(1),
         )
-
-    def take_prompts(self, batch: int, first: int, copies: int, cut: int) -> None:
-        """Prepare the prefill of some prompts: give them empty layers that write to the buffers.
-
-        For `copies` rows each, from row `first` of `batch` on and without the first `cut` tokens.
-        """
-        rows, per_stream = batch * self.strategy.num_streams, self.model.num_layers_per_stream
-        for number in range(per_stream * self.strategy.num_streams):
-            stream, index = divmod(number, per_stream)
-            place = (index, rows, stream * batch + first, copies, cut)
-            self.cache.layers[number] = PromptLayer(self.store.buffers, *place, self.max_length)
-
-    def prompts_are_done(self, length: int) -> None:
-        self.length = length
-        layers = self.cache.layers[: self.model.num_layers_per_stream * self.strategy.num_streams]
-        self.layers = [layer.buffers for layer in layers[: self.model.num_layers_per_stream]]
-        for layer in layers:
-            layer.show(length)
 
     def _start(self, input_ids, attention_mask=None, position_ids=None, expert_ids=None, **unused):
-        batch = input_ids.shape[0]
-        self._use_session(batch)
-        seen = (
-            torch.ones(batch, self.length, device=input_ids.device)
-            if attention_mask is None
-            else attention_mask
-        )
+        self.start(len(input_ids), 1, attention_mask, position_ids, expert_ids, input_ids.device)
+
+    def start(self, batch, tokens, attention_mask, position_ids, expert_ids, device) -> None:
+        """Take the graph of a step of so many tokens a sequence, and place it behind the prompt."""
+        self._use_graph(batch, tokens)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, self.length, device=device)
         if position_ids is None:
-            position_ids = torch.full_like(input_ids, self.length)
-        self.session.place(self.length, seen[:, : self.length].bool(), position_ids[:, -1:], expert_ids)
+            position_ids = torch.full((batch, 1), self.length, device=device)
+        seen = attention_mask[:, : self.length].bool()
+        self.graph.place(self.strategy, self.length, seen, position_ids[:, -1], expert_ids)
 
-    def _grow(self):
-        old, batch = self.session, self.session.batch
-        state = old.mask[:batch, 0, 0] == 0, old.positions[:batch] + 1, old.expert_ids.clone()
-        weights = old.weights.clone()
-        # Whatever has the smaller buffers lets go of them, so that each can go as soon as it was copied.
-        self.session = old = None
-        streams = range(len(self.layers) * self.strategy.num_streams)
-        self.cache.layers[: len(streams)] = [DynamicLayer() for _ in streams]
-        self.layers = self.store.buffers.grown(self.layers, self.length)
-        self._use_session(batch)
-        self.session.place(self.length, *state)
-        self.session.weights.copy_(weights)
+    def grow(self) -> None:
+        """Go on in a KV cache of twice the capacity."""
+        batch, tokens, state = self.graph.batch, self.graph.tokens, self.graph.copied_state()
+        self.graph = None  # which holds the smaller one
+        self.layers = self.store.grown(self.layers, self.length)
+        self._use_graph(batch, tokens)
+        self.graph.continue_from(*state)
 
-    def _use_session(self, batch: int) -> None:
+    def _use_graph(self, batch: int, tokens: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.session = self.store.session(
-                self.model, self.strategy, batch, list(self.layers), self.asked_for
-            )
+            self.graph = self.store.graph(self.model, self.strategy, batch, tokens, self.layers)
+
+    def give_up(self, reason: str) -> None:
+        """Take the default path from now on, which may go on where the graph would have begun."""
+        logger.warning_once(f"Decode steps take the default path, since none can be captured: {reason}.")
+        self.graph = None
+        self.hand_back()
+        self.store.give_up(f"a step cannot be captured: {reason}")
 
     def hand_back(self) -> None:
         """Give the cache keys and values of its own, for who gets it from `generate`."""
@@ -441,13 +375,644 @@ class Decoding:
             return
         batch = len(self.layers[0][0]) // self.strategy.num_streams
         for stream in range(self.strategy.num_streams):
+            rows = slice(stream * batch, (stream + 1) * batch)
             for index, both in enumerate(self.layers):
-                layer = DynamicLayer()
-                layer.update(
-                    *(buffer[stream * batch : (stream + 1) * batch, :, : self.length] for buffer in both)
-                )
-                self.cache.layers[stream * len(self.layers) + index] = layer
+                layer = self.cache.layers[stream * len(self.layers) + index]
+                first = 0
+                if layer.is_sliding:
+                    first = max(0, self.length - layer.sliding_window + 1)
+                    layer.cumulative_length = self.length
+                layer.keys, layer.values = (buffer[rows, :, first : self.length].clone() for buffer in both)
         self.layers = []
+
+
+def every_module(model) -> list[nn.Module]:
+    """As `model.modules()`, whose nested generators took a fifth of the time of a short prompt."""
+    found, waiting = {}, [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting.extend(module._modules.values())
+    return list(found)
+
+
+def every_tensor(modules: list[nn.Module]) -> list[torch.Tensor]:
+    """Return the parameters and buffers of modules."""
+    kinds = (kind for module in modules for kind in (module._parameters, module._buffers))
+    return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
+
+
+def looks_up_greedily(input_ids: torch.Tensor, generation_config: GenerationConfig, arguments: dict) -> bool:
+    """Say whether assisted decoding is prompt lookup of one greedy text, of which only tokens are asked for.
+
+    Embeddings of another length than the prompt's tokens leave no tokens to look up, or none to count.
+    """
+    embeddings = arguments.get("inputs_embeds")
+    return bool(
+        generation_config.prompt_lookup_num_tokens
+        and len(input_ids) == 1
+        and input_ids.shape[1] > 0
+        and not generation_config.do_sample
+        and not generation_config.return_dict_in_generate
+        and arguments.get("assistant_model") is None
+        and (embeddings is None or embeddings.shape[1] == input_ids.shape[1])
+    )
+
+
+class PromptLookup:
+    """Greedy decoding that checks drafts from the text so far, several tokens in one step. Lossless.
+
+    The draft is what followed the last occurrence of the text's last tokens, as in
+    https://github.com/apoorvumang/prompt-lookup-decoding. A token of it is accepted where it is the model's own
+    choice; the first that is not is replaced by the model's.
+    """
+
+    def __init__(self, decoding: Decoding, input_ids: torch.Tensor, generation_config: GenerationConfig):
+        self.decoding, self.generation_config = decoding, generation_config
+        self.input_ids = input_ids  # [1, tokens]
+        self.text: list[int] = []  # the same, on the host
+        self.num_drafts = min(generation_config.prompt_lookup_num_tokens, MOST_DRAFTS)
+        self.largest = generation_config.max_matching_ngram_size or 2
+        self.ends: dict[tuple[int, ...], int] = {}  # where an n-gram occurred last, behind it
+
+    def run(self, logits_processor, stopping_criteria, streamer=None, **model_kwargs) -> torch.Tensor:
+        """Return the text, `[1, tokens]`."""
+        decoding, model = self.decoding, self.decoding.model
+        for name in ("synced_gpus", "inputs_tensor", "tokenizer", "assistant_model", "assistant_tokenizer"):
+            model_kwargs.pop(name, None)
+        outputs = model._prefill(self.input_ids, self.generation_config, model_kwargs)
+        if decoding.store.reason:
+            raise NotCapturable(decoding.store.reason)
+        self.append_to_text(self.input_ids[0].tolist())
+        mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+        if positions is not None:
+            positions = positions[:, -1:] + 1
+        elif mask is not None:
+            positions = mask.sum(dim=1, keepdim=True)
+        tokens, device = 1 + self.num_drafts, self.input_ids.device
+        decoding.start(1, tokens, mask, positions, model_kwargs.get("expert_ids"), device)
+        if decoding.length + tokens > decoding.graph.capacity:
+            decoding.grow()
+        decoding.graph.prepare()  # before a streamer gets a token
+        accepted = self._choose(logits_processor, outputs.logits[:, -1], [])
+        while not self._accept(accepted, stopping_criteria, streamer):
+            if len(self.text) + tokens > decoding.graph.capacity:
+                decoding.length = len(self.text) - 1
+                decoding.grow()
+            graph = decoding.graph
+            drafts = self.drafts()
+            graph.input_ids.copy_(torch.tensor([[self.text[-1], *drafts]]))
+            graph.length.fill_(len(self.text) - 1)
+            graph.step()
+            choices = self._choose(logits_processor, graph.logits, drafts)
+            hits = 0
+            while hits < len(drafts) and choices[hits] == drafts[hits]:
+                hits += 1
+            graph.speculated, graph.hits = graph.speculated + len(drafts), graph.hits + hits
+            accepted = choices[: hits + 1]
+        if streamer is not None:
+            streamer.end()
+        return self.input_ids
+
+    def _choose(self, logits_processor, logits: torch.Tensor, drafts: list[int]) -> list[int]:
+        """Choose the token after the text and after each draft; `logits`: `[1 + drafts, vocabulary]`."""
+        scores = logits.to(torch.float32)
+        if logits_processor:
+            text = torch.cat([self.input_ids, self.input_ids.new_tensor([drafts])], dim=1)
+            kept = self.input_ids.shape[1]
+            rows = [
+                logits_processor(text[:, : kept + row], scores[row : row + 1]) for row in range(len(scores))
+            ]
+            scores = torch.cat(rows)
+        return scores.argmax(dim=-1).tolist()
+
+    def _accept(self, tokens: list[int], stopping_criteria, streamer) -> bool:
+        """Append tokens up to the first at which the text ends, and say whether it does."""
+        length = self.input_ids.shape[1]
+        longer = torch.cat([self.input_ids, self.input_ids.new_tensor([tokens])], dim=1)
+        ends = [stopping_criteria(longer[:, : length + count], None) for count in range(1, len(tokens) + 1)]
+        ends = torch.cat(ends).tolist()
+        if True in ends:
+            tokens = tokens[: ends.index(True) + 1]
+        self.input_ids = longer[:, : length + len(tokens)]
+        self.append_to_text(tokens)
+        if streamer is not None:
+            for token in tokens:
+                streamer.put(torch.tensor([token]))
+        return True in ends
+
+    def append_to_text(self, tokens: list[int]) -> None:
+        for token in tokens:
+            for size in range(1, self.largest + 1):  # n-grams that end before this token
+                if len(self.text) >= size:
+                    self.ends[tuple(self.text[-size:])] = len(self.text)
+            self.text.append(token)
+
+    def drafts(self) -> list[int]:
+        """Return what followed the text's last tokens before, filled up with the last one."""
+        drafts: list[int] = []
+        for size in range(self.largest, 0, -1):
+            end = self.ends.get(tuple(self.text[-size:]))
+            if end is not None:
+                drafts = self.text[end : end + self.num_drafts]
+                break
+        return drafts + [self.text[-1]] * (self.num_drafts - len(drafts))
+
+
+class NotCapturable(RuntimeError):
+    """A step has an operation that no CUDA graph can capture."""
+
+
+class GraphStore:
+    """The decode graphs of one model, least recently used first, and the memory of their KV caches.
+
+    Attributes:
+        step: what computes a step, chosen when the model was last looked at.
+        reason: why the default path is taken instead, or `None`.
+        told: what was logged, so that it is said once.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.told: set[str] = set()
+        self.graphs: OrderedDict[tuple, DecodeGraph] = OrderedDict()
+        self.forget()
+
+    def __reduce__(self):
+        return GraphStore, ()  # a copied or pickled model has weights of its own
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self.graphs.clear()
+        self.memory: dict[tuple[int, int], torch.Tensor] = {}  # of keys (0) and values (1) of every layer
+        self.seen: int | None = None  # of the model, when it was last looked at
+        self.code: list[weakref.ref] = []  # the model, its modules and their forwards, then
+        self.step: KernelStep | ForwardStep | None = None
+        self.reason: str | None = None
+        self.pool = None
+
+    def give_up(self, reason: str) -> None:
+        """Keep no graph, and take the default path until the model changes."""
+        self.graphs.clear()
+        self.memory = {}
+        self.reason = reason
+
+    def look_at(self, model) -> None:
+        """Choose what computes a step, again if code, settings or addresses of weights changed."""
+        config, modules = model.config, every_module(model)
+        code = [model, *modules, *(kind.forward for kind in dict.fromkeys(map(type, modules)))]
+        tensors = every_tensor(modules)
+        weights = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        settings = [getattr(config, name) for name in ROUTER_SETTINGS] + [model.routes_densely]
+        text_config = config.get_text_config()
+        settings += [str(text_config._attn_implementation), str(text_config._experts_implementation)]
+        settings.append(str(vars(text_config)))  # the base model's code may read any of it in a step
+        reason = why_not_kernels(model)
+        reason_to_give_up = None if reason is None else ForwardStep.why_not(model)
+        seen = hash((*weights, *settings, *model._rank_layouts, reason, reason_to_give_up))
+        is_known = len(code) == len(self.code) and all(map(lambda old, new: old() is new, self.code, code))
+        if seen == self.seen and is_known:
+            return
+        self.forget()
+        self.seen, self.code = seen, [weakref.ref(part) for part in code]
+        if reason is None:
+            self.step = KernelStep(model)
+            return
+        self.reason = reason_to_give_up
+        if self.reason is None:
+            self.step = ForwardStep(model, reason)
+
+    def why_not_text(self, generation_config: GenerationConfig, arguments: dict) -> str | None:
+        """Say whether drafts are not for the step, or a text may become longer than it checks."""
+        drafts = min(generation_config.prompt_lookup_num_tokens or 0, MOST_DRAFTS)
+        if drafts and not isinstance(self.step, KernelStep):
+            return f"prompt lookup, by {self.step.description}"
+        longest, length = self.step.longest_text, generation_config.max_length + drafts
+        if arguments.get("inputs_embeds") is not None:  # which `max_length` leaves out
+            length += arguments["inputs_embeds"].shape[1]
+        positions = arguments.get("position_ids")
+        if positions is not None and longest is not None:  # the caller's may be ahead of the tokens
+            length += max(0, int(positions.max()) + 1 - positions.shape[1])
+        if longest is not None and length > longest:
+            return f"a text of more than {longest} tokens"
+        return None
+
+    def take(self, index: int, layers: list, copies: int, length: int, max_length: int) -> tuple:
+        """Move one layer's keys and values of a prompt to the static KV cache.
+
+        Args:
+            index: which layer.
+            layers: that layer of every stream's cache; emptied.
+            copies: rows for each row of the prompt.
+            length: of the prompt; a sliding layer has the last tokens of it.
+            max_length: of the text.
+
+        Returns:
+            Keys and values, `[streams * batch, heads, capacity, head_size]`.
+        """
+        capacity = min(max(FIRST_CAPACITY, length + 1), max(max_length, length + 1))
+        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        both = []
+        for kind, name in enumerate(("keys", "values")):
+            states = [getattr(layer, name) for layer in layers]
+            batch, heads, kept, size = states[0].shape
+            shape = (len(states) * batch * copies, heads, capacity, size)
+            cache = self._memory(index, kind, shape, states[0])
+            for part, filled in zip(cache.chunk(len(states)), states, strict=True):
+                part[:, :, : length - kept].zero_()  # what is behind a closed mask must be finite
+                part[:, :, length:].zero_()
+                part[:, :, length - kept : length].unflatten(0, (-1, copies)).copy_(filled.unsqueeze(1))
+            for layer in layers:
+                setattr(layer, name, getattr(layer, name).new_empty(batch * copies, heads, 0, size))
+            both.append(cache)
+        return tuple(both)
+
+    def grown(self, layers: list[tuple], length: int) -> list[tuple]:
+        """Make a KV cache of twice the capacity with the same `length` tokens; empties `layers`."""
+        larger = []
+        for index in range(len(layers)):
+            both = []
+            for kind, cache in enumerate(layers.pop(0)):
+                kept = cache[:, :, :length].clone()  # the larger one may lie over this one
+                rows, heads, capacity, size = cache.shape
+                cache = self._memory(index, kind, (rows, heads, 2 * capacity, size), kept)
+                cache[:, :, :length].copy_(kept)
+                cache[:, :, length:].zero_()
+                both.append(cache)
+            larger.append(tuple(both))
+        return larger
+
+    def _memory(self, index: int, kind: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        memory, size = self.memory.get((index, kind)), math.prod(shape)
+        if memory is None or memory.numel() < size or memory.dtype != like.dtype:
+            self.graphs.clear()  # which hold the address
+            with torch.inference_mode(False):
+                memory = self.memory[index, kind] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return memory[:size].view(shape)
+
+    def graph(
+        self, model, strategy: RoutingStrategy, batch: int, tokens: int, layers: list[tuple]
+    ) -> "DecodeGraph":
+        """Return the decode graph for a strategy, so many tokens a sequence, and the KV cache in `layers`."""
+        own = experts_of_row(strategy, model)
+        slots = min(model.config.num_experts, own if strategy.name == "single" else own * batch * tokens)
+        if strategy.name == "ensemble":
+            slots = model.config.num_experts
+        kind = strategy.name if strategy.name in ("base", "router", "ensemble") else "given experts"
+        key = (kind, slots, own, batch, tokens, layers[0][0].shape[2])
+        if key not in self.graphs:
+            while len(self.graphs) >= MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+            if self.pool is None and model.device.type in GRAPH_DEVICES:
+                self.pool = torch.cuda.graph_pool_handle()
+            self.graphs[key] = DecodeGraph(
+                model, self.step, kind, slots, own, batch, tokens, layers, self.pool
+            )
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
+
+
+def experts_of_row(strategy: RoutingStrategy, model) -> int:
+    """Return how many experts may act in one row."""
+    if strategy.name == "base":
+        return 0
+    if strategy.name in ("single", "ensemble") or strategy.chooses_row_experts:
+        return 1
+    if strategy.name == "router" and not model.routes_densely:
+        return model.config.num_experts_per_tok
+    return model.config.num_experts
+
+
+class DecodeGraph:
+    """The state of one strategy's decode steps for a batch, and the steps, captured at their first call.
+
+    Args:
+        step: what computes a pass.
+        kind: "base", "router", "ensemble", or "given experts": weights that stay the same.
+        slots: how many experts may act in one pass of the batch; `own`: how many in one row of it.
+        tokens: how many tokens of each sequence a step computes; more than one for prompt lookup.
+        layers: keys and values of every layer, `[streams * batch, heads, capacity, head_size]`.
+        pool: memory that all graphs of a model share, since no two run at a time.
+
+    Attributes:
+        logits: `[batch * tokens, vocabulary]`, after a step.
+        router_logits: `[batch * tokens, num_experts]`, under `router`.
+        steps: how many there were; `speculated`: how many of them were speculative (of prompt lookup: how many
+            tokens were), and how many of those were right (`hits`).
+    """
+
+    def __init__(
+        self, model, step, kind: str, slots: int, own: int, batch: int, tokens: int, layers: list, pool
+    ):
+        # The model has the store. No circle of references: memory goes with its last user.
+        self._model = weakref.ref(model)
+        self.compute, self.kind, self.layers, self.pool = step, kind, layers, pool
+        self.batch, self.tokens = batch, tokens
+        self.capacity = layers[0][0].shape[2]
+        config, device = model.config, layers[0][0].device
+        count = config.num_experts
+        self.input_ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+        self.length = torch.zeros(1, dtype=torch.long, device=device)
+        self.offsets = torch.zeros(batch, dtype=torch.long, device=device)
+        self.visible = torch.ones(batch, self.capacity, dtype=torch.uint8, device=device)
+        sequences = len(layers[0][0])  # of all streams
+        rows, routed_rows = sequences * tokens, batch * tokens
+        self.counters = step.counters(rows) if isinstance(step, KernelStep) else None
+        layouts = step.layouts if isinstance(step, KernelStep) else None
+        self.logits: torch.Tensor | None = None
+        self.router_logits: torch.Tensor | None = None
+        self.steps = self.speculated = self.hits = 0
+        self._whole = CapturedStep({"router": DecodeGraph._route_then_run}.get(kind, DecodeGraph._run))
+        if kind != "router":
+            self.experts = PassExperts(rows, count, slots, own, device, layouts) if slots else None
+            self.routed = self._pass(0, sequences, self.experts)
+            return
+        self.router_logits = torch.zeros(routed_rows, count, device=device)
+        reading = both = None  # experts of the router's own pass, and of both passes as one
+        if config.router_input == "base":
+            both = PassExperts(rows, count, slots, own, device, layouts)
+            self.experts = both.part(slice(routed_rows, rows))
+        else:
+            self.experts = PassExperts(routed_rows, count, slots, own, device, layouts)
+            both = PassExperts(rows, count, count, count, device, layouts)
+            reading = PassExperts(routed_rows, count, count, count, device, layouts)
+            reading.set(torch.ones_like(reading.weights))
+        self.reading = self._pass(0, batch, reading)
+        self.routed = self._pass(batch, sequences, self.experts)
+        self.both = self._pass(0, sequences, both)
+        self.agreed = torch.zeros((), dtype=torch.bool, device=device)
+        self.agreements = torch.zeros((), dtype=torch.long, device=device)  # steps of this window that agreed
+        self.hit_rate = USUAL_HIT_RATE**batch  # until it was seen
+        self.speculates = (
+            step.speculates and tokens == 1 and not model.routes_densely and config.num_experts_per_tok == 1
+        )
+        self._speculative = CapturedStep(DecodeGraph._run_speculatively)
+        self._again = CapturedStep(DecodeGraph._run)
+
+    @property
+    def model(self):
+        return self._model()
+
+    def _pass(self, first: int, stop: int, experts: PassExperts | None) -> Pass:
+        return Pass(
+            self.input_ids,
+            self.length,
+            self.offsets,
+            self.visible,
+            [(keys[first:stop], values[first:stop]) for keys, values in self.layers],
+            experts,
+            self.counters,
+            launches_early(self.length.device),
+        )
+
+    # The state
+
+    def place(
+        self,
+        strategy: RoutingStrategy,
+        length: int,
+        seen: torch.Tensor,
+        positions: torch.Tensor,
+        expert_ids: torch.Tensor | None,
+    ) -> None:
+        """Begin after a prompt.
+
+        Args:
+            length: of the prompt, padding included.
+            seen: `[batch, length]`, false at padding.
+            positions: of the next tokens, `[batch]`.
+            expert_ids: each row's expert, `[batch]`, where the strategy chooses one.
+        """
+        self.length.fill_(length - (self.tokens == 1))  # a step of one token moves on first
+        self.offsets.copy_(positions - length)
+        self.visible.fill_(1)
+        self.visible[:, :length].copy_(seen)
+        if self.kind == "router":
+            self._set_routing(torch.zeros_like(self.experts.weights))
+        elif self.experts is not None:
+            weights = self._given_weights(strategy, expert_ids)
+            self.experts.set(weights.repeat_interleave(self.tokens, dim=0))
+
+    def _given_weights(self, strategy: RoutingStrategy, expert_ids: torch.Tensor | None) -> torch.Tensor:
+        """Compute the weights of every row's experts, `[rows, num_experts]`."""
+        count, device = self.model.config.num_experts, self.length.device
+        if strategy.name == "uniform":
+            return torch.full((self.batch, count), 1 / count, device=device)
+        if strategy.name == "ensemble":
+            expert_ids = torch.arange(count, device=device).repeat_interleave(self.batch)
+        if strategy.name == "single":
+            expert_ids = torch.full((self.batch,), strategy.expert, device=device)
+        return one_hot_rows(expert_ids.to(device), count)[:, 0]
+
+    def copied_state(self) -> tuple:
+        """Return what `continue_from` takes."""
+        weights = None if self.experts is None else self.experts.weights.clone()
+        return self.length.clone(), self.offsets.clone(), self.visible.clone(), weights
+
+    def continue_from(self, length, offsets, visible, weights) -> None:
+        """Take over the state of a graph with a smaller KV cache."""
+        self.length.copy_(length)
+        self.offsets.copy_(offsets)
+        self.visible.fill_(1)
+        self.visible[:, : visible.shape[1]].copy_(visible)
+        if self.kind == "router":
+            self._set_routing(weights)
+        elif self.experts is not None:
+            self.experts.set(weights)
+
+    def prepare(self) -> None:
+        """Capture the step now."""
+        self._whole.prepare(self)
+
+    # The steps
+
+    def step(self) -> None:
+        """Compute `logits` and `router_logits` after the tokens in `input_ids`."""
+        self.steps += 1
+        if self.kind != "router" or not self.speculates or self.hit_rate < SPECULATION_PAYS:
+            self._whole(self)
+        else:
+            self._speculative(self)
+            hit = bool(self.agreed)
+            self.speculated, self.hits = self.speculated + 1, self.hits + hit
+            if not hit:
+                self._again(self)
+        if self.kind == "router" and self.speculates and self.steps % WINDOW == 0:
+            self.hit_rate = self.agreements.item() / WINDOW
+            self.agreements.zero_()
+
+    def _run(self) -> None:
+        """One pass under the experts' weights as they are; `ensemble`'s experts are one batch."""
+        if self.kind != "router":
+            self._move_on()
+        logits = self.compute.logits(self.routed)
+        if self.kind == "ensemble":
+            logits = mix(F.log_softmax(logits, dim=-1, dtype=torch.float32).split(self.batch * self.tokens))
+        self._keep(logits)
+
+    def _route_then_run(self) -> None:
+        """The router's pass, then the routed one."""
+        self._move_on()
+        self._route(self.compute.router_logits(self.reading))
+        self._run()
+
+    def _run_speculatively(self) -> None:
+        """Both passes as one, the routed rows under the last token's weights; `agreed` says if those hold."""
+        self._move_on()
+        hidden = self.compute.hidden_states(self.both)
+        self._keep(self.compute.logits(self.routed, hidden[self.batch :]))
+        self._route(self.compute.router_logits(self.reading, hidden[: self.batch]))
+
+    def _move_on(self) -> None:
+        if self.tokens == 1:  # else the caller says how many were accepted
+            self.length.add_(1)
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        if self.logits is None:
+            with torch.inference_mode(False):
+                self.logits = torch.zeros_like(logits)
+        self.logits.copy_(logits)
+
+    def _route(self, router_logits: torch.Tensor) -> None:
+        self.router_logits.copy_(router_logits)
+        weights = self.model.router.weights(self.router_logits, dense=self.model.routes_densely)
+        self.agreed.copy_((weights == self.experts.weights).all())
+        self.agreements.add_(self.agreed)
+        self._set_routing(weights)
+
+    def _set_routing(self, weights: torch.Tensor) -> None:
+        """Take the routed rows' weights `[batch, num_experts]`."""
+        if self.reading.experts is None:
+            self.both.experts.set(torch.cat([torch.zeros_like(weights), weights]))
+        else:
+            self.experts.set(weights)
+            self.both.experts.set(torch.cat([self.reading.experts.weights, weights]))
+
+    def state(self) -> list[torch.Tensor]:
+        """Return what a step moves on."""
+        state = [self.length]
+        for experts in (self.experts, self.both.experts if self.kind == "router" else None):
+            state += [] if experts is None else experts.tensors()
+        return state + ([self.agreed, self.agreements] if self.kind == "router" else [])
+
+
+def launches_early(device: torch.device) -> bool:
+    """Say whether a GPU has programmatic dependent launch."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def mix(log_probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute the log of their mean; `logsumexp` of all of them would take three times the memory."""
+    return reduce(torch.logaddexp, log_probabilities) - math.log(len(log_probabilities))
+
+
+class CapturedStep:
+    """A step function, called as it is (no GPU), or captured at its first call and replayed from then on."""
+
+    def __init__(self, function: Callable[[DecodeGraph], None]):
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, decode_graph: DecodeGraph) -> None:
+        if decode_graph.length.device.type not in GRAPH_DEVICES:
+            return self.function(decode_graph)
+        self.prepare(decode_graph)
+        self.graph.replay()
+
+    def prepare(self, decode_graph: DecodeGraph) -> None:
+        """Capture the function, where that was not done."""
+        if self.graph is None and decode_graph.length.device.type in GRAPH_DEVICES:
+            with torch.inference_mode(False), torch.no_grad():
+                self._capture(decode_graph)
+
+    def _capture(self, decode_graph: DecodeGraph) -> None:
+        state = decode_graph.state()
+        before = [tensor.clone() for tensor in state]
+        stream = capture_stream(decode_graph.length.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            # Kernels are compiled and libraries set themselves up; what cannot be captured is found.
+            with torch.cuda.stream(stream), on_trial():
+                self.function(decode_graph)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, decode_graph.pool, stream, capture_error_mode="thread_local")
+        # `torch.cuda.graph` goes back to the stream of before, unless ending a capture fails, too.
+        with torch.cuda.stream(torch.cuda.current_stream()), no_collection(), capture:
+            self.function(decode_graph)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        self.graph = graph
+
+
+@lru_cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Make the stream that all captures on a GPU share, since libraries keep memory for every stream."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_trial() -> Iterator[None]:
+    """Raise what fails within the context as `NotCapturable`; the default path may still run."""
+    try:
+        with Capturable():
+            yield
+    except (NotCapturable, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise NotCapturable(f"it fails with {type(error).__name__}: {error}") from error
+
+
+class Capturable(TorchDispatchMode):
+    """Refuses, within the context, an operation that cannot be captured.
+
+    In a capture it would fail, too, and leave the GPU's random numbers unusable.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if host_waits(function, args, kwargs or {}):
+            raise NotCapturable(f"{function} copies between host and GPU, or the host waits for it")
+        return function(*args, **(kwargs or {}))
+
+
+def host_waits(function, args: tuple, kwargs: dict) -> bool:
+    """Say whether an operation copies between host and GPU, or reads numbers on the host."""
+    name = function.name().partition("::")[2].lstrip("_")
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
+    if name.startswith(("to_copy", "copy_")):
+        target = tensors[0].device if kwargs.get("device") is None else torch.device(kwargs["device"])
+        return target.type != tensors[-1].device.type
+    if on_gpu and (
+        name.startswith("lift_fresh") or any(tensor.is_cpu and tensor.dim() for tensor in tensors)
+    ):
+        return True  # of numbers that Python listed, for instance as an index
+    if (
+        name.startswith("grouped_mm") and on_gpu
+    ):  # there is a kernel for some; else the host asks for the groups
+        major, _ = torch.cuda.get_device_capability(tensors[0].device)
+        return "fallback" in name or tensors[0].dtype != torch.bfloat16 or major not in (9, 10)
+    if name.startswith(("index", "unsafe_index")):  # with which numbers, or where a mask is true
+        masks = [leaf for leaf in tree_leaves(args[1:2]) if isinstance(leaf, torch.Tensor)]
+        return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
+    return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(function.tags)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Suspend garbage collection within the context: freeing an old graph during a capture spoils it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 __all__ = ["FastDecodingMixin", "why_not"]

@@ -1,26 +1,11 @@
-"""Triton kernels for the decode steps of fast decoding. Optional.
+"""The Triton kernels of the decode step: products, attention, norms, embeddings. Optional.
 
-For the foundation's own modules, one token a row: attention over a long buffer of which only the beginning is
-filled, without repeating keys and values for every head that shares them, and rotary positions for queries
-and keys at once.
+A row is one token of one sequence in one stream. Every kernel computes in float32 and stores in the model's
+dtype. `fast_step_dylora_moe` launches them; a table of addresses tells a product where its weights lie.
 
-For the experts' updates of a few tokens: for one to four rows a library's product takes its time whatever it
-multiplies. Here the scales are part of the first product, and ranks of which the scale is zero, as with one
-expert a row, are not read.
+With `PDL`, programmatic dependent launch, a kernel starts while the one before it drains: it reads weights
+first, and waits (`gdc_wait`) before it touches anything that another kernel writes.
 """
-
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-
-import torch
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from .fast_buffers_dylora_moe import close, trial
-
 
 try:
     import triton
@@ -29,285 +14,563 @@ except ImportError:  # said again in a `try`, or the Hub's loader would ask ever
     raise
 
 
-BLOCK = 32  # keys that a program of the attention kernel looks at together
-HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+@triton.jit
+def _begin(PDL: tl.constexpr):
+    """Let the next kernel start, and wait for the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def _attend_kernel(
-    query, key, value, mask, index, parts, sums, scale, heads, shared, size, splits,
-    query_row, query_head, key_row, key_head, key_token, value_row, value_head, value_token, mask_row,
-    SHARED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
-    length = tl.load(index) + 1
-    span = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-    start = split * span
-    stop = tl.minimum(start + span, length)
-    q, d, n = tl.arange(0, SHARED), tl.arange(0, SIZE), tl.arange(0, BLOCK)
-    real = (q < shared)[:, None] & (d < size)[None, :]
-    queries = tl.load(
-        query + row * query_row + (head * shared + q)[:, None] * query_head + d[None, :], mask=real, other=0.0
-    )
-    largest = tl.full([SHARED], float("-inf"), tl.float32)
-    total = tl.zeros([SHARED], tl.float32)
-    mixed = tl.zeros([SHARED, SIZE], tl.float32)
-    for first in range(start, stop, BLOCK):
-        token = first + n
-        here = token < stop
-        inside = here[:, None] & (d < size)[None, :]
-        keys = tl.load(
-            key + row * key_row + head * key_head + token[:, None] * key_token + d, mask=inside, other=0.0
-        )
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        scores += tl.load(mask + row * mask_row + token, mask=here, other=0.0).to(tl.float32)[None, :]
-        scores = tl.where(here[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp(scores - new[:, None])
-        fade = tl.exp(largest - new)
-        values = tl.load(
-            value + row * value_row + head * value_head + token[:, None] * value_token + d,
-            mask=inside,
-            other=0.0,
-        )
-        total = total * fade + tl.sum(weights, axis=1)
-        mixed = mixed * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-        largest = new
-    slot = ((row * heads + head) * shared + q) * splits + split
-    tl.store(parts + slot[:, None] * size + d[None, :], mixed, mask=real)
-    tl.store(sums + slot * 2, largest, mask=q < shared)
-    tl.store(sums + slot * 2 + 1, total, mask=q < shared)
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activation functions of transformers' `ACT2FN`, of a float32 tile."""
+    if ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))  # tanh(a) = 1 - 2 / (exp(2a) + 1)
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
 
 
 @triton.jit
-def _combine_kernel(parts, sums, output, size, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr):
-    head, s, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, SIZE)
-    slot = head * splits + s
-    largest = tl.load(sums + slot * 2, mask=s < splits, other=float("-inf"))
-    fade = tl.exp(largest - tl.max(largest, axis=0))
-    total = tl.sum(fade * tl.load(sums + slot * 2 + 1, mask=s < splits, other=0.0), axis=0)
-    inside = (s < splits)[:, None] & (d < size)[None, :]
-    mixed = tl.load(parts + slot[:, None] * size + d[None, :], mask=inside, other=0.0)
-    mixed = tl.sum(tl.where(fade[:, None] > 0, mixed * fade[:, None], 0.0), axis=0) / total
-    tl.store(output + head * size + d, mixed.to(output.dtype.element_ty), mask=d < size)
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
-def _rotate_kernel(
-    query, key, cosine, sine, rotated, heads, all_heads, half,
-    query_row, query_head, key_row, key_head, angle_row, HALF: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0) // all_heads, tl.program_id(0) % all_heads
-    d = tl.arange(0, HALF)
-    real = d < half
-    if head < heads:
-        source = query + row * query_row + head * query_head
+def _of_side(side, first, second, third):
+    """Choose a pointer: a product has up to three sides, linear layers with the same input."""
+    chosen = first
+    if side == 1:
+        chosen = second
+    elif side == 2:
+        chosen = third
+    return chosen
+
+
+@triton.jit
+def _number_of_side(side, first, second, third):
+    """Choose a number."""
+    return tl.where(side == 0, first, tl.where(side == 1, second, third))
+
+
+@triton.jit
+def _weights(pointer, n, real, k, size, stride, K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A tile `[len(n), len(k)]` of a weight `[size, K]`, or of one stored as `[K, stride]`."""
+    inside = real[:, None] & (k < K)[None, :]
+    if TRANSPOSED:
+        place = pointer + k[None, :] * stride + n[:, None]
     else:
-        source = key + row * key_row + (head - heads) * key_head
-    left = tl.load(source + d, mask=real, other=0.0).to(tl.float32)
-    right = tl.load(source + half + d, mask=real, other=0.0).to(tl.float32)
-    angle = row * angle_row + d
-    target = rotated + tl.program_id(0) * 2 * half + d
-    new_left = left * tl.load(cosine + angle, mask=real) - right * tl.load(sine + angle, mask=real)
-    new_right = right * tl.load(cosine + angle + half, mask=real) + left * tl.load(
-        sine + angle + half, mask=real
-    )
-    tl.store(target, new_left.to(rotated.dtype.element_ty), mask=real)
-    tl.store(target + half, new_right.to(rotated.dtype.element_ty), mask=real)
+        place = pointer + n[:, None] * K + k[None, :]
+    return tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
-def attend(query, key, value, mask, index: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of one token a row over the first `index + 1` tokens.
+@triton.jit
+def _one_or_two_rows(
+    x, norm, weight, weight_2, tile, tile_2, n, real, size, stride, eps, offset,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, PAIR: tl.constexpr,
+    NORM: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Multiply one or two rows of x by rows n of a weight, and of a second one with `PAIR`: `[BN, ROWS]` each.
+
+    With `NORM`, of the RMS norm of x: its weight goes into x, and its scale, known at the end, to the result.
+    `tile` and `tile_2` are the first tiles of the weights; the next is asked for before the last is used.
+    """
+    a0 = tl.zeros((BN, BK), tl.float32)
+    a1 = tl.zeros((BN, BK), tl.float32)
+    b0 = tl.zeros((BN, BK), tl.float32)
+    b1 = tl.zeros((BN, BK), tl.float32)
+    squares_0 = tl.zeros((BK,), tl.float32)
+    squares_1 = tl.zeros((BK,), tl.float32)
+    for start in tl.static_range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        next_tile = tile
+        next_2 = tile_2
+        if start + BK < K:
+            next_tile = _weights(weight, n, real, k + BK, size, stride, K, TRANSPOSED)
+            if PAIR:
+                next_2 = _weights(weight_2, n, real, k + BK, size, stride, K, TRANSPOSED)
+        x0 = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        if ROWS == 2:
+            x1 = tl.load(x + K + k, mask=k < K, other=0.0).to(tl.float32)
+        if NORM:
+            scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32) + offset
+            squares_0 += x0 * x0
+            x0 *= scale
+            if ROWS == 2:
+                squares_1 += x1 * x1
+                x1 *= scale
+        values = tile.to(tl.float32)
+        a0 += values * x0[None, :]
+        if ROWS == 2:
+            a1 += values * x1[None, :]
+        if PAIR:
+            values = tile_2.to(tl.float32)
+            b0 += values * x0[None, :]
+            if ROWS == 2:
+                b1 += values * x1[None, :]
+        tile = next_tile
+        tile_2 = next_2
+    y = tl.sum(a0, axis=1)[:, None]
+    u = y
+    if PAIR:
+        u = tl.sum(b0, axis=1)[:, None]
+    if NORM:
+        scale_0 = tl.rsqrt(tl.sum(squares_0, axis=0) / K + eps)
+        y *= scale_0
+        u *= scale_0
+    if ROWS == 2:
+        y1 = tl.sum(a1, axis=1)[:, None]
+        u1 = y1
+        if PAIR:
+            u1 = tl.sum(b1, axis=1)[:, None]
+        if NORM:
+            scale_1 = tl.rsqrt(tl.sum(squares_1, axis=0) / K + eps)
+            y1 *= scale_1
+            u1 *= scale_1
+        second = tl.arange(0, 2)[None, :] == 1
+        y = tl.where(second, y1, y)
+        u = tl.where(second, u1, u)
+    return y, u
+
+
+@triton.jit
+def _many_rows(
+    x, weight, weight_2, n, real, size, stride, row, rows,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, PAIR: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Multiply rows `row` of x, already normalised, by matrix instructions: `[BN, ROWS]`, twice with `PAIR`."""
+    y = tl.zeros((BN, ROWS), tl.float32)
+    u = tl.zeros((BN, ROWS), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        inside = (row < rows)[None, :] & (k < K)[:, None]
+        states = tl.load(x + row[None, :] * K + k[:, None], mask=inside, other=0.0)
+        tile = _weights(weight, n, real, k, size, stride, K, TRANSPOSED)
+        states = states.to(tile.dtype)
+        y = tl.dot(tile, states, y, input_precision=PRECISION)
+        if PAIR:
+            tile = _weights(weight_2, n, real, k, size, stride, K, TRANSPOSED)
+            u = tl.dot(tile, states, u, input_precision=PRECISION)
+    return y, u
+
+
+@triton.jit
+def _lora_B(lora_B, stride, places, at, n, real, BLOCK: tl.constexpr):
+    """A tile `[len(n), BLOCK]` of the B of the acting experts, which is stored as `[ranks, columns]`."""
+    place = tl.load(places + at + tl.arange(0, BLOCK))
+    inside = real[:, None] & (place >= 0)[None, :]
+    return tl.load(lora_B + place[None, :].to(tl.int64) * stride + n[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _expert_update(
+    y, tile, lora_B, stride, places, factors, z, n, real, rows, row,
+    ROWS: tl.constexpr, ALL_RANKS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add B z to columns n of a side, `[BN, ROWS]`; `tile` is the first of B. z is there where a factor is."""
+    if DOT:
+        for at in tl.range(0, ALL_RANKS, BLOCK, num_stages=STAGES):
+            rank = at + tl.arange(0, BLOCK)
+            of_B = _lora_B(lora_B, stride, places, at, n, real, BLOCK)
+            place = row[None, :] * ALL_RANKS + rank[:, None]
+            acts = tl.load(factors + place, mask=(row < rows)[None, :], other=0.0) != 0.0
+            parts = tl.load(z + place, mask=acts, other=0.0)
+            y = tl.dot(of_B, parts.to(of_B.dtype), y, input_precision=PRECISION)
+    else:
+        for at in tl.static_range(0, ALL_RANKS, BLOCK):
+            for index in tl.static_range(ROWS):
+                place = index * ALL_RANKS + at + tl.arange(0, BLOCK)
+                acts = tl.load(factors + place) != 0.0
+                parts = tl.load(z + place, mask=acts, other=0.0)
+                part = tl.sum(tile.to(tl.float32) * parts[None, :], axis=1)[:, None]
+                y += tl.where(tl.arange(0, ROWS)[None, :] == index, part, 0.0)
+            if at + BLOCK < ALL_RANKS:
+                tile = _lora_B(lora_B, stride, places, at + BLOCK, n, real, BLOCK)
+    return y
+
+
+@triton.jit
+def ranks_kernel(
+    x, norm, A_0, A_1, A_2, own, places, factors, factors_stride, z, rows, num_own, layout_0, layout_1, layout_2,
+    eps, offset,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr,
+    ALL_RANKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """z = factors * (A norm(x)), `[sides, rows, ALL_RANKS]`, where a factor is not zero.
+
+    A program makes BN ranks of one of a row's own experts, for one side.
 
     Args:
-        query: `[batch, heads, 1, size]`.
-        key, value: `[batch, key heads, capacity, size]`.
-        mask: to be added to the scores, `[batch, 1, 1, capacity]`.
-
-    Returns:
-        `[batch, 1, heads, size]`.
+        A_0, A_1, A_2: the stacks of every side, `[ranks, K]`.
+        own: which slots a row's experts have, `[rows, num_own]`.
+        places: where in the stacks the acting experts' ranks are, `[layouts, ALL_RANKS]`; -1 for none. A slot
+            has RANKS of them.
+        factors: weight times scale, `[layouts, rows, ALL_RANKS]`, with `factors_stride` from layout to layout.
+        layout_0, layout_1, layout_2: which layout each side has; -1 for no experts.
     """
-    batch, heads, _, size = query.shape
-    key_heads, capacity = key.shape[1:3]
-    shared = heads // key_heads
-    splits = max(1, min(16, capacity // BLOCK, 256 // (batch * key_heads)))
-    parts = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
-    sums = torch.empty(batch * heads * splits, 2, dtype=torch.float32, device=query.device)
-    output = torch.empty(batch, 1, heads, size, dtype=query.dtype, device=query.device)
-    width = max(16, triton.next_power_of_2(size))
-    _attend_kernel[batch * key_heads, splits](
-        query, key, value, mask, index, parts, sums, scale, key_heads, shared, size, splits,
-        query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], mask.stride(0),
-        SHARED=max(16, triton.next_power_of_2(shared)), SIZE=width, BLOCK=BLOCK,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
-    _combine_kernel[(batch * heads,)](
-        parts, sums, output, size, splits, SPLITS=triton.next_power_of_2(splits), SIZE=width
-    )
-    return output
-
-
-def rotate(query, key, cosine, sine) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply rotary positions, half-split: `[batch, heads, 1, size]` of both, by `[batch or 1, 1, size]`."""
-    batch, heads, _, size = query.shape
-    all_heads = heads + key.shape[1]
-    rotated = torch.empty(batch, all_heads, 1, size, dtype=query.dtype, device=query.device)
-    _rotate_kernel[(batch * all_heads,)](
-        query, key, cosine, sine, rotated, heads, all_heads, size // 2,
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1), cosine.stride(0) if cosine.shape[0] > 1 else 0,
-        HALF=triton.next_power_of_2(size // 2),
-    )  # fmt: skip
-    return rotated[:, :heads], rotated[:, heads:]
-
-
-@contextmanager
-def fused_functions(foundation: nn.Module, index: torch.Tensor) -> Iterator[None]:
-    """Let the foundation's modules call the kernels within the context, in this thread alone.
-
-    They do so wherever a kernel computes what the function would: rotary functions are tried out; attention
-    is what transformers' interface says, without extras.
-    """
-    # All models share these functions, those too whose code is another copy of this file, as from another
-    # repo.
-    lock = vars(ALL_ATTENTION_FUNCTIONS).setdefault("_being_replaced", threading.Lock())
-    with lock, ExitStack() as stack:
-        shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        own = (
-            "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
-        )  # `register`, for the whole process, puts it elsewhere
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_or(shared, index)
-        put_back = partial(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", shared)
-        stack.callback(put_back if own else partial(ALL_ATTENTION_FUNCTIONS.__delitem__, "sdpa"))
-        for code in {sys.modules.get(type(module).__module__) for module in foundation.modules()}:
-            eager = getattr(code, "eager_attention_forward", None)
-            if eager is not None:
-                code.eager_attention_forward = _attention_or(eager, index)
-                stack.callback(setattr, code, "eager_attention_forward", eager)
-            rotary = getattr(code, "apply_rotary_pos_emb", None)
-            if rotary is not None and _rotates_halves(rotary, foundation):
-                code.apply_rotary_pos_emb = _one_token_or(rotary)
-                stack.callback(setattr, code, "apply_rotary_pos_emb", rotary)
-        yield
-
-
-def _attention_or(original: Callable, index: torch.Tensor) -> Callable:
-    """Make an attention function that calls the kernel where it is enough, in this thread alone."""
-    owner = threading.get_ident()
-
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        extras = {extra for extra, wanted in kwargs.items() if wanted is not None} - HARMLESS
-        fits = attention_mask is not None and attention_mask.is_floating_point() and query.shape[2] == 1
-        fits = (
-            fits
-            and attention_mask.shape[1:3] == (1, 1)
-            and key.shape[3] == value.shape[3]
-            and query.stride(3) == 1
-        )
-        if extras or not fits or threading.get_ident() != owner:
-            return original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return attend(query, key, value, attention_mask, index, scale), None
-
-    return attention
-
-
-def _one_token_or(original: Callable) -> Callable:
-    owner = threading.get_ident()
-
-    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
-        same = q.dim() == cos.dim() + 1 == 4 and q.shape[2] == k.shape[2] == 1 and q.shape[3] == cos.shape[2]
-        fits = same and q.stride(3) == 1 and k.stride(3) == 1
-        if args or kwargs or not fits or threading.get_ident() != owner:
-            return original(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, k, cos, sin)
-
-    return apply_rotary_pos_emb
-
-
-def _rotates_halves(function: Callable, foundation: nn.Module) -> bool:
-    weight = foundation.get_input_embeddings().weight
-    query, key = (trial(2, heads, 1, 16, like=weight) for heads in (4, 2))
-    cosine, sine = (trial(2, 1, 16, like=weight, start=start) for start in (5, 9))
-    try:
-        expected = function(query, key, cosine, sine)
-        return all(map(close, rotate(query, key, cosine, sine), expected))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False  # a function of that name with another signature
-
-
-ROWS = 4  # with more, where all experts act, a library's products are faster
-LARGEST_RANK = 64  # of one expert, for the second product
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    block, row, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    layout = _number_of_side(side, layout_0, layout_1, layout_2)
+    # The experts are those of the pass: nothing that runs in it changes them.
+    slot = tl.load(own + row * num_own + block * BN // RANKS)
+    n = slot * RANKS + block * BN % RANKS + tl.arange(0, BN)
+    place = tl.load(places + layout * ALL_RANKS + n, mask=layout >= 0, other=-1)
+    factor = tl.load(factors + layout * factors_stride + row * ALL_RANKS + n, mask=layout >= 0, other=0.0)
+    acts = (place >= 0) & (factor != 0.0)
+    lora_A = _of_side(side, A_0, A_1, A_2)
+    tile = _weights(lora_A, place, acts, tl.arange(0, BK), 0, 0, K, False)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if tl.max(acts.to(tl.int32), axis=0) > 0:
+        y, _ = _one_or_two_rows(
+            x + row * K, norm, lora_A, lora_A, tile, tile, place, acts, 0, 0, eps, offset,
+            K, BN, BK, 1, False, NORM, False,
+        )  # fmt: skip
+        tl.store(z + (side * rows + row) * ALL_RANKS + n, tl.sum(y, axis=1) * factor, mask=acts)
 
 
 @triton.jit
-def _multiply_kernel(
-    inputs, lora_A, scales, ranks, size, total, scales_row, SCALED: tl.constexpr, BLOCK: tl.constexpr
-):
-    rank, row = tl.program_id(0), tl.program_id(1)
-    scale = 1.0
-    if SCALED:
-        scale = tl.load(scales + row * scales_row + rank).to(tl.float32)
-    result = 0.0
-    if scale != 0.0:
-        sums = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, size, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            one = tl.load(inputs + row * size + place, mask=place < size, other=0.0).to(tl.float32)
-            sums += one * tl.load(lora_A + rank * size + place, mask=place < size, other=0.0).to(tl.float32)
-        result = tl.sum(sums, axis=0) * scale
-    tl.store(ranks + row * total + rank, result.to(ranks.dtype.element_ty))
-
-
-@triton.jit
-def _add_kernel(
-    results, ranks, lora_B, scale, size, total, ranks_row, results_row,
-    TOTAL: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr,
+def product_kernel(
+    x, norm, residual, output, z, places, factors, factors_stride,
+    W_0, W_1, W_2, bias_0, bias_1, bias_2, B_0, B_1, B_2, size_0, size_1, size_2,
+    stride_0, stride_1, stride_2, layout_0, layout_1, layout_2,
+    rows, columns, weight_stride, eps, offset, scale, softcap,
+    SIDES: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
+    PAIR: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALL_RANKS: tl.constexpr, RANK_BLOCK: tl.constexpr, DOT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    place, row = tl.program_id(0) * PLACES + tl.arange(0, PLACES), tl.program_id(1)
-    every = tl.arange(0, TOTAL)
-    acts = tl.load(ranks + row * ranks_row + every, mask=every < total, other=0.0) != 0.0
-    start = tl.min(tl.where(acts, every, total), axis=0) // RANKS * RANKS
-    stop = tl.max(tl.where(acts, every + 1, 0), axis=0)
-    sums = tl.zeros([RANKS, PLACES], tl.float32)
-    for first in range(start, stop, RANKS):
-        rank = first + tl.arange(0, RANKS)
-        inside = (rank < total)[:, None] & (place < size)[None, :]
-        one = tl.load(ranks + row * ranks_row + rank, mask=rank < total, other=0.0).to(tl.float32)
-        other = tl.load(lora_B + rank[:, None] * size + place[None, :], mask=inside, other=0.0)
-        sums += one[:, None] * other.to(tl.float32)
-    target = results + row * results_row + place
-    result = tl.load(target, mask=place < size, other=0.0).to(tl.float32) + tl.sum(sums, axis=0) * scale
-    tl.store(target, result.to(results.dtype.element_ty), mask=place < size)
+    """output = residual + scale * activation(W norm(x) + bias + B z). A program makes BN columns of one side.
 
-
-def are_few(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `rows` `[rows, size]` and a matrix are for these kernels, which count in 32 bits."""
-    fits = rows.is_cuda and len(rows) <= ROWS and rows.stride(1) == 1
-    return fits and rows.dtype == weight.dtype and rows.dtype in DTYPES and weight.numel() < 2**31
-
-
-def multiply_few(inputs: torch.Tensor, lora_A: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """Multiply `inputs` `[rows, size]` by A `[ranks, size]` and `scales` `[1 or rows, ranks]`, if any."""
-    inputs, lora_A = inputs.contiguous(), lora_A.contiguous()
-    ranks = inputs.new_empty(len(inputs), len(lora_A))
-    _multiply_kernel[len(lora_A), len(inputs)](
-        inputs, lora_A, lora_A if scales is None else scales.contiguous(), ranks, lora_A.shape[1], len(lora_A),
-        0 if scales is None or len(scales) == 1 else len(lora_A), SCALED=scales is not None, BLOCK=2048, num_warps=8,
-    )  # fmt: skip
-    return ranks
-
-
-def add_few(results: torch.Tensor, ranks: torch.Tensor, lora_B: torch.Tensor, scale: float) -> None:
-    """Add `ranks` `[rows, ranks]` times B `[ranks, size]`, times `scale`, to `results` `[rows, size]`.
-
-    It takes a time that grows with the ranks between the first and the last that is not zero.
+    Args:
+        x: `[rows, K]`.
+        output: `[rows, columns]`, sides one after the other; `residual` too. With PAIR there are two sides,
+            and the output is activation(first) * second.
+        z, places, factors, layout_*: as of `ranks_kernel`; ALL_RANKS is 0 without experts.
+        W_*, bias_*, B_*: every side's weight `[size, K]`, bias `[size]`, and B `[ranks, size]`, with `stride_*`
+            from one of B's ranks to the next.
     """
-    lora_B, size = lora_B.contiguous(), results.shape[1]
-    _add_kernel[triton.cdiv(size, 16), len(results)](
-        results, ranks, lora_B, scale, size, len(lora_B), ranks.stride(0), results.stride(0),
-        TOTAL=triton.next_power_of_2(len(lora_B)), RANKS=16, PLACES=16, num_warps=1,
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    block = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    side = 0
+    before = 0  # columns of the sides before this one
+    if SIDES > 1 and not PAIR:
+        blocks_0 = tl.cdiv(size_0, BN)
+        blocks_1 = tl.cdiv(size_1, BN)
+        if block >= blocks_0 + blocks_1:
+            side = 2
+            before = size_0 + size_1
+            block -= blocks_0 + blocks_1
+        elif block >= blocks_0:
+            side = 1
+            before = size_0 + 0
+            block -= blocks_0
+    size = _number_of_side(side, size_0, size_1, size_2)
+    n = block * BN + tl.arange(0, BN)
+    real = n < size
+    weight = _of_side(side, W_0, W_1, W_2)
+    if not DOT:
+        tile = _weights(weight, n, real, tl.arange(0, BK), size, weight_stride, K, TRANSPOSED)
+        tile_2 = tile
+        if PAIR:
+            tile_2 = _weights(W_1, n, real, tl.arange(0, BK), size, weight_stride, K, TRANSPOSED)
+    if ALL_RANKS:
+        # The experts are those of the pass: nothing that runs in it changes them.
+        layout = _number_of_side(side, layout_0, layout_1, layout_2)
+        lora_B = _of_side(side, B_0, B_1, B_2)
+        stride = _number_of_side(side, stride_0, stride_1, stride_2)
+        places_2 = places + tl.maximum(layout_1, 0) * ALL_RANKS
+        factors_2 = factors + tl.maximum(layout_1, 0) * factors_stride
+        real_2 = real & (layout_1 >= 0)
+        places += tl.maximum(layout, 0) * ALL_RANKS
+        factors += tl.maximum(layout, 0) * factors_stride
+        adapted = real & (layout >= 0)
+        B = 0.0
+        B_second = 0.0
+        if not DOT:
+            B = _lora_B(lora_B, stride, places, 0, n, adapted, RANK_BLOCK)
+            if PAIR:
+                B_second = _lora_B(B_1, stride_1, places_2, 0, n, real_2, RANK_BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if DOT:
+        y, u = _many_rows(
+            x, weight, W_1, n, real, size, weight_stride, row, rows,
+            K, BN, BK, ROWS, PAIR, TRANSPOSED, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        y, u = _one_or_two_rows(
+            x, norm, weight, W_1, tile, tile_2, n, real, size, weight_stride, eps, offset,
+            K, BN, BK, ROWS, PAIR, NORM, TRANSPOSED,
+        )  # fmt: skip
+    if ALL_RANKS:
+        # A side without experts has no z; its masked columns of B are zero.
+        of_side = z + side * rows * ALL_RANKS
+        y = _expert_update(
+            y, B, lora_B, stride, places, factors, of_side, n, adapted, rows, row,
+            ROWS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
+        )  # fmt: skip
+        if PAIR:
+            of_side = z + rows * ALL_RANKS
+            u = _expert_update(
+                u, B_second, B_1, stride_1, places_2, factors_2, of_side, n, real_2, rows, row,
+                ROWS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
+            )  # fmt: skip
+    if BIAS:
+        bias = _of_side(side, bias_0, bias_1, bias_2)
+        y += tl.load(bias + n, mask=real, other=0.0).to(tl.float32)[:, None]
+        if PAIR:
+            u += tl.load(bias_1 + n, mask=real, other=0.0).to(tl.float32)[:, None]
+    y = _activate(y, ACTIVATION)
+    if PAIR:
+        y *= u
+    y *= scale
+    if SOFTCAP:
+        y = softcap * _tanh(y / softcap)
+    place = row[None, :].to(tl.int64) * columns + before + n[:, None]
+    inside = real[:, None] & (row < rows)[None, :]
+    if RESIDUAL:
+        y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + place, y.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_kernel(
+    x, weight, bias, residual, output, eps, offset, scale,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, CENTERED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """output = residual + scale * norm(x): an RMS norm, or a layer norm (`CENTERED`), of one row a program."""
+    _begin(PDL)
+    row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = k < SIZE
+    states = tl.load(x + row * SIZE + k, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        states = tl.where(inside, states - tl.sum(states, axis=0) / SIZE, 0.0)
+    states *= tl.rsqrt(tl.sum(states * states, axis=0) / SIZE + eps)
+    states *= tl.load(weight + k, mask=inside, other=0.0).to(tl.float32) + offset
+    if BIAS:
+        states += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+    states *= scale
+    if RESIDUAL:
+        states += tl.load(residual + row * SIZE + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + row * SIZE + k, states.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embed_kernel(
+    input_ids, embeddings, position_embeddings, length, offsets, output, scale, sequences,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Look up the embedding of every row's token, one a program.
+
+    `input_ids`: `[sequences, TOKENS]`, the same for every stream.
+    """
+    if PDL:
+        # In this order: kernels of the pass read what was written before it, such as the length, without waiting.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    token = tl.load(input_ids + row % (sequences * TOKENS))
+    states = tl.load(embeddings + token * SIZE + k, mask=k < SIZE, other=0.0).to(tl.float32) * scale
+    if POSITIONS:
+        position = tl.load(length) + tl.load(offsets + row // TOKENS % sequences) + row % TOKENS
+        states = states.to(output.dtype.element_ty).to(tl.float32)
+        states += tl.load(position_embeddings + position * SIZE + k, mask=k < SIZE, other=0.0).to(tl.float32)
+    tl.store(output + row * SIZE + k, states.to(output.dtype.element_ty), mask=k < SIZE)
+
+
+@triton.jit
+def _head_states(
+    source, norm, frequencies, head, real, position, eps, offset, rope_scale, inverse,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROTARY: tl.constexpr, QK_NORM: tl.constexpr,
+):  # fmt: skip
+    """Read some heads of queries or keys, normalise and rotate them: `[heads, BLOCK]` in float32.
+
+    QK_NORM: "head" (the norm of a head), "all" (of all heads together, whose scale is `inverse`), or none.
+    ROTARY: how many of a head's numbers are rotated, in halves: number d with number d + ROTARY / 2.
+    """
+    d = tl.arange(0, BLOCK)
+    half: tl.constexpr = ROTARY // 2
+    partner = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
+    inside = real[:, None] & (d < SIZE)[None, :]
+    states = tl.load(source + head[:, None] * SIZE + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    others = tl.load(source + head[:, None] * SIZE + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if QK_NORM == "head":
+        scale = tl.rsqrt(tl.sum(states * states, axis=1) / SIZE + eps)[:, None]
+        states *= scale * (tl.load(norm + d, mask=d < SIZE, other=0.0).to(tl.float32) + offset)[None, :]
+        others *= scale * (tl.load(norm + partner, mask=d < SIZE, other=0.0).to(tl.float32) + offset)[None, :]
+    elif QK_NORM == "all":
+        place = norm + head[:, None] * SIZE
+        states *= inverse * tl.load(place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        others *= inverse * tl.load(place + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if ROTARY:
+        rotated = d < ROTARY
+        angle = position.to(tl.float32) * tl.load(frequencies + d % half, mask=rotated, other=0.0)
+        cosine = tl.where(rotated, tl.cos(angle) * rope_scale, 1.0)
+        sine = tl.where(rotated, tl.sin(angle) * rope_scale, 0.0)
+        sine = tl.where(d < half, -sine, sine)
+        states = states * cosine[None, :] + others * sine[None, :]
+    return states
+
+
+@triton.jit
+def _inverse_of_all(source, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / the root mean square of `SIZE` numbers."""
+    k = tl.arange(0, BLOCK)
+    states = tl.load(source + k, mask=k < SIZE, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(states * states, axis=0) / SIZE + eps)
+
+
+@triton.jit
+def attention_kernel(
+    qkv, keys, values, visible, length, offsets, frequencies, query_norm, key_norm, parts, sums, counters, output,
+    heads, key_heads, capacity, sequences, scale, softcap, window, rope_scale, eps, offset,
+    SHARED: tl.constexpr, SHARED_BLOCK: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of every row over its sequence, and the new keys and values into the KV cache.
+
+    A program has one row, one key head with all its query heads, and one of SPLITS parts of the cache, or the
+    new tokens, which are read from `qkv`. The last program of a row and key head puts the parts together.
+
+    Args:
+        qkv: `[rows, (heads + 2 * key_heads) * SIZE]`; a sequence's TOKENS rows follow each other.
+        keys, values: the KV cache, `[rows / TOKENS, key_heads, capacity, SIZE]`.
+        visible: `[sequences, capacity]`, zero where a token of the cache is padding.
+        length: how many tokens the cache has; `offsets`: what a sequence's positions are more than that.
+        window: how many tokens, its own included, a token sees, with `WINDOW`.
+        parts, sums: room for `[rows, heads, SPLITS + 1, SIZE]`, and for two numbers each.
+        output: `[rows, heads * SIZE]`.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row, key_head, split = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads, tl.program_id(1)
+    line = row // TOKENS
+    token = row % TOKENS
+    cached = tl.load(length).to(tl.int32)
+    position = cached + tl.load(offsets + line % sequences).to(tl.int32) + token
+    q, d = tl.arange(0, SHARED_BLOCK), tl.arange(0, SIZE_BLOCK)
+    real = q < SHARED
+    base = (line * key_heads + key_head).to(tl.int64) * capacity * SIZE
+    seen = visible + (line % sequences) * capacity
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(0, cached + token + 1 - window)
+    span = tl.cdiv(tl.cdiv(cached - begin, SPLITS), BLOCK) * BLOCK
+    start = begin + split * span
+    stop = tl.minimum(start + span, cached)  # none for the program of the new tokens
+    # What the cache has was written in other steps, so the first keys and values need not wait.
+    t = start + tl.arange(0, BLOCK)
+    here = (t < stop) & (split < SPLITS)
+    inside = here[:, None] & (d < SIZE)[None, :]
+    key_tile = tl.load(keys + base + t[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
+    value_tile = tl.load(values + base + t[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
+    here &= tl.load(seen + t, mask=here, other=0) != 0
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    width = (heads + 2 * key_heads) * SIZE
+    source = qkv + row * width
+    inverse = 0.0
+    if QK_NORM == "all":
+        inverse = _inverse_of_all(source, eps, HEADS * SIZE, QUERY_BLOCK)
+    queries = _head_states(
+        source, query_norm, frequencies, key_head * SHARED + q, real, position, eps, offset, rope_scale, inverse,
+        SIZE, SIZE_BLOCK, ROTARY, QK_NORM,
     )  # fmt: skip
+    largest = tl.full([SHARED_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([SHARED_BLOCK], tl.float32)
+    mixed = tl.zeros([SHARED_BLOCK, SIZE_BLOCK], tl.float32)
+    if split == SPLITS:
+        one = tl.arange(0, 1)
+        for new in range(0, token + 1):
+            other = row - token + new
+            source = qkv + other * width
+            if QK_NORM == "all":
+                inverse = _inverse_of_all(source + heads * SIZE, eps, KEY_HEADS * SIZE, KEY_BLOCK)
+            key = _head_states(
+                source + heads * SIZE, key_norm, frequencies, key_head + one, one < 1, position - token + new,
+                eps, offset, rope_scale, inverse, SIZE, SIZE_BLOCK, ROTARY, QK_NORM,
+            )  # fmt: skip
+            key = key.to(keys.dtype.element_ty)
+            value = tl.load(source + (heads + key_heads + key_head) * SIZE + d, mask=d < SIZE, other=0.0)
+            if new == token:
+                place = base + (cached + token) * SIZE + d
+                tl.store(keys + place[None, :], key, mask=(d < SIZE)[None, :])
+                tl.store(values + place, value, mask=d < SIZE)
+            score = tl.sum(queries * key.to(tl.float32), axis=1) * scale
+            if SOFTCAP:
+                score = softcap * _tanh(score / softcap)
+            if WINDOW:
+                score = tl.where(token - new < window, score, float("-inf"))
+            most = tl.maximum(largest, score)
+            fade = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - most))
+            share = tl.where(score == float("-inf"), 0.0, tl.exp(score - most))
+            total = total * fade + share
+            mixed = mixed * fade[:, None] + share[:, None] * value.to(tl.float32)[None, :]
+            largest = most
+    else:
+        narrow = queries.to(keys.dtype.element_ty)
+        for first in range(start, stop, BLOCK):
+            scores = tl.dot(narrow, tl.trans(key_tile), input_precision=PRECISION) * scale
+            if SOFTCAP:
+                scores = softcap * _tanh(scores / softcap)
+            scores = tl.where(here[None, :], scores, float("-inf"))
+            most = tl.maximum(largest, tl.max(scores, axis=1))
+            fade = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - most))
+            shares = tl.where(scores == float("-inf"), 0.0, tl.exp(scores - most[:, None]))
+            total = total * fade + tl.sum(shares, axis=1)
+            mixed = mixed * fade[:, None]
+            mixed = tl.dot(shares.to(value_tile.dtype), value_tile, mixed, input_precision=PRECISION)
+            largest = most
+            t = first + BLOCK + tl.arange(0, BLOCK)
+            here = t < stop
+            inside = here[:, None] & (d < SIZE)[None, :]
+            key_tile = tl.load(keys + base + t[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
+            value_tile = tl.load(values + base + t[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
+            here &= tl.load(seen + t, mask=here, other=0) != 0
+    head = key_head * SHARED + q
+    inside = real[:, None] & (d < SIZE)[None, :]
+    slot = (row * heads + head) * (SPLITS + 1) + split
+    tl.store(parts + slot[:, None] * SIZE + d[None, :], mixed, mask=inside)
+    tl.store(sums + slot * 2, largest, mask=real)
+    tl.store(sums + slot * 2 + 1, total, mask=real)
+    tl.debug_barrier()
+    done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+    if done == SPLITS:
+        tl.store(counters + tl.program_id(0), 0)
+        largest = tl.full([SHARED_BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([SHARED_BLOCK], tl.float32)
+        mixed = tl.zeros([SHARED_BLOCK, SIZE_BLOCK], tl.float32)
+        for other in tl.static_range(0, SPLITS + 1):
+            slot = (row * heads + head) * (SPLITS + 1) + other
+            part = tl.load(sums + slot * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
+            most = tl.maximum(largest, part)
+            fade = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - most))
+            share = tl.where(part == float("-inf"), 0.0, tl.exp(part - most))
+            weight = tl.load(sums + slot * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+            states = tl.load(
+                parts + slot[:, None] * SIZE + d[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+            )
+            total = total * fade + share * weight
+            mixed = mixed * fade[:, None] + share[:, None] * states
+            largest = most
+        mixed /= tl.where(real, total, 1.0)[:, None]
+        place = output + (row * heads + head)[:, None] * SIZE + d[None, :]
+        tl.store(place, mixed.to(output.dtype.element_ty), mask=inside)
 
 
-__all__ = ["LARGEST_RANK", "add_few", "are_few", "attend", "fused_functions", "multiply_few", "rotate"]
+__all__ = ["attention_kernel", "embed_kernel", "norm_kernel", "product_kernel", "ranks_kernel"]

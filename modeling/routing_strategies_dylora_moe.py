@@ -2,8 +2,8 @@
 
 A strategy says how many streams it needs (passes with a KV cache of their own) and which weights the experts
 get in each. `RoutedPass` gives it router logits and runs the foundation for it. To add a strategy, write a
-class and decorate it with `@register`. One with a `run` of its own also needs a decode step in
-`fast_sessions_dylora_moe`, or to be refused by `why_not` in `fast_decoding_dylora_moe`.
+class and decorate it with `@register`. One with a `run` of its own also needs steps in `DecodeGraph`, or to be
+refused by `why_not`, both in `fast_decoding_dylora_moe`.
 """
 
 import math
