@@ -3,8 +3,10 @@
     python tests/performance/decode.py --json decode.json
 
 Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the
-ratio to the bare foundation's `generate` in the same process. `first` is what the first call takes longer, in
-seconds: recording its graphs, and whatever else runs for the first time. Models with few and with many
+ratio to the bare foundation's `generate` in the same process. `step` is the replay of a step's graph alone and
+`prompt` one token of `generate`. `first` is what the first call takes longer, in seconds: capturing its graphs,
+and whatever else runs for the first time. With `--compiled`, transformers' own static cache with compilation
+runs beside them. Models with few and with many
 experts take turns. PEFT's peers run five times for 32 new tokens, and X-LoRA for 16, since it runs two passes
 over the whole text at every token.
 """
@@ -13,6 +15,7 @@ import argparse
 import statistics
 from functools import partial
 
+from floor import milliseconds
 from workbench import (
     PEERS,
     alternating,
@@ -23,6 +26,7 @@ from workbench import (
     report,
     route_alike,
     routed,
+    seconds,
     xlora_model,
 )
 
@@ -33,11 +37,24 @@ STRATEGIES = (  # name in the table, strategy, agreement that the gate is biased
     ("best", "best", None),
     ("round_robin", "round_robin", None),
     ("uniform", "uniform", None),
-    ("router, 90 %", "router", 0.9),
+    ("router, 77 %", "router", 0.77),
     ("router, worst", "router", None),
     ("base", "base", None),
     ("ensemble", "ensemble", None),
 )
+
+
+def parts_of(model, batch: int, prompt: int, arguments: dict) -> dict[str, float]:
+    """Milliseconds of a step's graph and of the prompt, where the model has graphs."""
+    store = vars(model).get("_decode_graphs")
+    if store is None or not store.graphs:
+        return {}
+    graph = next(reversed(store.graphs.values()))
+    captured = graph._whole if graph._whole.graph is not None else graph._speculative
+    graph.length.fill_(prompt)
+    parts = {"step": milliseconds(captured.graph.replay)}
+    prompts = seconds(partial(generate, model, batch, prompt, 1, **arguments), 3)
+    return {**parts, "prompt": 1000 * statistics.median(prompts)}
 
 
 def main() -> None:
@@ -48,6 +65,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no_peers", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     with report("Decoding", parser) as (options, rows):
         bare = {}
 
@@ -73,6 +91,7 @@ def main() -> None:
                 row = {"batch": batch, "model": name, "experts": count, "ms/token": statistics.median(took)}
                 row |= {"of bare": row["ms/token"] / bare[batch], "fastest": min(took)}
                 row["first"] = first[count][0] - statistics.median(times)
+                row |= parts_of(models[count], batch, options.prompt, arguments)
                 rows.append({**row, "agreement": (agreement or {}).get(count)})
                 print(rows[-1], flush=True)
 
@@ -106,6 +125,15 @@ def main() -> None:
                 add(name, some, batch, agreement=seen, routing_strategy=strategy)
                 for model in some.values():
                     model.forget_decoding_sessions()
+                if options.compiled and strategy in ("base", "single:0", "router"):
+                    static = {"cache_implementation": "static", "fast_decoding": False}
+                    add(
+                        f"{name}, compiled",
+                        {min(some): some[min(some)]},
+                        batch,
+                        routing_strategy=strategy,
+                        **static,
+                    )
         model = models = some = None
         for name, (build, count) in PEERS.items() if not options.no_peers else ():
             free()

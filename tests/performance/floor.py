@@ -2,14 +2,13 @@
 
     python tests/performance/floor.py --json floor.json
 
-Milliseconds of a recorded step (the median of 50 replays; under `router` both that of a right guess and that
-of two passes), the floor, which is its bytes at the rate of a copy on this GPU, and what a profiler sees in
-the step: how many kernels, how long they run, by kind, and the time between them. Bytes are the foundation's
-weights once a pass, the experts that act, and keys and values.
+Milliseconds of a captured step (the median of 50 replays; under `router` both that of a speculative pass and
+that of two passes), the floor, which is its bytes at the rate of a copy on this GPU, GB/s of the bytes, and
+how many kernels of each kind there are. Kernels overlap (dependent launch), so their times are not added up.
+Bytes are the foundation's weights once a pass, the experts that act, and keys and values.
 """
 
 import argparse
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +19,7 @@ from workbench import RANK, generate, report, routed
 
 
 STRATEGIES = ("base", "single:0", "best", "uniform", "router", "ensemble")
-KINDS = {  # in a kernel's name
-    "products": "gemm|gemv|cutlass|nvjet|splitk|cublas|dot_kernel|reduce_1Block|_multiply_kernel|_add_kernel",
-    "attention": "attend|attention|flash|fmha|softmax|rotate|index_copy",
-    "norms": "norm",
-}
+KINDS = {"products": "product_kernel", "ranks": "ranks_kernel", "attention": "attention_kernel"}
 
 
 def copy_rate(device) -> float:
@@ -35,10 +30,10 @@ def copy_rate(device) -> float:
     return 2 * source.nbytes / took * 1000
 
 
-def replay(session, stepper, tokens: int) -> None:
-    """One step after so many tokens, again and again: the buffers would be full after some."""
-    session.index.fill_(tokens)
-    stepper.graph.replay()
+def replay(decode_graph, captured, tokens: int) -> None:
+    """One step after so many tokens, again and again: the KV cache would be full after some."""
+    decode_graph.length.fill_(tokens)
+    captured.graph.replay()
 
 
 def milliseconds(function: Callable, repeats: int = 50) -> float:
@@ -68,21 +63,16 @@ def bytes_of(model, strategy: str, passes: int, streams: int, batch: int, tokens
 
 
 def kinds_of(function: Callable, steps: int = 5) -> dict[str, float]:
-    """Kernels of one call, and milliseconds of all and of each kind."""
+    """Kernels of one call, all and of each kind."""
     function()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             function()
         torch.cuda.synchronize()
-    kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-    found = {"kernels": len(kernels) / steps, "in kernels": 0.0, **dict.fromkeys(KINDS, 0.0), "others": 0.0}
-    for kernel in kernels:
-        took = kernel.device_time / 1000 / steps
-        kind = next((kind for kind, names in KINDS.items() if re.search(names, kernel.name, re.I)), "others")
-        found[kind] += took
-        found["in kernels"] += took
-    return found
+    kernels = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
+    found = {"kernels": len(kernels) / steps}
+    return found | {kind: sum(part in name for name in kernels) / steps for kind, part in KINDS.items()}
 
 
 @torch.no_grad()
@@ -97,21 +87,22 @@ def main() -> None:
         for batch in options.batches:
             for strategy in STRATEGIES:
                 generate(model, batch, options.prompt, 24, routing_strategy=strategy)
-                session = next(reversed(model._decoding_sessions.sessions.values()))
-                steppers = {"": (session._whole, 2 if strategy == "router" else 1)}
-                if session._guessed is not None and session._guessed.graph is not None:
-                    steppers = {", right guess": (session._guessed, 1), ", two passes": steppers[""]}
-                for name, (stepper, passes) in steppers.items():
-                    session.index.fill_(options.prompt)
-                    if stepper.graph is None:
-                        stepper(session)
+                graph = next(reversed(model._decode_graphs.graphs.values()))
+                steps = {"": (graph._whole, 2 if strategy == "router" else 1)}
+                if strategy == "router" and graph._speculative.graph is not None:
+                    steps = {", speculative": (graph._speculative, 1), ", two passes": steps[""]}
+                for name, (captured, passes) in steps.items():
+                    graph.length.fill_(options.prompt)
+                    if captured.graph is None:
+                        captured(graph)
                     least = bytes_of(
-                        model, strategy, passes, session.strategy.num_streams, batch, options.prompt
+                        model, strategy, passes, 2 if strategy == "router" else 1, batch, options.prompt
                     )
                     row = {"batch": batch, "strategy": strategy + name, "floor": 1000 * least / rate}
-                    step = partial(replay, session, stepper, options.prompt)
-                    row["step"], found = milliseconds(step), kinds_of(step)
-                    rows.append({**row, **found, "between": row["step"] - found["in kernels"]})
+                    step = partial(replay, graph, captured, options.prompt)
+                    row["step"] = milliseconds(step)
+                    row["GB/s"] = least / row["step"] / 1e6
+                    rows.append({**row, **kinds_of(step)})
                     print(rows[-1], flush=True)
                 model.forget_decoding_sessions()
         rows.append({"strategy": "TB/s of a copy", "step": rate / 1e12})

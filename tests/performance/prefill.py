@@ -44,7 +44,7 @@ def main() -> None:
         model = routed(4)
         for strategy in ("single:0", "router", "ensemble"):
             add(model, strategy, routing_strategy=strategy)
-            add(model, f"{strategy}, ordinary", routing_strategy=strategy, fast_decoding=False)
+            add(model, f"{strategy}, default path", routing_strategy=strategy, fast_decoding=False)
 
 
 if __name__ == "__main__":
