@@ -1,9 +1,16 @@
 """EvalPlus's HumanEval+ stood in by the demo's problems, in its own format, for this process and those it
-starts."""
+starts; and Triton's interpreter where there is no GPU, which must be chosen before `triton` is imported."""
+
+import os
 
 import pytest
+import torch
 
 from dylora_moe.demo.problems import write_dataset
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers_graphs import RecordedGraph, record_on_a_cpu
+from helpers_graphs import CapturedGraph, capture_on_a_cpu
 from helpers_models import PAD, STRATEGIES, VOCABULARY, build, random_rows, visible_character_tokenizer
 from helpers_slow import slow_but
 from hypothesis import given, settings
@@ -355,7 +355,7 @@ def test_more_tokens_than_the_model_has_positions_are_said(model, tokenizer):
         )
 
 
-# With fast decoding, whose steps are recorded
+# With fast decoding, whose steps are captured
 
 
 @pytest.fixture
@@ -363,13 +363,13 @@ def graphs(monkeypatch):
     fast = pytest.importorskip(
         "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
     )
-    record_on_a_cpu(monkeypatch, fast)
-    return RecordedGraph
+    capture_on_a_cpu(monkeypatch, fast)
+    return CapturedGraph
 
 
 @pytest.mark.parametrize("sampled", slow_but(False, of=[False, True]))
 @pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
-def test_recorded_steps_give_every_row_what_it_would_get_alone(tokenizer, graphs, strategy, sampled):
+def test_captured_steps_give_every_row_what_it_would_get_alone(tokenizer, graphs, strategy, sampled):
     model = build(seed=3)
     asked = rows(expert_id=1) if strategy == "round_robin" else rows()
     arguments = {"routing_strategy": strategy, "do_sample": sampled}
@@ -381,22 +381,22 @@ def test_recorded_steps_give_every_row_what_it_would_get_alone(tokenizer, graphs
     assert graphs.replays > 0 and len({len(tokens) for tokens in expected.values()}) > 1
 
 
-def test_a_batch_that_is_too_large_leaves_no_buffers_behind(tokenizer, graphs, monkeypatch):
+def test_a_batch_that_is_too_large_leaves_no_cache_behind(tokenizer, graphs, monkeypatch):
     model = build(seed=3)
     expected = decode(model, tokenizer, rows(), 1, fast_decoding=False)
     decode(model, tokenizer, rows(), 5)
-    held = model._decoding_sessions.buffers.stretches
-    update, stretches = _Loop._take, []
+    held = model._decode_graphs.memory
+    update, memories = _Loop._take, []
 
     def take(loop, *args):
         if len(loop.rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        stretches.append(model._decoding_sessions.buffers.stretches)
+        memories.append(model._decode_graphs.memory)
         return update(loop, *args)
 
     monkeypatch.setattr(_Loop, "_take", take)
     assert decode(model, tokenizer, rows(), 5) == expected
-    assert held and stretches and all(later is not held for later in stretches)
+    assert held and memories and all(later is not held for later in memories)
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 9])
@@ -404,8 +404,8 @@ def test_the_next_step_is_asked_for_before_tokens_are_looked_at(
     tokenizer, graphs, monkeypatch, max_new_tokens
 ):
     fast = importlib.import_module("dylora_moe.modeling.fast_decoding_dylora_moe")
-    done, step, take = [], fast.Session.step, _Loop._take
-    monkeypatch.setattr(fast.Session, "step", lambda session: (done.append("step"), step(session)))
+    done, step, take = [], fast.DecodeGraph.step, _Loop._take
+    monkeypatch.setattr(fast.DecodeGraph, "step", lambda graph: (done.append("step"), step(graph)))
     monkeypatch.setattr(_Loop, "_take", lambda loop, *args: (done.append("look"), take(loop, *args)))
     decode(build(seed=3), tokenizer, rows(), 5, max_new_tokens=max_new_tokens, eos_token_id=None)
     assert done == ["step", "look"] * (max_new_tokens - 1) + ["look"]

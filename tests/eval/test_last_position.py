@@ -4,7 +4,7 @@ there."""
 import pytest
 import torch
 from evalplus.data import get_human_eval_plus
-from helpers_graphs import record_on_a_cpu
+from helpers_graphs import capture_on_a_cpu
 from helpers_models import STRATEGIES, VOCABULARY, build, character_tokenizer, random_rows
 from helpers_text import save_text_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -130,19 +130,19 @@ def test_a_mixture_ends_there_under_every_strategy(strategy):
         assert tokens == alone(model, prompt, min(POSITIONS - len(prompt) + 1, 15), routing_strategy=same)
 
 
-@pytest.mark.parametrize(("beyond", "recorded"), [(0, True), (1, False)])
-def test_recorded_steps_do_not_go_past_it(monkeypatch, recwarn, beyond, recorded):
+@pytest.mark.parametrize(("beyond", "captured"), [(0, True), (1, False)])
+def test_captured_steps_do_not_go_past_it(monkeypatch, recwarn, beyond, captured):
     """Their rows all go on until the last one is done, which on a GPU would end the process."""
     fast = pytest.importorskip(
         "dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out"
     )
-    record_on_a_cpu(monkeypatch, fast)
-    model, steps, step = gpt2_mixture(), [], fast.Session.step
-    monkeypatch.setattr(fast.Session, "step", lambda session: (steps.append(1), step(session)))
+    capture_on_a_cpu(monkeypatch, fast)
+    model, steps, step = gpt2_mixture(), [], fast.DecodeGraph.step
+    monkeypatch.setattr(fast.DecodeGraph, "step", lambda graph: (steps.append(1), step(graph)))
     prompts = random_rows(LENGTHS[:2], seed=5)
     max_new_tokens = POSITIONS - len(prompts[0]) + 1 + beyond
     got = decode(model, prompts, routing_strategy="base", max_new_tokens=max_new_tokens)
-    assert bool(steps) == recorded and bool(recwarn.list) == bool(beyond)
+    assert bool(steps) == captured and bool(recwarn.list) == bool(beyond)
     for prompt, (tokens, _) in zip(prompts, got, strict=True):
         room = min(max_new_tokens, POSITIONS - len(prompt) + 1)
         assert tokens == alone(model, prompt, room, routing_strategy="base", fast_decoding=False)

@@ -16,8 +16,8 @@ def fast_on_a_cpu(monkeypatch):
 
 
 @pytest.fixture
-def steps(monkeypatch, fast_on_a_cpu):
-    """The sessions of all steps that were decoded fast."""
+def steps(monkeypatch):
+    """The decode graphs of all steps that were decoded fast."""
     return count_steps(monkeypatch, pytest.importorskip(FAST))
 
 
@@ -32,9 +32,19 @@ class _Messages(logging.Handler):
 
 @pytest.fixture
 def messages():
-    """What the model's code logged, a list that grows; what is said once is said anew."""
+    """What the model's code logged, a list that grows; what is said once is said again."""
     transformers.utils.logging.warning_once.cache_clear()
     handler, logger = _Messages(), logging.getLogger("dylora_moe.modeling")
     logger.addHandler(handler)
     yield handler.texts
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def told(messages):
+    """What fast decoding logs at the level for information."""
+    logger = logging.getLogger(FAST)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.setLevel(level)

@@ -1,14 +1,18 @@
-"""Fast decoding with plain calls in place of graphs, against the ordinary path; what graphs do is in
-`test_gpu.py`."""
+"""Fast decoding by the base model's forward, with plain calls in place of graphs, against the default path.
+
+The kernels are in `test_decode_step.py`, captured steps in `test_captured_steps.py`, graphs in `test_gpu.py`.
+"""
 
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
 import torch
-from helpers_graphs import BATCH, GREEDY, ordinary_and_fast
+from helpers_families import OTHERS, build_other
+from helpers_graphs import BATCH, GREEDY, default_and_fast, speculate_on_a_cpu
 from helpers_models import (
     SIZES,
     STRATEGIES,
@@ -22,18 +26,13 @@ from helpers_models import (
 )
 from helpers_slow import slow_but
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import (
-    GPT2Config,
-    OPTConfig,
-    Qwen2Config,
-    StoppingCriteria,
-)
+from transformers import GPT2Config, MistralConfig, OPTConfig, Qwen2Config, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
-from dylora_moe.modeling import fast_buffers_dylora_moe as fast_buffers
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
-from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
+from dylora_moe.modeling import fast_step_dylora_moe as fast_step
 from dylora_moe.modeling.cache_dylora_moe import CACHE
 
 
@@ -43,14 +42,12 @@ SAMPLED = {"do_sample": True, "num_return_sequences": 2, "top_k": 20}
 
 @pytest.mark.parametrize("arguments", [{}, SAMPLED, {"repetition_penalty": 1.3}], ids=str)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "single:0", "single:2"])
-def test_tokens_equal_those_of_the_ordinary_path(steps, strategy, arguments):
+def test_tokens_equal_those_of_the_default_path(steps, strategy, arguments):
     model = build(seed=7)
-    for seed in range(
-        2
-    ):  # the second call runs in the first one's buffers, with the layers' A in one product
+    for seed in range(2):  # the second call runs in the first one's cache
         inputs = left_padded(random_rows((9, 5, 7), seed=seed))
-        ordinary, found = ordinary_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
-        assert found.tolist() == ordinary.tolist()
+        expected, found = default_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
+        assert found.tolist() == expected.tolist()
     assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
     assert len(set(map(id, steps))) == 1
 
@@ -58,11 +55,11 @@ def test_tokens_equal_those_of_the_ordinary_path(steps, strategy, arguments):
 @pytest.mark.parametrize("strategy", ["router", "best", "round_robin", "ensemble", "single:1"])
 def test_rows_that_end_at_different_times(steps, strategy):
     model = build(seed=7)
-    free, _ = ordinary_and_fast(model, routing_strategy=strategy)
+    free, _ = default_and_fast(model, routing_strategy=strategy)
     ends = sorted({row[9 + 3] for row in free.tolist()})
-    ordinary, found = ordinary_and_fast(model, routing_strategy=strategy, eos_token_id=ends[:2])
-    assert found.tolist() == ordinary.tolist()
-    assert steps and ordinary.shape[1] <= free.shape[1]
+    expected, found = default_and_fast(model, routing_strategy=strategy, eos_token_id=ends[:2])
+    assert found.tolist() == expected.tolist()
+    assert steps and expected.shape[1] <= free.shape[1]
 
 
 class StopAt(StoppingCriteria):
@@ -78,12 +75,12 @@ class StopAt(StoppingCriteria):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stop_strings(steps, strategy):
     model, tokenizer = build(seed=7), character_tokenizer()
-    free, _ = ordinary_and_fast(model, routing_strategy=strategy)
+    free, _ = default_and_fast(model, routing_strategy=strategy)
     stops = [text_of(row[start : start + 2]) for row, start in zip(free.tolist(), (11, 14, 12), strict=True)]
-    ordinary, found = ordinary_and_fast(
+    expected, found = default_and_fast(
         model, routing_strategy=strategy, stop_strings=stops, tokenizer=tokenizer
     )
-    assert found.tolist() == ordinary.tolist()
+    assert found.tolist() == expected.tolist()
     assert found.shape[1] < free.shape[1] and len(steps) > GREEDY["max_new_tokens"]
 
 
@@ -92,17 +89,29 @@ def test_prompts_as_embeddings(steps):
     embedded = {**BATCH, "inputs_embeds": model.get_input_embeddings()(BATCH["input_ids"])}
     for inputs in (embedded, {name: embedded[name] for name in ("inputs_embeds", "attention_mask")}):
         for strategy in ("router", "best", "single:1"):
-            ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
-            assert found.tolist() == ordinary.tolist()
+            expected, found = default_and_fast(model, inputs, routing_strategy=strategy)
+            assert found.tolist() == expected.tolist()
     assert len(steps) == 6 * (GREEDY["max_new_tokens"] - 1)
+
+
+@pytest.mark.parametrize("strategy", slow_but("router", of=STRATEGIES))
+def test_masks_and_positions_of_the_callers(steps, strategy):
+    model, inputs = build(seed=7), {name: rows.clone() for name, rows in BATCH.items()}
+    inputs["attention_mask"][0, 3] = 0  # a hidden token within a prompt is no padding
+    for more in ({}, {"position_ids": torch.arange(9).expand(3, 9) + 3}):
+        for copies in (1, 2):
+            wanted = {"routing_strategy": strategy, "do_sample": copies > 1, "num_return_sequences": copies}
+            expected, found = default_and_fast(model, {**inputs, **more}, **wanted)
+            assert found.tolist() == expected.tolist()
+    assert len(steps) == 4 * 11
 
 
 def test_criteria_streamers_and_scores(steps):
     model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
-    free, _ = ordinary_and_fast(model, one)
+    free, _ = default_and_fast(model, one)
     stop = StopAt(int(free[0, 9 + 4]))
-    ordinary, found = ordinary_and_fast(model, one, stopping_criteria=[stop])
-    assert found.tolist() == ordinary.tolist() and found.shape[1] < free.shape[1]
+    expected, found = default_and_fast(model, one, stopping_criteria=[stop])
+    assert found.tolist() == expected.tolist() and found.shape[1] < free.shape[1]
 
     class Streamer:
         def __init__(self):
@@ -118,18 +127,18 @@ def test_criteria_streamers_and_scores(steps):
     model.generate(**one, **GREEDY, streamer=streamer)
     assert streamer.seen == [*free[0].tolist(), "end"]
     wanted = {"output_scores": True, "output_logits": True, "output_router_logits": True}
-    ordinary, found = ordinary_and_fast(model, return_dict_in_generate=True, **wanted)
+    expected, found = default_and_fast(model, return_dict_in_generate=True, **wanted)
     assert len(steps) > 20
     for name in ("scores", "logits"):
-        for one_step, other in zip(ordinary[name], found[name], strict=True):
+        for one_step, other in zip(expected[name], found[name], strict=True):
             torch.testing.assert_close(other, one_step, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.router_logits, ordinary.router_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.router_logits, expected.router_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
     model = build(seed=7)
-    output = ordinary_and_fast(model, routing_strategy=strategy, return_dict_in_generate=True)[1]
+    output = default_and_fast(model, routing_strategy=strategy, return_dict_in_generate=True)[1]
     again = {**BATCH, "input_ids": output.sequences}
     again["attention_mask"] = torch.cat([BATCH["attention_mask"], torch.ones(3, 12, dtype=torch.long)], dim=1)
     count = len(steps)
@@ -142,123 +151,12 @@ def test_the_cache_that_comes_back_can_be_continued(steps, strategy):
     assert continued.tolist() == longer.tolist()
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("strategy", ["router", "best", "single:1"])
-def test_a_prompt_goes_straight_to_the_buffers(steps, monkeypatch, strategy, copies):
-    """Nothing of it is kept twice, and what is handed back is nobody else's."""
-    model, seen = build(seed=7), []
-    start = fast.Decoding._start
-
-    def look(decoding, *args, **kwargs):
-        start(decoding, *args, **kwargs)
-        memory = {
-            stretch.untyped_storage().data_ptr() for stretch in decoding.store.buffers.stretches.values()
-        }
-        layers = [layer for layer in decoding.cache.layers if isinstance(layer, fast.DynamicLayer)]
-        seen.extend(layer.keys.untyped_storage().data_ptr() in memory for layer in layers)
-
-    monkeypatch.setattr(fast.Decoding, "_start", look)
-    wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "num_return_sequences": copies}
-    wanted["do_sample"] = copies > 1
-    for new in (1, 3):  # of one new token the prompt's pass is all
-        ordinary, found = ordinary_and_fast(model, max_new_tokens=new, **wanted)
-        caches = [
-            [layer.keys for layer in output[CACHE].layers if hasattr(layer, "dtype")]
-            for output in (ordinary, found)
-        ]
-        before = [keys.clone() for keys in caches[1]]
-        model.generate(**BATCH, **GREEDY, routing_strategy=strategy)  # in the same buffers
-        for keys, kept, expected in zip(caches[1], before, caches[0], strict=True):
-            assert torch.equal(keys, kept)
-            torch.testing.assert_close(keys, expected, atol=1e-5, rtol=1e-5)
-    assert seen and all(seen)
-
-
-@pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
-@pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
-def test_prompts_that_run_a_few_at_a_time(steps, monkeypatch, strategy, arguments):
-    model, passes = build(seed=7), []
-    wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "output_router_logits": True}
-    ordinary, _ = ordinary_and_fast(model, **wanted, **arguments)
-    monkeypatch.setattr(fast, "PROMPT_TOKENS", 20)  # of 27
-    take = fast.Decoding.take_prompts
-    monkeypatch.setattr(fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2]), take(*args))[1])
-    found = ordinary_and_fast(model, **wanted, **arguments)[1]
-    assert found.sequences.tolist() == ordinary.sequences.tolist()
-    torch.testing.assert_close(found.router_logits, ordinary.router_logits, atol=1e-4, rtol=1e-4)
-    alone = strategy == "round_robin" and arguments  # a prompt's rows have experts of their own
-    assert passes == ([0, 2, 4] if alone else [0, 2 * arguments.get("num_return_sequences", 1)])
-    before = [layer.keys for layer in ordinary[CACHE].layers if hasattr(layer, "dtype")]
-    for keys, layer in zip(before, found[CACHE].layers, strict=False):
-        torch.testing.assert_close(layer.keys, keys, atol=1e-4, rtol=1e-4)
-    model.generate(
-        **BATCH, **GREEDY, routing_strategy=strategy, fast_decoding=False
-    )  # nothing is left behind
-
-
-def test_a_text_that_outgrows_its_buffers(steps, monkeypatch):
-    monkeypatch.setattr(fast_buffers, "BUCKET", 12)
-    model = build(seed=7)
-    for strategy in ("router", "best", "ensemble"):
-        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy, max_new_tokens=40)
-        assert found.tolist() == ordinary.tolist()
-    assert len({session.capacity for session in steps}) == 3
-
-
-@pytest.mark.parametrize("agreeing", [True, False])
-def test_guessing_is_given_up_where_it_loses_and_changes_no_token(steps, agreeing):
-    model = build(seed=7)
-    with torch.no_grad():
-        if agreeing:
-            model.router.gate.bias[1] = 1000.0
-        else:  # another expert from token to token
-            model.router.gate.weight.mul_(100)
-    ordinary, found = ordinary_and_fast(model, max_new_tokens=60, repetition_penalty=2.0)
-    assert found.tolist() == ordinary.tolist()
-    session = steps[-1]
-    if agreeing:
-        assert session.guesses == 59 and session.hits == 58  # the first has nothing to go by
-    else:
-        assert session.hits < session.guesses == fast_sessions.WINDOW
-
-
-def test_guessing_begins_by_itself_where_it_would_have_been_right(steps, monkeypatch):
-    model = build(seed=7)
-    with torch.no_grad():
-        model.router.gate.bias[1] = 1000.0
-    monkeypatch.setattr(fast_sessions, "GUESSING_PAYS", 0.8)  # more than is usual for three rows
-    ordinary, found = ordinary_and_fast(model, max_new_tokens=60)
-    assert found.tolist() == ordinary.tolist()
-    assert steps[-1].hits == steps[-1].guesses == 59 - fast_sessions.WINDOW
-
-
-@pytest.mark.parametrize("arguments", [{}, SAMPLED], ids=str)
-@pytest.mark.parametrize("strategy", slow_but("router", "best", of=STRATEGIES))
-def test_padding_that_no_prompt_of_a_pass_needs_is_left_out(steps, monkeypatch, strategy, arguments):
-    model, passes = build(seed=7), []
-    inputs = left_padded(random_rows((19, 18, 7, 9, 2, 1), seed=2))
-    inputs["attention_mask"][0, 3] = 0  # a hidden token within a prompt is none
-    monkeypatch.setattr(fast, "PROMPT_TOKENS", 27)
-    take = fast.Decoding.take_prompts
-    monkeypatch.setattr(
-        fast.Decoding, "take_prompts", lambda *args: (passes.append(args[2:]), take(*args))[1]
-    )
-    ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
-    assert found.tolist() == ordinary.tolist() and steps
-    copies = arguments.get("num_return_sequences", 1) if strategy != "round_robin" else 1
-    if copies == arguments.get("num_return_sequences", 1):
-        assert passes == [(first * copies, copies, cut) for first, cut in ((0, 0), (1, 1), (2, 10), (5, 18))]
-    for more in ({}, {"position_ids": torch.arange(19).expand(6, 19) + 3}, {"output_router_logits": True}):
-        ordinary, found = ordinary_and_fast(model, {**inputs, **more}, routing_strategy=strategy)
-        assert found.tolist() == ordinary.tolist()
-
-
 @pytest.mark.parametrize(
     "fields", [{"router_input": "experts_sum"}, {"router_mode": "dense"}, {"num_experts_per_tok": 2}]
 )
 def test_other_routers(steps, fields):
-    ordinary, found = ordinary_and_fast(build(seed=7, **fields), routing_strategy="router")
-    assert found.tolist() == ordinary.tolist() and steps
+    expected, found = default_and_fast(build(seed=7, **fields), routing_strategy="router")
+    assert found.tolist() == expected.tolist() and steps
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -284,19 +182,29 @@ def test_other_foundations(steps, kind, attention):
     model = build(base, experts, seed=5)
     model.set_attn_implementation(attention)
     for strategy in ("router", "ensemble", "single:1"):
-        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
-        assert found.tolist() == ordinary.tolist()
+        expected, found = default_and_fast(model, routing_strategy=strategy)
+        assert found.tolist() == expected.tolist()
     assert steps
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_base_models_that_the_kernels_do_not_know(steps, kind):
+    model = build_other(kind)
+    if kind == "qwen3-moe":
+        model.foundation.set_experts_implementation("batched_mm")
+    for strategy in ("router", "ensemble", "single:1"):
+        expected, found = default_and_fast(model, routing_strategy=strategy)
+        assert found.tolist() == expected.tolist()
+    assert len(steps) == 3 * 11
+
+
 def test_double_precision(steps):
-    ordinary, found = ordinary_and_fast(build(seed=7).double())
-    assert found.tolist() == ordinary.tolist() and steps
+    expected, found = default_and_fast(build(seed=7).double())
+    assert found.tolist() == expected.tolist() and steps
 
 
 @pytest.mark.parametrize("given", [1, [1], [1, 1], [0, 1, 9]], ids=str)
-def test_wrong_experts_are_refused_however_many_prompts_run_at_a_time(monkeypatch, given):
-    monkeypatch.setattr(fast, "PROMPT_TOKENS", 1)
+def test_wrong_experts_are_refused(given):
     with pytest.raises(ValueError, match="`expert_ids` is"):
         build(seed=7).generate(**BATCH, **GREEDY, routing_strategy="best", expert_ids=torch.tensor(given))
 
@@ -309,98 +217,24 @@ def test_experts_on_the_head(steps, strategy, tied):
     experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
     model = build(llama_config(tie_word_embeddings=tied), experts, seed=7)
     for _ in range(2):
-        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
-        assert found.tolist() == ordinary.tolist()
+        expected, found = default_and_fast(model, routing_strategy=strategy)
+        assert found.tolist() == expected.tolist()
     assert steps
 
 
 def test_weights_that_change_between_calls(steps):
     model = build(seed=7)
-    ordinary_and_fast(model)
+    default_and_fast(model)
     with torch.no_grad():
         for layer in model.expert_layers().values():
             layer.lora_A.data.mul_(-1.5)  # in place, which leaves no trace
-    ordinary, found = ordinary_and_fast(model)
-    assert found.tolist() == ordinary.tolist()
+    expected, found = default_and_fast(model)
+    assert found.tolist() == expected.tolist()
     model.add_expert("fourth", target_modules=llama_experts()[0]["target_modules"], r=4)
-    ordinary, found = ordinary_and_fast(model, routing_strategy="uniform")
-    assert found.tolist() == ordinary.tolist()
+    expected, found = default_and_fast(model, routing_strategy="uniform")
+    assert found.tolist() == expected.tolist()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.generate(**BATCH, **GREEDY).tolist() == ordinary_and_fast(model)[0].tolist()
-
-
-@pytest.mark.parametrize("tokens, passes", [(9, []), (18, [2]), (27, [3]), (2048, [3])])
-def test_an_ensemble_reads_a_prompt_with_as_many_experts_at_once_as_may_run_together(
-    steps, monkeypatch, tokens, passes
-):
-    monkeypatch.setattr(fast, "PROMPT_TOKENS", tokens)
-    seen = []
-    made = fast_buffers.PromptLayers.__init__
-    monkeypatch.setattr(
-        fast.PromptLayers, "__init__", lambda self, layers: (seen.append(len(layers)), made(self, layers))[1]
-    )
-    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
-    wanted = {"routing_strategy": "ensemble", "return_dict_in_generate": True, "output_logits": True}
-    for inputs, arguments in ((one, {}), (one, SAMPLED), (BATCH, SAMPLED)):
-        seen.clear()
-        ordinary, found = ordinary_and_fast(model, inputs, **wanted, **arguments)
-        assert found.sequences.tolist() == ordinary.sequences.tolist()
-        torch.testing.assert_close(
-            torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3
-        )
-        for one_layer, other in zip(found[CACHE].layers, ordinary[CACHE].layers, strict=True):
-            torch.testing.assert_close(
-                one_layer.keys, other.keys[:, :, : one_layer.keys.shape[2]], atol=1e-3, rtol=1e-3
-            )
-        if inputs is one:
-            assert seen == [count for count in passes for _ in range(2)]  # layers
-    assert len(steps) == 3 * (GREEDY["max_new_tokens"] - 1)
-
-
-@pytest.mark.parametrize("tokens", [9, 2048])
-def test_an_ensemble_after_weights_changed(steps, monkeypatch, tokens):
-    """Where its prompts run expert by expert, as the calls of `single` before did, and where not."""
-    monkeypatch.setattr(fast, "PROMPT_TOKENS", tokens)
-    model = build(seed=7)
-    for _ in range(2):
-        ordinary_and_fast(model, routing_strategy="single:0")
-    with torch.no_grad():
-        for layer in model.expert_layers().values():
-            layer.lora_A.data.mul_(-1.5)
-    wanted = {"routing_strategy": "ensemble", "return_dict_in_generate": True, "output_logits": True}
-    ordinary, found = ordinary_and_fast(model, **wanted)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), atol=1e-3, rtol=1e-3)
-
-
-def attention_experts() -> list[dict]:
-    """Experts on three layers that read the same tensor."""
-    names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkv"]
-    return [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
-
-
-@pytest.mark.parametrize("where", ["prompt", "stacks", "step"])
-@pytest.mark.parametrize("strategy", slow_but("router", of=["uniform", "single:1", "router"]))
-def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, where):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("as a GPU says it")
-
-    model = build(experts=attention_experts(), seed=7)
-    with monkeypatch.context() as patch:
-        if where == "prompt":  # between layers that read the same tensor
-            layer = model.foundation.get_submodule("model.layers.1.self_attn.v_proj.base_layer")
-            patch.setitem(vars(layer), "forward", out_of_memory)
-        elif where == "stacks":
-            patch.setattr(fast_sessions.SharedProducts, "read_stacks", out_of_memory)
-        else:
-            patch.setattr(fast_buffers.BufferLayer, "update", out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
-    steps.clear()
-    assert not model._decoding_sessions.sessions  # of those that there are, the graphs may be half recorded
-    for _ in range(2):
-        ordinary, found = ordinary_and_fast(model, routing_strategy=strategy)
-        assert found.tolist() == ordinary.tolist()
-    assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
+        assert other.generate(**BATCH, **GREEDY).tolist() == default_and_fast(model)[0].tolist()
 
 
 # With an end that no text meets, since transformers 5.10 looks nothing up without one.
@@ -425,19 +259,6 @@ def test_a_streamer_that_generates_with_the_same_model(steps, inner):
     assert steps
 
 
-def test_a_hundred_calls_keep_few_sessions_and_one_stretch_of_memory(steps):
-    model = build(seed=7)
-    sizes = set()
-    for call in range(100):
-        rows = random_rows((5,) * (1 + call % 11), seed=call)
-        strategy = STRATEGIES[call % len(STRATEGIES)]
-        model.generate(**left_padded(rows), routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 2})
-        store = model._decoding_sessions
-        sizes.add(sum(stretch.numel() for stretch in store.buffers.stretches.values()))
-    assert len(store.sessions) <= fast_sessions.MAX_SESSIONS
-    assert max(sizes) == max(key.layers[0][0].numel() * 2 * len(key.layers) for key in steps)
-
-
 @pytest.fixture
 def no_collection():
     """What goes, goes because nobody has it any more."""
@@ -445,33 +266,6 @@ def no_collection():
     gc.disable()
     yield
     gc.enable()
-
-
-def memory_of(model) -> list[StorageWeakRef]:
-    """What says whether the buffers that there are now are still there."""
-    stretches = model._decoding_sessions.buffers.stretches.values()
-    return [StorageWeakRef(stretch.untyped_storage()) for stretch in stretches]
-
-
-@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "best", "ensemble"]))
-def test_smaller_buffers_go_when_larger_ones_come(monkeypatch, no_collection, strategy):
-    model = build(seed=7)
-    one = {name: rows[:1] for name, rows in BATCH.items()}
-    model.generate(**one, **GREEDY, routing_strategy=strategy)
-    smaller = memory_of(model)
-    model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
-    assert all(memory.expired() for memory in smaller)
-    copy_one, smaller, left = fast_sessions.Buffers._grown, [], []
-
-    def look(buffers, *args):
-        smaller[:] = smaller or memory_of(model)
-        larger = copy_one(buffers, *args)
-        left.append(sum(not memory.expired() for memory in smaller))
-        return larger
-
-    monkeypatch.setattr(fast_sessions.Buffers, "_grown", look)
-    model.generate(**BATCH, routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 260})
-    assert left == [4, 4, 2, 2]  # keys and values of two layers: those of one layer go together
 
 
 def test_a_model_that_was_deleted_is_gone(no_collection):
@@ -484,8 +278,345 @@ def test_a_model_that_was_deleted_is_gone(no_collection):
 
 def test_inside_inference_mode_and_then_outside(steps):
     model = build(seed=7)
-    ordinary, _ = ordinary_and_fast(model)
+    expected, _ = default_and_fast(model)
     with torch.inference_mode():
-        assert model.generate(**BATCH, **GREEDY).tolist() == ordinary.tolist()
-    assert model.generate(**BATCH, **GREEDY).tolist() == ordinary.tolist()
+        assert model.generate(**BATCH, **GREEDY).tolist() == expected.tolist()
+    assert model.generate(**BATCH, **GREEDY).tolist() == expected.tolist()
     model.train()(BATCH["input_ids"], labels=BATCH["input_ids"]).loss.backward()
+
+
+# The KV cache
+
+
+def layers_of(cache) -> list:
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+
+def memory_of(model) -> list[StorageWeakRef]:
+    """What says whether the KV caches that there are now are still there."""
+    return [StorageWeakRef(memory.untyped_storage()) for memory in model._decode_graphs.memory.values()]
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("strategy", slow_but("router", "best", "ensemble", of=STRATEGIES))
+def test_what_is_handed_back_is_what_the_default_path_returns(steps, monkeypatch, strategy, copies):
+    """While it decodes, nothing is kept twice; and the next call does not write into what was handed back."""
+    model, left = build(seed=7), []
+    start = fast.Decoding._start
+
+    def look(decoding, *args, **kwargs):
+        start(decoding, *args, **kwargs)
+        left.extend(layer.keys.numel() + layer.values.numel() for layer in layers_of(decoding.cache))
+
+    monkeypatch.setattr(fast.Decoding, "_start", look)
+    wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "num_return_sequences": copies}
+    wanted |= {"do_sample": copies > 1, "output_router_logits": True}
+    for new in (1, 3):  # of one new token the prompt's pass is all
+        expected, found = default_and_fast(model, max_new_tokens=new, **wanted)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert found[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+        both = [layers_of(output[CACHE]) for output in (found, expected)]
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in both[0]]
+        model.generate(**BATCH, **GREEDY, routing_strategy=strategy)  # in the same memory
+        for layer, kept, default in zip(both[0], before, both[1], strict=True):
+            assert torch.equal(layer.keys, kept[0]) and torch.equal(layer.values, kept[1])
+            torch.testing.assert_close(layer.keys, default.keys, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(layer.values, default.values, atol=1e-5, rtol=1e-5)
+    assert left and not any(left)
+
+
+@pytest.mark.parametrize("strategy", ["router", "round_robin", "best"])
+def test_a_prompt_of_several_sequences_is_read_once(steps, monkeypatch, strategy):
+    model, rows = build(seed=7), []
+    take = fast.Decoding.take_prompts
+
+    def look(decoding, copies, expert_ids):
+        rows.append(len(layers_of(decoding.cache)[0].keys))
+        return take(decoding, copies, expert_ids)
+
+    monkeypatch.setattr(fast.Decoding, "take_prompts", look)
+    model.generate(**BATCH, **{**GREEDY, **SAMPLED}, routing_strategy=strategy)
+    assert rows == [6 if strategy == "round_robin" else 3] and steps  # whose rows have experts of their own
+
+
+@pytest.fixture
+def small_caches(monkeypatch):
+    """Caches of 16 tokens, until a text is longer."""
+    monkeypatch.setattr(fast, "CAPACITY_STEP", 8)
+    monkeypatch.setattr(fast, "FIRST_CAPACITY", 16)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("strategy", ["router", "best", "single:1", "ensemble"])
+def test_a_text_that_outgrows_its_cache(steps, monkeypatch, small_caches, strategy, speculative):
+    if speculative:
+        speculate_on_a_cpu(monkeypatch, fast)
+    model = build(seed=7)
+    wanted = {"max_new_tokens": 40, "routing_strategy": strategy, "return_dict_in_generate": True}
+    expected, found = default_and_fast(model, **wanted)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for layer, default in zip(layers_of(found[CACHE]), layers_of(expected[CACHE]), strict=True):
+        torch.testing.assert_close(layer.keys, default.keys, atol=1e-4, rtol=1e-4)
+    assert [graph.capacity for graph in dict.fromkeys(steps)] == [16, 32, 64]
+    assert sum(graph.steps for graph in dict.fromkeys(steps)) == 39
+
+
+def test_a_text_that_is_known_to_end_gets_no_larger_cache(steps, monkeypatch):
+    monkeypatch.setattr(fast, "CAPACITY_STEP", 8)
+    build(seed=7).generate(**BATCH, **{**GREEDY, "max_new_tokens": 20})
+    assert {graph.capacity for graph in steps} == {32}  # 9 + 20, rounded up
+
+
+SLIDING = {
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),
+    "qwen2": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+}
+
+
+@pytest.mark.parametrize("lengths", [(9, 5, 7), (4, 2, 3), (6, 6)], ids=str)
+@pytest.mark.parametrize("kind", SLIDING)
+def test_sliding_windows(steps, small_caches, kind, lengths):
+    """Prompts that are longer and shorter than the window; and what is handed back can be continued."""
+    names = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qv"]
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    model = build(SLIDING[kind](), experts, seed=5)
+    inputs = left_padded(random_rows(lengths, seed=3))
+    for strategy in ("router", "single:1", "ensemble"):
+        wanted = {"routing_strategy": strategy, "return_dict_in_generate": True, "max_new_tokens": 11}
+        expected, found = default_and_fast(model, inputs, **wanted)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert found[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+        for layer, default in zip(layers_of(found[CACHE]), layers_of(expected[CACHE]), strict=True):
+            assert type(layer) is type(default)
+            torch.testing.assert_close(layer.keys, default.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.values, default.values, atol=1e-4, rtol=1e-4)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(lengths), 11, dtype=torch.long)], dim=1)
+        count = len(steps)
+        again = {"input_ids": found.sequences, "attention_mask": mask, CACHE: found[CACHE]}
+        arguments = {**GREEDY, "routing_strategy": strategy}
+        continued = model.generate(**again, **{**arguments, "max_new_tokens": 3})
+        longer = model.generate(**inputs, **{**arguments, "max_new_tokens": 14}, fast_decoding=False)
+        assert continued.tolist() == longer.tolist() and len(steps) == count
+    assert steps
+
+
+def test_a_hundred_calls_keep_few_graphs_and_one_stretch_of_memory(steps):
+    model = build(seed=7)
+    sizes = set()
+    for call in range(100):
+        rows = random_rows((5,) * (1 + call % 11), seed=call)
+        strategy = STRATEGIES[call % len(STRATEGIES)]
+        model.generate(**left_padded(rows), routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 2})
+        store = model._decode_graphs
+        sizes.add(sum(memory.numel() for memory in store.memory.values()))
+    assert len(store.graphs) <= fast.MAX_GRAPHS
+    assert max(sizes) == max(graph.layers[0][0].numel() * 2 * len(graph.layers) for graph in steps)
+    assert len(store.told) == 1
+
+
+@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "best", "ensemble"]))
+def test_smaller_caches_go_when_larger_ones_come(monkeypatch, small_caches, no_collection, strategy):
+    model = build(seed=7)
+    one = {name: rows[:1] for name, rows in BATCH.items()}
+    model.generate(**one, **GREEDY, routing_strategy=strategy)
+    smaller = memory_of(model)
+    model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
+    assert smaller and all(memory.expired() for memory in smaller)
+    memory, smaller, left = fast.GraphStore._memory, [], []
+
+    def look(store, *args):
+        smaller[:] = smaller or memory_of(model)
+        larger = memory(store, *args)
+        left.append(sum(not one.expired() for one in smaller))
+        return larger
+
+    grow = fast.GraphStore.grown
+
+    def grown(store, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(fast.GraphStore, "_memory", look)
+            return grow(store, *args)
+
+    monkeypatch.setattr(fast.GraphStore, "grown", grown)
+    model.generate(**BATCH, routing_strategy=strategy, **{**GREEDY, "max_new_tokens": 40})
+    assert left == [4, 4, 4, 4] + [
+        4,
+        4,
+        2,
+        2,
+    ]  # first there is room; keys and values of two layers: those of one layer go together
+
+
+def test_forgetting_frees_graphs_and_memory(steps, no_collection):
+    model = build(seed=7)
+    model.forget_decoding_sessions()  # of which there are none
+    expected, _ = default_and_fast(model)
+    graph, memory = weakref.ref(steps[0]), memory_of(model)
+    steps.clear()
+    model.forget_decoding_sessions()
+    assert graph() is None and memory and all(one.expired() for one in memory)
+    assert model.generate(**BATCH, **GREEDY).tolist() == expected.tolist() and len(steps) == 11
+
+
+def test_forgetting_while_it_decodes_waits_for_another_time(steps):
+    class Streamer:
+        def put(self, value):
+            model.forget_decoding_sessions()
+
+        def end(self):
+            pass
+
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    expected = model.generate(**one, **GREEDY, fast_decoding=False)
+    assert model.generate(**one, **GREEDY, streamer=Streamer()).tolist() == expected.tolist()
+    assert len(steps) == 11 and model._decode_graphs.graphs
+
+
+# Speculative routing, by a stand-in for the kernels' step
+
+
+@pytest.fixture
+def speculative(monkeypatch):
+    speculate_on_a_cpu(monkeypatch, fast)
+
+
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_speculation_is_given_up_where_it_loses_and_changes_no_token(steps, speculative, agreeing):
+    model = build(seed=7)
+    with torch.no_grad():
+        if agreeing:
+            model.router.gate.bias[1] = 1000.0
+        else:  # another expert from token to token
+            model.router.gate.weight.mul_(100)
+    two = {name: rows[:2] for name, rows in BATCH.items()}
+    expected, found = default_and_fast(model, two, max_new_tokens=60, repetition_penalty=2.0)
+    assert found.tolist() == expected.tolist()
+    graph = steps[-1]
+    if agreeing:
+        assert graph.speculated == 59 and graph.hits == 58  # the first has nothing to go by
+        assert graph.hit_rate == 1.0
+    else:
+        assert graph.hits < graph.speculated == fast.WINDOW and graph.hit_rate < fast.SPECULATION_PAYS
+
+
+def test_speculation_begins_by_itself_where_it_would_have_been_right(steps, speculative, monkeypatch):
+    model = build(seed=7)
+    with torch.no_grad():
+        model.router.gate.bias[1] = 1000.0
+    monkeypatch.setattr(fast, "SPECULATION_PAYS", 0.8)  # more than is usual for three rows
+    expected, found = default_and_fast(model, max_new_tokens=60)
+    assert found.tolist() == expected.tolist()
+    assert steps[-1].hits == steps[-1].speculated == 59 - fast.WINDOW
+
+
+@pytest.mark.parametrize("fields", [{"router_mode": "dense"}, {"num_experts_per_tok": 2}], ids=str)
+def test_routers_of_several_experts_do_not_speculate(steps, speculative, fields):
+    expected, found = default_and_fast(build(seed=7, **fields), routing_strategy="router")
+    assert found.tolist() == expected.tolist() and steps and not steps[-1].speculated
+
+
+@pytest.mark.parametrize("router_input", ["base", "experts_sum"])
+def test_a_few_rows_that_speculate(steps, speculative, monkeypatch, router_input):
+    monkeypatch.setattr(fast, "SPECULATION_PAYS", 0.0)  # however often it misses
+    model = build(seed=7, router_input=router_input)
+    wanted = {"return_dict_in_generate": True, "output_router_logits": True, "max_new_tokens": 24}
+    for count in (1, 3):
+        inputs = {name: rows[:count] for name, rows in BATCH.items()}
+        expected, found = default_and_fast(model, inputs, **wanted)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        torch.testing.assert_close(found.router_logits, expected.router_logits, atol=1e-4, rtol=1e-4)
+        assert 0 < steps[-1].hits < steps[-1].speculated == steps[-1].steps == 23
+
+
+# What breaks off, and who else decodes
+
+
+@pytest.mark.parametrize("where", ["prompt", "start", "step"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["uniform", "single:1", "router"]))
+def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, where):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("as a GPU says it")
+
+    model = build(seed=7)
+    with monkeypatch.context() as patch:
+        if where == "prompt":
+            layer = model.foundation.get_submodule("model.layers.1.self_attn.v_proj.base_layer")
+            patch.setitem(vars(layer), "forward", out_of_memory)
+        elif where == "start":
+            patch.setattr(fast.DecodeGraph, "place", out_of_memory)
+        else:
+            patch.setattr(fast_step.StaticLayer, "update", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate(**BATCH, **GREEDY, routing_strategy=strategy)
+    steps.clear()
+    assert not model._decode_graphs.graphs  # of those that there are, the graphs may be half captured
+    for _ in range(2):
+        expected, found = default_and_fast(model, routing_strategy=strategy)
+        assert found.tolist() == expected.tolist()
+    assert len(steps) == 2 * (GREEDY["max_new_tokens"] - 1)
+
+
+def test_a_call_that_is_interrupted_between_two_tokens(steps):
+    model, calls = build(seed=7), []
+
+    def interrupt(input_ids, scores, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**BATCH, **GREEDY, stopping_criteria=[interrupt])
+    assert len(steps) == 3
+    expected, found = default_and_fast(model)
+    assert found.tolist() == expected.tolist() and len(steps) == 3 + 11
+
+
+def test_of_two_threads_one_decodes_fast_at_a_time(steps, told):
+    model, found = build(seed=7), []
+    expected, _ = default_and_fast(model)
+    steps.clear()
+
+    def other():
+        model.reset_round_robin()
+        found.append(model.generate(**BATCH, **GREEDY).tolist())
+
+    class Streamer:
+        def put(self, value):
+            if len(steps) == 3:
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+
+        def end(self):
+            pass
+
+    one = {name: rows[:1] for name, rows in BATCH.items()}
+    model.generate(**one, **GREEDY, streamer=Streamer())
+    assert found == [expected.tolist()] and len(steps) == 11
+    assert any("another thread decodes with this model" in text for text in told)
+    assert model.generate(**BATCH, **GREEDY).tolist() == expected.tolist() and len(steps) == 22
+
+
+# What is said
+
+
+def test_a_reason_is_said_once_a_model(told):
+    model = build(seed=7)
+    for _ in range(2):
+        model.generate(**BATCH, **GREEDY, fast_decoding=False)
+        model.generate(**BATCH, **GREEDY)
+        model.generate(**BATCH, **GREEDY, use_cache=False)
+    said = [text for text in told if text.startswith("Decode steps")]
+    assert len(said) == 3
+    assert said[0] == "Decode steps take the default path: `fast_decoding` is off."
+    reason = fast.why_not_kernels(model)
+    assert said[1] == f"Decode steps are CUDA graphs of the base model's own forward ({reason})."
+    assert said[2].startswith("Decode steps take the default path: no KV cache")
+    build(seed=8).generate(**BATCH, **GREEDY)
+    assert [text for text in told if text.startswith("Decode steps")] == [*said, said[1]]
+
+
+def test_nothing_is_said_at_the_usual_level(messages):
+    build(seed=7).generate(**BATCH, **GREEDY)
+    assert not [text for text in messages if text.startswith("Decode steps")]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
-from dylora_moe.modeling import fast_decoding_dylora_moe as fast
+from dylora_moe.modeling import fast_step_dylora_moe as fast_step
 from dylora_moe.modeling.experts_dylora_moe import is_gate, use_experts
 from dylora_moe.modeling.stacked_experts_dylora_moe import DyloraMoeFoundationGate
 
@@ -156,18 +156,12 @@ def test_an_expert_is_added():
     assert not torch.allclose(model(ROWS, routing_strategy="single:more").logits, more, atol=0.01)
 
 
-def test_it_goes_the_default_path_where_nothing_else_would_keep_it_from_another(monkeypatch):
-    monkeypatch.setattr(fast, "DEVICES", ("cpu",))
+def test_it_goes_the_default_path_where_nothing_else_would_keep_it_from_another():
     foundation = moe_model("none: mixtral")
     assert type(foundation)._can_compile_fullgraph
     model = mixture(foundation)
-    arguments = {
-        "routing_strategy": "single:all", fast.CACHE: transformers.DynamicCache(config=model.foundation.config),
-        "use_cache": True,
-    }  # fmt: skip
-    assert (
-        fast.why_not(model, model.generation_config, arguments)
-        == "experts that adapt stacked experts or gates"
+    assert fast_step.why_not_kernels(model) and fast_step.ForwardStep.why_not(model) == (
+        "experts that adapt stacked experts or gates"
     )
     assert not model._can_compile_fullgraph
 

@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-import transformers
 from helpers_moe import moe_model
 from helpers_stacked import gpt_oss, nemotron
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
-from dylora_moe.modeling import fast_decoding_dylora_moe as fast
+from dylora_moe.modeling import fast_step_dylora_moe as fast_step
 from dylora_moe.modeling.experts_dylora_moe import is_gate, use_experts
 from dylora_moe.modeling.stacked_experts_dylora_moe import DyloraMoeStackedExperts
 
@@ -348,16 +347,10 @@ def test_in_bfloat16_it_is_near_what_it_is_in_float32():
     assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_fast_decoding_leaves_them_to_the_default_path(monkeypatch):
+def test_fast_decoding_leaves_them_to_the_default_path():
     model = mixture()
-    monkeypatch.setattr(fast, "DEVICES", ("cpu",))
-    arguments = {
-        "routing_strategy": "single:both", fast.CACHE: transformers.DynamicCache(config=model.foundation.config),
-        "use_cache": True,
-    }  # fmt: skip
-    assert (
-        fast.why_not(model, model.generation_config, arguments)
-        == "experts that adapt stacked experts or gates"
+    assert fast_step.why_not_kernels(model) and fast_step.ForwardStep.why_not(model) == (
+        "experts that adapt stacked experts or gates"
     )
 
 

@@ -1,16 +1,20 @@
-"""Recorded decode steps, with the stand-in for CUDA graphs of `helpers_graphs`, against the ordinary path."""
+"""Captured decode steps, with the stand-in for CUDA graphs of `helpers_graphs`, against the default path."""
 
 import copy
-import gc
 import itertools
-import sys
-from collections import defaultdict
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
-from helpers_graphs import GREEDY, RecordedGraph, Stream, ordinary_and_fast, record_on_a_cpu
+from helpers_graphs import (
+    GREEDY,
+    CapturedGraph,
+    Stream,
+    capture_on_a_cpu,
+    default_and_fast,
+    look_up_on_a_cpu,
+    speculate_on_a_cpu,
+)
 from helpers_models import (
     LATENTS_ARE_CACHED,
     SIZES,
@@ -27,31 +31,29 @@ from transformers import FalconConfig, LogitsProcessorList, MixtralConfig
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
 from dylora_moe.modeling import fast_decoding_dylora_moe as fast
-from dylora_moe.modeling import fast_sessions_dylora_moe as fast_sessions
-from dylora_moe.modeling.fast_sessions_dylora_moe import GraphPool
 
 
 @pytest.fixture(autouse=True)
 def graphs_on_a_cpu(monkeypatch):
-    record_on_a_cpu(monkeypatch, fast)
+    capture_on_a_cpu(monkeypatch, fast)
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}], ids=str
 )
 @pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
-def test_recorded_steps_give_the_tokens_of_the_ordinary_path(strategy, arguments):
+def test_captured_steps_give_the_tokens_of_the_default_path(strategy, arguments):
     model = build(seed=7)
-    for seed in range(2):  # the second call replays what the first has recorded, for other prompts
+    for seed in range(2):  # the second call replays what the first has captured, for other prompts
         inputs = left_padded(random_rows((9, 5, 7), seed=seed))
-        ordinary, found = ordinary_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
-        assert found.tolist() == ordinary.tolist()
-    assert RecordedGraph.replays >= 2 * 11
+        expected, found = default_and_fast(model, inputs, seed, routing_strategy=strategy, **arguments)
+        assert found.tolist() == expected.tolist()
+    assert CapturedGraph.replays >= 2 * 11
 
 
 @pytest.mark.slow
-def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
-    monkeypatch.setattr(fast_sessions, "MAX_SESSIONS", 3)
+def test_captured_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
+    monkeypatch.setattr(fast, "MAX_GRAPHS", 3)
     model = build(seed=7)
     for call in range(14):
         lengths = (5,) * (1 + call % 3) if call % 2 else (9, 4)
@@ -59,22 +61,22 @@ def test_recorded_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
         if call % 7 == 6:
             with torch.no_grad():
                 next(iter(model.expert_layers().values())).lora_A.mul_(-1.5)
-        ordinary, found = ordinary_and_fast(
-            model, inputs, routing_strategy=STRATEGIES[call % len(STRATEGIES)]
-        )
-        assert found.tolist() == ordinary.tolist()
+        expected, found = default_and_fast(model, inputs, routing_strategy=STRATEGIES[call % len(STRATEGIES)])
+        assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.slow
-def test_a_router_that_changes_its_mind_in_recorded_steps():
+def test_a_router_that_changes_its_mind_in_captured_steps(monkeypatch):
+    speculate_on_a_cpu(monkeypatch, fast)
     model = build(seed=7)
     with torch.no_grad():
         model.router.gate.weight.mul_(100)
-    inputs = left_padded(random_rows((9, 5, 7), seed=2))
-    ordinary, found = ordinary_and_fast(model, inputs, max_new_tokens=60, repetition_penalty=2.0)
-    assert found.tolist() == ordinary.tolist()
-    session = next(iter(model._decoding_sessions.sessions.values()))
-    assert session._guessed.graph and session._again.graph and session._whole.graph
+    inputs = left_padded(random_rows((9, 5), seed=2))
+    expected, found = default_and_fast(model, inputs, max_new_tokens=60, repetition_penalty=2.0)
+    assert found.tolist() == expected.tolist()
+    (graph,) = model._decode_graphs.graphs.values()
+    assert graph._speculative.graph and graph._again.graph and graph._whole.graph
+    assert graph.hits < graph.speculated == fast.WINDOW
 
 
 def patch_forward(model):
@@ -98,7 +100,7 @@ def swap_class(model):
 
 
 @pytest.mark.parametrize("strategy", slow_but("single:0", of=["router", "single:0"]))
-def test_modules_that_somebody_patches_between_two_calls(strategy):
+def test_modules_that_are_patched_between_two_calls(strategy):
     model = build(seed=7)
     with torch.no_grad():  # so much that it shows
         for weight in model.foundation.model.layers[0].mlp.parameters():
@@ -107,8 +109,8 @@ def test_modules_that_somebody_patches_between_two_calls(strategy):
     seen = []
     for patch in (lambda model: None, swap_activation, patch_forward, patch_forward_again, swap_class):
         patch(model)
-        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
-        assert found.tolist() == ordinary.tolist()
+        expected, found = default_and_fast(model, inputs, routing_strategy=strategy)
+        assert found.tolist() == expected.tolist()
         seen.append(found.tolist())
     assert all(one != other for one, other in itertools.pairwise(seen))
 
@@ -138,38 +140,13 @@ def scaled_forward_of_the_class(model, monkeypatch, factor):
         yield
 
 
-@contextmanager
-def scaled_positions(model, monkeypatch, factor):
-    file = sys.modules[type(model.foundation).__module__]
-    with monkeypatch.context() as patch:
-        rotate = file.apply_rotary_pos_emb
-        patch.setattr(
-            file,
-            "apply_rotary_pos_emb",
-            lambda *args, **kwargs: [x * factor for x in rotate(*args, **kwargs)],
-        )
-        yield
-
-
-@contextmanager
-def scaled_positions_by_no_function(model, monkeypatch, factor):
-    file = sys.modules[type(model.foundation).__module__]
-    with monkeypatch.context() as patch:
-        patch.setattr(file, "apply_rotary_pos_emb", partial(times, factor, file.apply_rotary_pos_emb))
-        yield
-
-
-def times(factor, rotate, *args, **kwargs):
-    return [states * factor for states in rotate(*args, **kwargs)]
-
-
-SCALED = [scaled_forward, scaled_activation, scaled_forward_of_the_class, scaled_positions]
+SCALED = [scaled_forward, scaled_activation, scaled_forward_of_the_class]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "scaled",
-    slow_but(scaled_activation, of=[*SCALED, scaled_positions_by_no_function]),
+    slow_but(scaled_activation, of=SCALED),
     ids=lambda scaled: scaled.__name__,
 )
 def test_replacements_that_come_and_go_one_after_the_other(monkeypatch, scaled):
@@ -179,23 +156,19 @@ def test_replacements_that_come_and_go_one_after_the_other(monkeypatch, scaled):
         for weight in model.foundation.model.layers[0].parameters():
             weight.mul_(10)
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
-    seen = [ordinary_and_fast(model, inputs)[1].tolist()]
+    seen = [default_and_fast(model, inputs)[1].tolist()]
     for factor in (-3.0, 0.0, 5.0, -1.0, 2.0):
         with scaled(model, monkeypatch, factor):
-            ordinary, found = ordinary_and_fast(model, inputs)
-        assert found.tolist() == ordinary.tolist()
+            expected, found = default_and_fast(model, inputs)
+        assert found.tolist() == expected.tolist()
         seen.append(found.tolist())
         if factor in (0.0, 2.0):  # what is gone is noticed, too
-            ordinary, found = ordinary_and_fast(model, inputs)
-            assert found.tolist() == ordinary.tolist()
+            expected, found = default_and_fast(model, inputs)
+            assert found.tolist() == expected.tolist()
     assert len({str(tokens) for tokens in seen}) > 2
-    sessions = model._decoding_sessions
-    graphs = list(sessions.sessions.values())
-    ordinary_and_fast(model, inputs)
-    ordinary_and_fast(model, inputs)
-    assert len(sessions.sessions) == 1 and (
-        scaled is not scaled_activation or list(sessions.sessions.values()) == graphs
-    )
+    for _ in range(2):
+        default_and_fast(model, inputs)
+    assert len(model._decode_graphs.graphs) == 1
 
 
 @pytest.mark.parametrize("strategy", ["router", "uniform", "ensemble"])
@@ -205,39 +178,15 @@ def test_a_default_dtype_that_is_another_at_the_first_call(strategy):
     arguments = {"routing_strategy": strategy, "return_dict_in_generate": True, "output_logits": True}
     torch.set_default_dtype(torch.bfloat16)
     try:
-        ordinary_and_fast(model, inputs, routing_strategy=strategy)
+        default_and_fast(model, inputs, routing_strategy=strategy)
     finally:
         torch.set_default_dtype(torch.float32)
-    ordinary, found = ordinary_and_fast(model, inputs, **arguments)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(ordinary.logits), rtol=1e-5, atol=1e-5)
-
-
-def test_layers_that_read_the_same_tensor_have_one_product_with_their_A(monkeypatch):
-    """Queries, keys and values; the attention's output; gate and up; down."""
-    products, multiplied = fast_sessions.SharedProducts, []
-    multiply = products._multiply
-
-    def counted(self, *args):
-        ranks = multiply(self, *args)
-        multiplied.append(len(ranks))
-        return ranks
-
-    monkeypatch.setattr(products, "_multiply", counted)
-    model = build(experts=experts_on_all_layers(), seed=7)
-    layers = model.config.get_text_config().num_hidden_layers
-    for strategy in ("uniform", "single:1"):
-        multiplied.clear()
-        ordinary_and_fast(model, left_padded(random_rows((9, 5, 7), seed=2)), routing_strategy=strategy)
-        assert multiplied[-4 * layers :] == [3, 1, 2, 1] * layers
-
-
-def experts_on_all_layers() -> list[dict]:
-    names = [name for name, _ in build().foundation.named_modules() if name.endswith("_proj")]
-    return [{"name": name, "r": 3, "target_modules": names} for name in ("one", "two")]
+    expected, found = default_and_fast(model, inputs, **arguments)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
-def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
+def test_steps_that_no_graph_can_capture_go_the_default_way(strategy):
     """A mixture as the foundation, whose experts run one by one: the host asks which of them act."""
     config = MixtralConfig(**SIZES, num_local_experts=4)
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
@@ -247,28 +196,27 @@ def test_steps_that_no_graph_can_record_go_the_ordinary_way(strategy):
     model.foundation.set_experts_implementation("eager")
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
     for arguments in ({"return_dict_in_generate": True}, {}, {"do_sample": True, "num_return_sequences": 2}):
-        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
-        assert torch.equal(*(getattr(output, "sequences", output) for output in (ordinary, found)))
+        expected, found = default_and_fast(model, inputs, routing_strategy=strategy, **arguments)
+        assert torch.equal(*(getattr(output, "sequences", output) for output in (expected, found)))
         if arguments.get("return_dict_in_generate"):
-            for one, other in zip(ordinary.past_key_values.layers, found.past_key_values.layers, strict=True):
+            for one, other in zip(expected.past_key_values.layers, found.past_key_values.layers, strict=True):
                 assert (one.keys is None) == (other.keys is None)
                 if one.keys is not None:
                     torch.testing.assert_close(other.keys, one.keys)
                     torch.testing.assert_close(other.values, one.values)
-    store = model._decoding_sessions
-    assert RecordedGraph.replays == 0 and store.refused and not store.sessions and not store.buffers.stretches
+    store = model._decode_graphs
+    assert CapturedGraph.replays == 0 and store.reason and not store.graphs and not store.memory
     model.foundation.set_experts_implementation("batched_mm")
-    ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
-    assert found.tolist() == ordinary.tolist() and RecordedGraph.replays >= 11
+    expected, found = default_and_fast(model, inputs, routing_strategy=strategy)
+    assert found.tolist() == expected.tolist() and CapturedGraph.replays >= 11
 
 
 @pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
-def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch, strategy):
-    """A foundation that takes another way in the middle of a text, shortly before its graphs are recorded
-    anew."""
-    monkeypatch.setattr(
-        sys.modules[fast.PromptLayer.__module__], "BUCKET", 8
-    )  # so that texts outgrow their buffers
+def test_a_later_step_that_no_graph_can_capture_goes_the_default_way(monkeypatch, strategy):
+    """A foundation that takes another way in the middle of a text, shortly before its graphs are captured
+    again."""
+    monkeypatch.setattr(fast, "CAPACITY_STEP", 8)
+    monkeypatch.setattr(fast, "FIRST_CAPACITY", 8)  # so that texts outgrow their caches
     config = MixtralConfig(**SIZES, num_local_experts=4)
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
     model = build(
@@ -296,11 +244,11 @@ def test_a_later_step_that_no_graph_can_record_goes_the_ordinary_way(monkeypatch
         }
         found.append(model.generate(**inputs, **arguments, logits_processor=processors).tolist())
     assert found[0] == found[1]
-    assert model._decoding_sessions.refused and RecordedGraph.replays >= 2
+    assert model._decode_graphs.reason and CapturedGraph.replays >= 2
 
 
 @pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
-def test_a_foundation_that_reads_its_mask_goes_the_ordinary_way(monkeypatch, strategy):
+def test_a_foundation_that_reads_its_mask_goes_the_default_way(monkeypatch, strategy):
     """Falcon's ALiBi counts the tokens of a mask `[batch, sequence]`; steps in buffers give another."""
     warned = []
     monkeypatch.setattr(fast.logger, "warning_once", warned.append)
@@ -311,9 +259,9 @@ def test_a_foundation_that_reads_its_mask_goes_the_ordinary_way(monkeypatch, str
     )
     for arguments in ({}, {"do_sample": True, "num_return_sequences": 2}):
         inputs = left_padded(random_rows((9, 5, 7), seed=2))
-        ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy, **arguments)
-        assert found.tolist() == ordinary.tolist()
-    assert RecordedGraph.replays == 0 and model._decoding_sessions.refused
+        expected, found = default_and_fast(model, inputs, routing_strategy=strategy, **arguments)
+        assert found.tolist() == expected.tolist()
+    assert CapturedGraph.replays == 0 and model._decode_graphs.reason
     assert len(warned) == 1 and "it fails with ValueError" in warned[0]
 
 
@@ -323,7 +271,7 @@ def test_what_makes_the_host_wait():
     with FakeTensorMode():
         here, there = torch.empty(4), torch.empty(4, device="cuda")
         index, mask = torch.zeros(2, dtype=torch.long), torch.zeros(4, dtype=torch.bool, device="cuda")
-        waits = fast_sessions.host_waits
+        waits = fast.host_waits
         for function, args, kwargs, expected in (
             (aten.copy_.default, (there, here), {}, True),
             (aten.copy_.default, (here, there), {}, True),
@@ -366,61 +314,20 @@ def test_an_ensembles_step_is_one_batch(monkeypatch):
     monkeypatch.setattr(body, "forward", counted)
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
     model.generate(**inputs, **GREEDY, routing_strategy="ensemble")
-    assert rows and set(rows) == {3 * model.config.num_experts} and RecordedGraph.replays == 11
+    assert rows and set(rows) == {3 * model.config.num_experts} and CapturedGraph.replays == 11
 
 
 @pytest.mark.slow
 def test_a_shallow_copy_outlives_its_model():
     model = build(seed=7)
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
-    expected, _ = ordinary_and_fast(model, inputs)
+    expected, _ = default_and_fast(model, inputs)
     shallow = copy.copy(model)
     del model
     assert shallow.generate(**inputs, **GREEDY).tolist() == expected.tolist()
 
 
-def test_streams_to_record_on_go_from_a_model_that_is_gone_to_the_next(monkeypatch):
-    """Never from one that lives: two models may run at once, and a stream's workspace with them."""
-    current = [0]
-    made = itertools.count()
-    monkeypatch.setattr(fast_sessions, "IDLE_STREAMS", defaultdict(list))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: next(made))
-    first, second = GraphPool(), GraphPool()
-    assert (first.stream, second.stream) == (0, 1)
-    del first
-    current[0] = 1
-    elsewhere = GraphPool()
-    assert elsewhere.stream == 2
-    current[0] = 0
-    third, fourth = GraphPool(), GraphPool()
-    assert (third.stream, fourth.stream) == (0, 3)
-    assert third.handle is not fourth.handle
-
-
-@pytest.mark.slow
-def test_a_model_whose_graphs_were_all_dropped_records_on_its_stream_in_a_new_pool(monkeypatch):
-    handles = itertools.count()
-    monkeypatch.setattr(fast_sessions, "GraphPool", GraphPool)
-    monkeypatch.setattr(fast_sessions, "IDLE_STREAMS", defaultdict(list))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    model, seen = build(seed=7), []
-    for _ in range(3):
-        model.generate(**left_padded(random_rows((9, 5), seed=1)), **GREEDY, routing_strategy="uniform")
-        pool = model._decoding_sessions.pool
-        seen.append((pool.handle, pool.stream))
-        del pool
-        model.forget_decoding_sessions()
-    assert seen == [(0, seen[0][1]), (1, seen[0][1]), (2, seen[0][1])]
-    del model
-    gc.collect()
-    assert fast_sessions.IDLE_STREAMS[0] == [seen[0][1]]
-
-
-def test_a_recording_that_fails_leaves_the_thread_on_its_stream_of_before(monkeypatch):
+def test_a_capture_that_fails_leaves_the_thread_on_its_stream_of_before(monkeypatch):
     """`torch.cuda.graph` does not, where ending the capture fails, too."""
     at = [Stream()]
     before = at[0]
@@ -455,9 +362,9 @@ def test_a_recording_that_fails_leaves_the_thread_on_its_stream_of_before(monkey
     inputs = left_padded(random_rows((9, 5), seed=1))
     with pytest.raises(torch.OutOfMemoryError, match="of the test"):
         model.generate(**inputs, **GREEDY, routing_strategy="uniform")
-    assert at[0] is before and not model._decoding_sessions.sessions
-    ordinary, found = ordinary_and_fast(model, inputs, routing_strategy="uniform")
-    assert found.tolist() == ordinary.tolist() and RecordedGraph.replays == 11
+    assert at[0] is before and not model._decode_graphs.graphs
+    expected, found = default_and_fast(model, inputs, routing_strategy="uniform")
+    assert found.tolist() == expected.tolist() and CapturedGraph.replays == 11
 
 
 @pytest.mark.parametrize("strategy", slow_but("router", "single:0", of=[*STRATEGIES, "single:0"]))
@@ -469,6 +376,38 @@ def test_experts_on_a_layer_that_runs_over_all_past_tokens(strategy):
             with pytest.raises(ValueError, match="use_cache=False"):
                 model.generate(**inputs, **GREEDY, routing_strategy=strategy)
         else:
-            ordinary, found = ordinary_and_fast(model, inputs, routing_strategy=strategy)
-            assert found.tolist() == ordinary.tolist()
-            assert RecordedGraph.replays >= 11
+            expected, found = default_and_fast(model, inputs, routing_strategy=strategy)
+            assert found.tolist() == expected.tolist()
+            # Where latents are cached, a step runs the experts over all past tokens, under weights of one.
+            assert (CapturedGraph.replays == 0) == (LATENTS_ARE_CACHED and strategy != "base")
+
+
+@pytest.mark.parametrize("strategy", slow_but("base", of=[*STRATEGIES, "single:0"]))
+def test_captured_steps_of_prompt_lookup_keep_what_the_cache_has(monkeypatch, strategy):
+    """A step of several tokens is captured before the first of them is known: what that writes must lie behind
+    the prompt."""
+    look_up_on_a_cpu(monkeypatch, fast)
+    model = build(seed=7)
+    for seed in range(3):
+        inputs = left_padded([random_rows((6,), seed=seed)[0] * 2])
+        wanted = {**GREEDY, "eos_token_id": 10_000, "max_new_tokens": 24, "routing_strategy": strategy}
+        model.reset_round_robin()
+        expected = model.generate(**inputs, **wanted, fast_decoding=False)
+        model.reset_round_robin()
+        model.forget_decoding_sessions()  # captured again
+        assert model.generate(**inputs, **wanted, prompt_lookup_num_tokens=4).tolist() == expected.tolist()
+    assert CapturedGraph.replays > 0
+
+
+@pytest.mark.parametrize("new", [1, 2, 4, 9])
+def test_captured_steps_of_prompt_lookup_have_room_for_drafts(monkeypatch, new):
+    """Where the text ends before the last drafts would."""
+    look_up_on_a_cpu(monkeypatch, fast)
+    monkeypatch.setattr(fast, "CAPACITY_STEP", 8)
+    model = build(seed=7)
+    inputs = left_padded([random_rows((6,), seed=1)[0] * 2])
+    wanted = {**GREEDY, "eos_token_id": 10_000, "max_new_tokens": new, "routing_strategy": "base"}
+    expected = model.generate(**inputs, **wanted, fast_decoding=False)
+    assert model.generate(**inputs, **wanted, prompt_lookup_num_tokens=7).tolist() == expected.tolist()
+    (graph,) = model._decode_graphs.graphs.values()
+    assert graph.capacity >= 12 + 8 and (CapturedGraph.replays > 0) == (new > 1)

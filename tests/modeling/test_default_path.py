@@ -1,15 +1,16 @@
 """What takes the default path though fast decoding is on, and how it is switched off or left out."""
 
 import functools
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_graphs import BATCH, GREEDY, ordinary_and_fast
+from helpers_graphs import BATCH, GREEDY, default_and_fast
 from helpers_models import SIZES, build, llama_config
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, Qwen2Config
+from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config
 
 
 pytest.importorskip("dylora_moe.modeling.fast_decoding_dylora_moe", reason="the optional file was taken out")
@@ -27,7 +28,7 @@ from dylora_moe.modeling.routing_strategies_dylora_moe import (
 
 SHIPPED = fast.ON_BY_ITSELF, fast.DEVICES
 pytestmark = pytest.mark.usefixtures("fast_on_a_cpu")
-ORDINARY = {
+CALLS = {
     "switched off": {"fast_decoding": False},
     "beams": {"num_beams": 2},
     "no cache": {"use_cache": False},
@@ -40,10 +41,10 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize("case", ORDINARY)
+@pytest.mark.parametrize("case", CALLS)
 def test_where_it_does_not_apply(steps, case):
     model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
-    arguments = {name: value(model) if callable(value) else value for name, value in ORDINARY[case].items()}
+    arguments = {name: value(model) if callable(value) else value for name, value in CALLS[case].items()}
     output = model.generate(**one, **{**GREEDY, **arguments})
     assert not steps
     if "num_beams" not in arguments:
@@ -70,7 +71,7 @@ def experts_on(config, *names):
 def inside_peft():
     model = build(seed=7)
     get_peft_model(model, LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
-    return model
+    return model.eval()
 
 
 def of_a_class_of_ones_own():
@@ -95,6 +96,13 @@ def with_inputs_of_ones_own():
     return model
 
 
+def with_a_forward_of_ones_own():
+    model = build(seed=7)
+    mlp = model.foundation.model.layers[1].mlp
+    mlp.forward = lambda hidden_states: type(mlp).forward(mlp, hidden_states) * -3
+    return model
+
+
 def with_positions_by_type_of_layer():
     model = build(seed=7)
     model.config.get_text_config().rope_parameters = {"full_attention": DYNAMIC, "sliding_attention": None}
@@ -110,7 +118,8 @@ def with_weights_of_two_tensors():
 
 ATTENTION = "model.layers.0.self_attn."
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-ORDINARY_MODELS = {  # reason: a model
+MODELS = {  # reason: a model
+    "a module whose forward was replaced": with_a_forward_of_ones_own,
     "the model's forward was replaced": replaced_forward,
     "forward was replaced": of_a_class_of_ones_own,
     "was replaced": with_inputs_of_ones_own,
@@ -120,41 +129,40 @@ ORDINARY_MODELS = {  # reason: a model
     "adapters of PEFT": inside_peft,
     "positions that depend on the length": lambda: build(llama_config(rope_parameters=DYNAMIC)),
     "prepares inputs or masks its own way": lambda: experts_on(Phi3Config(**SIZES), ATTENTION + "qkv_proj"),
-    "weights that consist of several tensors": with_weights_of_two_tensors,
+    "a quantised model": with_weights_of_two_tensors,
     "quantised": lambda: setattr(model := build(seed=7), "is_quantized", True) or model,
 }
 
 
-@pytest.mark.parametrize("reason", ORDINARY_MODELS)
-def test_models_that_go_the_ordinary_way(steps, monkeypatch, reason):
-    reasons, why_not = [], fast.why_not
-    monkeypatch.setattr(fast, "why_not", lambda *args: (reasons.append(why_not(*args)), reasons[-1])[1])
-    model = ORDINARY_MODELS[reason]()
-    ordinary, found = ordinary_and_fast(model)
-    assert found.tolist() == ordinary.tolist()
-    assert reason in reasons[-1] and reasons[0] == "switched off" and not steps
+@pytest.mark.parametrize("reason", MODELS)
+def test_models_that_go_the_default_way(steps, reason):
+    model = MODELS[reason]()
+    expected, found = default_and_fast(model)
+    assert found.tolist() == expected.tolist() and not steps
+    told = model._decode_graphs.told - {"Decode steps take the default path: `fast_decoding` is off."}
+    assert len(told) == 1 and reason in told.pop()
 
 
 @pytest.mark.parametrize(
     "theirs", [EnsembleStrategy, RouterStrategy, SingleStrategy, UniformStrategy], ids=str
 )
-def test_a_strategy_of_somebodys_own_under_a_known_name(steps, monkeypatch, theirs):
+def test_a_strategy_of_ones_own_under_a_known_name(steps, monkeypatch, theirs):
     """Its own weights count: all for expert 1, whatever it is called."""
     model = build(seed=7)
-    expected, _ = ordinary_and_fast(model, routing_strategy="single:1")
+    expected, _ = default_and_fast(model, routing_strategy="single:1")
     steps.clear()
     own = type(
         "Own", (RoutingStrategy,), {"name": theirs.name, "expert_weights": lambda self, routed_pass: 1}
     )
     monkeypatch.setitem(ROUTING_STRATEGIES, theirs.name, own)
-    ordinary, found = ordinary_and_fast(model, routing_strategy=theirs.name)
-    assert found.tolist() == ordinary.tolist() == expected.tolist()
+    expected, found = default_and_fast(model, routing_strategy=theirs.name)
+    assert found.tolist() == expected.tolist() == expected.tolist()
     assert not steps
 
 
 def test_what_makes_a_step_is_replaced_on_the_class(steps, monkeypatch):
     model = build(seed=7)
-    expected, _ = ordinary_and_fast(model)
+    expected, _ = default_and_fast(model)
     forward = type(model).forward
 
     def negated(self, *args, **kwargs):
@@ -164,8 +172,8 @@ def test_what_makes_a_step_is_replaced_on_the_class(steps, monkeypatch):
 
     steps.clear()
     monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(negated))
-    ordinary, found = ordinary_and_fast(model)
-    assert found.tolist() == ordinary.tolist() != expected.tolist() and not steps
+    negative, found = default_and_fast(model)
+    assert found.tolist() == negative.tolist() != expected.tolist() and not steps
 
 
 def test_prompts_that_peft_learns(steps):
@@ -173,8 +181,8 @@ def test_prompts_that_peft_learns(steps):
     sizes = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **sizes))
     prompted.eval()
-    ordinary, found = ordinary_and_fast(prompted)
-    assert found.tolist() == ordinary.tolist() and not steps
+    expected, found = default_and_fast(prompted)
+    assert found.tolist() == expected.tolist() and not steps
 
 
 class ByLength(RoutingStrategy):
@@ -202,7 +210,7 @@ class InTurn(UniformStrategy):
 
 
 @pytest.mark.parametrize("own", [ByLength, ByPosition, InTurn])
-def test_a_strategy_of_somebodys_own_reads_what_it_likes(steps, monkeypatch, own):
+def test_a_strategy_of_ones_own_reads_what_it_likes(steps, monkeypatch, own):
     monkeypatch.setitem(ROUTING_STRATEGIES, own.name, own)
     model, found = build(seed=7), []
     for wanted in (False, None):
@@ -242,7 +250,7 @@ def test_it_is_off_unless_it_is_asked_for(steps, monkeypatch):
     assert steps
 
 
-def test_what_else_goes_the_ordinary_way(steps):
+def test_what_else_goes_the_default_way(steps):
     model = build(seed=7)
     model.generation_config.fast_decoding = False
     model.generate(**BATCH, **GREEDY)
@@ -257,18 +265,18 @@ def test_what_else_goes_the_ordinary_way(steps):
     with torch.autocast("cpu", torch.bfloat16):
         model.generate(**BATCH, **GREEDY)
     assert not steps
-    sliding = build(
-        Qwen2Config(**{**SIZES, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0})
-    )
-    assert sliding.generate(**BATCH, **GREEDY).shape == (3, 21) and not steps
 
 
-def test_a_repo_of_a_package_without_the_optional_files_loads(tmp_path):
+@pytest.mark.parametrize("left_out", ["fast_*.py", "fast_kernels_*.py"])
+def test_a_repo_of_a_package_without_optional_files_loads(tmp_path, left_out):
     model = build(seed=7)
     model.save_pretrained(tmp_path)
-    for file in tmp_path.glob("fast_*.py"):
+    for file in tmp_path.glob(left_out):
         file.write_text("")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert "FastDecodingMixin" in {base.__name__ for base in type(loaded).__mro__}
-    assert not hasattr(loaded, "_decoding_sessions")
-    assert loaded.generate(**BATCH, **GREEDY).tolist() == ordinary_and_fast(model)[0].tolist()
+    assert loaded.generate(**BATCH, **GREEDY).tolist() == default_and_fast(model)[0].tolist()
+    assert hasattr(loaded, "_decode_graphs") == (left_out == "fast_kernels_*.py")
+    if left_out == "fast_kernels_*.py":
+        step = sys.modules[type(loaded).__module__.replace("modeling_dylora_moe", "fast_step_dylora_moe")]
+        assert step.why_not_kernels(loaded) == "Triton is not installed"
