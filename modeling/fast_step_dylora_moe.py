@@ -1,8 +1,9 @@
-"""The decode step by kernels: one token a row through the base model of a known family. Optional.
+"""What a decode step computes: a pass of the base model over a few tokens of every sequence. Optional.
 
-`KernelStep.__call__` is the step. `FAMILIES` says where the model classes that it knows keep their parts and
-what their layers do; no module is called, hooked or replaced, and weights are read where they lie. `why_not`
-says why a base model is none of these: the class is another, or a module is not what the family's code made.
+`KernelStep` does it by Triton kernels, for a table of families; its `hidden_states` is the step. `FAMILIES` says
+where the model classes that it knows keep their parts, and what their layers do: no module is called, hooked or
+replaced, and weights are read where they lie. `why_not_kernels` says why a base model is none of these.
+`ForwardStep` calls the base model's own forward over a static KV cache.
 """
 
 import copy
@@ -32,6 +33,20 @@ try:
     )
 except ImportError:  # no Triton, or that file was left empty or out
     product_kernel = None
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_ROWS = 2  # up to so many without matrix instructions
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+LIBRARY_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, Conv1D)
 
 
 class PassExperts:
@@ -141,20 +156,6 @@ class Pass:
         """Return the options of a kernel's launch."""
         options = {"PDL": self.dependent_launch, "num_warps": warps}
         return {**options, "launch_pdl": True} if self.dependent_launch else options
-
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEW_ROWS = 2  # up to so many without matrix instructions
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-LIBRARY_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, Conv1D)
 
 
 @dataclass(frozen=True)
