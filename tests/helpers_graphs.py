@@ -162,3 +162,16 @@ def capture_on_a_cpu(monkeypatch, fast) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(CapturedGraph, "replays", 0)
+
+
+class Streamer:
+    """Keeps every token that it is given, and "end" at the end."""
+
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen += value.flatten().tolist()
+
+    def end(self):
+        self.seen.append("end")

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 from helpers_families import OTHERS, build_other
-from helpers_graphs import BATCH, GREEDY, default_and_fast, speculate_on_a_cpu
+from helpers_graphs import BATCH, GREEDY, Streamer, default_and_fast, speculate_on_a_cpu
 from helpers_models import (
     SIZES,
     STRATEGIES,
@@ -112,16 +112,6 @@ def test_criteria_streamers_and_scores(steps):
     stop = StopAt(int(free[0, 9 + 4]))
     expected, found = default_and_fast(model, one, stopping_criteria=[stop])
     assert found.tolist() == expected.tolist() and found.shape[1] < free.shape[1]
-
-    class Streamer:
-        def __init__(self):
-            self.seen = []
-
-        def put(self, value):
-            self.seen += value.flatten().tolist()
-
-        def end(self):
-            self.seen.append("end")
 
     streamer = Streamer()
     model.generate(**one, **GREEDY, streamer=streamer)

@@ -3,7 +3,7 @@ decoding, whatever is drafted."""
 
 import pytest
 import torch
-from helpers_graphs import GREEDY, look_up_on_a_cpu
+from helpers_graphs import GREEDY, Streamer, look_up_on_a_cpu
 from helpers_models import STRATEGIES, build, character_tokenizer, left_padded, random_rows, text_of
 from transformers import GPT2Config
 
@@ -93,16 +93,6 @@ def test_logits_processors(steps, arguments):
 
 
 def test_streamers_get_every_token_once():
-    class Streamer:
-        def __init__(self):
-            self.seen = []
-
-        def put(self, value):
-            self.seen += value.flatten().tolist()
-
-        def end(self):
-            self.seen.append("end")
-
     model, streamer = build(seed=7), Streamer()
     (greedy,), (found,) = greedy_and_looked_up(model)
     model.generate(**REPEATED, **WANTED, prompt_lookup_num_tokens=4, streamer=streamer)
