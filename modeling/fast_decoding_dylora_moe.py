@@ -295,8 +295,8 @@ class Decoding:
             return copies
         if expert_ids.shape != (rows,):
             return 1  # the pass says what is wrong with them
-        alike = torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids)
-        return copies if alike else 1
+        is_same = torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids)
+        return copies if is_same else 1
 
     def take_prompts(self, copies: int, expert_ids: torch.Tensor | None) -> None:
         """Move the prompts' keys and values to the static KV cache, `copies` times, layer by layer."""
