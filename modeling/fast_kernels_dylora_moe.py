@@ -71,6 +71,20 @@ def _weights(pointer, n, real, k, size, stride, K: tl.constexpr, TRANSPOSED: tl.
 
 
 @triton.jit
+def _sums(a, b, squares, eps, K: tl.constexpr, PAIR: tl.constexpr, NORM: tl.constexpr):
+    """Add up one row's products `[BN, BK]` with both weights, and divide by the root mean square: `[BN, 1]` each."""
+    y = tl.sum(a, axis=1)[:, None]
+    u = y
+    if PAIR:
+        u = tl.sum(b, axis=1)[:, None]
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+        y *= scale
+        u *= scale
+    return y, u
+
+
+@triton.jit
 def _one_or_two_rows(
     x, norm, weight, weight_2, tile, tile_2, n, real, size, stride, eps, offset,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, PAIR: tl.constexpr,
@@ -116,23 +130,9 @@ def _one_or_two_rows(
                 b1 += values * x1[None, :]
         tile = next_tile
         tile_2 = next_2
-    y = tl.sum(a0, axis=1)[:, None]
-    u = y
-    if PAIR:
-        u = tl.sum(b0, axis=1)[:, None]
-    if NORM:
-        scale_0 = tl.rsqrt(tl.sum(squares_0, axis=0) / K + eps)
-        y *= scale_0
-        u *= scale_0
+    y, u = _sums(a0, b0, squares_0, eps, K, PAIR, NORM)
     if ROWS == 2:
-        y1 = tl.sum(a1, axis=1)[:, None]
-        u1 = y1
-        if PAIR:
-            u1 = tl.sum(b1, axis=1)[:, None]
-        if NORM:
-            scale_1 = tl.rsqrt(tl.sum(squares_1, axis=0) / K + eps)
-            y1 *= scale_1
-            u1 *= scale_1
+        y1, u1 = _sums(a1, b1, squares_1, eps, K, PAIR, NORM)
         second = tl.arange(0, 2)[None, :] == 1
         y = tl.where(second, y1, y)
         u = tl.where(second, u1, u)
