@@ -561,25 +561,29 @@ class GraphStore:
     def look_at(self, model) -> None:
         """Choose what computes a step, again if code, settings or addresses of weights changed."""
         config, modules = model.config, every_module(model)
-        code = [model, *modules, *(kind.forward for kind in dict.fromkeys(map(type, modules)))]
+        kinds = list(map(type, modules))
+        code = [model, *modules, *(kind.forward for kind in dict.fromkeys(kinds))]
         tensors = every_tensor(modules)
-        weights = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        # Numbers, since so many tuples would set off a garbage collection.
+        weights = [
+            hash((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)) for tensor in tensors
+        ]
         settings = [getattr(config, name) for name in ROUTER_SETTINGS] + [model.routes_densely]
-        text_config = config.get_text_config()
+        text_config = model.foundation.config.get_text_config()
         settings += [str(text_config._attn_implementation), str(text_config._experts_implementation)]
         settings.append(str(vars(text_config)))  # the base model's code may read any of it in a step
-        reason = why_not_kernels(model)
-        reason_to_give_up = None if reason is None else ForwardStep.why_not(model)
-        seen = hash((*weights, *settings, *model._rank_layouts, reason, reason_to_give_up))
+        replaced = ["forward" in vars(module) for module in modules]
+        seen = hash((*weights, *settings, *model._rank_layouts, *kinds, *replaced))
         is_known = len(code) == len(self.code) and all(map(lambda old, new: old() is new, self.code, code))
         if seen == self.seen and is_known:
             return
         self.forget()
         self.seen, self.code = seen, [weakref.ref(part) for part in code]
+        reason = why_not_kernels(model)
         if reason is None:
             self.step = KernelStep(model)
             return
-        self.reason = reason_to_give_up
+        self.reason = ForwardStep.why_not(model)
         if self.reason is None:
             self.step = ForwardStep(model, reason)
 
@@ -620,8 +624,9 @@ class GraphStore:
             shape = (len(states) * batch * copies, heads, capacity, size)
             cache = self._memory(index, kind, shape, states[0])
             for part, filled in zip(cache.chunk(len(states)), states, strict=True):
-                part[:, :, : length - kept].zero_()  # what is behind a closed mask must be finite
-                part[:, :, length:].zero_()
+                if self.step.reads_hidden_tokens:
+                    part[:, :, : length - kept].zero_()
+                    part[:, :, length:].zero_()
                 part[:, :, length - kept : length].unflatten(0, (-1, copies)).copy_(filled.unsqueeze(1))
             for layer in layers:
                 setattr(layer, name, getattr(layer, name).new_empty(batch * copies, heads, 0, size))
@@ -638,7 +643,8 @@ class GraphStore:
                 rows, heads, capacity, size = cache.shape
                 cache = self._memory(index, kind, (rows, heads, 2 * capacity, size), kept)
                 cache[:, :, :length].copy_(kept)
-                cache[:, :, length:].zero_()
+                if self.step.reads_hidden_tokens:
+                    cache[:, :, length:].zero_()
                 both.append(cache)
             larger.append(tuple(both))
         return larger

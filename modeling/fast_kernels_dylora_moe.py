@@ -170,27 +170,41 @@ def _lora_B(lora_B, stride, places, at, n, real, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _expert_update(
-    y, tile, lora_B, stride, places, factors, z, n, real, rows, row,
-    ROWS: tl.constexpr, ALL_RANKS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+def _own_parts(
+    z, own, row, inside, at, BLOCK: tl.constexpr, OWN: tl.constexpr, RANKS: tl.constexpr, ALL_RANKS: tl.constexpr
 ):  # fmt: skip
-    """Add B z to columns n of a side, `[BN, ROWS]`; `tile` is the first of B. z is there where a factor is."""
+    """z of rows `row` at the acting experts' ranks `at` and on, `[BLOCK, len(row)]`: zero where not a row's own."""
+    rank = at + tl.arange(0, BLOCK)
+    if OWN * RANKS == ALL_RANKS:  # every row has them all
+        place = row[None, :] * ALL_RANKS + rank[:, None]
+        return tl.load(z + place, mask=inside[None, :], other=0.0)
+    parts = tl.zeros((BLOCK, row.shape[0]), tl.float32)
+    for index in tl.static_range(OWN):
+        slot = tl.load(own + row * OWN + index, mask=inside, other=-1)
+        place = (row * OWN + index)[None, :] * RANKS + (rank % RANKS)[:, None]
+        is_own = slot[None, :] == (rank // RANKS)[:, None]
+        parts += tl.load(z + place, mask=is_own, other=0.0)
+    return parts
+
+
+@triton.jit
+def _expert_update(
+    y, tile, lora_B, stride, places, own, z, n, real, rows, row,
+    ROWS: tl.constexpr, OWN: tl.constexpr, RANKS: tl.constexpr, ALL_RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add B z to columns n of a side, `[BN, ROWS]`; `tile` is the first of B."""
     if DOT:
         for at in tl.range(0, ALL_RANKS, BLOCK, num_stages=STAGES):
-            rank = at + tl.arange(0, BLOCK)
             of_B = _lora_B(lora_B, stride, places, at, n, real, BLOCK)
-            place = row[None, :] * ALL_RANKS + rank[:, None]
-            acts = tl.load(factors + place, mask=(row < rows)[None, :], other=0.0) != 0.0
-            parts = tl.load(z + place, mask=acts, other=0.0)
+            parts = _own_parts(z, own, row, row < rows, at, BLOCK, OWN, RANKS, ALL_RANKS)
             y = tl.dot(of_B, parts.to(of_B.dtype), y, input_precision=PRECISION)
     else:
         for at in tl.static_range(0, ALL_RANKS, BLOCK):
             for index in tl.static_range(ROWS):
-                place = index * ALL_RANKS + at + tl.arange(0, BLOCK)
-                acts = tl.load(factors + place) != 0.0
-                parts = tl.load(z + place, mask=acts, other=0.0)
-                part = tl.sum(tile.to(tl.float32) * parts[None, :], axis=1)[:, None]
+                one = index + tl.arange(0, 1)
+                parts = tl.trans(_own_parts(z, own, one, one < rows, at, BLOCK, OWN, RANKS, ALL_RANKS))
+                part = tl.sum(tile.to(tl.float32) * parts, axis=1)[:, None]
                 y += tl.where(tl.arange(0, ROWS)[None, :] == index, part, 0.0)
             if at + BLOCK < ALL_RANKS:
                 tile = _lora_B(lora_B, stride, places, at + BLOCK, n, real, BLOCK)
@@ -199,21 +213,21 @@ def _expert_update(
 
 @triton.jit
 def ranks_kernel(
-    x, norm, A_0, A_1, A_2, own, places, factors, factors_stride, z, rows, num_own, layout_0, layout_1, layout_2,
-    eps, offset,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr,
-    ALL_RANKS: tl.constexpr, PDL: tl.constexpr,
+    x, norm, A_0, A_1, A_2, own, places, factors, factors_stride, z, rows, layout_0, layout_1, layout_2, eps, offset,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, OWN: tl.constexpr,
+    RANKS: tl.constexpr, ALL_RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """z = factors * (A norm(x)), `[sides, rows, ALL_RANKS]`, where a factor is not zero.
+    """z = factors * (A norm(x)), `[sides, rows, OWN * RANKS]`; zero where a side or an expert has no such rank.
 
     A program makes BN ranks of one of a row's own experts, for one side.
 
     Args:
         A_0, A_1, A_2: the stacks of every side, `[ranks, K]`.
-        own: which slots a row's experts have, `[rows, num_own]`.
+        own: which slots a row's experts have, `[rows, OWN]`.
         places: where in the stacks the acting experts' ranks are, `[layouts, ALL_RANKS]`; -1 for none. A slot
             has RANKS of them.
-        factors: weight times scale, `[layouts, rows, ALL_RANKS]`, with `factors_stride` from layout to layout.
+        factors: weight times scale of a row's own experts, `[layouts, rows, OWN * RANKS]`, with
+            `factors_stride` from layout to layout.
         layout_0, layout_1, layout_2: which layout each side has; -1 for no experts.
     """
     if PDL:
@@ -221,33 +235,38 @@ def ranks_kernel(
     block, row, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     layout = _number_of_side(side, layout_0, layout_1, layout_2)
     # The experts are those of the pass: nothing that runs in it changes them.
-    slot = tl.load(own + row * num_own + block * BN // RANKS)
-    n = slot * RANKS + block * BN % RANKS + tl.arange(0, BN)
-    place = tl.load(places + layout * ALL_RANKS + n, mask=layout >= 0, other=-1)
-    factor = tl.load(factors + layout * factors_stride + row * ALL_RANKS + n, mask=layout >= 0, other=0.0)
+    slot = tl.load(own + row * OWN + block * BN // RANKS)
+    rank = block * BN + tl.arange(0, BN)
+    place = layout * ALL_RANKS + slot * RANKS + rank % RANKS
+    place = tl.load(places + place, mask=layout >= 0, other=-1)
+    factor = layout * factors_stride + row * OWN * RANKS + rank
+    factor = tl.load(factors + factor, mask=layout >= 0, other=0.0)
     acts = (place >= 0) & (factor != 0.0)
     lora_A = _of_side(side, A_0, A_1, A_2)
     tile = _weights(lora_A, place, acts, tl.arange(0, BK), 0, 0, K, False)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    sums = tl.zeros((BN,), tl.float32)
     if tl.max(acts.to(tl.int32), axis=0) > 0:
         y, _ = _one_or_two_rows(
             x + row * K, norm, lora_A, lora_A, tile, tile, place, acts, 0, 0, eps, offset,
             K, BN, BK, 1, False, NORM, False,
         )  # fmt: skip
-        tl.store(z + (side * rows + row) * ALL_RANKS + n, tl.sum(y, axis=1) * factor, mask=acts)
+        sums = tl.where(acts, tl.sum(y, axis=1) * factor, 0.0)
+    tl.store(z + (side * rows + row) * OWN * RANKS + rank, sums)
 
 
 @triton.jit
 def product_kernel(
-    x, norm, residual, output, z, places, factors, factors_stride,
+    x, norm, residual, output, z, places, own,
     W_0, W_1, W_2, bias_0, bias_1, bias_2, B_0, B_1, B_2, size_0, size_1, size_2,
     stride_0, stride_1, stride_2, layout_0, layout_1, layout_2,
     rows, columns, weight_stride, eps, offset, scale, softcap,
     SIDES: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
     PAIR: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALL_RANKS: tl.constexpr, RANK_BLOCK: tl.constexpr, DOT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, OWN: tl.constexpr, RANKS: tl.constexpr, ALL_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, DOT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """output = residual + scale * activation(W norm(x) + bias + B z). A program makes BN columns of one side.
 
@@ -255,7 +274,7 @@ def product_kernel(
         x: `[rows, K]`.
         output: `[rows, columns]`, sides one after the other; `residual` too. With PAIR there are two sides,
             and the output is activation(first) * second.
-        z, places, factors, layout_*: as of `ranks_kernel`; ALL_RANKS is 0 without experts.
+        z, places, own, layout_*: as of `ranks_kernel`; ALL_RANKS is 0 without experts.
         W_*, bias_*, B_*: every side's weight `[size, K]`, bias `[size]`, and B `[ranks, size]`, with `stride_*`
             from one of B's ranks to the next.
     """
@@ -291,10 +310,8 @@ def product_kernel(
         lora_B = _of_side(side, B_0, B_1, B_2)
         stride = _number_of_side(side, stride_0, stride_1, stride_2)
         places_2 = places + tl.maximum(layout_1, 0) * ALL_RANKS
-        factors_2 = factors + tl.maximum(layout_1, 0) * factors_stride
         real_2 = real & (layout_1 >= 0)
         places += tl.maximum(layout, 0) * ALL_RANKS
-        factors += tl.maximum(layout, 0) * factors_stride
         adapted = real & (layout >= 0)
         B = 0.0
         B_second = 0.0
@@ -315,17 +332,16 @@ def product_kernel(
             K, BN, BK, ROWS, PAIR, NORM, TRANSPOSED,
         )  # fmt: skip
     if ALL_RANKS:
-        # A side without experts has no z; its masked columns of B are zero.
-        of_side = z + side * rows * ALL_RANKS
+        of_side = z + side * rows * OWN * RANKS
         y = _expert_update(
-            y, B, lora_B, stride, places, factors, of_side, n, adapted, rows, row,
-            ROWS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
+            y, B, lora_B, stride, places, own, of_side, n, adapted, rows, row,
+            ROWS, OWN, RANKS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if PAIR:
-            of_side = z + rows * ALL_RANKS
+            of_side = z + rows * OWN * RANKS
             u = _expert_update(
-                u, B_second, B_1, stride_1, places_2, factors_2, of_side, n, real_2, rows, row,
-                ROWS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
+                u, B_second, B_1, stride_1, places_2, own, of_side, n, real_2, rows, row,
+                ROWS, OWN, RANKS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
             )  # fmt: skip
     if BIAS:
         bias = _of_side(side, bias_0, bias_1, bias_2)

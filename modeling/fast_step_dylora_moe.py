@@ -63,7 +63,7 @@ class PassExperts:
         weights: `[rows, num_experts]`.
         own: in which slots a row's experts are, `[rows, own]`.
         places: where the acting experts' ranks are, `[layouts, slots * ranks]`, -1 for none.
-        factors: weight times scale of each, `[layouts, rows, slots * ranks]`.
+        factors: weight times scale of a row's own experts, `[layouts, rows, own * ranks]`.
     """
 
     def __init__(
@@ -80,9 +80,10 @@ class PassExperts:
         self.own = torch.zeros(rows, min(own, slots), dtype=torch.int32, device=device)
         self.layouts = layouts if layouts is not None and layouts.layouts else None
         if self.layouts is not None:
-            count, ranks = len(layouts.layouts), slots * layouts.ranks
-            self.places = torch.full((count, ranks), -1, dtype=torch.int32, device=device)
-            self.factors = torch.zeros(count, rows, ranks, dtype=torch.float32, device=device)
+            count, ranks = len(layouts.layouts), layouts.ranks
+            self.places = torch.full((count, slots * ranks), -1, dtype=torch.int32, device=device)
+            shape = (count, rows, self.own.shape[1] * ranks)
+            self.factors = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def set(self, weights: torch.Tensor) -> None:
         """Take weights `[rows, num_experts]`, by operations that a graph can capture."""
@@ -94,12 +95,15 @@ class PassExperts:
         places = self.layouts.places.index_select(1, order)  # [layouts, slots, ranks]
         scales = self.layouts.scales.index_select(1, order)
         self.places.copy_(places.masked_fill(~acts[:, None], -1).flatten(1))
-        weights = weights.index_select(1, order)[:, :, None]  # [rows, slots, 1]
-        self.factors.copy_((weights * scales[:, None]).flatten(2))
+        weights = weights.index_select(1, order)  # [rows, slots]
         if self.own.shape[1] == self.slots:
             self.own.copy_(torch.arange(self.slots, device=order.device).expand_as(self.own))
         else:
-            self.own.copy_(weights[:, :, 0].abs().topk(self.own.shape[1], dim=1).indices)
+            self.own.copy_(weights.abs().topk(self.own.shape[1], dim=1).indices)
+        own = self.own.long()
+        # [layouts, rows, own, ranks]
+        factors = scales.index_select(1, own.flatten()).unflatten(1, own.shape) * weights.gather(1, own)[..., None]
+        self.factors.copy_(factors.flatten(2))
 
     def part(self, rows: slice) -> "PassExperts":
         """Return some rows of the same experts, which share these tensors."""
@@ -473,9 +477,11 @@ class KernelStep:
         description: what it is, for the log.
         speculates: whether one pass can serve several streams.
         longest_text: tokens of a text at most, or `None`.
+        reads_hidden_tokens: whether a step reads what a mask hides in the KV cache, so that it must be finite.
     """
 
     speculates = True
+    reads_hidden_tokens = False
 
     def __init__(self, model):
         foundation = model.foundation
@@ -609,7 +615,7 @@ class KernelStep:
             states, norm = self._norm(run, norm, states), None
         experts = run.experts if product.is_adapted else None
         z = states if experts is None else self._ranks(run, product, states, norm)
-        all_ranks = 0 if experts is None else z.shape[-1]
+        all_ranks = 0 if experts is None else experts.places.shape[1]
         block = blocks(product, rows, all_ranks)
         padded = min(64, max(16, power_of_two(rows))) if is_many else rows
         sides = len(product.sides)
@@ -617,15 +623,15 @@ class KernelStep:
         output = torch.empty(rows, product.columns, dtype=dtype or states.dtype, device=states.device)
         product_kernel[(programs[0] if product.is_pair else sum(programs), -(-rows // padded))](
             states, states if norm is None else norm.weight, states if residual is None else residual, output, z,
-            z if experts is None else experts.places, z if experts is None else experts.factors,
-            0 if experts is None else experts.factors.stride(0),
+            z if experts is None else experts.places, z if experts is None else experts.own,
             *product.weights, *product.biases, *product.lora_B, *product.sizes, *product.lora_B_strides,
             *product.layouts, rows, product.columns, product.weight_stride,
             0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, scale, softcap or 1.0,
             SIDES=sides, K=product.inputs, BN=block.columns, BK=block.inputs, ROWS=padded, PAIR=product.is_pair,
             NORM=norm is not None, BIAS=product.has_bias, RESIDUAL=residual is not None,
-            SOFTCAP=softcap is not None, ACTIVATION=activation, ALL_RANKS=all_ranks,
-            RANK_BLOCK=min(64, max(1, power_of_two(all_ranks & -all_ranks))), DOT=is_many,
+            SOFTCAP=softcap is not None, ACTIVATION=activation,
+            OWN=0 if experts is None else experts.own.shape[1], RANKS=self.layouts.ranks, ALL_RANKS=all_ranks,
+            RANK_BLOCK=min(RANK_BLOCK, all_ranks & -all_ranks), DOT=is_many,
             TRANSPOSED=product.is_transposed,
             PRECISION="ieee" if product.weights[0].dtype == torch.float32 else "tf32", STAGES=block.stages,
             **run.launch(block.warps),
@@ -633,20 +639,16 @@ class KernelStep:
         return output
 
     def _ranks(self, run: Pass, product: Product, states: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        """Multiply `states` by the A of the acting experts, and by their factors: `[sides, rows, ranks]`."""
+        """Multiply `states` by the A of the rows' own experts, and by their factors: `[sides, rows, own * ranks]`."""
         experts, rows, sides = run.experts, len(states), len(product.sides)
-        all_ranks, block = experts.places.shape[1], rank_blocks(product)
-        ranks, num_own = self.layouts.ranks, experts.own.shape[1]
-        # Zero where a side has no experts; elsewhere what is not made is not read.
-        is_partial = any(side.layout is None for side in product.sides)
-        make = torch.zeros if is_partial else torch.empty
-        z = make(sides, rows, all_ranks, dtype=torch.float32, device=states.device)
-        ranks_kernel[(num_own * ranks // block.columns, rows, sides)](
+        own_ranks, block = experts.factors.shape[-1], rank_blocks(product)
+        z = torch.empty(sides, rows, own_ranks, dtype=torch.float32, device=states.device)
+        ranks_kernel[(own_ranks // block.columns, rows, sides)](
             states, states if norm is None else norm.weight, *product.lora_A, experts.own, experts.places,
-            experts.factors, experts.factors.stride(0), z, rows, num_own, *product.layouts,
+            experts.factors, experts.factors.stride(0), z, rows, *product.layouts,
             0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset,
-            K=product.inputs, BN=block.columns, BK=block.inputs, NORM=norm is not None, RANKS=ranks,
-            ALL_RANKS=all_ranks, **run.launch(block.warps),
+            K=product.inputs, BN=block.columns, BK=block.inputs, NORM=norm is not None, OWN=experts.own.shape[1],
+            RANKS=self.layouts.ranks, ALL_RANKS=experts.places.shape[1], **run.launch(block.warps),
         )  # fmt: skip
         return z
 
@@ -737,6 +739,7 @@ BLOCKS = {
     },
 }
 TRANSPOSED = {True: Blocks(64, 32, 4), False: Blocks(64, 64, 4, 3)}  # by whether rows are few
+RANK_BLOCK = 64  # of the acting experts' ranks at a time, in the product with B
 ATTENTION_BLOCK = 32
 ATTENTION_WARPS = 4
 
@@ -790,10 +793,11 @@ class ForwardStep:
     """A decode step by the base model's own forward over a static KV cache; nothing in it is replaced.
 
     Attributes:
-        description, speculates, longest_text: as those of `KernelStep`.
+        description, speculates, longest_text, reads_hidden_tokens: as those of `KernelStep`.
     """
 
     speculates = False
+    reads_hidden_tokens = True
     longest_text = None
 
     def __init__(self, model, reason: str):

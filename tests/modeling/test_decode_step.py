@@ -359,7 +359,7 @@ def test_the_acting_experts_of_a_pass(rows, slots, own):
     tables.make_tables(CPU)
     assert tables.ranks == 32  # the largest, as a power of two
     experts = fast_step.PassExperts(rows, 4, slots, own, CPU, tables)
-    assert experts.places.shape == (2, slots * 32) and experts.factors.shape == (2, rows, slots * 32)
+    assert experts.places.shape == (2, slots * 32) and experts.factors.shape == (2, rows, own * 32)
     generator = torch.Generator().manual_seed(rows)
     for _ in range(5):
         acting = torch.randperm(4, generator=generator)[:slots]
@@ -379,10 +379,11 @@ def test_the_acting_experts_of_a_pass(rows, slots, own):
             assert len(used) == sum(wanted) and set(used) <= set(range(total))
             for row, expected in enumerate(plain_places_and_factors(layout, weights)):
                 factors = experts.factors[number, row].tolist()
-                found = {place: factor for place, factor in zip(places, factors, strict=True) if factor}
+                own_slots = experts.own[row].tolist()
+                assert len(set(own_slots)) == own
+                own_places = [place for slot in own_slots for place in places[slot * 32 :][:32]]
+                found = {place: factor for place, factor in zip(own_places, factors, strict=True) if factor}
                 assert found == pytest.approx(expected)
-                slots_read = {place // 32 for place, factor in enumerate(factors) if factor}
-                assert slots_read <= set(experts.own[row].tolist())
     part = experts.part(slice(rows - 1, rows))
     assert torch.equal(part.weights, weights[-1:]) and torch.equal(part.factors, experts.factors[:, -1:])
     experts.set(torch.zeros_like(weights))
