@@ -61,17 +61,12 @@ MOST_DRAFTS = 15  # tokens that prompt lookup checks in one step
 
 
 def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
-    """Say why a call of `generate` takes the default path; `None` where it may decode fast."""
+    """Say why a call of `generate` takes the default path, the model itself left aside."""
     wanted = getattr(generation_config, "fast_decoding", None)
     if not (ON_BY_ITSELF if wanted is None else wanted):
         return "`fast_decoding` is off"
     if model.device.type not in DEVICES:
         return f"the model is on {model.device.type}"
-    return why_not_call(model, generation_config, arguments) or why_not_model(model)
-
-
-def why_not_call(model, generation_config: GenerationConfig, arguments: dict) -> str | None:
-    """Say which argument of a call is for the default path."""
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     strategy = model.routing_strategy(arguments["routing_strategy"])
     given = {name for name, value in arguments.items() if value is not None}
@@ -97,31 +92,68 @@ def is_own_cache(cache: Cache | None) -> bool:
     return all(isinstance(layer, (DynamicLayer, RowExpertsLayer)) for layer in cache.layers)
 
 
-def why_not_model(model) -> str | None:
+class Survey:
+    """What one walk over a model finds, once a `generate`: it is part of the time of every prompt.
+
+    Attributes:
+        modules, kinds: the model and every module in it, and their classes.
+        tensors: all parameters and buffers.
+        replaced: of every module, whether its forward was replaced.
+        trains: whether one is in training mode; `has_hooks`: whether something looks on.
+    """
+
+    def __init__(self, model: nn.Module):
+        # Not `model.modules()` and `parameters()`, whose nested generators took a fifth of a short prompt's time.
+        self.modules = every_module(model)
+        self.kinds = list(map(type, self.modules))
+        self.tensors: list[torch.Tensor] = []
+        self.replaced: list[bool] = []
+        self.trains = False
+        self.has_hooks = bool(torch.nn.modules.module._has_any_global_hook())
+        for module in self.modules:
+            fields = vars(module)
+            self.tensors += [tensor for tensor in fields["_parameters"].values() if tensor is not None]
+            self.tensors += [tensor for tensor in fields["_buffers"].values() if tensor is not None]
+            self.replaced.append("forward" in fields)
+            self.trains |= fields["training"]
+            self.has_hooks |= _has_hooks(fields)
+
+
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Return a model and the modules in it, each once."""
+    found, waiting = {}, [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting.extend(module._modules.values())
+    return list(found)
+
+
+def _has_hooks(fields: dict) -> bool:
+    """Say whether something looks on a module; transformers' own hooks wait until outputs are asked for."""
+    own = "transformers.utils.output_capturing"
+    others = [hook for hook in fields["_forward_hooks"].values() if getattr(hook, "__module__", None) != own]
+    return bool(others or fields["_forward_pre_hooks"] or "_hf_hook" in fields)
+
+
+def why_not_model(model, survey: Survey) -> str | None:
     """Say what of a model a CUDA graph would not see, or cannot hold."""
-    modules = every_module(model)
-    tensors = every_tensor(modules)
+    of_each_class = {type(tensor): tensor for tensor in survey.tensors}.values()
     reasons = {
         "the model's forward was replaced, by a compiled one for instance": _is_overridden(model),
-        "the model, or a part of it, is in training mode": any(module.training for module in modules),
+        "the model, or a part of it, is in training mode": survey.trains,
         "autocast": torch.is_autocast_enabled(model.device.type),
         "a quantised model": getattr(model, "is_quantized", False)
         or getattr(model.foundation, "is_quantized", False)
-        or any(map(is_traceable_wrapper_subclass, tensors)),
+        or any(map(is_traceable_wrapper_subclass, of_each_class)),
         "an attention implementation without a mask": model.config.get_text_config()._attn_implementation
         not in ("sdpa", "eager"),
-        "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(map(type, modules))),
-        "several devices, or offloaded weights": len({tensor.device for tensor in tensors}) != 1,
-        "hooks on modules": any(map(_has_hooks, modules)) or torch.nn.modules.module._has_any_global_hook(),
+        "adapters of PEFT": any(kind.__module__.startswith("peft.") for kind in set(survey.kinds)),
+        "several devices, or offloaded weights": len({tensor.device for tensor in survey.tensors}) != 1,
+        "hooks on modules": survey.has_hooks,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Say whether something looks on; transformers' own hooks wait until outputs are asked for."""
-    own = "transformers.utils.output_capturing"
-    others = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != own]
-    return bool(others or module._forward_pre_hooks or "_hf_hook" in vars(module))
 
 
 def _is_overridden(model) -> bool:
@@ -187,6 +219,10 @@ class FastDecodingMixin:
         """
         store = self.__dict__.setdefault("_decode_graphs", GraphStore())
         reason = why_not(self, generation_config, arguments)
+        survey = None
+        if reason is None:
+            survey = Survey(self)
+            reason = why_not_model(self, survey)
         has_lock = reason is None and store.lock.acquire(blocking=False)
         if not has_lock:
             self._tell_once(reason or "another thread decodes with this model", store)
@@ -195,7 +231,7 @@ class FastDecodingMixin:
         try:
             # Triton and streams go by the current GPU.
             with torch.cuda.device_of(next(self.parameters())):
-                store.look_at(self)
+                store.look_at(self, survey)
                 reason = store.reason or store.why_not_text(generation_config, arguments)
                 self._tell_once(reason, store)
                 if reason is None:
@@ -386,23 +422,6 @@ class Decoding:
         self.layers = []
 
 
-def every_module(model) -> list[nn.Module]:
-    """As `model.modules()`, whose nested generators took a fifth of the time of a short prompt."""
-    found, waiting = {}, [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            waiting.extend(module._modules.values())
-    return list(found)
-
-
-def every_tensor(modules: list[nn.Module]) -> list[torch.Tensor]:
-    """Return the parameters and buffers of modules."""
-    kinds = (kind for module in modules for kind in (module._parameters, module._buffers))
-    return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
-
-
 def looks_up_greedily(input_ids: torch.Tensor, generation_config: GenerationConfig, arguments: dict) -> bool:
     """Say whether assisted decoding is prompt lookup of one greedy text, of which only tokens are asked for.
 
@@ -558,22 +577,20 @@ class GraphStore:
         self.memory = {}
         self.reason = reason
 
-    def look_at(self, model) -> None:
+    def look_at(self, model, survey: Survey) -> None:
         """Choose what computes a step, again if code, settings or addresses of weights changed."""
-        config, modules = model.config, every_module(model)
-        kinds = list(map(type, modules))
+        config, modules, kinds = model.config, survey.modules, survey.kinds
         code = [model, *modules, *(kind.forward for kind in dict.fromkeys(kinds))]
-        tensors = every_tensor(modules)
         # Numbers, since so many tuples would set off a garbage collection.
         weights = [
-            hash((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)) for tensor in tensors
+            hash((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+            for tensor in survey.tensors
         ]
         settings = [getattr(config, name) for name in ROUTER_SETTINGS] + [model.routes_densely]
         text_config = model.foundation.config.get_text_config()
         settings += [str(text_config._attn_implementation), str(text_config._experts_implementation)]
         settings.append(str(vars(text_config)))  # the base model's code may read any of it in a step
-        replaced = ["forward" in vars(module) for module in modules]
-        seen = hash((*weights, *settings, *model._rank_layouts, *kinds, *replaced))
+        seen = hash((*weights, *settings, *model._rank_layouts, *kinds, *survey.replaced))
         is_known = len(code) == len(self.code) and all(map(lambda old, new: old() is new, self.code, code))
         if seen == self.seen and is_known:
             return
@@ -623,13 +640,14 @@ class GraphStore:
             batch, heads, kept, size = states[0].shape
             shape = (len(states) * batch * copies, heads, capacity, size)
             cache = self._memory(index, kind, shape, states[0])
-            for part, filled in zip(cache.chunk(len(states)), states, strict=True):
-                if self.step.reads_hidden_tokens:
-                    part[:, :, : length - kept].zero_()
-                    part[:, :, length:].zero_()
-                part[:, :, length - kept : length].unflatten(0, (-1, copies)).copy_(filled.unsqueeze(1))
-            for layer in layers:
-                setattr(layer, name, getattr(layer, name).new_empty(batch * copies, heads, 0, size))
+            if self.step.reads_hidden_tokens:
+                cache[:, :, : length - kept].zero_()
+                cache[:, :, length:].zero_()
+            empty = states[0].new_empty(batch * copies, heads, 0, size)
+            parts = cache.narrow(2, length - kept, kept).chunk(len(states))
+            for part, layer, filled in zip(parts, layers, states, strict=True):
+                part.copy_(filled if copies == 1 else filled.repeat_interleave(copies, dim=0))
+                setattr(layer, name, empty)
             both.append(cache)
         return tuple(both)
 

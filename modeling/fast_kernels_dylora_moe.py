@@ -189,13 +189,13 @@ def _own_parts(
 
 @triton.jit
 def _expert_update(
-    y, tile, lora_B, stride, places, own, z, n, real, rows, row,
+    y, tile, lora_B, stride, places, own, acting, z, n, real, rows, row,
     ROWS: tl.constexpr, OWN: tl.constexpr, RANKS: tl.constexpr, ALL_RANKS: tl.constexpr, BLOCK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add B z to columns n of a side, `[BN, ROWS]`; `tile` is the first of B."""
     if DOT:
-        for at in tl.range(0, ALL_RANKS, BLOCK, num_stages=STAGES):
+        for at in tl.range(0, tl.load(acting) * RANKS, BLOCK, num_stages=STAGES):
             of_B = _lora_B(lora_B, stride, places, at, n, real, BLOCK)
             parts = _own_parts(z, own, row, row < rows, at, BLOCK, OWN, RANKS, ALL_RANKS)
             y = tl.dot(of_B, parts.to(of_B.dtype), y, input_precision=PRECISION)
@@ -258,7 +258,7 @@ def ranks_kernel(
 
 @triton.jit
 def product_kernel(
-    x, norm, residual, output, z, places, own,
+    x, norm, residual, output, z, places, own, acting,
     W_0, W_1, W_2, bias_0, bias_1, bias_2, B_0, B_1, B_2, size_0, size_1, size_2,
     stride_0, stride_1, stride_2, layout_0, layout_1, layout_2,
     rows, columns, weight_stride, eps, offset, scale, softcap,
@@ -275,6 +275,7 @@ def product_kernel(
         output: `[rows, columns]`, sides one after the other; `residual` too. With PAIR there are two sides,
             and the output is activation(first) * second.
         z, places, own, layout_*: as of `ranks_kernel`; ALL_RANKS is 0 without experts.
+        acting: how many slots have an expert that acts; they are the first.
         W_*, bias_*, B_*: every side's weight `[size, K]`, bias `[size]`, and B `[ranks, size]`, with `stride_*`
             from one of B's ranks to the next.
     """
@@ -334,13 +335,13 @@ def product_kernel(
     if ALL_RANKS:
         of_side = z + side * rows * OWN * RANKS
         y = _expert_update(
-            y, B, lora_B, stride, places, own, of_side, n, adapted, rows, row,
+            y, B, lora_B, stride, places, own, acting, of_side, n, adapted, rows, row,
             ROWS, OWN, RANKS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if PAIR:
             of_side = z + rows * OWN * RANKS
             u = _expert_update(
-                u, B_second, B_1, stride_1, places_2, own, of_side, n, real_2, rows, row,
+                u, B_second, B_1, stride_1, places_2, own, acting, of_side, n, real_2, rows, row,
                 ROWS, OWN, RANKS, ALL_RANKS, RANK_BLOCK, DOT, PRECISION, STAGES,
             )  # fmt: skip
     if BIAS:

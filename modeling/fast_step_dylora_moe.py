@@ -62,6 +62,7 @@ class PassExperts:
     Attributes:
         weights: `[rows, num_experts]`.
         own: in which slots a row's experts are, `[rows, own]`.
+        acting: how many slots have an expert that acts, `[1]`; they are the first.
         places: where the acting experts' ranks are, `[layouts, slots * ranks]`, -1 for none.
         factors: weight times scale of a row's own experts, `[layouts, rows, own * ranks]`.
     """
@@ -78,6 +79,7 @@ class PassExperts:
         self.weights = torch.zeros(rows, num_experts, dtype=torch.float32, device=device)
         self.slots = slots
         self.own = torch.zeros(rows, min(own, slots), dtype=torch.int32, device=device)
+        self.acting = torch.zeros(1, dtype=torch.int32, device=device)
         self.layouts = layouts if layouts is not None and layouts.layouts else None
         if self.layouts is not None:
             count, ranks = len(layouts.layouts), layouts.ranks
@@ -92,6 +94,7 @@ class PassExperts:
             return
         acts, order = torch.sort((weights != 0).any(dim=0), descending=True, stable=True)
         acts, order = acts[: self.slots], order[: self.slots]
+        self.acting.copy_(acts.sum(dim=0, keepdim=True))
         places = self.layouts.places.index_select(1, order)  # [layouts, slots, ranks]
         scales = self.layouts.scales.index_select(1, order)
         self.places.copy_(places.masked_fill(~acts[:, None], -1).flatten(1))
@@ -102,7 +105,9 @@ class PassExperts:
             self.own.copy_(weights.abs().topk(self.own.shape[1], dim=1).indices)
         own = self.own.long()
         # [layouts, rows, own, ranks]
-        factors = scales.index_select(1, own.flatten()).unflatten(1, own.shape) * weights.gather(1, own)[..., None]
+        factors = (
+            scales.index_select(1, own.flatten()).unflatten(1, own.shape) * weights.gather(1, own)[..., None]
+        )
         self.factors.copy_(factors.flatten(2))
 
     def part(self, rows: slice) -> "PassExperts":
@@ -115,7 +120,9 @@ class PassExperts:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what `set` changes."""
-        return [self.weights] if self.layouts is None else [self.weights, self.own, self.places, self.factors]
+        if self.layouts is None:
+            return [self.weights]
+        return [self.weights, self.own, self.acting, self.places, self.factors]
 
 
 @dataclass
@@ -624,6 +631,7 @@ class KernelStep:
         product_kernel[(programs[0] if product.is_pair else sum(programs), -(-rows // padded))](
             states, states if norm is None else norm.weight, states if residual is None else residual, output, z,
             z if experts is None else experts.places, z if experts is None else experts.own,
+            z if experts is None else experts.acting,
             *product.weights, *product.biases, *product.lora_B, *product.sizes, *product.lora_B_strides,
             *product.layouts, rows, product.columns, product.weight_stride,
             0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, scale, softcap or 1.0,
@@ -739,7 +747,7 @@ BLOCKS = {
     },
 }
 TRANSPOSED = {True: Blocks(64, 32, 4), False: Blocks(64, 64, 4, 3)}  # by whether rows are few
-RANK_BLOCK = 64  # of the acting experts' ranks at a time, in the product with B
+RANK_BLOCK = 128  # of the acting experts' ranks at a time, in the product with B
 ATTENTION_BLOCK = 32
 ATTENTION_WARPS = 4
 
