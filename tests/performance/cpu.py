@@ -11,29 +11,19 @@ strategy at batch 1 and 8, and a training step of 4 rows of 128 tokens. A Llama 
 """
 
 import argparse
-import importlib.util
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
-from workbench import alternating, report
+from workbench import alternating, import_modeling, report
 
 import dylora_moe.modeling
 
 
 STRATEGIES = ("base", "single:1", "best", "router", "uniform", "round_robin", "ensemble")
 PROMPT, NEW, LAYERS = 64, 32, 8
-
-
-def import_modeling(folder: Path):
-    """The `modeling` of another version, beside this one's: its modules import each other relatively."""
-    spec = importlib.util.spec_from_file_location("other_modeling", folder / "__init__.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_model(modeling):

@@ -4,7 +4,8 @@
 
 Milliseconds a token of a whole `generate` (prompt of 256 tokens, 128 new ones), the median of 9, and the
 ratio to the bare foundation's `generate` in the same process. `step` is the replay of a step's graph alone and
-`prompt` one token of `generate`. `first` is what the first call takes longer, in seconds: capturing its graphs,
+`prompt` one token of `generate`; `GB/s` is of the weights that the step reads, and `hits` the share of speculative
+steps that were right. `first` is what the first call takes longer, in seconds: capturing its graphs,
 and whatever else runs for the first time. With `--compiled`, transformers' own static cache with compilation
 runs beside them. Models with few and with many
 experts take turns. PEFT's peers run five times for 32 new tokens, and X-LoRA for 16, since it runs two passes
@@ -15,7 +16,7 @@ import argparse
 import statistics
 from functools import partial
 
-from floor import milliseconds
+from floor import bytes_of, milliseconds
 from workbench import (
     PEERS,
     alternating,
@@ -29,6 +30,8 @@ from workbench import (
     seconds,
     xlora_model,
 )
+
+from dylora_moe.modeling import fast_decoding_dylora_moe as fast_decoding
 
 
 CLOSE = 0.015
@@ -50,9 +53,16 @@ def parts_of(model, batch: int, prompt: int, arguments: dict) -> dict[str, float
     if store is None or not store.graphs:
         return {}
     graph = next(reversed(store.graphs.values()))
-    captured = graph._whole if graph._whole.graph is not None else graph._speculative
+    captured = graph._whole
+    if graph.speculated and graph.hit_rate >= fast_decoding.SPECULATION_PAYS:
+        captured = graph._speculative
     graph.length.fill_(prompt)
     parts = {"step": milliseconds(captured.graph.replay)}
+    strategy = arguments["routing_strategy"]
+    passes = 2 if strategy == "router" and captured is graph._whole else 1
+    parts["GB/s"] = bytes_of(model, strategy, passes, 0, batch, prompt) / parts["step"] / 1e6
+    if graph.speculated:
+        parts["hits"] = graph.hits / graph.speculated
     prompts = seconds(partial(generate, model, batch, prompt, 1, **arguments), 3)
     return {**parts, "prompt": 1000 * statistics.median(prompts)}
 
@@ -64,6 +74,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--only", nargs="+", default=[row[0] for row in STRATEGIES], help="names in the table"
+    )
     parser.add_argument("--no_peers", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     with report("Decoding", parser) as (options, rows):
@@ -120,6 +133,8 @@ def main() -> None:
         models = {count: routed(count) for count in options.experts}
         for batch in options.batches:
             for name, strategy, agreement in STRATEGIES:
+                if name not in options.only:
+                    continue
                 some = models if strategy != "ensemble" else {min(models): models[min(models)]}
                 seen = routes_alike(some, batch, agreement) if strategy == "router" else {}
                 add(name, some, batch, agreement=seen, routing_strategy=strategy)

@@ -3,7 +3,9 @@ models on it, PEFT's peers, and how time is taken.
 """
 
 import gc
+import importlib.util
 import json
+import sys
 import tempfile
 import time
 from argparse import ArgumentParser
@@ -153,6 +155,14 @@ PEERS = {  # what serves adapters without this project: the function that builds
     "PEFT, four adapters": (peft_model, 4),
     "PEFT X-LoRA": (xlora_model, 4),
 }
+
+
+def import_modeling(folder: Path):
+    """The `modeling` of another version, beside this one's: its modules import each other relatively."""
+    spec = importlib.util.spec_from_file_location("other_modeling", folder / "__init__.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def synchronize() -> None:
