@@ -58,7 +58,7 @@ def parts_of(model, batch: int, prompt: int, arguments: dict) -> dict[str, float
         captured = graph._speculative
     graph.length.fill_(prompt)
     parts = {"step": milliseconds(captured.graph.replay)}
-    strategy = arguments["routing_strategy"]
+    strategy = arguments.get("routing_strategy", "base")
     passes = 2 if strategy == "router" and captured is graph._whole else 1
     parts["GB/s"] = bytes_of(model, strategy, passes, 0, batch, prompt) / parts["step"] / 1e6
     if graph.speculated:
