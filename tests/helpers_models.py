@@ -150,7 +150,7 @@ class PeftLoop:
         foundation = AutoModelForCausalLM.from_config(model.config.base_config)
         state = {k.replace(".base_layer.", "."): v for k, v in model.foundation.state_dict().items()}
         foundation.load_state_dict(
-            {k: v for k, v in state.items() if ".lora_" not in k and "lora_A" not in k}
+            {k: v for k, v in state.items() if ".lora_" not in k and not k.endswith(".prototypes")}
         )
         self.peft = None
         for expert in self.config.expert_configs:

@@ -74,8 +74,8 @@ class NaiveLayer(torch.nn.Module):
 
 
 def naive_logits(model: DyloraMoeForCausalLM, top_k: int, **inputs) -> torch.Tensor:
-    """The foundation's own forward over naive layers."""
-    foundation = copy.deepcopy(model.foundation)
+    """The foundation's own forward over naive layers, in float64."""
+    foundation = copy.deepcopy(model.foundation).double()
     for name in model.expert_layers():
         parent, _, child = name.rpartition(".")
         layer = foundation.get_submodule(name)
@@ -83,7 +83,7 @@ def naive_logits(model: DyloraMoeForCausalLM, top_k: int, **inputs) -> torch.Ten
             foundation.get_submodule(parent), child, NaiveLayer(layer, top_k, model.config.router_temperature)
         )
     with torch.no_grad():
-        return foundation(**inputs).logits
+        return foundation(**inputs).logits.float()
 
 
 # Prototypes
@@ -127,9 +127,7 @@ def test_logits_equal_a_loop_over_tokens_and_experts(base, top_k):
             for name, parts in kinds.items()
         ]
     model = build_arrow(base, experts, num_experts_per_tok=top_k)
-    layouts = set(
-        map(len, (set(rank for rank, _ in layout) for layout in model.config.rank_layouts().values()))
-    )
+    layouts = set(map(len, ({rank for rank, _ in layout} for layout in model.config.rank_layouts().values())))
     assert max(layouts) > 1  # unequal ranks or targets
     with torch.no_grad():
         found = model(**BATCH, routing_strategy="router").logits
@@ -258,7 +256,7 @@ def test_generate_returns_router_logits_of_every_layer():
 @pytest.mark.parametrize(
     "arguments", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str
 )
-@pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_cache_changes_nothing(arguments, cache):
     model = build_arrow()
     found = []
@@ -425,9 +423,7 @@ def test_a_new_expert_gets_a_prototype_once_it_does_something():
 
 
 def test_what_arrow_cannot_route_is_refused():
-    with pytest.raises(
-        ValueError, match="'arrow' routes linear layers, and experts adapt 'model.layers.0.mlp"
-    ):
+    with pytest.raises(ValueError, match="'arrow' routes linear layers, and experts adapt"):
         DyloraMoeConfig(
             base_config=MixtralConfig(**SIZES),
             expert_configs=[{"name": "one", "target_parameters": ["model.layers.0.mlp.experts.down_proj"]}],
