@@ -17,8 +17,8 @@ from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
-SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path")
-COMMANDS = ("benchmark", "expert-analysis", "routing-analysis")
+SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path", "--texts")
+COMMANDS = ("benchmark", "expert-analysis", "routing-analysis", "fit-router")
 MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
 
 

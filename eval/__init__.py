@@ -2,7 +2,7 @@
 
 Read `benchmark` first: every model, strategy and benchmark of one run. The folders follow its order:
 `sampling` asks the model in the words of `evalplus_bridge`, `scoring` checks the programs, `analysis` and
-`report` say what follows. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used,
+`report` say what follows. `fitting` fits a router to `texts`. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used,
 without EvalPlus.
 """
 
@@ -17,6 +17,7 @@ from dylora_moe.hub_export.extras import check_packages
 if TYPE_CHECKING:
     from .benchmark import BenchmarkResult
     from .evalplus_bridge.stock import run_stock_evalplus
+    from .fitting.fit_router import FitRouterResult, fit_router
     from .options import BenchmarkOptions
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
     from .sampling.run_record import Run, read_runs
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 _PLACES = {
     "BenchmarkOptions": "options",
     "BenchmarkResult": "benchmark",
+    "FitRouterResult": "fitting.fit_router",
     "PeftMoEDecoder": "peft_moe",
     "Run": "sampling.run_record",
     "evaluate": "peft_moe",
+    "fit_router": "fitting.fit_router",
     "read_runs": "sampling.run_record",
     "register": "peft_moe",
     "run_codegen": "peft_moe",
@@ -49,9 +52,11 @@ def __dir__() -> list[str]:
 __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
+    "FitRouterResult",
     "PeftMoEDecoder",
     "Run",
     "evaluate",
+    "fit_router",
     "read_runs",
     "register",
     "run_codegen",

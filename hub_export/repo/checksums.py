@@ -61,9 +61,7 @@ def renewed_checksums(folder: Path, names: Sequence[str]) -> Iterator[None]:
         yield
         return
     right = [
-        name
-        for name in names
-        if not (folder / name).exists() or checksums.get(name) == sha256(folder / name)
+        name for name in names if not (folder / name).exists() or checksums.get(name) == sha256(folder / name)
     ]
     yield
     checksums |= {name: sha256(folder / name) for name in right}

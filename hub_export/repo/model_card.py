@@ -291,9 +291,7 @@ def _fitting(record: Any) -> str:
     texts = record.get("texts")
     names = [text.get("name") for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
     shown = few([as_markdown_code(str(name)) for name in names], 4) or "texts"
-    return (
-        f" Fitted to {shown} by `dylora-moe fit-router`, the experts frozen; `router_fitting` in `config.json` says how."
-    )
+    return f" Fitted to {shown} by `dylora-moe fit-router`, the experts frozen; `router_fitting` in `config.json` says how."
 
 
 def _strategies(config: Any, routing_strategy: str) -> str:
