@@ -1,8 +1,9 @@
-"""Scoring with EvalPlus, and analysis of experts and routing.
+"""Scoring with EvalPlus, analysis of experts and routing, and the loss of texts.
 
 Read `benchmark` first: every model, strategy and benchmark of one run. The folders follow its order:
 `sampling` asks the model in the words of `evalplus_bridge`, `scoring` checks the programs, `analysis` and
-`report` say what follows. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used,
+`report` say what follows. `texts` measures without generating, and `fitting` fits a router to texts. `peft_moe` is
+a backend of EvalPlus. Names are imported when they are first used,
 without EvalPlus.
 """
 
@@ -17,16 +18,22 @@ from dylora_moe.hub_export.extras import check_packages
 if TYPE_CHECKING:
     from .benchmark import BenchmarkResult
     from .evalplus_bridge.stock import run_stock_evalplus
+    from .fitting.fit_router import FitRouterResult, fit_router
     from .options import BenchmarkOptions
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
     from .sampling.run_record import Run, read_runs
+    from .texts.loss import LossMeasurement, measure_loss
 
 _PLACES = {
     "BenchmarkOptions": "options",
     "BenchmarkResult": "benchmark",
+    "FitRouterResult": "fitting.fit_router",
+    "LossMeasurement": "texts.loss",
     "PeftMoEDecoder": "peft_moe",
     "Run": "sampling.run_record",
     "evaluate": "peft_moe",
+    "fit_router": "fitting.fit_router",
+    "measure_loss": "texts.loss",
     "read_runs": "sampling.run_record",
     "register": "peft_moe",
     "run_codegen": "peft_moe",
@@ -49,9 +56,13 @@ def __dir__() -> list[str]:
 __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
+    "FitRouterResult",
+    "LossMeasurement",
     "PeftMoEDecoder",
     "Run",
     "evaluate",
+    "fit_router",
+    "measure_loss",
     "read_runs",
     "register",
     "run_codegen",

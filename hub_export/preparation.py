@@ -46,6 +46,8 @@ def prepare(
             mixture, plan, tokenizer and tokenizer.tokenizer, prompts, options
         )
         renew_config(plan, mixture, options)
+    if mixture.router is None and not options.drops_router:
+        _say_there_is_no_router(mixture)
     return plan, tokenizer
 
 
@@ -80,6 +82,14 @@ def _set_router(mixture: Mixture, options: ExportOptions) -> None:
         )
         warnings.warn(message, DyloraMoeWarning, stacklevel=4)
         _drop_router(mixture)
+
+
+def _say_there_is_no_router(mixture: Mixture) -> None:
+    from dylora_moe.modeling.routing_strategies_dylora_moe import WAYS_TO_A_ROUTER
+
+    if len(mixture.experts) > 1:
+        message = f"this mixture of {len(mixture.experts)} experts has no router: {WAYS_TO_A_ROUTER}"
+        warnings.warn(message, DyloraMoeWarning, stacklevel=4)
 
 
 def _drop_router(mixture: Mixture) -> None:

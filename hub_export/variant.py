@@ -1,4 +1,4 @@
-"""A second folder of an exported repo with another default strategy or router mode; weights are shared.
+"""A second folder of an exported repo with another default strategy, router mode or gate; weights are shared.
 
 Tools that know a model only by its path can then compare strategies, or train and evaluate in one mode.
 """
@@ -11,11 +11,12 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import DyloraMoeWarning, InputError, one_line
 from .readers import exported_repo
-from .repo.checksums import replace_covered
+from .repo.checksums import renewed_checksums, replace_covered
+from .repo.gate_files import gate_holders, replace_gate
 from .repo.model_card import restate
 from .repo.repo_config import load_config
 from .repo.repo_files import is_replaceable, repo_files
@@ -23,7 +24,11 @@ from .repo.writer import write_generation_config
 from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions
 from .sources.text_files import read_text
-from .staging import staged_folder
+from .staging import check_output, staged_folder
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -66,42 +71,103 @@ def make_variant(
         FailureError: the disk is full, or the file system refuses.
     """
     source = open_folder(repo)
-    repo = source.path
     if routing_strategy is None and router_mode is None:
         raise InputError("a variant differs in something: pass --routing_strategy, --router_mode or both")
     config = load_config(source)
-    fields = source.read_json("generation_config.json", required=False)
-    wanted = fields.get("routing_strategy") if routing_strategy is None else routing_strategy
-    strategy = _strategy(wanted, config)
+    changes = {}
     if router_mode is not None:
         _check_mode(router_mode, config)
-        config.router_mode = router_mode
-    # In the Hub's cache, and in a variant, files may be links.
-    files = repo_files(repo, follow_links=True).files
-    exported_repo.read([source], ReadOptions())  # what weights lack, the variant would lack, too
-    if repo.resolve() == Path(output_dir).resolve():
+        config.router_mode = changes["router_mode"] = router_mode
+    return _write_variant(source, config, Path(output_dir), overwrite, routing_strategy, changes)
+
+
+def write_with_gate(
+    source: SourceFolder,
+    output_dir: str | Path,
+    gate: tuple[torch.Tensor, torch.Tensor],
+    router_fields: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> VariantResult:
+    """Write a folder that differs from a repo in its gate alone, whose default strategy is `router`.
+
+    Args:
+        source: an exported repo, with a router or without.
+        output_dir, overwrite: as of `make_variant`.
+        gate: weight `[num_experts, hidden_size]` and bias `[num_experts]`.
+        router_fields: the fields of the config that say what the gate reads, how its logits become weights, and how
+            it was made.
+
+    Raises:
+        As `make_variant`.
+    """
+    config = load_config(source)
+    for name, value in router_fields.items():
+        setattr(config, name, value)
+    return _write_variant(source, config, Path(output_dir), overwrite, "router", router_fields, gate)
+
+
+def check_output_of_variant(source: SourceFolder, output_dir: Path, overwrite: bool) -> None:
+    """Check that a variant of a repo may be written to a folder.
+
+    Raises:
+        InputError: the folder is not empty, or it is or holds the repo.
+    """
+    repo = source.path.resolve()
+    if repo == output_dir.resolve():
         raise InputError(f"{output_dir} is the repo itself; choose another output folder")
-    if Path(output_dir).resolve() in repo.resolve().parents:
-        raise InputError(f"{repo} lies in the output folder {output_dir}, which would be replaced")
-    with staged_folder(Path(output_dir), overwrite, is_replaceable) as folder:
-        shared = _copy(source, folder, files, Path(output_dir).resolve())
+    if output_dir.resolve() in repo.parents:
+        raise InputError(f"{source.path} lies in the output folder {output_dir}, which would be replaced")
+    check_output(output_dir, overwrite, is_replaceable)
+
+
+def _write_variant(
+    source: SourceFolder,
+    config: Any,
+    output_dir: Path,
+    overwrite: bool,
+    routing_strategy: str | None,
+    changes: dict[str, Any],
+    gate: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> VariantResult:
+    """Write a variant.
+
+    Args:
+        config: the repo's, with the changes in it.
+        routing_strategy: the default; the repo's own, if left out.
+        changes: fields of the config.
+        gate: in place of the repo's.
+    """
+    fields = source.read_json("generation_config.json", required=False)
+    strategy = _strategy(routing_strategy or fields.get("routing_strategy"), config)
+    # In the Hub's cache, and in a variant, files may be links.
+    files = repo_files(source.path, follow_links=True).files
+    exported_repo.read([source], ReadOptions())  # what weights lack, the variant would lack, too
+    check_output_of_variant(source, output_dir, overwrite)
+    with staged_folder(output_dir, overwrite, is_replaceable) as folder:
+        shared = _copy(source, folder, files, output_dir.resolve())
+        if gate is not None:
+            with renewed_checksums(folder, gate_holders(folder, config.weights_layout)):
+                replace_gate(folder, config.weights_layout, *gate)
         if routing_strategy is not None:
             write_generation_config(folder, fields, strategy)
-        if router_mode is not None:
-            stored = {**source.read_json("config.json"), "router_mode": router_mode}
+        if changes:
+            stored = {**source.read_json("config.json"), **changes}
             replace_covered(folder, "config.json", json.dumps(stored, indent=2, sort_keys=True) + "\n")
         card = folder / "README.md"
         if card.is_file():
             # It may be written in another encoding.
             old = read_text(card, errors="surrogateescape")
-            text = restate(old, Path(output_dir).resolve().name, strategy, config)
+            text = restate(old, output_dir.resolve().name, strategy, config)
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
     if shared == "copies":
-        message = f"the weights were copied to {output_dir}: its file system shares no files with {repo}"
-        warnings.warn(message, DyloraMoeWarning, stacklevel=2)
+        message = (
+            f"the weights were copied to {output_dir}: its file system shares no files with {source.path}"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
     return VariantResult(
-        output_dir=Path(output_dir).resolve(),
-        repo=repo,
+        output_dir=output_dir.resolve(),
+        repo=source.path,
         routing_strategy=strategy,
         router_mode=config.router_mode if config.has_router else None,
         weights=shared,

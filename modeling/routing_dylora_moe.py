@@ -253,13 +253,21 @@ class RoutedPass:
     def read_router(self, stream: int | None) -> torch.Tensor:
         """Compute router logits `[batch, sequence, num_experts]`, in a pass of the router's own.
 
+        Args:
+            stream: the stream whose KV cache it uses; `None` for a pass without a cache.
+        """
+        if self.router_logits is None:
+            self.router_logits = self.model.router(self.router_hidden_states(stream))
+        return self.router_logits
+
+    def router_hidden_states(self, stream: int | None) -> torch.Tensor:
+        """Compute what the router reads, `[batch, sequence, hidden_size]`, in a pass of its own.
+
         The pass runs without gradients in the foundation and the experts.
 
         Args:
             stream: the stream whose KV cache it uses; `None` for a pass without a cache.
         """
-        if self.router_logits is not None:
-            return self.router_logits
         inputs = {
             name: self.inputs[name] for name in ROUTER_PASS_ARGUMENTS if self.inputs.get(name) is not None
         }
@@ -269,8 +277,7 @@ class RoutedPass:
         active = self.model.active_experts(self._router_input_weights())
         with torch.no_grad(), use_experts(active):
             outputs = self.model.foundation_body(**inputs, return_dict=True)
-        self.router_logits = self.model.router(outputs.last_hidden_state)
-        return self.router_logits
+        return outputs.last_hidden_state
 
     def _router_input_weights(self) -> torch.Tensor | None:
         """Return the experts' weights in the router's own pass: see `DyloraMoeConfig.router_input`."""

@@ -16,6 +16,11 @@ from .configuration_dylora_moe import DyloraMoeConfig
 
 ROUTING_STRATEGIES: dict[str, type["RoutingStrategy"]] = {}
 
+WAYS_TO_A_ROUTER = (
+    "`dylora-moe fit-router` fits one to texts; `dylora-moe export` makes one of the adapters alone with `--router arrow`, "
+    "or of example prompts with `--router_prompts`"
+)
+
 
 def register(strategy_class: type["RoutingStrategy"]) -> type["RoutingStrategy"]:
     """Add a strategy to the registry, under its `name`."""
@@ -232,7 +237,7 @@ def resolve_routing_strategy(
     if strategy_class is None:
         problem = "is not known"
     elif strategy_class.needs_router and not config.has_router:
-        problem = "needs a router, which this model does not have"
+        problem = f"needs a router, which this model does not have ({WAYS_TO_A_ROUTER})"
     elif config.num_experts == 0 and name != "base":
         problem = "needs experts, which this model does not have"
     else:
@@ -250,4 +255,10 @@ def _valid_forms(config: DyloraMoeConfig) -> str:
     return f"Valid: {', '.join(forms)}. Experts: {', '.join(experts) or 'none'}."
 
 
-__all__ = ["ROUTING_STRATEGIES", "RoutingStrategy", "default_routing_strategy", "resolve_routing_strategy"]
+__all__ = [
+    "ROUTING_STRATEGIES",
+    "WAYS_TO_A_ROUTER",
+    "RoutingStrategy",
+    "default_routing_strategy",
+    "resolve_routing_strategy",
+]

@@ -325,6 +325,7 @@ def _router(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor])
         raise InputError(
             f"{folder}: {keys[0]} is {list(shape)}, but config.json has {config.num_experts} experts"
         )
+    fitting = getattr(config, "router_fitting", None)
     return Router(
         read=lambda: (weights[keys[0]].read(), weights[keys[1]].read()),
         num_experts=shape[0],
@@ -334,4 +335,5 @@ def _router(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor])
         router_temperature=config.router_temperature,
         router_mode=config.router_mode,
         router_aux_loss_coef=config.router_aux_loss_coef,
+        fitting=fitting if isinstance(fitting, dict) else None,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -43,13 +45,28 @@ def write_checksums(folder: Path) -> None:
 
 def replace_covered(folder: Path, name: str, text: str) -> None:
     """Write another text to a file, and its checksum, unless the old one did not match already."""
-    checksums = read_checksums(folder) or {}
-    was_right = checksums.get(name) == sha256(folder / name)
-    (folder / name).write_text(text, encoding="utf-8")
-    if was_right:
-        checksums[name] = sha256(folder / name)
-        lines = [f"{digest}  {file}\n" for file, digest in checksums.items()]
-        (folder / FILE).write_text("".join(lines), encoding="utf-8")
+    with renewed_checksums(folder, [name]):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def renewed_checksums(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Write the checksums of files that change meanwhile, unless the old one did not match already.
+
+    Args:
+        names: of the files; one that is not there yet is listed afterwards.
+    """
+    checksums = read_checksums(folder)
+    if checksums is None:
+        yield
+        return
+    right = [
+        name for name in names if not (folder / name).exists() or checksums.get(name) == sha256(folder / name)
+    ]
+    yield
+    checksums |= {name: sha256(folder / name) for name in right}
+    lines = [f"{checksums[name]}  {name}\n" for name in sorted(checksums)]
+    (folder / FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def differing_files(folder: SourceFolder) -> list[str] | None:

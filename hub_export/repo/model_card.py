@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..errors import few
 from ..foundation.reference import is_local, open_foundation
 from ..shown_text import LONGEST_IN_CARD, as_markdown, as_markdown_code, one_printable_line
 from ..sources.hub_and_folders import is_on_hub
@@ -32,6 +33,12 @@ RECORD = re.compile(r"<!-- metadata that was generated, too: (.*) -->")
 # The repo's name where `_loading` and `_scoring` write it: a string of Python, and a word of a shell.
 LITERAL = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
 GATE = "A linear gate in float32."  # begins the paragraph that says how the router weights experts
+NO_ROUTER = "## Router\n\nNone: experts are chosen by name, in turn or mixed equally."
+A_ROUTER = "a router that weights them token by token"
+TWO_PASSES = (
+    "- Strategies `router` and `best` run the base model a second time for the router; `ensemble` runs once "
+    "for every expert."
+)
 QUOTED = re.compile(r"""--model (?:'[^']*'|"[^"]*"|[^\s'"])+""")
 DATASETS = {  # on the Hub
     "HumanEval": "openai/openai_humaneval",
@@ -148,7 +155,7 @@ def restate(card: str, name: str, routing_strategy: str | None = None, config: A
 
     Args:
         routing_strategy: another default strategy.
-        config: with another router mode.
+        config: with another router mode, or another router.
     """
     before, mark, rest = card.partition(BEGIN)
     generated, end, after = rest.partition(END)
@@ -159,11 +166,26 @@ def restate(card: str, name: str, routing_strategy: str | None = None, config: A
         default = f"The default here is `{routing_strategy}`"
         generated = re.sub(r"The default here is `[^`]*`", lambda _: default, generated, count=1)
     if config is not None and config.has_router:
+        if NO_ROUTER in generated:
+            generated = _with_router(generated, config, routing_strategy)
         router = _router(config).splitlines()[-1]
         generated = re.sub(rf"^{GATE}.*$", lambda _: router, generated, count=1, flags=re.MULTILINE)
     generated = LITERAL.sub(lambda _: f"from_pretrained({_literal(name)}", generated)
     generated = QUOTED.sub(lambda _: f"--model {shlex.quote(name)}", generated)
     return before + mark + generated + end + after
+
+
+def _with_router(generated: str, config: Any, routing_strategy: str) -> str:
+    """Change what the card of a repo without a router says about that."""
+    _, head, strategies = _strategies(config, routing_strategy).partition("| strategy |")
+    for old, new in (
+        (re.escape(NO_ROUTER), _router(config)),
+        (r"with no router\.", f"with {A_ROUTER}."),
+        (r"\| strategy \|(?:.*\n)+?(?=\n)", f"{head}{strategies}\n"),
+        (r"^## Limits\n\n", f"## Limits\n\n{TWO_PASSES}\n"),
+    ):
+        generated = re.sub(old, lambda _, new=new: new, generated, count=1, flags=re.MULTILINE)
+    return generated
 
 
 def _metadata(name: str, config: Any, licence: Licence | None, results: Sequence[Score]) -> ModelCardData:
@@ -203,7 +225,7 @@ def _introduction(config: Any, licence: Licence | None) -> str:
         f" at revision {as_markdown_code(config.base_model_revision)}" if config.base_model_revision else ""
     )
     experts = f"{config.num_experts} LoRA expert{'s' if config.num_experts != 1 else ''}"
-    router = "a router that weights them token by token" if config.has_router else "no router"
+    router = A_ROUTER if config.has_router else "no router"
     terms = f"its licence ({as_markdown(licence.text)})" if licence is not None else "its licence"
     where = (
         f"The base model's weights are part of this repo, and {terms} applies to them."
@@ -240,7 +262,7 @@ def _span(values: Any) -> str:
 
 def _router(config: Any) -> str:
     if not config.has_router:
-        return "## Router\n\nNone: experts are chosen by name, in turn or mixed equally."
+        return NO_ROUTER
     reads = {
         "base": "the base model's last hidden states, with the experts off",
         "experts_sum": "last hidden states with all experts on, each with weight 1",
@@ -259,7 +281,17 @@ def _router(config: Any) -> str:
             f"logits / {config.router_temperature:g}."
         ),
     }[config.router_mode]
-    return f"## Router\n\n{GATE} It reads {reads}. {mode}"
+    return f"## Router\n\n{GATE} It reads {reads}. {mode}{_fitting(getattr(config, 'router_fitting', None))}"
+
+
+def _fitting(record: Any) -> str:
+    """Say how a gate was fitted to texts (see `eval.fitting`); nothing where it was not."""
+    if not isinstance(record, dict):
+        return ""
+    texts = record.get("texts")
+    names = [text.get("name") for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
+    shown = few([as_markdown_code(str(name)) for name in names], 4) or "texts"
+    return f" Fitted to {shown} by `dylora-moe fit-router`, the experts frozen; `router_fitting` in `config.json` says how."
 
 
 def _strategies(config: Any, routing_strategy: str) -> str:
@@ -327,10 +359,7 @@ def _limits(config: Any, mixture: Mixture) -> str:
     """Write what a reader might expect and should not."""
     lines = ["## Limits", ""]
     if config.has_router:
-        lines.append(
-            "- Strategies `router` and `best` run the base model a second time for the router; `ensemble` runs once "
-            "for every expert."
-        )
+        lines.append(TWO_PASSES)
     lines.append(
         "- Continuous batching (paged caches) and inference servers that bring models of their own do not route."
     )

@@ -320,6 +320,7 @@ def _router_fields(mixture: Mixture) -> dict[str, Any]:
         "num_experts_per_tok": router.num_experts_per_tok,
         "router_temperature": router.router_temperature,
         "router_aux_loss_coef": router.router_aux_loss_coef,
+        "router_fitting": router.fitting,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -11,6 +11,7 @@ similar length.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def router_from_prompts(
             f"--router_prompts needs the base model {plan.foundation.name} and its tokenizer, to compute hidden "
             "states; pass a folder with --base_model"
         )
-    kept = mixture.router if len(prompts) < len(mixture.experts) else None
+    kept = None
+    if len(prompts) < len(mixture.experts):
+        kept = replace(mixture.router, fitting=None)  # the new rows were not
     settings = options.router_settings
     router = kept or Router(read=None, num_experts=0, hidden_size=0, router_input="base")
     for name, value in settings.items():

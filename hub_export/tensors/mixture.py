@@ -121,6 +121,7 @@ class Router:
 
     Attributes:
         read: gives (weight [num_experts, hidden_size], bias [num_experts]).
+        fitting: how it was fitted to texts, where it was (see `eval.fitting`).
     """
 
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -131,6 +132,7 @@ class Router:
     router_temperature: float = 2.0
     router_mode: str = "auto"
     router_aux_loss_coef: float | None = None  # None: the source does not say
+    fitting: dict[str, Any] | None = None
 
 
 @dataclass

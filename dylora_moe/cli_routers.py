@@ -1,0 +1,79 @@
+"""The command that makes a router worth having: `fit-router`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dylora_moe.cli_common import Json, err, given, out, print_json, takes_options_of
+from dylora_moe.cli_eval import is_main_process, steps
+from dylora_moe.eval.fitting.options import FitRouterOptions
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("fit-router")(fit_router)
+
+
+@takes_options_of(FitRouterOptions)
+def fit_router(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
+    texts: Annotated[
+        list[str],
+        typer.Option(
+            "--texts",
+            help="JSONL with `text`, or `prompt` and `completion`, and perhaps `expert`; or folders. Several may follow.",
+        ),
+    ],
+    output_dir: Annotated[
+        Path, typer.Option("-o", "--output_dir", help="The folder of the repo with the gate.")
+    ],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Fit a repo's router to texts, with base model and experts frozen; writes a repo that differs in its gate."""
+    with steps() as progress:
+        from dylora_moe import eval as evaluation
+
+        result = evaluation.fit_router(
+            repo, texts, output_dir=output_dir, progress=progress, tell_epoch=_print_epoch, **given(options)
+        )
+    if not is_main_process():
+        return
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print_result(result)
+
+
+def _print_epoch(epoch: Any) -> None:
+    if is_main_process():
+        held_out = "" if epoch.held_out_loss is None else f", held out {epoch.held_out_loss:.4f}"
+        shares = " ".join(f"{share:.0%}" for share in epoch.usage.shares)
+        err.print(
+            f"epoch {epoch.number}, step {epoch.step} of {epoch.steps}: loss {epoch.loss:.4f}{held_out}; shares {shares}, "
+            f"entropy {epoch.usage.entropy:.2f}"
+        )
+
+
+def _print_result(result: Any) -> None:
+    from rich.table import Table
+
+    out.print(
+        f"{result.output_dir}: the gate fitted to {result.num_texts} texts, {result.steps} steps, that of step "
+        f"{result.best_step} kept; default strategy: router"
+    )
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
+    out.print(f"first at a token: {shares}; entropy of the weights {result.entropy:.2f} nats")
+    if result.loss_after is None:
+        return
+    table = Table(f"{result.num_held_out} held-out texts", "nats a token")
+    rows = {"router": result.loss_after, "before": result.loss_before, **result.losses}
+    for name, loss in rows.items():
+        table.add_row(name, f"{loss:.4f}")
+    out.print(table)
+
+
+__all__ = ["add_commands"]
