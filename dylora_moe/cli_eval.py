@@ -17,7 +17,7 @@ from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
-SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path", "--texts")
+SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path", "--texts", "--old_texts")
 COMMANDS = ("benchmark", "expert-analysis", "routing-analysis", "loss", "fit-router", "grow")
 MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
 

@@ -1,4 +1,4 @@
-"""The command that makes a router worth having: `fit-router`."""
+"""The commands that learn from texts: `fit-router` and `grow`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import typer
 
 from dylora_moe.cli_common import Json, err, given, out, print_json, takes_options_of
 from dylora_moe.cli_eval import is_main_process, steps
+from dylora_moe.eval.fitting.grow_options import GrowOptions
 from dylora_moe.eval.fitting.options import FitRouterOptions
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register the command."""
+    """Register the commands."""
     app.command("fit-router")(fit_router)
+    app.command()(grow)
 
 
 @takes_options_of(FitRouterOptions)
@@ -46,6 +48,45 @@ def fit_router(
         print_json(result.to_dict())
     else:
         _print_result(result)
+
+
+@takes_options_of(GrowOptions)
+def grow(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
+    texts: Annotated[
+        list[str], typer.Option("--texts", help="New texts, as of fit-router. Several may follow.")
+    ],
+    output_dir: Annotated[
+        Path, typer.Option("-o", "--output_dir", help="The folder of the repo with the new expert.")
+    ],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Add an expert for texts that are new to a repo: train it, fit the router again, and say what was forgotten."""
+    with steps() as progress:
+        from dylora_moe import eval as evaluation
+
+        result = evaluation.grow(repo, texts, output_dir=output_dir, progress=progress, **given(options))
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print_growth(result)
+
+
+def _print_growth(result: Any) -> None:
+    from rich.table import Table
+
+    out.print(f"{result.output_dir}: with the new expert {result.expert}; {result.novelty.sentence()}")
+    table = Table("held-out texts", "before", "after", "change", "best old expert", result.expert)
+    for group in result.groups:
+        figures = (group.before, group.after, group.change, group.best_old, group.new)
+        before, after, change, best_old, new = figures
+        name = f"{group.group} (new)" if group.is_new else group.group
+        table.add_row(
+            name, f"{before:.4f}", f"{after:.4f}", f"{change:+.1%}", f"{best_old:.4f}", f"{new:.4f}"
+        )
+    out.print(table)
+    out.print("nats a token, under the router as it is served before and after, and under experts alone")
 
 
 def _print_epoch(epoch: Any) -> None:

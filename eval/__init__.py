@@ -2,9 +2,8 @@
 
 Read `benchmark` first: every model, strategy and benchmark of one run. The folders follow its order:
 `sampling` asks the model in the words of `evalplus_bridge`, `scoring` checks the programs, `analysis` and
-`report` say what follows. `texts` measures without generating, and `fitting` fits a router to texts. `peft_moe` is
-a backend of EvalPlus. Names are imported when they are first used,
-without EvalPlus.
+`report` say what follows. `texts` measures without generating, and `fitting` fits a router to texts, or adds an
+expert for them. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used, without EvalPlus.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from .benchmark import BenchmarkResult
     from .evalplus_bridge.stock import run_stock_evalplus
     from .fitting.fit_router import FitRouterResult, fit_router
+    from .fitting.grow import GrowResult, grow
     from .options import BenchmarkOptions
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
     from .sampling.run_record import Run, read_runs
@@ -28,11 +28,13 @@ _PLACES = {
     "BenchmarkOptions": "options",
     "BenchmarkResult": "benchmark",
     "FitRouterResult": "fitting.fit_router",
+    "GrowResult": "fitting.grow",
     "LossMeasurement": "texts.loss",
     "PeftMoEDecoder": "peft_moe",
     "Run": "sampling.run_record",
     "evaluate": "peft_moe",
     "fit_router": "fitting.fit_router",
+    "grow": "fitting.grow",
     "measure_loss": "texts.loss",
     "read_runs": "sampling.run_record",
     "register": "peft_moe",
@@ -57,11 +59,13 @@ __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
     "FitRouterResult",
+    "GrowResult",
     "LossMeasurement",
     "PeftMoEDecoder",
     "Run",
     "evaluate",
     "fit_router",
+    "grow",
     "measure_loss",
     "read_runs",
     "register",

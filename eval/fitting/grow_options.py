@@ -1,0 +1,78 @@
+"""The options of `grow`: name, type, default and help, each said here alone.
+
+The command line makes its own options from these fields, so this file imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.unknown_options import refuse_unknown
+
+from ..options import DTYPES
+
+
+@dataclass
+class GrowOptions:
+    """How a mixture grows. Names are those of `peft.LoraConfig` and transformers' `TrainingArguments`.
+
+    Every field is annotated with what it means.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    expert_name: Annotated[str | None, "Of the new expert; else the new texts' group."] = None
+    old_texts: Annotated[list[str] | None, "Texts that the mixture knows already. Several may follow."] = None
+    reservoir: Annotated[
+        str | None, "A JSONL file with some texts of every group: read as old texts, and renewed in the end."
+    ] = None
+    reservoir_size: Annotated[int, "Texts of a group that the reservoir keeps."] = 200
+    novelty: Annotated[
+        float, "The probability that a new text costs more than an old one, from which on texts are new."
+    ] = 0.75
+    force: Annotated[bool, "Add the expert even if the texts are not new."] = False
+    r: Annotated[int | None, "The new expert's rank; else the last expert's."] = None
+    lora_alpha: Annotated[float | None, "Its alpha; else the last expert's."] = None
+    learning_rate: Annotated[float, "Of the new expert, after the warm-up."] = 5e-4
+    num_train_epochs: Annotated[float, "Passes of the new expert over the new texts."] = 3.0
+    per_device_train_batch_size: Annotated[int, "Texts of an optimiser step, on each device."] = 4
+    objective: Annotated[str, "loss or oracle: how the gate is fitted afterwards; see `fit-router`."] = (
+        "oracle"
+    )
+    batch_tokens: Annotated[int, "Tokens of an optimiser step of the gate."] = 512
+    validation: Annotated[float, "Share of the texts of each group that is held out."] = 0.2
+    max_length: Annotated[int, "Tokens of a text; longer ones are cut into parts."] = 512
+    seed: Annotated[int, "Of what is held out, of the training, and of the reservoir."] = 0
+    dtype: Annotated[str, "What is computed in."] = "float32"
+    overwrite: Annotated[bool, "Replace an exported repo, atomically."] = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if not 0 < self.validation < 1:
+            raise InputError(f"--validation is {self.validation}; it must be a share between 0 and 1")
+        if not 0.5 <= self.novelty <= 1:
+            raise InputError(f"--novelty is {self.novelty}; it is a probability from 0.5 to 1")
+        for name in ("reservoir_size", "batch_tokens", "per_device_train_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "num_train_epochs"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be greater than 0")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GrowOptions:
+        """Make them from what a caller gave by name.
+
+        Raises:
+            InputError: a name that there is not, or a value that cannot be used.
+        """
+        refuse_unknown(options, [entry.name for entry in fields(cls)])
+        return cls(**options)
+
+
+__all__ = ["GrowOptions"]
