@@ -122,8 +122,14 @@ def fit_router(
     loaded = folder.load(dtype=chosen.dtype, device=processes.device)
     split = _encoded(split_texts(found, chosen.validation, chosen.seed), loaded, chosen)
     model = loaded.model
-    measured = partial(mean_losses, model, split.held_out, processes=processes, batch_tokens=_share(chosen))
-    before = measured([model_default(model)]) if split.held_out else {}
+    measured = partial(
+        mean_losses, model, split.held_out, processes=processes, batch_tokens=chosen.batch_tokens
+    )
+    measures = "measuring held-out texts"
+    before = None
+    if config.has_router and split.held_out:
+        tell(measures, 0, 0)
+        before = measured(["router"])["router"]
     add_gate(model, chosen)
     objective, states = _objective(model, split, processes, chosen, tell)
     fit = train_gate(
@@ -136,7 +142,7 @@ def fit_router(
         tell_step=partial(tell, "fitting the gate"),
         tell_epoch=tell_epoch,
     )
-    tell("measuring held-out texts", 0, 0)
+    tell(measures, 0, 0)
     singles = [f"single:{index}" for index in range(config.num_experts)]
     losses = measured(["router", "uniform", *singles]) if split.held_out else {}
     result = _result(
@@ -180,16 +186,6 @@ def _encoded(split: tuple[list, list], loaded: Any, options: FitRouterOptions) -
             f"there are too few texts to hold out {options.validation:.0%} of them; give more, or pass --validation 0"
         )
     return FittingTexts(train, held_out)
-
-
-def _share(options: FitRouterOptions) -> int:
-    """Say how many tokens a forward without gradients takes at once."""
-    return options.batch_tokens
-
-
-def model_default(model: Any) -> str:
-    """Name the strategy that the model is compared with from before: `router` where it has a gate, else `uniform`."""
-    return "router" if model.config.has_router else "uniform"
 
 
 def add_gate(model: Any, options: FitRouterOptions) -> None:
@@ -253,7 +249,7 @@ def _result(
     options: FitRouterOptions,
     fit: Fit,
     split: FittingTexts,
-    before: dict[str, float],
+    before: float | None,
     losses: dict[str, float],
     used: Usage,
     config: Any,
@@ -268,7 +264,7 @@ def _result(
         best_step=fit.best_step,
         num_texts=len(split.train),
         num_held_out=len(split.held_out),
-        loss_before=next(iter(before.values()), None),
+        loss_before=losses.get("uniform") if before is None else before,
         loss_after=losses.get("router"),
         losses={labels.get(name, name): loss for name, loss in losses.items() if name != "router"},
         shares=dict(zip(config.expert_names, used.shares, strict=True)),
