@@ -47,7 +47,7 @@ class FitRouterResult:
         losses: the same under other strategies: `uniform`, each expert alone, and the token-level oracle.
         shares: by expert, the share of held-out tokens (of all, where none are held out) at which it comes first.
         entropy: of the dense weights there, mean over tokens, in nats.
-        steps: that were taken; `best_step` is the one whose gate was kept.
+        steps: that were taken; `best_step` is the one whose gate was kept, 0 the gate that there was before.
         num_texts, num_held_out: parts that the gate was fitted to, and that were held out.
     """
 
@@ -56,6 +56,7 @@ class FitRouterResult:
     objective: str
     steps: int
     best_step: int
+    learning_rate: float
     num_texts: int
     num_held_out: int
     loss_before: float | None
@@ -262,6 +263,7 @@ def _result(
         objective=options.objective,
         steps=fit.steps,
         best_step=fit.best_step,
+        learning_rate=fit.learning_rate,
         num_texts=len(split.train),
         num_held_out=len(split.held_out),
         loss_before=losses.get("uniform") if before is None else before,
@@ -301,6 +303,7 @@ def _write(
         "objective": options.objective,
         "steps": result.steps,
         "best_step": result.best_step,
+        "learning_rate": result.learning_rate,
         "seed": options.seed,
         "num_texts": result.num_texts,
         "num_held_out": result.num_held_out,

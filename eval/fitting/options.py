@@ -52,7 +52,10 @@ class FitRouterOptions:
     router_aux_loss_coef: Annotated[
         float | None, "Of the balance loss, under loss; else as the repo says."
     ] = None
-    learning_rate: Annotated[float, "The highest, after the warm-up."] = 5e-3
+    learning_rate: Annotated[
+        float | None,
+        "The highest, after the warm-up; else such that a step moves a logit by about 2 at most.",
+    ] = None
     weight_decay: Annotated[float, "Of AdamW."] = 0.01
     warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.1
     lr_scheduler_type: Annotated[str, "linear or cosine: how it falls."] = "cosine"
@@ -76,7 +79,7 @@ class FitRouterOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name} is {value}; it must be at least {least}")
-        if not 0 < self.learning_rate < float("inf"):
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"--learning_rate is {self.learning_rate}; it must be greater than 0")
         if not 0 <= self.validation < 1:
             raise InputError(f"--validation is {self.validation}; it must be 0, or a share below 1")

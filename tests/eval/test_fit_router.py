@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from dylora_moe.eval import fit_router
 from dylora_moe.eval.fitting.fit_router import FitRouterResult, warn_of_collapse
-from dylora_moe.eval.fitting.gate_training import train_gate, usage
+from dylora_moe.eval.fitting.gate_training import default_learning_rate, train_gate, usage
 from dylora_moe.eval.fitting.objectives import (
     LanguageModelingObjective,
     OracleObjective,
@@ -193,6 +193,22 @@ def test_kept_rows_are_the_rows_bit_for_bit(dtype):
     assert torch.equal(kept.read(), rows) and kept.read().dtype == dtype
 
 
+@pytest.mark.parametrize("size", [0.1, 30.0])
+def test_the_default_learning_rate_goes_by_the_size_of_hidden_states(size):
+    model = build()
+    states = RouterStates(model, random_texts(), ALONE, BATCH)
+    states.rows = states.rows * size
+    rate = default_learning_rate(states, ALONE)
+    moved = [
+        float((row.sign() * rate * row).sum()) for row in states.rows
+    ]  # each weight by as much, at the worst
+    assert sum(moved) / len(moved) == pytest.approx(2.0)
+    planned = Planned(model.router, [1.0, 1.0])
+    assert train_gate(
+        model.router, planned, states, FitRouterOptions(max_steps=1), ALONE, stops_early=True
+    ).learning_rate == pytest.approx(rate)
+
+
 class Planned:
     """An objective whose held-out losses are planned; each step moves the gate."""
 
@@ -276,9 +292,7 @@ def mixture(tmp_path_factory):
 )
 def test_a_repo_without_a_router_gets_one_that_beats_every_expert_alone(mixture, tmp_path, options):
     _, bare, texts = mixture
-    result = fit_router(
-        bare, texts, output_dir=tmp_path / "out", batch_tokens=256, learning_rate=0.05, **options
-    )
+    result = fit_router(bare, texts, output_dir=tmp_path / "out", batch_tokens=256, **options)
     singles = [loss for name, loss in result.losses.items() if name.startswith("single:")]
     assert len(singles) == 3 and result.loss_before == result.losses["uniform"]
     assert result.losses["oracle"] <= result.loss_after < min(*singles, result.loss_before) - 0.1
@@ -299,9 +313,7 @@ def test_a_repo_with_a_router_differs_in_its_gate_alone(mixture, tmp_path):
     export(routed, tmp_path / "shards", max_shard_size="20KB", verify=False)
     for repo in (routed, tmp_path / "shards"):
         output = tmp_path / f"{repo.name}-fitted"
-        result = fit_router(
-            repo, [texts], output_dir=output, max_steps=6, batch_tokens=256, learning_rate=0.05
-        )
+        result = fit_router(repo, [texts], output_dir=output, max_steps=6, batch_tokens=256)
         assert result.loss_after < result.loss_before != result.losses["uniform"]
         before, after = snapshot(repo), snapshot(output)
         weights = [
