@@ -87,6 +87,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self.expert_dropouts = nn.ModuleList(
             nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs
         )
+        self._resolve_targets(config)
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
         layouts = config.rank_layouts()
@@ -128,6 +129,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
             stored = cls.config_class.from_pretrained(stored or location, **where)
         if routing_strategy is not None:  # before any weight is read
             routing_strategy = str(resolve_routing_strategy(routing_strategy, subset_of(stored, experts)[0]))
+        if location is not None:
+            stored.adapted_modules()  # raises where it has no whole names, by which the weights are filed
         is_adapter = location is not None and stored.weights_layout == "adapter"
         needs_custom_state_dict = is_adapter or (location is not None and experts is not None)
         if base_model is not None and not is_adapter:
