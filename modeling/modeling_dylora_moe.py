@@ -187,6 +187,25 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
     def from_foundation(cls, foundation: PreTrainedModel, config: DyloraMoeConfig):
         """Make a routed model around a foundation that is already loaded, and freeze the foundation.
 
+        The config becomes the model's: it gets the foundation's config and whole names for what
+        `target_modules` means.
+
+        Example, with tokenised `texts` of each skill (`examples/train_experts.py` runs as it is):
+
+        ```python
+        >>> from transformers import Trainer
+        >>> from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
+
+        >>> experts = [{"name": name, "r": 8, "target_modules": ["q_proj", "v_proj"]} for name in texts]
+        >>> model = DyloraMoeForCausalLM.from_foundation(foundation, DyloraMoeConfig(expert_configs=experts))
+        >>> for name in texts:
+        ...     model.generation_config.routing_strategy = f"single:{name}"  # this expert learns alone
+        ...     Trainer(model, arguments, train_dataset=texts[name]).train()
+        ...     model.freeze_expert(name)
+        >>> model.generation_config.routing_strategy = "router"  # and then the gate
+        >>> Trainer(model, arguments, train_dataset=sum(texts.values(), [])).train()
+        ```
+
         Raises:
             ValueError: an expert adapts a module that the foundation does not have, or one that is not
                 linear.
