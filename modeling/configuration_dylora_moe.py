@@ -27,6 +27,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E
 
 
 ROUTER_INPUTS = ("base", "experts_sum")
+ROUTER_KINDS = ("hidden", "arrow")
 ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
 
@@ -113,12 +114,16 @@ class DyloraMoeConfig(PreTrainedConfig):
             Where the foundation (the base model) came from.
         router_input (`str`, *optional*, defaults to `"base"`):
             What the gate reads: the foundation's last hidden state with the experts off (`"base"`), with all
-            of them on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a router.
+            of them on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a gate.
+        router_kind (`str`, *optional*, defaults to `"hidden"`):
+            `"hidden"`: a gate reads hidden states, and its weights are those of every layer. `"arrow"`: every
+            adapted layer weights the experts by its own input (see `arrow_dylora_moe`); there is no gate.
         router_mode (`str`, *optional*, defaults to `"auto"`):
             `"dense"`, `"sparse"`, or `"auto"`: dense while training or while any expert is immature, else
             sparse.
         num_experts_per_tok (`int`, *optional*, defaults to 1): Experts per token in sparse mode.
-        router_temperature (`float`, *optional*, defaults to 2.0): Divides the gate's logits in dense mode.
+        router_temperature (`float`, *optional*, defaults to 2.0):
+            Divides the gate's logits in dense mode, and the scores of `"arrow"` in both.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01): Factor of the balance loss.
         output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the gate's
             logits.
@@ -149,6 +154,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         router_input: str | None = "base",
+        router_kind: str = "hidden",
         router_mode: str = "auto",
         num_experts_per_tok: int = 1,
         router_temperature: float = 2.0,
@@ -164,6 +170,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.router_input = router_input
+        self.router_kind = router_kind
         self.router_mode = router_mode
         self.num_experts_per_tok = num_experts_per_tok
         self.router_temperature = router_temperature
@@ -185,6 +192,13 @@ class DyloraMoeConfig(PreTrainedConfig):
         if self.router_input is not None and self.router_input not in ROUTER_INPUTS:
             raise ValueError(
                 f"`router_input` is {self.router_input!r}; it must be one of {ROUTER_INPUTS} or None."
+            )
+        if self.router_kind not in ROUTER_KINDS:
+            raise ValueError(f"`router_kind` is {self.router_kind!r}; it must be one of {ROUTER_KINDS}.")
+        if self.routes_by_layer and self.adapted_parameters():
+            raise ValueError(
+                f"`router_kind` 'arrow' routes linear layers, and experts adapt {self.adapted_parameters()[0]!r}, a "
+                "parameter of stacked experts: choose 'hidden'."
             )
         if self.router_mode not in ROUTER_MODES:
             raise ValueError(f"`router_mode` is {self.router_mode!r}; it must be one of {ROUTER_MODES}.")
@@ -216,7 +230,17 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     @property
     def has_router(self) -> bool:
-        return self.router_input is not None and self.num_experts > 0
+        return self.has_gate or self.routes_by_layer
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a gate reads hidden states: `model.router`."""
+        return self.router_kind == "hidden" and self.router_input is not None and self.num_experts > 0
+
+    @property
+    def routes_by_layer(self) -> bool:
+        """Whether every adapted layer has a router of its own."""
+        return self.router_kind == "arrow" and self.num_experts > 0
 
     def expert_index(self, expert: int | str) -> int:
         """Return the position of an expert given by name or by number.

@@ -87,6 +87,8 @@ class ExpertSetMixin:
                 given_a, given_b = rows_of_stack(lora_a, lora_b, num_stacked)
                 rows_a.copy_(given_a)
                 rows_b.copy_(given_b)
+                if self.config.routes_by_layer:
+                    layer.update_prototypes()
 
     def expert_weights(self, expert: int | str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Copy one expert's matrices out of the stacks, as PEFT stores them; see `set_expert_weights`.
@@ -114,7 +116,8 @@ class ExpertSetMixin:
         """Add an expert that changes nothing yet (its B is zero), and a row for it to the gate.
 
         What the other experts compute stays the same, bit for bit. The stacks and the gate become new
-        parameters, which an optimiser made before does not have: make a new one.
+        parameters, which an optimiser made before does not have: make a new one. Prototypes (`router_kind`
+        'arrow') are computed again, for all experts.
 
         Args:
             name: the expert's name.
@@ -139,7 +142,9 @@ class ExpertSetMixin:
             target_modules = self.config.expert_configs[-1]["target_modules"]
             fields = {"target_parameters": self.config.expert_configs[-1]["target_parameters"], **fields}
         entry = {"name": name, "target_modules": target_modules, "mature": mature, **fields}
-        grown = DyloraMoeConfig(expert_configs=[*self.config.expert_configs, entry])
+        grown = DyloraMoeConfig(
+            expert_configs=[*self.config.expert_configs, entry], router_kind=self.config.router_kind
+        )
         self._resolve_targets(grown)  # this and the check of parameters may fail, so nothing changes before
         new_modules = [name for name in grown.adapted_modules() if name not in self._stack_modules]
         new_parameters = [name for name in grown.adapted_parameters() if name not in self._stack_modules]
@@ -162,9 +167,27 @@ class ExpertSetMixin:
         self._extend_router()
         return self.config.num_experts - 1
 
+    def update_prototypes(self) -> None:
+        """Compute the prototypes of a router of kind `arrow` from the experts' weights, as they are now.
+
+        Training does not do it: call this after the experts have learned.
+
+        Raises:
+            ValueError: the router is of another kind, or experts are offloaded.
+        """
+        if not self.config.routes_by_layer:
+            raise ValueError(
+                f"`router_kind` is {self.config.router_kind!r}; prototypes are those of 'arrow'."
+            )
+        refuse_offloaded(self)
+        for layer in self.unnamed_expert_layers():
+            layer.update_prototypes()
+
     def _extend_router(self) -> None:
         """Replace the router by one with a row for every expert, and copy the rows that there were."""
-        if not self.config.has_router:
+        if self.config.routes_by_layer:
+            self.update_prototypes()
+        if not self.config.has_gate:
             return
         old = self.router
         router = DyloraMoeRouter(self.config)

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
+from .arrow_dylora_moe import PROTOTYPES, LayerRouting, prototype
+
 
 RankLayout = tuple[tuple[int, float], ...]  # rank and scale of every expert at one place
 GATE_CLASS = re.compile(r".+(Router|Gate)")  # MixtralTopKRouter, DeepseekV3TopkRouter and others
@@ -31,28 +33,33 @@ class ActiveExperts:
 
     Args:
         weights: the one expert that acts, with weight 1, or weights `[batch or 1, sequence or 1,
-            num_experts]`.
+            num_experts]`, or what lets every layer find its own.
         layouts: the distinct rank layouts of the model's expert layers.
         dtype: the dtype of the experts.
         tokens: how many tokens of each row the weights are for; `None`: all, including those in a cache.
 
     Attributes:
         single: the one expert that acts, or `None`.
-        scales: g of the formula above by rank layout, `[batch or 1, sequence or 1, R]`; empty for one expert.
+        layer_routing: what lets every layer find its own weights, or `None`.
+        scales: g of the formula above by rank layout, `[batch or 1, sequence or 1, R]`; else empty.
     """
 
     def __init__(
         self,
-        weights: int | torch.Tensor,
+        weights: int | torch.Tensor | LayerRouting,
         layouts: list[RankLayout],
         dtype: torch.dtype,
         tokens: int | None = None,
     ):
         self.single: int | None = None
         self.tokens: int | None = None
+        self.layer_routing: LayerRouting | None = None
         self.scales: dict[RankLayout, torch.Tensor] = {}
         if isinstance(weights, int):
             self.single = weights
+            return
+        if isinstance(weights, LayerRouting):
+            self.layer_routing = weights
             return
         self.tokens = tokens
         for layout in layouts:
@@ -64,6 +71,7 @@ class ActiveExperts:
         copy = ActiveExperts.__new__(ActiveExperts)
         copy.single = self.single
         copy.tokens = self.tokens
+        copy.layer_routing = self.layer_routing
         copy.scales = dict(zip(self.scales, scales, strict=True))
         return copy
 
@@ -256,6 +264,11 @@ class DyloraMoeLinear(LowRankStacks):
 
     def update(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
         """Compute what the active experts add to the product of `hidden_states` and the weight."""
+        if active.layer_routing is not None:
+            weights = active.layer_routing.weights(self, hidden_states)
+            return self._mixed_update(
+                hidden_states, spread_over_ranks(weights, self.layout).to(self.lora_A.dtype)
+            )
         if active.single is None:
             return self._mixed_update(hidden_states, active.scales[self.layout])
         _, scale = self.layout[active.single]
@@ -267,7 +280,8 @@ class DyloraMoeLinear(LowRankStacks):
 
         Args:
             hidden_states: `[batch, sequence, in_features]`.
-            scale: g of the formula above, `[batch or 1, sequence or 1, R]`.
+            scale: g of the formula above, `[batch or 1, sequence or 1, R]`, or of the shape of `hidden_states`
+                but for its last dimension.
         """
         scale = scale.to(hidden_states.device)
         if not self.training or not any(dropout.p for dropout in self.dropouts):
@@ -308,6 +322,23 @@ class DyloraMoeLinear(LowRankStacks):
         total_rank = self.lora_A.shape[0]
         return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
 
+    def update_prototypes(self) -> None:
+        """Compute every expert's prototype from its matrices, `[num_experts, in_features]`: see `arrow_dylora_moe`."""
+        prototypes = torch.zeros(len(self.layout), self.lora_A.shape[1], device=self.lora_A.device)
+        for expert, (rank, _) in enumerate(self.layout):
+            if rank > 0:
+                rows = self.rows(expert)
+                prototypes[expert] = prototype(self.lora_A.detach()[rows], self.lora_B.detach()[rows].T)
+        self.register_buffer(PROTOTYPES, prototypes)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` moves prototypes, and leaves them in float32.
+        prototypes = self._buffers.get(PROTOTYPES)
+        super()._apply(fn, recurse)
+        if prototypes is not None and self.prototypes.dtype != prototypes.dtype:
+            self.prototypes = prototypes.to(self.prototypes.device)
+        return self
+
     def initialize_experts(self) -> None:
         """Initialise what was not read from a file: A random and B zero, so that the update starts at zero.
 
@@ -316,10 +347,14 @@ class DyloraMoeLinear(LowRankStacks):
         """
         init.kaiming_uniform_(self.lora_A, a=5**0.5)
         init.zeros_(self.lora_B)
+        if PROTOTYPES in self._buffers:
+            init.zeros_(self.prototypes)
 
 
 def _fit_scale(scale: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     """Bring `[batch or 1, sequence or 1, rank]` to a shape that broadcasts with `ranks`."""
+    if scale.shape == ranks.shape:
+        return scale
     if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
         return scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(-1, scale.shape[-1])
     if ranks.dim() == 4:  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values

@@ -1,0 +1,4 @@
+"""Texts as the measure of a mixture: what is read, how it is cut into tokens, and what follows from it.
+
+`reading` finds texts in files and folders, and `encoding` makes token ids of them, with what counts.
+"""

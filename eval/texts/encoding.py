@@ -1,0 +1,113 @@
+"""Cuts texts into token ids, says which tokens count, and puts texts of like length into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dylora_moe.hub_export.errors import InputError
+
+from .reading import Text
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """The tokens of one text, or of a part of a long one.
+
+    Attributes:
+        text: where they come from.
+        input_ids: token ids.
+        counts: of every token, whether predicting it counts; never the first's, which nothing comes before.
+        num_bytes: of the characters (UTF-8) whose tokens count.
+    """
+
+    text: Text
+    input_ids: list[int]
+    counts: list[bool]
+    num_bytes: int
+
+
+def encode(tokenizer: Any, text: Text, max_length: int, vocab_size: int) -> Iterator[EncodedText]:
+    """Cut a text into token ids, in parts of `max_length` tokens at most.
+
+    A prompt's tokens and a text's are encoded together, as a model would meet them; a token counts if it begins
+    behind the prompt.
+
+    Args:
+        tokenizer: a fast one, which says where its tokens lie in the text.
+        vocab_size: rows of the model's embeddings.
+
+    Raises:
+        InputError: a token id that the model has no embedding for: the texts are in another vocabulary.
+    """
+    encoded = tokenizer(text.text, return_offsets_mapping=True, add_special_tokens=True, truncation=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if ids and max(ids) >= vocab_size:
+        raise InputError(
+            f"{text.source} has token {max(ids)}, and the model has embeddings for {vocab_size}: the tokenizer is of "
+            "another model"
+        )
+    for start in range(0, len(ids), max_length):
+        part, places = ids[start : start + max_length], offsets[start : start + max_length]
+        # A special token at the beginning lies at (0, 0), and is given, not predicted.
+        counts = [end > begin >= text.prompt for begin, end in places]
+        counts[0] = False
+        num_bytes = sum(
+            len(text.text[begin:end].encode(errors="surrogatepass"))
+            for (begin, end), does in zip(places, counts, strict=True)
+            if does
+        )
+        if any(counts):
+            yield EncodedText(text, part, counts, num_bytes)
+
+
+def batches(texts: Iterable[EncodedText], max_tokens: int, window: int = 512) -> Iterator[list[EncodedText]]:
+    """Put texts of like length together, at most `max_tokens` tokens with padding a batch.
+
+    A window of texts is sorted at a time, so that memory stays bounded; a text alone may be longer.
+    """
+    waiting: list[EncodedText] = []
+    for text in texts:
+        waiting.append(text)
+        if len(waiting) == window:
+            yield from _batches_of(waiting, max_tokens)
+            waiting = []
+    yield from _batches_of(waiting, max_tokens)
+
+
+def _batches_of(texts: list[EncodedText], max_tokens: int) -> Iterator[list[EncodedText]]:
+    batch: list[EncodedText] = []
+    for text in sorted(texts, key=lambda text: -len(text.input_ids)):
+        # The first is the longest.
+        if batch and len(batch[0].input_ids) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
+
+
+def collate(batch: list[EncodedText], pad_token_id: int, device: Any = None) -> dict[str, Any]:
+    """Pad a batch on the right.
+
+    Returns:
+        `input_ids`, `attention_mask` (0 at padding) and `counts` (bool), `[batch, sequence]` each.
+    """
+    import torch
+
+    longest = max(len(text.input_ids) for text in batch)
+    shape = (len(batch), longest)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    counts = torch.zeros(shape, dtype=torch.bool)
+    for row, text in enumerate(batch):
+        length = len(text.input_ids)
+        input_ids[row, :length] = torch.tensor(text.input_ids)
+        mask[row, :length] = 1
+        counts[row, :length] = torch.tensor(text.counts)
+    tensors = {"input_ids": input_ids, "attention_mask": mask, "counts": counts}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+__all__ = ["EncodedText", "batches", "collate", "encode"]
