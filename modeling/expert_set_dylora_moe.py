@@ -330,8 +330,8 @@ def _target_names(
 ) -> list[str]:
     """Find the whole names of the modules that `targets` means, in the order of `modules`.
 
-    They are those that PEFT finds, but that a name that is a whole one means that module alone. A list of
-    whole names is returned as it is.
+    PEFT finds the same, except that here a module's whole name never means another module whose name ends so.
+    A list of whole names is returned as it is.
 
     Raises:
         ValueError: a target means no module.
@@ -351,8 +351,13 @@ def _target_names(
     if targets.lower() == ALL_LINEAR:
         head = foundation.get_output_embeddings()
         names = [name for name, module in modules.items() if _is_linear(module) and module is not head]
-    else:
-        names = _matching(targets, modules)
+        if not names:
+            raise ValueError(
+                f"`target_modules` is {targets!r}, and a {type(foundation).__name__} has no linear layers (nn.Linear, "
+                "Conv1D), as where it was loaded quantised by layers of another class."
+            )
+        return names
+    names = _matching(targets, modules)
     if not names:
         raise ValueError(
             f"`target_modules` is the text {targets!r}, which is read as a regular expression for whole names; no module "
@@ -380,6 +385,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _names_to_choose_from(target: str, modules: dict[str, nn.Module]) -> str:
     """Name the linear layers, with one in full that is called like `target`, if there is one."""
     layers = [name for name, module in modules.items() if _is_linear(module)]
+    if not layers:
+        return "It has no linear layers (nn.Linear, Conv1D)."
     ends = dict.fromkeys(name.rpartition(".")[2] for name in layers)
     like = [name for name in layers if name.rpartition(".")[2] == target.rpartition(".")[2]]
     return f"Its linear layers end in {', '.join(ends)}; one is {(like or layers)[0]!r}."

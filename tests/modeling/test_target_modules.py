@@ -168,6 +168,17 @@ def test_targets_that_mean_nothing_or_no_linear_layer_are_named(targets, message
     assert [name for name, _ in foundation.named_modules()] == before
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["other_proj"], "other_proj"])
+def test_a_base_model_without_linear_layers_is_said(targets):
+    foundation = AutoModelForCausalLM.from_config(llama_config())
+    for name, module in list(foundation.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            foundation.set_submodule(name, torch.nn.Identity())
+    config = DyloraMoeConfig(expert_configs=[{"target_modules": targets}])
+    with pytest.raises(ValueError, match=r"has no linear layers \(nn\.Linear, Conv1D\)"):
+        DyloraMoeForCausalLM.from_foundation(foundation, config)
+
+
 def test_layers_inside_wrapped_ones_are_no_targets():
     """Neither an expert layer's frozen one nor an adapter's on top of it."""
     model = build()
