@@ -194,7 +194,7 @@ def test_in_the_example_each_expert_learns_its_own_and_the_router_finds_it(tmp_p
     for skill, losses in [*two.items(), *three.items()]:
         chance = math.log(10 if skill == "triple" else 26)
         others = {name: loss for name, loss in losses.items() if name not in (f"single:{skill}", "router")}
-        assert losses[f"single:{skill}"] < 0.3 * chance and losses["base"] > 0.95 * chance
+        assert losses[f"single:{skill}"] < 0.35 * chance and losses["base"] > 0.95 * chance
         assert min(others.values()) > 0.9 * chance
         assert losses["router"] < losses[f"single:{skill}"] + 0.1
     for skill, losses in two.items():  # growing changed nothing of the experts before
