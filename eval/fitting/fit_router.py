@@ -31,6 +31,14 @@ from .router_states import RouterStates
 from .training_texts import FittingTexts, describe_texts, encode_texts, read_texts, split_texts
 
 
+ROUTER_FIELDS = (
+    "router_kind",
+    "router_input",
+    "router_mode",
+    "num_experts_per_tok",
+    "router_temperature",
+    "router_aux_loss_coef",
+)
 MOST, LEAST = 0.95, 0.01  # shares of tokens beyond which a gate has collapsed
 
 # Called with what is being done, and how much of it.
@@ -80,7 +88,7 @@ def fit_router(
 ) -> FitRouterResult:
     """Fit a gate to texts, and write a repo with it; base model and experts stay bit for bit.
 
-    A repo without a router gets one, and the written repo's default strategy is `router`. Under `accelerate launch`
+    A repo without a gate gets one, in place of a router of kind `arrow` if that is what it has, and the written repo's default strategy is `router`. Under `accelerate launch`
     the processes share the texts and take the steps that one process would take. What the gate reads is kept in a
     temporary file: `hidden_size` numbers a token, in the dtype that the model computes them in.
 
@@ -198,11 +206,12 @@ def add_gate(model: Any, options: FitRouterOptions) -> None:
     from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter
 
     config = model.config
-    keeps = config.has_router and options.init == "existing"
+    keeps = config.has_gate and options.init == "existing"
     if keeps and options.router_input not in (None, config.router_input):
         raise InputError(
             f"the repo's gate reads {config.router_input}; for --router_input {options.router_input} start with --init zeros"
         )
+    config.router_kind = "hidden"
     config.router_input = options.router_input or config.router_input or "base"
     if options.router_aux_loss_coef is not None:
         config.router_aux_loss_coef = options.router_aux_loss_coef
@@ -313,14 +322,7 @@ def _write(
     if options.objective == "oracle":
         record["targets"] = options.targets
     config = model.config
-    names = (
-        "router_input",
-        "router_mode",
-        "num_experts_per_tok",
-        "router_temperature",
-        "router_aux_loss_coef",
-    )
-    fields = {name: getattr(config, name) for name in names}
+    fields = {name: getattr(config, name) for name in ROUTER_FIELDS}
     gate = model.router.gate
     write_with_gate(
         source,
