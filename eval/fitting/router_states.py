@@ -137,8 +137,11 @@ def strategy_losses(model: Any, inputs: dict[str, torch.Tensor], strategy: str) 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Compute -log p of every token given those before it, `[batch, sequence]` in nats; 0 of the first ones."""
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
-    return F.pad(losses, (1, 0))
+    targets = input_ids[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )  # [batch * (sequence - 1)]
+    return F.pad(losses.view(targets.shape), (1, 0))
 
 
 __all__ = ["KeptRows", "RouterStates", "routed_pass", "router_input", "strategy_losses", "token_losses"]
