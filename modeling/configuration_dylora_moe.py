@@ -27,6 +27,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E
 
 
 ROUTER_INPUTS = ("base", "experts_sum")
+ROUTER_KINDS = ("hidden", "arrow")
 ROUTER_MODES = ("auto", "dense", "sparse")
 WEIGHTS_LAYOUTS = ("full", "adapter")
 
@@ -50,8 +51,8 @@ STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 MOST_RANKS = 2**31 - 1
 
 # What each field of an expert's entry defaults to. The names and their meaning are those of
-# `peft.LoraConfig`, except that `target_modules`, `target_parameters` and the keys of the two patterns are
-# whole names, not regular expressions.
+# `peft.LoraConfig`, except that `target_parameters` are whole names and the keys of the two patterns names or
+# ends of names, not regular expressions.
 EXPERT_DEFAULTS: dict[str, Any] = {
     "name": None,
     "r": 8,
@@ -98,20 +99,31 @@ class DyloraMoeConfig(PreTrainedConfig):
             work.) Its sizes and special tokens are fields of this config, too.
         expert_configs (`list[dict]`):
             One entry an expert: `name`, `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`,
-            `use_rslora`, `target_modules` (names of modules inside the foundation, e.g.
-            `"model.layers.0.self_attn.q_proj"`), `target_parameters` (names of stacked experts of a
+            `use_rslora`, `target_modules`, `target_parameters` (names of stacked experts of a
             mixture-of-experts foundation, e.g. `"model.layers.0.mlp.experts.gate_up_proj"`) and `mature`. See
             `EXPERT_DEFAULTS`.
+
+            `target_modules` means modules of the foundation as it does in PEFT: a list of ends of names
+            (`["q_proj", "v_proj"]`) or of whole names (`"model.layers.0.self_attn.q_proj"`), `"all-linear"`
+            (all linear layers but the output head), or one string that is a regular expression for whole
+            names. A model puts whole names in their place when it is made. A config without a model keeps
+            them as they were given, in files too. What needs whole names, such as `rank_layouts` and
+            `from_pretrained`, refuses a string. Where names were not whole, keys of `rank_pattern` and
+            `alpha_pattern` may be ends, too.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             Where the foundation (the base model) came from.
         router_input (`str`, *optional*, defaults to `"base"`):
             What the gate reads: the foundation's last hidden state with the experts off (`"base"`), with all
-            of them on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a router.
+            of them on, each with weight 1 (`"experts_sum"`), or `None` for a mixture without a gate.
+        router_kind (`str`, *optional*, defaults to `"hidden"`):
+            `"hidden"`: a gate reads hidden states, and its weights are those of every layer. `"arrow"`: every
+            adapted layer weights the experts by its own input (see `arrow_dylora_moe`); there is no gate.
         router_mode (`str`, *optional*, defaults to `"auto"`):
             `"dense"`, `"sparse"`, or `"auto"`: dense while training or while any expert is immature, else
             sparse.
         num_experts_per_tok (`int`, *optional*, defaults to 1): Experts per token in sparse mode.
-        router_temperature (`float`, *optional*, defaults to 2.0): Divides the gate's logits in dense mode.
+        router_temperature (`float`, *optional*, defaults to 2.0):
+            Divides the gate's logits in dense mode, and the scores of `"arrow"` in both.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01): Factor of the balance loss.
         output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the gate's
             logits.
@@ -142,6 +154,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         router_input: str | None = "base",
+        router_kind: str = "hidden",
         router_mode: str = "auto",
         num_experts_per_tok: int = 1,
         router_temperature: float = 2.0,
@@ -157,6 +170,7 @@ class DyloraMoeConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.router_input = router_input
+        self.router_kind = router_kind
         self.router_mode = router_mode
         self.num_experts_per_tok = num_experts_per_tok
         self.router_temperature = router_temperature
@@ -178,6 +192,13 @@ class DyloraMoeConfig(PreTrainedConfig):
         if self.router_input is not None and self.router_input not in ROUTER_INPUTS:
             raise ValueError(
                 f"`router_input` is {self.router_input!r}; it must be one of {ROUTER_INPUTS} or None."
+            )
+        if self.router_kind not in ROUTER_KINDS:
+            raise ValueError(f"`router_kind` is {self.router_kind!r}; it must be one of {ROUTER_KINDS}.")
+        if self.routes_by_layer and self.adapted_parameters():
+            raise ValueError(
+                f"`router_kind` 'arrow' routes linear layers, and experts adapt {self.adapted_parameters()[0]!r}, a "
+                "parameter of stacked experts: choose 'hidden'."
             )
         if self.router_mode not in ROUTER_MODES:
             raise ValueError(f"`router_mode` is {self.router_mode!r}; it must be one of {ROUTER_MODES}.")
@@ -209,7 +230,17 @@ class DyloraMoeConfig(PreTrainedConfig):
 
     @property
     def has_router(self) -> bool:
-        return self.router_input is not None and self.num_experts > 0
+        return self.has_gate or self.routes_by_layer
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a gate reads hidden states: `model.router`."""
+        return self.router_kind == "hidden" and self.router_input is not None and self.num_experts > 0
+
+    @property
+    def routes_by_layer(self) -> bool:
+        """Whether every adapted layer has a router of its own."""
+        return self.router_kind == "arrow" and self.num_experts > 0
 
     def expert_index(self, expert: int | str) -> int:
         """Return the position of an expert given by name or by number.
@@ -246,7 +277,18 @@ class DyloraMoeConfig(PreTrainedConfig):
         return {name: tuple(layout) for name, layout in layouts.items()}
 
     def adapted_modules(self) -> list[str]:
-        """Return all modules that at least one expert adapts, in the order in which experts name them."""
+        """Return all modules that at least one expert adapts, in the order in which experts name them.
+
+        Raises:
+            ValueError: `target_modules` of an expert is a string, so only a model can say what it means.
+        """
+        for expert in self.expert_configs:
+            if isinstance(expert["target_modules"], str):
+                raise ValueError(
+                    f"Expert {expert['name']!r} has `target_modules` {_shown(expert['target_modules'])}, and whole names "
+                    "are needed here. A model has them in its config: make it from this config, or by "
+                    "`DyloraMoeForCausalLM.from_foundation`."
+                )
         names = (name for expert in self.expert_configs for name in expert["target_modules"])
         return list(dict.fromkeys(names))
 
@@ -412,7 +454,8 @@ def _complete_expert(index: int, entry: dict) -> dict:
             "number: give it another."
         )
     # Copies, since a config owns its fields.
-    expert["target_modules"] = list(expert["target_modules"] or [])
+    if not isinstance(expert["target_modules"], str):
+        expert["target_modules"] = list(expert["target_modules"] or [])
     expert["target_parameters"] = list(expert["target_parameters"] or [])
     expert["rank_pattern"] = dict(expert["rank_pattern"] or {})
     expert["alpha_pattern"] = dict(expert["alpha_pattern"] or {})

@@ -8,7 +8,7 @@ pass reach the layers through `use_experts`.
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
+
+from .arrow_dylora_moe import PROTOTYPES, LayerRouting, prototype
 
 
 RankLayout = tuple[tuple[int, float], ...]  # rank and scale of every expert at one place
@@ -31,28 +33,33 @@ class ActiveExperts:
 
     Args:
         weights: the one expert that acts, with weight 1, or weights `[batch or 1, sequence or 1,
-            num_experts]`.
+            num_experts]`, or what lets every layer find its own.
         layouts: the distinct rank layouts of the model's expert layers.
         dtype: the dtype of the experts.
         tokens: how many tokens of each row the weights are for; `None`: all, including those in a cache.
 
     Attributes:
         single: the one expert that acts, or `None`.
-        scales: g of the formula above by rank layout, `[batch or 1, sequence or 1, R]`; empty for one expert.
+        layer_routing: what lets every layer find its own weights, or `None`.
+        scales: g of the formula above by rank layout, `[batch or 1, sequence or 1, R]`; else empty.
     """
 
     def __init__(
         self,
-        weights: int | torch.Tensor,
+        weights: int | torch.Tensor | LayerRouting,
         layouts: list[RankLayout],
         dtype: torch.dtype,
         tokens: int | None = None,
     ):
         self.single: int | None = None
         self.tokens: int | None = None
+        self.layer_routing: LayerRouting | None = None
         self.scales: dict[RankLayout, torch.Tensor] = {}
         if isinstance(weights, int):
             self.single = weights
+            return
+        if isinstance(weights, LayerRouting):
+            self.layer_routing = weights
             return
         self.tokens = tokens
         for layout in layouts:
@@ -64,6 +71,7 @@ class ActiveExperts:
         copy = ActiveExperts.__new__(ActiveExperts)
         copy.single = self.single
         copy.tokens = self.tokens
+        copy.layer_routing = self.layer_routing
         copy.scales = dict(zip(self.scales, scales, strict=True))
         return copy
 
@@ -256,6 +264,11 @@ class DyloraMoeLinear(LowRankStacks):
 
     def update(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
         """Compute what the active experts add to the product of `hidden_states` and the weight."""
+        if active.layer_routing is not None:
+            weights = active.layer_routing.weights(self, hidden_states)
+            return self._mixed_update(
+                hidden_states, spread_over_ranks(weights, self.layout).to(self.lora_A.dtype)
+            )
         if active.single is None:
             return self._mixed_update(hidden_states, active.scales[self.layout])
         _, scale = self.layout[active.single]
@@ -267,7 +280,8 @@ class DyloraMoeLinear(LowRankStacks):
 
         Args:
             hidden_states: `[batch, sequence, in_features]`.
-            scale: g of the formula above, `[batch or 1, sequence or 1, R]`.
+            scale: g of the formula above, `[batch or 1, sequence or 1, R]`, or of the shape of `hidden_states`
+                but for its last dimension.
         """
         scale = scale.to(hidden_states.device)
         if not self.training or not any(dropout.p for dropout in self.dropouts):
@@ -308,6 +322,23 @@ class DyloraMoeLinear(LowRankStacks):
         total_rank = self.lora_A.shape[0]
         return f"num_experts={len(self.layout)}, {total_rank=}; for PEFT: model.peft_target_modules([<name>, ...])"
 
+    def update_prototypes(self) -> None:
+        """Compute every expert's prototype from its matrices, `[num_experts, in_features]`: see `arrow_dylora_moe`."""
+        prototypes = torch.zeros(len(self.layout), self.lora_A.shape[1], device=self.lora_A.device)
+        for expert, (rank, _) in enumerate(self.layout):
+            if rank > 0:
+                rows = self.rows(expert)
+                prototypes[expert] = prototype(self.lora_A.detach()[rows], self.lora_B.detach()[rows].T)
+        self.register_buffer(PROTOTYPES, prototypes)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` moves prototypes, and leaves them in float32.
+        prototypes = self._buffers.get(PROTOTYPES)
+        super()._apply(fn, recurse)
+        if prototypes is not None and self.prototypes.dtype != prototypes.dtype:
+            self.prototypes = prototypes.to(self.prototypes.device)
+        return self
+
     def initialize_experts(self) -> None:
         """Initialise what was not read from a file: A random and B zero, so that the update starts at zero.
 
@@ -316,10 +347,14 @@ class DyloraMoeLinear(LowRankStacks):
         """
         init.kaiming_uniform_(self.lora_A, a=5**0.5)
         init.zeros_(self.lora_B)
+        if PROTOTYPES in self._buffers:
+            init.zeros_(self.prototypes)
 
 
 def _fit_scale(scale: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     """Bring `[batch or 1, sequence or 1, rank]` to a shape that broadcasts with `ranks`."""
+    if scale.shape == ranks.shape:
+        return scale
     if ranks.dim() == 2:  # foundations that flatten batch and sequence before a layer
         return scale.expand(*_batch_and_sequence(scale, ranks.shape[0]), -1).reshape(-1, scale.shape[-1])
     if ranks.dim() == 4:  # [batch, 1, past and present tokens, rank], DeepSeek's compressed keys and values
@@ -386,6 +421,23 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     )
 
 
+def find_modules(targets: Sequence[str], modules: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Find modules by their whole names or the ends of them, which is how PEFT reads a list of targets.
+
+    Returns:
+        The modules that are meant, in the order of `modules`, and the targets that mean none.
+    """
+    wanted = set(targets)
+    found, used = [], set()
+    for module in modules:
+        parts = module.split(".")
+        matching = wanted.intersection(".".join(parts[start:]) for start in range(len(parts)))
+        if matching:
+            found.append(module)
+            used |= matching
+    return found, [target for target in targets if target not in used]
+
+
 class PeftTargetsMixin:
     """Tells PEFT where an adapter goes on a routed model."""
 
@@ -405,20 +457,15 @@ class PeftTargetsMixin:
         Raises:
             ValueError: a name that no module has.
         """
-        unknown = set(names)
-        found = []
-        for module_name, module in self.named_modules():
-            matching = [name for name in names if f".{module_name}".endswith(f".{name}")]
-            unknown.difference_update(matching)
-            if matching:
-                is_adapted = isinstance(module, DyloraMoeLinear)
-                found.append(f"{module_name}.base_layer" if is_adapted else module_name)
-        if unknown:
-            missing = [name for name in names if name in unknown]
+        modules = dict(self.named_modules())
+        found, missing = find_modules(names, modules)
+        if missing:
             raise ValueError(
                 f"No module of {type(self).__name__} is called {missing}, as a whole or at its end."
             )
-        return found
+        return [
+            f"{name}.base_layer" if isinstance(modules[name], DyloraMoeLinear) else name for name in found
+        ]
 
     def refuse_adapters_around_experts(self) -> None:
         """Refuse an adapter around an expert layer, which PEFT would remove together with the adapter.
@@ -442,6 +489,7 @@ __all__ = [
     "DyloraMoeLinear",
     "PeftTargetsMixin",
     "checkpoint_with_experts",
+    "find_modules",
     "in_base_layer",
     "is_gate",
     "linear_shape",

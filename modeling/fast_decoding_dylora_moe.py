@@ -80,6 +80,7 @@ def why_not(model, generation_config: GenerationConfig, arguments: dict) -> str 
         "no KV cache, one of another kind, or one that was handed in": not is_own_cache(cache)
         or not arguments.get("use_cache"),
         "an attention mask that is not [batch, sequence]": mask is not None and mask.dim() != 2,
+        "a router of every layer (arrow)": strategy.name == "router" and model.config.routes_by_layer,
         "a custom routing strategy": type(strategy).__module__ != RoutingStrategy.__module__,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -5,6 +5,7 @@ cache, and collect router logits.
 """
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -20,14 +21,15 @@ class _Call(threading.local):
         model: the model that generates.
         decoding: what runs its decode steps, if that is fast decoding.
         strategy: its strategy, for passes without our arguments (classifier-free guidance runs one).
-        router_logits: those of its steps, `[rows, tokens, num_experts]` each; `None` if not asked for.
+        router_logits: those of its steps, `[rows, tokens, num_experts]` each (of every layer, if each has a
+            router); `None` if not asked for.
     """
 
     def __init__(self):
         self.model = None
         self.decoding = None
         self.strategy: str | None = None
-        self.router_logits: list[torch.Tensor] | None = None
+        self.router_logits: list[list[torch.Tensor]] | None = None
 
 
 _call = _Call()
@@ -57,7 +59,8 @@ class DyloraMoeGenerationMixin(GenerationMixin):
             routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
             output_router_logits: with `return_dict_in_generate`, whether to add `router_logits` to the
                 output, `[sequences, new tokens, num_experts]`: the gate's logits where each new token was
-                predicted. `None` under a strategy that reads no router while it decodes.
+                predicted; of `router_kind` 'arrow' a tuple, one for each adapted layer. `None` under a
+                strategy that reads no router while it decodes.
 
         Raises:
             ValueError: an unknown strategy; lists the valid ones and the experts' names.
@@ -74,7 +77,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         try:
             output = super().generate(inputs, *args, **kwargs)
             if _call.router_logits is not None and isinstance(output, ModelOutput):
-                output["router_logits"] = _of_sequences(_call.router_logits, output.get("beam_indices"))
+                output["router_logits"] = self._router_logits_of_call(output.get("beam_indices"))
             return output
         finally:
             # EvalPlus 0.3.1 stops through a package that puts a `_get_stopping_criteria` on the instance and
@@ -82,6 +85,14 @@ class DyloraMoeGenerationMixin(GenerationMixin):
             # and a criterion left from a shorter prompt takes the new prompt for output and stops it at once.
             self.__dict__.pop("_get_stopping_criteria", None)
             vars(_call).update(outer_call)
+
+    def _router_logits_of_call(self, beam_indices: torch.Tensor | None):
+        """Put the router logits of all steps together, of every layer if each has a router."""
+        if not _call.router_logits:
+            return None
+        steps = zip(*_call.router_logits, strict=True)
+        layers = tuple(_of_sequences(of_layer, beam_indices) for of_layer in steps)
+        return layers if self.config.routes_by_layer else layers[0]
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         # `inputs_embeds` is named for transformers, which looks for it here.
@@ -108,11 +119,13 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens: int | None = None
     ):
         if _call.router_logits is not None and outputs.router_logits is not None:
-            logits = outputs.router_logits[:, -1:]
+            first, stop = -1, None
             if num_new_tokens is not None:
                 # Assisted decoding accepts the first of the tokens that it has logits for.
-                logits = outputs.router_logits[:, -outputs.logits.shape[1] :][:, :num_new_tokens]
-            _call.router_logits.append(logits)
+                first, stop = -outputs.logits.shape[1], num_new_tokens
+            found = outputs.router_logits
+            layers = found if isinstance(found, tuple) else (found,)
+            _call.router_logits.append([logits[:, first:][:, :stop] for logits in layers])
         num_new_tokens = 1 if num_new_tokens is None else num_new_tokens
         return super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
@@ -213,7 +226,7 @@ class DyloraMoeGenerationMixin(GenerationMixin):
         return expert_ids.repeat_interleave(batch_size * rows_per_prompt // num_sequences)
 
 
-def _of_sequences(steps: list[torch.Tensor], beam_indices: torch.Tensor | None) -> torch.Tensor | None:
+def _of_sequences(steps: Sequence[torch.Tensor], beam_indices: torch.Tensor | None) -> torch.Tensor:
     """Turn the router logits of all steps into those of the sequences.
 
     Args:
@@ -223,8 +236,6 @@ def _of_sequences(steps: list[torch.Tensor], beam_indices: torch.Tensor | None) 
     Returns:
         `[sequences, new tokens, num_experts]`.
     """
-    if not steps:
-        return None
     logits = torch.cat(steps, dim=1)
     if beam_indices is None:
         return logits

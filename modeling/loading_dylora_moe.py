@@ -24,6 +24,7 @@ from transformers.utils import (
     logging,
 )
 
+from .arrow_dylora_moe import PROTOTYPES
 from .configuration_dylora_moe import DyloraMoeConfig, read_config
 from .experts_dylora_moe import in_base_layer
 from .saving_dylora_moe import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, peft_keys
@@ -170,6 +171,9 @@ def read_full(
         module, _, kind = name.removeprefix("foundation.").rpartition(".")
         if name.startswith("router.gate."):
             state[name] = file.get_tensor(key)[numbers]
+        elif kind == PROTOTYPES and module in layouts:
+            if any(layouts[module][number][0] > 0 for number in numbers):
+                state[name] = file.get_tensor(key)[numbers]
         elif module in layouts and kind in ("lora_A", "lora_B"):
             layout = layouts[module]
             if any(layout[number][0] > 0 for number in numbers):
@@ -198,7 +202,8 @@ def _weight_files(location: str, variant: str | None, where: dict) -> list[str]:
 
 def _names_in_model(keys: list[str], config: DyloraMoeConfig, network: type) -> dict[str, str]:
     """Map the keys of expert layers to the model's names, if transformers saved them under older ones."""
-    of_experts = [key for key in keys if ".base_layer." in key or ".lora_" in key]
+    kinds = (".base_layer.", ".lora_", f".{PROTOTYPES}")
+    of_experts = [key for key in keys if any(kind in key for kind in kinds)]
     with torch.device("meta"):
         model = network(config)
     expected = model.state_dict()
@@ -253,7 +258,7 @@ def read_adapter(
     for key, value in foundation.state_dict().items():
         state[f"foundation.{in_base_layer(key, wrapped)}"] = value
     for key, expected in needed.items():
-        if ".lora_" in key or key.startswith("router."):
+        if ".lora_" in key or key.startswith("router.") or key.endswith(f".{PROTOTYPES}"):
             continue
         found = tuple(state[key].shape) if key in state else "missing"
         if found != tuple(expected.shape):
@@ -271,7 +276,12 @@ def read_adapter(
         router = _open_safetensors(cached_file(location, ROUTER_WEIGHTS, **where))
         for key in router.keys():  # noqa: SIM118  (not a dict)
             tensor = router.get_tensor(key)
-            state[f"router.{key}"] = tensor[numbers] if f"router.{key}" in needed else tensor
+            is_prototypes = key.endswith(f".{PROTOTYPES}")
+            name = f"foundation.{key}" if is_prototypes else f"router.{key}"
+            if name in needed:
+                state[name] = tensor[numbers]
+            elif not (is_prototypes and len(tensor) > len(numbers)):  # of a layer that other experts adapt
+                state[name] = tensor
     return state
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .arrow_dylora_moe import PROTOTYPES
 from .cache_dylora_moe import CACHE
 from .configuration_dylora_moe import DyloraMoeConfig
 from .expert_set_dylora_moe import ExpertSetMixin
@@ -66,7 +67,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["router.gate"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router.gate", PROTOTYPES]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -87,14 +88,20 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self.expert_dropouts = nn.ModuleList(
             nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs
         )
+        self._resolve_targets(config)
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
         layouts = config.rank_layouts()
         self._wrap_modules(config.adapted_modules(), layouts)
         self._wrap_parameters(config.adapted_parameters(), layouts)
         self._describe_foundation()
+        if config.routes_by_layer:
+            for layer in self.unnamed_expert_layers():
+                shape = (config.num_experts, layer.lora_A.shape[1])
+                zeros = torch.zeros(shape, dtype=torch.float32, device=layer.lora_A.device)
+                layer.register_buffer(PROTOTYPES, zeros)
         self.router = None
-        if config.has_router:
+        if config.has_gate:
             self.router = DyloraMoeRouter(config)
         self.post_init()
 
@@ -128,6 +135,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
             stored = cls.config_class.from_pretrained(stored or location, **where)
         if routing_strategy is not None:  # before any weight is read
             routing_strategy = str(resolve_routing_strategy(routing_strategy, subset_of(stored, experts)[0]))
+        if location is not None:
+            stored.adapted_modules()  # raises where it has no whole names, by which the weights are filed
         is_adapter = location is not None and stored.weights_layout == "adapter"
         needs_custom_state_dict = is_adapter or (location is not None and experts is not None)
         if base_model is not None and not is_adapter:
@@ -183,6 +192,25 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
     @classmethod
     def from_foundation(cls, foundation: PreTrainedModel, config: DyloraMoeConfig):
         """Make a routed model around a foundation that is already loaded, and freeze the foundation.
+
+        The config becomes the model's: it gets the foundation's config and whole names for what
+        `target_modules` means.
+
+        Example, with tokenised `texts` of each skill (`examples/train_experts.py` runs as it is):
+
+        ```python
+        >>> from transformers import Trainer
+        >>> from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
+
+        >>> experts = [{"name": name, "r": 8, "target_modules": ["q_proj", "v_proj"]} for name in texts]
+        >>> model = DyloraMoeForCausalLM.from_foundation(foundation, DyloraMoeConfig(expert_configs=experts))
+        >>> for name in texts:
+        ...     model.generation_config.routing_strategy = f"single:{name}"  # this expert learns alone
+        ...     Trainer(model, arguments, train_dataset=texts[name]).train()
+        ...     model.freeze_expert(name)
+        >>> model.generation_config.routing_strategy = "router"  # and then the gate
+        >>> Trainer(model, arguments, train_dataset=sum(texts.values(), [])).train()
+        ```
 
         Raises:
             ValueError: an expert adapts a module that the foundation does not have, or one that is not
@@ -334,9 +362,10 @@ class DyloraMoeModel(DyloraMoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        outputs = routed_pass.strategy.run(routed_pass)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        routed_pass.keeps_router_logits = output_router_logits
+        outputs = routed_pass.strategy.run(routed_pass)
         if not output_router_logits:
             self.warn_of_missing_balance_loss(routed_pass.strategy)
         return MoeModelOutputWithPast(
@@ -422,7 +451,8 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             past_key_values: the KV cache of all streams; or `cache`, its name from transformers 5.24 on.
             labels: `[batch, sequence]`, -100 where a token does not count.
             output_router_logits: whether to return the gate's logits `[batch, sequence, num_experts]`, where
-                the strategy reads them at these tokens (`router`; `best` at its prompt).
+                the strategy reads them at these tokens (`router`; `best` at its prompt). Of `router_kind`
+                'arrow' a tuple, every adapted layer's scores.
             logits_to_keep: how many of the last positions get logits (0: all), or which.
             routing_strategy: how experts are chosen; see `resolve_routing_strategy`.
             expert_ids: each row's expert, `[batch]`, for strategies that choose one per row.
@@ -430,7 +460,7 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
 
         Returns:
             `loss`: shifted, label-masked cross entropy plus `router_aux_loss_coef` times `aux_loss`, the
-            balance loss (see `balance_loss`), under the strategy `router`.
+            balance loss (see `balance_loss`), under the strategy `router` of a gate.
 
         Raises:
             ValueError: an unknown strategy, or a cache filled under another one.
@@ -448,13 +478,15 @@ class DyloraMoeForCausalLM(FastDecodingMixin, DyloraMoePreTrainedModel, DyloraMo
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        outputs = routed_pass.strategy.run(routed_pass)
-        logits = outputs.logits  # [batch, kept positions, vocab_size]
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        routed_pass.keeps_router_logits = output_router_logits
+        outputs = routed_pass.strategy.run(routed_pass)
+        logits = outputs.logits  # [batch, kept positions, vocab_size]
 
         aux_loss = None
-        if str(routed_pass.strategy) == "router" and (output_router_logits or labels is not None):
+        is_routed = str(routed_pass.strategy) == "router" and self.router is not None
+        if is_routed and (output_router_logits or labels is not None):
             aux_loss = self.balance_loss(routed_pass.router_logits, routed_pass.token_mask)
         elif labels is None and not output_router_logits:
             self.warn_of_missing_balance_loss(routed_pass.strategy)

@@ -1,4 +1,4 @@
-"""The router (gate, routing weights, balance loss) and the routed pass.
+"""The router (gate, routing weights, balance loss) and the routed pass. `arrow_dylora_moe` has the other router.
 
 A routed pass is one call of a model's forward: the foundation run over the same tokens, once for each stream
 of the routing strategy (`routing_strategies_dylora_moe`).
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from .arrow_dylora_moe import LayerRouting, best_expert_of_layers
 from .cache_dylora_moe import kept_experts, new_cache, prepare_streams, row_experts, stream_of
 from .configuration_dylora_moe import DyloraMoeConfig
 from .experts_dylora_moe import ActiveExperts, DyloraMoeLinear, use_experts
@@ -166,6 +167,11 @@ class RoutedPass:
         inputs: arguments for the foundation that all streams share (tokens, masks, positions, output flags).
         past_key_values: the cache of all streams, or `None`.
         expert_ids: each row's expert, `[batch]`, where the caller has fixed it.
+
+    Attributes:
+        router_logits: `[batch, sequence, num_experts]`, once they were read; of a router of every layer a tuple
+            of one for each adapted layer, in the order of `DyloraMoeConfig.adapted_modules`.
+        keeps_router_logits: whether those of a router of every layer are kept.
     """
 
     def __init__(
@@ -184,7 +190,8 @@ class RoutedPass:
         self.inputs = inputs
         self.past_key_values = past_key_values
         self.expert_ids = expert_ids
-        self.router_logits: torch.Tensor | None = None
+        self.router_logits: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.keeps_router_logits = False
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         self.batch_size, self.sequence_length = tokens.shape[:2]
         self.device = tokens.device
@@ -197,13 +204,14 @@ class RoutedPass:
             return None
         return mask[:, -self.sequence_length :].bool()
 
-    def run(self, weights: int | torch.Tensor | None, stream: int):
+    def run(self, weights: int | torch.Tensor | LayerRouting | None, stream: int | None):
         """Run the body with the experts at `weights` and the KV cache of `stream`, and return its output."""
         num_tokens = self.sequence_length if self.strategy.tokens_differ else None
         active = self.model.active_experts(weights, num_tokens)
         inputs = {**self.inputs, **self._cache_arguments(stream), "return_dict": True}
         logits_to_keep = None
-        if active is not None and active.tokens is not None and self._adapts_head():
+        differs = active is not None and (active.tokens is not None or active.layer_routing is not None)
+        if differs and self._adapts_head():
             # The head's experts have weights for every token, so it computes all logits.
             logits_to_keep = inputs.pop("logits_to_keep", None)
         with use_experts(active):
@@ -212,6 +220,24 @@ class RoutedPass:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             outputs.logits = outputs.logits[:, kept].clone()
         return outputs
+
+    def run_by_layer(self, stream: int | None):
+        """Run the body with every layer's own weights, and return its output."""
+        config, model = self.model.config, self.model
+        top_k = config.num_experts if model.routes_densely else config.num_experts_per_tok
+        routing = LayerRouting(top_k, config.router_temperature, self.keeps_router_logits)
+        outputs = self.run(routing, stream)
+        if self.keeps_router_logits:
+            layers = model.expert_layers().values()
+            self.router_logits = tuple(
+                self._as_tokens(routing.logits[layer]) for layer in layers if layer in routing.logits
+            )
+        return outputs
+
+    def _as_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bring a layer's scores to `[batch, sequence, num_experts]`, where it saw all of this call's tokens."""
+        shape = (self.batch_size, self.sequence_length, logits.shape[-1])
+        return logits.view(shape) if logits.numel() == shape[0] * shape[1] * shape[2] else logits
 
     def _adapts_head(self) -> bool:
         return self.has_head and isinstance(self.model.get_output_embeddings(), DyloraMoeLinear)
@@ -258,7 +284,23 @@ class RoutedPass:
 
     def best_experts(self) -> torch.Tensor:
         """Choose the router's favourite for every row, `[batch]`, over all tokens of this call."""
+        if self.model.config.routes_by_layer:
+            return self._best_experts_of_layers()
         return best_expert(self.read_router(stream=None), self.token_mask)
+
+    @torch.no_grad()
+    def _best_experts_of_layers(self) -> torch.Tensor:
+        inputs = {
+            name: self.inputs[name] for name in ROUTER_PASS_ARGUMENTS if self.inputs.get(name) is not None
+        }
+        if self.token_mask is not None:
+            inputs["attention_mask"] = self.token_mask  # without the tokens in the cache
+        reading = RoutedPass(self.model, self.model.foundation_body, self.strategy, inputs)
+        reading.keeps_router_logits = True
+        reading.run_by_layer(stream=None)
+        self.router_logits = reading.router_logits
+        temperature = self.model.config.router_temperature
+        return best_expert_of_layers(self.router_logits, temperature, self.token_mask)
 
     def row_experts(self, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return each row's expert, `[batch]`, and keep it with the cache.
@@ -308,11 +350,16 @@ class RoutingMixin:
         Args:
             router_logits: `[batch, sequence, num_experts]`, as the model's outputs have them.
             token_mask: `[batch, sequence]`, nonzero at tokens that are not padding; `None` for no padding.
+
+        Raises:
+            ValueError: the model has no gate, which the loss is for.
         """
+        if self.router is None:
+            raise ValueError("The balance loss is for a gate, and this model has none.")
         return balance_loss(self.router.weights(router_logits, dense=self.routes_densely), token_mask)
 
     def active_experts(
-        self, weights: int | torch.Tensor | None, tokens: int | None = None
+        self, weights: int | torch.Tensor | LayerRouting | None, tokens: int | None = None
     ) -> ActiveExperts | None:
         """Prepare what the expert layers read during a pass; see `ActiveExperts`."""
         if hasattr(self, "peft_config"):  # which PEFT leaves on a model that it changed
@@ -387,7 +434,7 @@ class RoutingMixin:
     def warn_of_missing_balance_loss(self, strategy: RoutingStrategy) -> None:
         """Warn once of a pass that trains the gate for an outside loss, which lacks the balance loss."""
         trains = self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef != 0
-        if not trains or str(strategy) != "router" or torch.compiler.is_compiling():
+        if not trains or self.router is None or str(strategy) != "router" or torch.compiler.is_compiling():
             return
         # The weight of one expert alone is always 1, so the gate has no gradient.
         has_gradient = self.routes_densely or self.config.num_experts_per_tok > 1

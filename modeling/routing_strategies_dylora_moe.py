@@ -70,13 +70,22 @@ class RoutingStrategy:
 
 @register
 class RouterStrategy(RoutingStrategy):
-    """The router's weights at every token: it reads stream 0, and the routed pass is stream 1."""
+    """The router's weights at every token: a gate reads stream 0, and the routed pass is stream 1.
+
+    Where every layer has a router of its own, one stream is enough.
+    """
 
     name = "router"
     needs_router = True
-    num_streams = 2
+
+    def __init__(self, config: DyloraMoeConfig, argument: str | None = None):
+        super().__init__(config, argument)
+        self.routes_by_layer = config.routes_by_layer
+        self.num_streams = 1 if self.routes_by_layer else 2
 
     def run(self, routed_pass):
+        if self.routes_by_layer:
+            return routed_pass.run_by_layer(stream=0)
         weights = routed_pass.routing_weights(stream=0)  # [batch, sequence, num_experts]
         return routed_pass.run(weights, stream=1)
 

@@ -3,7 +3,8 @@
 Layout `full` is transformers' own weight files. Layout `adapter` is
 
     experts/<name>/adapter_config.json, adapter_model.safetensors     one expert, as PEFT itself would save it
-    router.safetensors                                                gate.weight [N, hidden], gate.bias [N]
+    router.safetensors                                                gate.weight [N, hidden], gate.bias [N],
+                                                                      or <layer>.prototypes [N, in] (`arrow`)
 """
 
 import json
@@ -23,6 +24,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .arrow_dylora_moe import PROTOTYPES
 from .configuration_dylora_moe import (
     REQUIRED_TRANSFORMERS,
     STACKED_PARAMETERS,
@@ -351,15 +353,16 @@ def _peft_weights(model, expert: int, state_dict: dict) -> dict[str, torch.Tenso
 
 
 def save_router(model, directory: str | Path, state_dict: dict | None = None) -> None:
-    """Save the gate, if the model has one."""
-    if model.router is None:
+    """Save the gate or the prototypes, if the model has a router."""
+    if not model.config.has_router:
         return
     if state_dict is None:
         state_dict = model.state_dict()
     weights = {}
     for name, tensor in state_dict.items():
-        if name.startswith("router."):
-            weights[name.removeprefix("router.")] = tensor.detach().cpu().contiguous()
+        if name.startswith("router.") or name.endswith(f".{PROTOTYPES}"):
+            name = name.removeprefix("router.").removeprefix("foundation.")
+            weights[name] = tensor.detach().cpu().contiguous()
     save_file(weights, Path(directory) / ROUTER_WEIGHTS, metadata={"format": "pt"})
 
 
