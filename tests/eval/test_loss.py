@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_checkpoints import snapshot
 from helpers_cli import run
+from helpers_models import build, llama_config
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.eval import measure_loss
@@ -302,3 +303,20 @@ def test_texts_in_another_vocabulary_are_refused(repo, texts, loaded, monkeypatc
         InputError, match=r"code\.jsonl, line 1 has token .* the tokenizer is of another model"
     ):
         text_losses(small, loaded.tokenizer, Texts(texts), ["base"])
+
+
+def test_a_router_of_every_layer_is_measured_too(loaded):
+    """Of `router_kind` arrow, which has no gate; `best` reads the prompts alone."""
+    model = build(llama_config(vocab_size=400), router_kind="arrow", seed=1)
+    model.update_prototypes()
+    texts = [
+        Text(text * 3, prompt, "", f"{text}{prompt}") for text in (*CODE[:2], *PROSE) for prompt in (0, 9)
+    ]
+    strategies = [*SINGLES, "best", "router"]
+    together = text_losses(model, loaded.tokenizer, texts, strategies).nats
+    alone = [text_losses(model, loaded.tokenizer, [text], strategies).nats[0] for text in texts]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    for text, nats in zip(texts, together, strict=True):
+        ids = loaded.tokenizer(text.text[: text.prompt] or text.text, return_tensors="pt")["input_ids"]
+        chosen = int(model._best_experts_of_prompts(ids, {}))
+        assert nats[3] == pytest.approx(nats[chosen], rel=1e-5)
