@@ -288,11 +288,13 @@ def test_texts_and_folders_that_cannot_be_used(repo, texts, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_line_is_found_before_the_model_is_loaded(repo, tmp_path, monkeypatch):
+def test_bad_lines_and_strategies_are_found_before_the_model_is_loaded(repo, tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n' * 600 + "{}\n")
     monkeypatch.setattr(FoundModel, "load", lambda *arguments, **options: pytest.fail("it was loaded"))
     with pytest.raises(InputError, match="line 601"):
         measure_loss(repo, tmp_path / "bad.jsonl", output_dir=tmp_path / "out")
+    with pytest.raises(InputError, match="leave it out"):
+        measure_loss(repo, __file__, strategies="round_robin", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
