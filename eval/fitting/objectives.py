@@ -18,7 +18,7 @@ from dylora_moe.modeling.routing_dylora_moe import balance_loss
 
 from ..texts.encoding import batches, collate
 from .processes import Processes
-from .router_states import RouterStates, routed_pass, token_losses
+from .router_states import RouterStates, routed_pass
 
 
 # Texts that are sorted by length together: with few, batches hold more padding; with many, they are the same each time.
@@ -115,8 +115,10 @@ class LanguageModelingObjective:
             routed.router_logits = self.model.router(hidden.to(self.processes.device))
             weights = routed.routing_weights(stream=None)
             logits = routed.strategy.run(routed).logits
-            losses = token_losses(logits, inputs["input_ids"])
-        return losses[inputs["counts"]], weights[inputs["attention_mask"].bool()]
+        rows, positions = inputs["counts"].nonzero(as_tuple=True)
+        chosen = logits[rows, positions - 1].float()  # [counted, vocab_size]
+        losses = F.cross_entropy(chosen, inputs["input_ids"][rows, positions], reduction="none")
+        return losses, weights[inputs["attention_mask"].bool()]
 
 
 class OracleObjective:

@@ -62,7 +62,9 @@ class FitRouterOptions:
     epochs: Annotated[int | None, "Passes over the texts; else 5 of loss, 30 of oracle."] = None
     max_steps: Annotated[int | None, "Optimiser steps, instead of epochs."] = None
     batch_tokens: Annotated[int, "Tokens of an optimiser step, with padding, over all processes."] = 4096
-    max_length: Annotated[int, "Tokens of a text; longer ones are cut into parts."] = 512
+    max_length: Annotated[
+        int | None, "Tokens of a text, longer ones are cut into parts; else 512, or the model's positions."
+    ] = None
     validation: Annotated[float, "Share of the texts that is held out; 0: none, and no early stopping."] = 0.1
     patience: Annotated[int, "Epochs without a better held-out loss before it stops."] = 3
     seed: Annotated[int, "Of the share that is held out, and of the order of texts."] = 0

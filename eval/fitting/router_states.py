@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..texts.encoding import EncodedText, batches, collate
+from ..texts.text_losses import token_losses
 from .processes import Processes
 
 
@@ -51,8 +52,7 @@ class RouterStates:
 
     Args:
         texts: all texts; `processes` says which are read here.
-        predicting_alone: whether to keep only positions whose next token counts.
-        with_best: whether to compute each position's best expert.
+        with_best: whether to keep only positions whose next token counts, and to find the best expert of each.
         progress: is told how many of this process's texts are read, and how many there are.
 
     Attributes:
@@ -68,12 +68,11 @@ class RouterStates:
         processes: Processes,
         batch_tokens: int,
         *,
-        predicting_alone: bool = False,
         with_best: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.texts = list(texts)
-        self.predicting_alone = predicting_alone
+        self.with_best = with_best
         self._kept = KeptRows(model.config.hidden_size)
         self.places: dict[int, slice] = {}
         own = processes.own(self.texts)
@@ -83,12 +82,11 @@ class RouterStates:
             with torch.no_grad(), processes.autocast():
                 inputs = collate(batch, model.config.pad_token_id or 0, processes.device)
                 hidden = router_input(model, inputs)  # [batch, sequence, hidden_size]
-                experts = best_experts(model, inputs) if with_best else None  # [batch, sequence - 1]
+                if with_best:
+                    best.append(best_experts(model, inputs))
             for row, text in enumerate(batch):
                 positions = self.positions(text)
                 self.places[numbers[id(text)]] = self._kept.append(hidden[row, positions.to(hidden.device)])
-                if experts is not None:
-                    best.append(experts[row, positions.to(experts.device)].cpu())
             if progress is not None:
                 progress(len(self.places), len(own))
         self.rows = self._kept.read()
@@ -96,7 +94,7 @@ class RouterStates:
 
     def positions(self, text: EncodedText) -> torch.Tensor:
         """Say which of a text's positions are kept; those of all its tokens, or those that predict a token that counts."""
-        if not self.predicting_alone:
+        if not self.with_best:
             return torch.arange(len(text.input_ids))
         return torch.tensor(text.counts[1:]).nonzero().flatten()
 
@@ -120,28 +118,15 @@ def routed_pass(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
 
 
 def best_experts(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Find the expert with the lowest loss of each next token, alone: `[batch, sequence - 1]`."""
-    losses = [
-        strategy_losses(model, inputs, f"single:{index}")[:, 1:] for index in range(model.config.num_experts)
-    ]
-    return torch.stack(losses).argmin(dim=0)
-
-
-def strategy_losses(model: Any, inputs: dict[str, torch.Tensor], strategy: str) -> torch.Tensor:
-    """Compute the loss of every token under a strategy, `[batch, sequence]` in nats; 0 of the first ones."""
+    """Find the expert that alone has the lowest loss of each token that counts, `[counted]`, row after row."""
+    rows, positions = inputs["counts"].nonzero(as_tuple=True)
+    targets = inputs["input_ids"][rows, positions]
     tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return token_losses(
-        model(**tokens, routing_strategy=strategy, use_cache=False).logits, inputs["input_ids"]
-    )
+    losses = []
+    for expert in range(model.config.num_experts):
+        logits = model(**tokens, routing_strategy=f"single:{expert}", use_cache=False).logits
+        losses.append(token_losses(logits, rows, positions - 1, targets))
+    return torch.from_numpy(np.stack(losses).argmin(axis=0))
 
 
-def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Compute -log p of every token given those before it, `[batch, sequence]` in nats; 0 of the first ones."""
-    targets = input_ids[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
-    )  # [batch * (sequence - 1)]
-    return F.pad(losses.view(targets.shape), (1, 0))
-
-
-__all__ = ["KeptRows", "RouterStates", "routed_pass", "router_input", "strategy_losses", "token_losses"]
+__all__ = ["KeptRows", "RouterStates", "routed_pass", "router_input"]

@@ -106,7 +106,7 @@ def test_the_loss_is_the_models_own_on_the_padded_batch(router_input):
 @pytest.mark.parametrize("router_input", ["base", "experts_sum"])
 def test_the_oracle_is_the_expert_with_the_lowest_loss_of_the_next_token(router_input):
     model, texts = build(router_input=router_input), random_texts()
-    states = RouterStates(model, texts, ALONE, BATCH, predicting_alone=True, with_best=True)
+    states = RouterStates(model, texts, ALONE, BATCH, with_best=True)
     rows, best = [], []
     for text in texts:
         ids = torch.tensor([text.input_ids])
@@ -154,7 +154,7 @@ def test_what_several_processes_compute_adds_up_to_what_one_computes(kind):
 
     def objective(processes):
         by_token = kind == "oracle"
-        states = RouterStates(model, texts, processes, BATCH, predicting_alone=by_token, with_best=by_token)
+        states = RouterStates(model, texts, processes, BATCH, with_best=by_token)
         if by_token:
             return OracleObjective(model, processes, states, states, 8, (states.best, states.best))
         return LanguageModelingObjective(model, processes, states, states, BATCH)
@@ -344,7 +344,8 @@ def test_a_repo_with_a_router_differs_in_its_gate_alone(mixture, tmp_path):
 
 def test_the_card_says_that_there_is_a_router_now_and_an_export_keeps_the_record(mixture, tmp_path):
     _, bare, texts = mixture
-    fit_router(bare, texts, output_dir=tmp_path / "out", max_steps=1, validation=0)
+    with pytest.warns(DyloraMoeWarning, match="the gate has collapsed"):
+        fit_router(bare, texts, output_dir=tmp_path / "out", max_steps=1, validation=0)
     before, after = ((folder / "README.md").read_text() for folder in (bare, tmp_path / "out"))
     assert "with no router." in before and "no router" not in after and "A linear gate in float32." in after
     assert "| `router` |" not in before and "| `router` |" in after and "## Loading" in after
@@ -389,6 +390,10 @@ BAD = {
     "no repo": ({"repo": "foundation"}, "is not an exported repo"),
     "no file": ({"texts": "nothing.jsonl"}, "nothing.jsonl is not there"),
     "one expert": ({"repo": "one"}, "has 1 expert (only), so there is nothing to route"),
+    "more tokens than positions": (
+        {"options": ("--max_length", 5000)},
+        "--max_length is 5000, and the model has",
+    ),
     "another input": ({"options": ("--router_input", "base")}, "start with --init zeros"),
 }
 
@@ -426,8 +431,10 @@ def test_an_output_folder_that_holds_something_is_left_alone(mixture, tmp_path):
 
 def test_the_command_shows_epochs_and_the_held_out_losses(mixture, tmp_path):
     _, bare, texts = mixture
+    others = tmp_path / "others.jsonl"
+    others.write_bytes(texts.read_bytes())
     options = ("--max_steps", 2, "--batch_tokens", 256, "--json")
-    code, said = run("fit-router", bare, "--texts", texts, texts, "-o", tmp_path / "out", *options)
+    code, said = run("fit-router", bare, "--texts", texts, others, "-o", tmp_path / "out", *options)
     assert code == 0 and "epoch 1, step 2 of 2: loss" in said and "entropy" in said, said
     result = json.loads(said[said.index("{\n") :])
     assert result["num_held_out"] == 18 and set(result["shares"]) == {"expert_0", "expert_1", "expert_2"}
