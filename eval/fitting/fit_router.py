@@ -95,9 +95,9 @@ def fit_router(
     `hidden_size` numbers a token, in the dtype that the model computes them in. The gate starts from the repo's,
     or from zeros, where all experts weigh the same.
 
-    The losses are of dense routing, over all experts at every token; the written repo routes as its
-    `router_mode` says. Under `oracle`, tokens that all experts predict alike have a best expert by chance: it
-    needs more texts than `loss`, which weighs a token by what the choice is worth.
+    `loss` is that of dense routing, over all experts at every token; the written repo routes as its
+    `router_mode` says. Under `oracle` a token counts by how far its best expert's loss lies below the mean one of
+    all experts: where all predict alike, the best is so by chance, and unweighted such tokens would decide.
 
     transformers' `Trainer` fits a gate, too, by a pass of its own for every step:
 
@@ -275,7 +275,7 @@ def _objective(
     if options.objective == "loss":
         objective = LanguageModelingObjective(*common)
     elif by_token:
-        objective = OracleObjective(*common, (states.best, held_out.best))
+        objective = OracleObjective(*common, (states.best, held_out.best), (states.worth, held_out.worth))
     else:
         targets = named_experts(states, model.config), named_experts(held_out, model.config)
         objective = OracleObjective(*common, targets)

@@ -126,6 +126,7 @@ class OracleObjective:
 
     Args:
         targets: the expert of each of the rows, `[rows]`; of `held_out`, too.
+        worth: how much each row counts, `[rows]`, if not all the same; of `held_out`, too.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class OracleObjective:
         held_out: RouterStates,
         batch_tokens: int,
         targets: tuple[torch.Tensor, torch.Tensor],
+        worth: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         self.model = model
         self.processes = processes
@@ -143,6 +145,9 @@ class OracleObjective:
         self.held_out = held_out
         self.batch_tokens = batch_tokens
         self.targets, self.held_out_targets = targets
+        if worth is None:
+            worth = tuple(torch.ones(len(part)) for part in targets)
+        self.worth, self.held_out_worth = (self._with_mean_one(part) for part in worth)
         self._own_row = _own_rows(states)
 
     def steps(self, seed: int) -> list[torch.Tensor]:
@@ -153,19 +158,27 @@ class OracleObjective:
     def loss(self, step: torch.Tensor) -> torch.Tensor:
         rows = self._own_row[step]
         rows = rows[rows >= 0]
-        return self._sum(self.states.rows[rows], self.targets[rows]) / len(step)
+        return self._sum(self.states.rows[rows], self.targets[rows], self.worth[rows]) / len(step)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        pairs = zip(self.held_out.rows.split(ROWS), self.held_out_targets.split(ROWS), strict=True)
-        total = sum(float(self._sum(rows, targets)) for rows, targets in pairs)
+        parts = [
+            part.split(ROWS) for part in (self.held_out.rows, self.held_out_targets, self.held_out_worth)
+        ]
+        total = sum(float(self._sum(*part)) for part in zip(*parts, strict=True))
         count = sum(len(self.held_out.positions(text)) for text in self.held_out.texts)
         return float(self.processes.sum(torch.tensor(total))) / count
 
-    def _sum(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _with_mean_one(self, worth: torch.Tensor) -> torch.Tensor:
+        """Scale so that the mean over the rows of all processes is 1."""
+        total, count = self.processes.sum(torch.tensor([float(worth.sum()), float(len(worth))])).tolist()
+        return worth * (count / total) if total > 0 else torch.ones_like(worth)
+
+    def _sum(self, rows: torch.Tensor, targets: torch.Tensor, worth: torch.Tensor) -> torch.Tensor:
         logits = self.model.router(rows.to(self.processes.device))
         scaled = logits / self.model.config.router_temperature
-        return F.cross_entropy(scaled, targets.to(logits.device), reduction="sum")
+        losses = F.cross_entropy(scaled, targets.to(logits.device), reduction="none")
+        return (losses * worth.to(logits.device)).sum()
 
 
 def _own_rows(states: RouterStates) -> torch.Tensor:

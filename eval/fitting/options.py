@@ -41,7 +41,8 @@ class FitRouterOptions:
         str, "loss: of the dense mixture; oracle: to choose the expert that predicts a token best."
     ] = "loss"
     targets: Annotated[
-        str, "Of oracle. tokens: each token's best expert; texts: the expert that a text names."
+        str,
+        "Of oracle. tokens: each token's best expert, by what it is worth; texts: the one that a text names.",
     ] = "tokens"
     init: Annotated[str, "existing: the repo's gate, where it has one; zeros: all experts equal."] = (
         "existing"

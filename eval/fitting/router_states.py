@@ -59,6 +59,7 @@ class RouterStates:
         rows: hidden states `[rows, hidden_size]`, in the dtype that the model computes them in.
         places: by number of a text, its rows.
         best: the expert that predicts a row's next token with the lowest loss, `[rows]`; empty unless asked for.
+        worth: how far that loss lies below the mean one of all experts, `[rows]` in nats; empty likewise.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class RouterStates:
         self.places: dict[int, slice] = {}
         own = processes.own(self.texts)
         numbers = {id(self.texts[number]): number for number in own}
-        best: list[torch.Tensor] = []
+        best: list[tuple[torch.Tensor, torch.Tensor]] = []
         for batch in batches((self.texts[number] for number in own), batch_tokens):
             with torch.no_grad(), processes.autocast():
                 inputs = collate(batch, model.config.pad_token_id or 0, processes.device)
@@ -90,7 +91,8 @@ class RouterStates:
             if progress is not None:
                 progress(len(self.places), len(own))
         self.rows = self._kept.read()
-        self.best = torch.cat(best) if best else torch.empty(0, dtype=torch.long)
+        self.best = torch.cat([experts for experts, _ in best]) if best else torch.empty(0, dtype=torch.long)
+        self.worth = torch.cat([worth for _, worth in best]) if best else torch.empty(0)
 
     def positions(self, text: EncodedText) -> torch.Tensor:
         """Say which of a text's positions are kept; those of all its tokens, or those that predict a token that counts."""
@@ -117,8 +119,12 @@ def routed_pass(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def best_experts(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Find the expert that alone has the lowest loss of each token that counts, `[counted]`, row after row."""
+def best_experts(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the expert that alone has the lowest loss of each token that counts, row after row.
+
+    Returns:
+        The experts, `[counted]`, and how far that loss lies below the mean one of all experts, `[counted]`.
+    """
     rows, positions = inputs["counts"].nonzero(as_tuple=True)
     targets = inputs["input_ids"][rows, positions]
     tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -126,7 +132,9 @@ def best_experts(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     for expert in range(model.config.num_experts):
         logits = model(**tokens, routing_strategy=f"single:{expert}", use_cache=False).logits
         losses.append(token_losses(logits, rows, positions - 1, targets))
-    return torch.from_numpy(np.stack(losses).argmin(axis=0))
+    of_experts = np.stack(losses)  # [num_experts, counted]
+    worth = of_experts.mean(axis=0) - of_experts.min(axis=0)
+    return torch.from_numpy(of_experts.argmin(axis=0)), torch.from_numpy(worth).float()
 
 
 __all__ = ["KeptRows", "RouterStates", "routed_pass", "router_input"]

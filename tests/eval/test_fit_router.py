@@ -107,7 +107,7 @@ def test_the_loss_is_the_models_own_on_the_padded_batch(router_input):
 def test_the_oracle_is_the_expert_with_the_lowest_loss_of_the_next_token(router_input):
     model, texts = build(router_input=router_input), random_texts()
     states = RouterStates(model, texts, ALONE, BATCH, with_best=True)
-    rows, best = [], []
+    rows, best, worth = [], [], []
     for text in texts:
         ids = torch.tensor([text.input_ids])
         losses = []
@@ -122,10 +122,13 @@ def test_the_oracle_is_the_expert_with_the_lowest_loss_of_the_next_token(router_
         handle.remove()
         for t in range(2, ids.shape[1]):  # the first two are the prompt
             rows.append(seen[0][0, t - 1])
-            best.append(min(range(3), key=lambda expert: losses[expert][t - 1]))
+            of_experts = [losses[expert][t - 1].item() for expert in range(3)]
+            best.append(of_experts.index(min(of_experts)))
+            worth.append(sum(of_experts) / 3 - min(of_experts))
     order = [row for number in range(len(texts)) for row in range(*states.places[number].indices(10**6))]
     torch.testing.assert_close(states.rows[order], torch.stack(rows), atol=1e-5, rtol=1e-5)
     assert states.best[order].tolist() == best and len(set(best)) == 3
+    torch.testing.assert_close(states.worth[order], torch.tensor(worth), atol=1e-5, rtol=1e-4)
 
 
 def test_the_oracles_loss_is_cross_entropy_at_the_routers_temperature():
@@ -146,6 +149,13 @@ def test_the_oracles_loss_is_cross_entropy_at_the_routers_temperature():
         objective.loss(steps[0]).detach(), expected[steps[0]].mean(), atol=1e-5, rtol=1e-5
     )
     assert objective.held_out_loss() == pytest.approx(float(expected.mean()), rel=1e-5)
+    worth = torch.rand(len(states.rows))
+    weighted = OracleObjective(model, ALONE, states, states, 10, (targets, targets), (worth, worth))
+    scaled = worth / worth.mean()
+    order = [row for number in range(len(texts)) for row in range(*states.places[number].indices(10**6))]
+    assert weighted.held_out_loss() == pytest.approx(float((expected * scaled[order]).mean()), rel=1e-5)
+    found, of_step = weighted.loss(steps[1]).detach(), (expected * scaled[order])[steps[1]]
+    torch.testing.assert_close(found, of_step.mean(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["loss", "oracle"])
@@ -156,7 +166,10 @@ def test_what_several_processes_compute_adds_up_to_what_one_computes(kind):
         by_token = kind == "oracle"
         states = RouterStates(model, texts, processes, BATCH, with_best=by_token)
         if by_token:
-            return OracleObjective(model, processes, states, states, 8, (states.best, states.best))
+            worth = torch.full_like(states.worth, 0.5)  # the mean is over the rows of all processes
+            return OracleObjective(
+                model, processes, states, states, 8, (states.best, states.best), (worth, worth)
+            )
         return LanguageModelingObjective(model, processes, states, states, BATCH)
 
     whole, parts = objective(ALONE), [objective(OneOf(index, 3)) for index in range(3)]
