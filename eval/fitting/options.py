@@ -16,7 +16,7 @@ from ..options import DTYPES
 
 
 CHOICES = {
-    "objective": ("loss", "oracle"),
+    "objective": ("oracle", "loss"),
     "targets": ("tokens", "texts"),
     "init": ("existing", "zeros"),
     "router_input": ("base", "experts_sum", None),
@@ -38,8 +38,8 @@ class FitRouterOptions:
     """
 
     objective: Annotated[
-        str, "loss: of the dense mixture; oracle: to choose the expert that predicts a token best."
-    ] = "loss"
+        str, "oracle: to choose the expert that predicts a token best; loss: that of the dense mixture."
+    ] = "oracle"
     targets: Annotated[
         str,
         "Of oracle. tokens: each token's best expert, by what it is worth; texts: the one that a text names.",
@@ -60,7 +60,7 @@ class FitRouterOptions:
     weight_decay: Annotated[float, "Of AdamW."] = 0.01
     warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.1
     lr_scheduler_type: Annotated[str, "linear or cosine: how it falls."] = "cosine"
-    epochs: Annotated[int | None, "Passes over the texts; else 5 of loss, 30 of oracle."] = None
+    epochs: Annotated[int | None, "Passes over the texts; else 30 of oracle, 5 of loss."] = None
     max_steps: Annotated[int | None, "Optimiser steps, instead of epochs."] = None
     batch_tokens: Annotated[int, "Tokens of an optimiser step, with padding, over all processes."] = 4096
     max_length: Annotated[

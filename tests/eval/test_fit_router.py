@@ -300,7 +300,7 @@ def mixture(tmp_path_factory):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"objective": "oracle"}, {"objective": "oracle", "targets": "texts"}, {"mixed_precision": "bf16"}],
+    [{"objective": "loss"}, {}, {"targets": "texts"}, {"objective": "loss", "mixed_precision": "bf16"}],
     ids=["loss", "oracle", "named", "bf16"],
 )
 def test_a_repo_without_a_router_gets_one_that_beats_every_expert_alone(mixture, tmp_path, options):
@@ -318,7 +318,7 @@ def test_a_repo_without_a_router_gets_one_that_beats_every_expert_alone(mixture,
     assert model.generation_config.routing_strategy == "router"
     record = model.config.router_fitting
     assert record["texts"][0]["name"] == "texts.jsonl" and record["held_out_loss"] == result.loss_after
-    assert (record["steps"], record["objective"]) == (result.steps, options.get("objective", "loss"))
+    assert (record["steps"], record["objective"]) == (result.steps, options.get("objective", "oracle"))
 
 
 def test_a_repo_with_a_router_differs_in_its_gate_alone(mixture, tmp_path):
@@ -358,7 +358,7 @@ def test_a_repo_with_a_router_differs_in_its_gate_alone(mixture, tmp_path):
 def test_the_card_says_that_there_is_a_router_now_and_an_export_keeps_the_record(mixture, tmp_path):
     _, bare, texts = mixture
     with pytest.warns(DyloraMoeWarning, match="the gate has collapsed"):
-        fit_router(bare, texts, output_dir=tmp_path / "out", max_steps=1, validation=0)
+        fit_router(bare, texts, output_dir=tmp_path / "out", objective="loss", max_steps=1, validation=0)
     before, after = ((folder / "README.md").read_text() for folder in (bare, tmp_path / "out"))
     assert "with no router." in before and "no router" not in after and "A linear gate in float32." in after
     assert "| `router` |" not in before and "| `router` |" in after and "## Loading" in after
@@ -399,7 +399,7 @@ BAD = {
     "another vocabulary": ({"lines": [{"text": "не по-английски"}] * 4}, "another vocabulary"),
     "one text": ({"lines": [{"text": "abc"}]}, "too few texts to hold out"),
     "one token": ({"lines": [{"text": "a"}] * 4}, "too short"),
-    "no such option": ({"options": ("--objective", "best")}, "there are loss, oracle"),
+    "no such option": ({"options": ("--objective", "best")}, "there are oracle, loss"),
     "no repo": ({"repo": "foundation"}, "is not an exported repo"),
     "no file": ({"texts": "nothing.jsonl"}, "nothing.jsonl is not there"),
     "one expert": ({"repo": "one"}, "has 1 expert (only), so there is nothing to route"),
@@ -464,10 +464,10 @@ def test_a_collapsed_gate_is_said_with_what_to_try():
     with pytest.warns(
         DyloraMoeWarning, match=r"c comes first at 0.5%.*router_aux_loss_coef, --objective oracle or"
     ) as said:
-        warn_of_collapse(collapsed(a=0.6, b=0.395, c=0.005), FitRouterOptions())
+        warn_of_collapse(collapsed(a=0.6, b=0.395, c=0.005), FitRouterOptions(objective="loss"))
     assert "more texts that c is for" in str(said[0].message)
     with pytest.warns(DyloraMoeWarning, match=r"a comes first at 96.0%.*; try more texts of other kinds$"):
-        warn_of_collapse(collapsed(a=0.96, b=0.02, c=0.02), FitRouterOptions(objective="oracle"))
+        warn_of_collapse(collapsed(a=0.96, b=0.02, c=0.02), FitRouterOptions())
 
 
 def test_the_trainer_trains_the_gate_alone(tmp_path):
