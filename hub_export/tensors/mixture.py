@@ -10,14 +10,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import InputError
 from ..sources.source_folder import SourceFolder
+from .routers import ArrowRouter, Router
 from .stored_tensors import StoredTensor
 
+
+if TYPE_CHECKING:
+    from .subtraction import Subtracted
 
 # More experts than this are a damaged number, not a mixture.
 MOST_EXPERTS = 4096
@@ -116,24 +120,6 @@ class Expert:
 
 
 @dataclass
-class Router:
-    """The gate and how its logits become weights.
-
-    Attributes:
-        read: gives (weight [num_experts, hidden_size], bias [num_experts]).
-    """
-
-    read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    num_experts: int
-    hidden_size: int
-    router_input: str  # "base" or "experts_sum": which hidden states the gate was trained on
-    num_experts_per_tok: int = 1
-    router_temperature: float = 2.0
-    router_mode: str = "auto"
-    router_aux_loss_coef: float | None = None  # None: the source does not say
-
-
-@dataclass
 class FoundationReference:
     """Which frozen model the experts are for.
 
@@ -170,12 +156,13 @@ class Mixture:
         parts: where experts were appended to a mixture: that mixture, and what was appended.
         reason: by what the format was recognised.
         sources: the folders that were opened, one per source.
+        subtracted: what is subtracted from every expert, once the names of the foundation's layers are known.
     """
 
     format: str
     folders: list[SourceFolder]
     experts: list[Expert]
-    router: Router | None
+    router: Router | ArrowRouter | None
     foundation: FoundationReference
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -187,6 +174,7 @@ class Mixture:
     parts: list[Mixture] = field(default_factory=list)
     reason: str = ""
     sources: list[SourceFolder] = field(default_factory=list)
+    subtracted: Subtracted | None = None
 
 
 def idle_experts(mixture: Mixture) -> str | None:
