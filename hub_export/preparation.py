@@ -14,8 +14,7 @@ from .repo.plan import Plan, make_plan, renew_config
 from .repo.router_prompts import read_prompts, router_from_prompts
 from .sources.hub_and_folders import is_on_hub
 from .sources.source_options import ReadOptions
-from .tensors.mixture import ArrowRouter, Mixture, Router, check_expert_names
-from .tensors.subtraction import Subtracted
+from .tensors.mixture import ArrowRouter, Mixture, Router, Subtracted, check_expert_names
 from .tokenizers.tokenizer import FoundTokenizer, check_vocabulary, find_tokenizer
 
 

@@ -11,30 +11,12 @@ another one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ..errors import InputError
-from ..sources.source_folder import SourceFolder
 from .mixture import AdaptedLayer, Expert
-
-
-@dataclass
-class Subtracted:
-    """What is subtracted from every expert.
-
-    Attributes:
-        name: what it is called in the card.
-        folder: where it was read from.
-        is_exact: whether no number of it was rounded; false where s_g / s_i is no power of two, and it is
-            stored in float32.
-    """
-
-    name: str
-    expert: Expert
-    folder: SourceFolder
-    is_exact: bool = True
 
 
 def subtract(experts: list[Expert], general: Expert, dtype: torch.dtype | None) -> tuple[list[Expert], bool]:
@@ -155,4 +137,4 @@ def _keeps_digits(ratio: float, dtype: torch.dtype) -> bool:
     return abs(ratio) == 1 or (math.frexp(abs(ratio))[0] == 0.5 and dtype != torch.float16)
 
 
-__all__ = ["Subtracted", "subtract"]
+__all__ = ["subtract"]
