@@ -275,7 +275,7 @@ def test_a_gate_setting_for_a_repo_without_a_gate(arrow, tmp_path):
 
 
 def test_one_expert_has_nothing_to_route(adapters, tmp_path):
-    with pytest.raises(InputError, match="chooses among experts, and .* has one"):
+    with pytest.raises(InputError, match=r"chooses among experts, and .* has one"):
         export(adapters[0], tmp_path / "repo", router="arrow")
 
 
@@ -287,7 +287,7 @@ def test_stacked_experts_are_not_routed(tmp_path):
         for seed, name in enumerate(("one", "two"))
     ]
     with pytest.raises(
-        InputError, match="--router arrow routes linear layers, and expert one .*a parameter of stacked"
+        InputError, match=r"--router arrow routes linear layers, and expert one .*a parameter of stacked"
     ):
         export(adapters, tmp_path / "repo", router="arrow")
     assert not (tmp_path / "repo").exists()
