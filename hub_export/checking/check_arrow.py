@@ -6,11 +6,13 @@ are those of the foundation with a plain hook on every adapted layer, which loop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..tensors.mixture import ArrowRouter, Expert
 from ..tensors.stored_tensors import StoredTensor
@@ -90,7 +92,7 @@ def routed_quantities(
         module: _Layer(module, experts, stored, precision, dtype) for module, stored in prototypes.items()
     }
     for module, layer in layers.items():
-        foundation.get_submodule(module).register_forward_hook(layer.add_updates)
+        layer.put_on(foundation.get_submodule(module))
     is_dense = router.router_mode == "dense" or (
         router.router_mode == "auto" and not all(expert.mature for expert in experts)
     )
@@ -137,16 +139,43 @@ class _Layer:
         for pair in self.pairs:
             yield from pair
 
-    def add_updates(
+    def put_on(self, module: nn.Module) -> None:
+        """Make a module of the foundation compute with the updates."""
+        if isinstance(module, nn.Linear | Conv1D):
+            module.register_forward_hook(self._add_updates)
+        else:  # what a gate of a mixture-of-experts layer does with its product is its own
+            module.forward = partial(self._run_gate, module, module.forward)
+
+    def _weights(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the weights of the experts that adapt this layer, [..., experts]."""
+        return self.weigh(torch.stack([(hidden @ vector).abs() for vector in self.vectors], dim=-1))
+
+    def _add_updates(
         self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
-        """Hook: add every expert's update, weighted by the token's own weights here."""
         (hidden,) = inputs
-        scores = torch.stack([(hidden @ vector).abs() for vector in self.vectors], dim=-1)
-        weights = self.weigh(scores)
+        weights = self._weights(hidden)
         for index, ((lora_a, lora_b), scale) in enumerate(zip(self.pairs, self.scales, strict=True)):
             output = output + weights[..., index, None] * scale * (hidden @ lora_a.T @ lora_b.T)
         return output
+
+    def _run_gate(
+        self, gate: nn.Module, forward: Callable, hidden: torch.Tensor, *others: torch.Tensor
+    ) -> Any:
+        """Run a gate token by token, with a weight of each token's own; of `others`, whole numbers belong to tokens."""
+        own, outputs = gate.weight.data, []
+        for token, inputs in enumerate(hidden.flatten(0, -2)):
+            of_token = (
+                other if other.is_floating_point() else other.flatten()[token, None] for other in others
+            )
+            weights = self._weights(inputs)
+            for weight, (lora_a, lora_b), scale in zip(weights, self.pairs, self.scales, strict=True):
+                gate.weight.data = gate.weight.data + weight * scale * (lora_b @ lora_a)
+            outputs.append(forward(inputs[None], *of_token))
+            gate.weight.data = own
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.cat(outputs)
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def _weights(scores: torch.Tensor, num_experts: int, temperature: float) -> torch.Tensor:

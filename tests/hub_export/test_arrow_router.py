@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers_checkpoints import save_tokenizer
 from helpers_moe import moe_model
 from helpers_stacked import write_new_adapter
 from safetensors import safe_open
@@ -128,6 +129,17 @@ def test_prototypes_are_those_of_what_is_written(adapters, tmp_path):
     repo = read([open_folder(tmp_path / "rounded")], ReadOptions())
     error, _ = check_arrow.prototype_error(repo.experts, repo.router.stored)
     assert error < check_arrow.LARGEST_ERROR
+
+
+@pytest.mark.usefixtures("quick_check")
+def test_gates_of_a_mixture_of_experts_foundation_are_routed(tmp_path):
+    moe_model(MIXTRAL).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    adapters = [
+        write_new_adapter(tmp_path / name, tmp_path / "base", MIXTRAL, ["gate.weight"], ["q_proj"], seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    ]
+    assert export(adapters, tmp_path / "repo", router="arrow", num_experts_per_tok=1).check.passed
 
 
 def test_the_gate_of_the_source_is_replaced(checkpoint, tmp_path):
