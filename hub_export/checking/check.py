@@ -84,7 +84,7 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
         base_model = plan.foundation.name  # the repo may name a place where it is no longer
     router_logits = expected.values.get("router logits")
     found = _repo_quantities(repo, rows, precision, base_model=base_model, router_logits=router_logits).values
-    if mixture.parts or isinstance(mixture.router, ArrowRouter):
+    if mixture.parts or _is_another_router(mixture, options):
         found = {name: value for name, value in found.items() if name in expected.values}
     gate_bias = mixture.router.read()[1] if isinstance(mixture.router, Router) else None
     return CheckReport(compare(expected, found, gate_bias), names, precision=_name(precision))
@@ -149,18 +149,24 @@ def _expected_quantities(
     mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
 ) -> Computed:
     """Compute the source's side, by what can compute it."""
-    is_arrow = isinstance(mixture.router, ArrowRouter)
+    is_another = _is_another_router(mixture, options)
     if mixture.parts:
         computed = _appended_quantities(mixture, plan, rows, options, precision)
-    elif mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        settings = {} if is_arrow else options.router_settings
+    elif mixture.format == EXPORTED_REPO:
+        settings = {} if is_another else options.router_settings
         computed = _own_code_quantities(mixture, plan, rows, settings, options, precision)
     else:
         computed = _source_quantities(mixture, plan, rows, options, precision)
-    if options.drops_router or is_arrow:
+    if is_another:
         for name in [name for name in computed.values if name.startswith("router")]:
             del computed.values[name]
     return computed
+
+
+def _is_another_router(mixture: Mixture, options: ExportOptions) -> bool:
+    """Whether the source's side has a router that the repo shall not have, or cannot compute the repo's."""
+    is_of_prompts = mixture.format == EXPORTED_REPO and options.router_prompts is not None
+    return options.drops_router or is_of_prompts or isinstance(mixture.router, ArrowRouter)
 
 
 def _routed_quantities(

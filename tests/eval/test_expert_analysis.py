@@ -14,6 +14,7 @@ from dylora_moe.eval.analysis.expert_analysis import expert_analysis
 from dylora_moe.eval.evalplus_bridge.data import Benchmark, load_benchmark
 from dylora_moe.eval.report.expert_tables import print_expert_analysis
 from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
+from dylora_moe.hub_export import export
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -471,3 +472,13 @@ def test_a_real_model_from_nothing_and_again(tmp_path, monkeypatch, problems):
     assert expert_analysis(repo, **options).summary == first
     assert all(run.has_results for run in read_runs(tmp_path / "out"))  # the new result file has its own date
     assert {name: runs[name].samples_path.stat().st_mtime_ns for name in times} == times
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("problems")
+def test_a_router_in_every_layer_is_compared_and_not_traced(repo, tmp_path):
+    export(repo, tmp_path / "arrow", router="arrow", verify=False)
+    options = {"limit": 2, "max_new_tokens": 16, "dtype": "float32"}
+    summary = expert_analysis(tmp_path / "arrow", output_dir=tmp_path / "out", **options).summary
+    assert summary["has_router"] and summary["router_choices"] is None
+    assert {"router", "best"} <= summary["runs"].keys()
