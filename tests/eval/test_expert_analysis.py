@@ -476,7 +476,8 @@ def test_a_real_model_from_nothing_and_again(tmp_path, monkeypatch, problems):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("problems")
-def test_a_router_in_every_layer_is_compared_and_not_traced(repo, tmp_path):
+def test_a_router_in_every_layer_is_compared_and_not_traced(repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_benchmark", load_benchmark)
     export(repo, tmp_path / "arrow", router="arrow", verify=False)
     options = {"limit": 2, "max_new_tokens": 16, "dtype": "float32"}
     summary = expert_analysis(tmp_path / "arrow", output_dir=tmp_path / "out", **options).summary
