@@ -113,9 +113,7 @@ def _set_arrow(mixture: Mixture, options: ExportOptions) -> None:
             stacklevel=4,
         )
     elif mixture.router is not None:
-        router = replace(
-            mixture.router, stored={}, num_stored=0
-        )  # its settings, and prototypes computed again
+        router = replace(mixture.router, stored={}, num_stored=0)  # all prototypes are computed again
     mixture.router = replace(router, **options.router_settings)
     if mixture.routing_strategy is not None:
         mixture.routing_strategy = "router"
@@ -132,15 +130,11 @@ def _set_own_arrow(mixture: Mixture, options: ExportOptions) -> None:
             f"--router_input is what a gate reads, and {mixture.folders[0]} has none: its router is of kind arrow; make a "
             "gate with --router_prompts"
         )
-    router = replace(mixture.router, **options.router_settings)
-    dtype = options.torch_dtype
-    if any(
-        layer.dtype != (dtype or layer.dtype)
-        for expert in mixture.experts
-        for layer in expert.layers.values()
-    ):
-        router = replace(router, stored={}, num_stored=0)  # of the numbers that the experts are converted to
-    mixture.router = router
+    mixture.router = replace(mixture.router, **options.router_settings)
+    stored = {layer.dtype for expert in mixture.experts for layer in expert.layers.values()}
+    if options.torch_dtype is not None and stored != {options.torch_dtype}:
+        # Prototypes are those of the numbers that the experts are converted to.
+        mixture.router = replace(mixture.router, stored={}, num_stored=0)
 
 
 def _read_subtracted(source: str, mixture: Mixture, options: ExportOptions) -> Subtracted:

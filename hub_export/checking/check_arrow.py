@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..tensors.mixture import ArrowRouter, Expert
 from ..tensors.stored_tensors import StoredTensor
@@ -141,6 +140,8 @@ class _Layer:
 
     def put_on(self, module: nn.Module) -> None:
         """Make a module of the foundation compute with the updates."""
+        from transformers.pytorch_utils import Conv1D
+
         if isinstance(module, nn.Linear | Conv1D):
             module.register_forward_hook(self._add_updates)
         else:  # what a gate of a mixture-of-experts layer does with its product is its own
