@@ -276,8 +276,12 @@ def read_adapter(
         router = _open_safetensors(cached_file(location, ROUTER_WEIGHTS, **where))
         for key in router.keys():  # noqa: SIM118  (not a dict)
             tensor = router.get_tensor(key)
-            name = f"foundation.{key}" if key.endswith(f".{PROTOTYPES}") else f"router.{key}"
-            state[name] = tensor[numbers] if name in needed else tensor
+            is_prototypes = key.endswith(f".{PROTOTYPES}")
+            name = f"foundation.{key}" if is_prototypes else f"router.{key}"
+            if name in needed:
+                state[name] = tensor[numbers]
+            elif not (is_prototypes and len(tensor) > len(numbers)):  # of a layer that other experts adapt
+                state[name] = tensor
     return state
 
 

@@ -189,10 +189,55 @@ class PeftLoop:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def weighted_by_layer(self, top_k: int):
+        """All adapters on, weighted by arrow, from singular vectors of the whole products."""
+        self.peft.base_model.set_adapter(self.config.expert_names)
+        self.layer_scores = {}
+        handles = []
+        for name, layout in self.config.rank_layouts().items():
+            layer = self.peft.base_model.model.get_submodule(name)
+            vectors = {}
+            for index, (rank, _) in enumerate(layout):
+                if rank:
+                    expert = self.config.expert_names[index]
+                    product = layer.lora_B[expert].weight.double() @ layer.lora_A[expert].weight.double()
+                    vectors[index] = torch.linalg.svd(product).Vh[0].float()
+            of_layer = {}
+
+            def score(module, inputs, name=name, vectors=vectors, of_layer=of_layer):
+                scores = {index: (inputs[0][0] @ vector).abs() for index, vector in vectors.items()}
+                self.layer_scores[name] = scores
+                of_layer.update(self._weights_of_layer(scores, top_k))
+
+            handles.append(layer.register_forward_pre_hook(score))
+            for index in vectors:
+                matrix = layer.lora_B[self.config.expert_names[index]]
+                handles.append(
+                    matrix.register_forward_hook(
+                        lambda m, i, out, of_layer=of_layer, index=index: out * of_layer[index][:, None]
+                    )
+                )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _weights_of_layer(self, scores: dict[int, torch.Tensor], top_k: int) -> dict[int, torch.Tensor]:
+        """Softmax over each token's largest scores, `[sequence]` for every expert."""
+        weights = {index: torch.zeros(len(of_tokens)) for index, of_tokens in scores.items()}
+        for token in range(len(next(iter(scores.values())))):
+            chosen = sorted(scores, key=lambda index: -scores[index][token])[:top_k]
+            values = torch.stack([scores[index][token] for index in chosen]) / self.config.router_temperature
+            for index, value in zip(chosen, values.softmax(dim=0), strict=True):
+                weights[index][token] = value
+        return weights
+
     @torch.no_grad()
-    def run(self, row: list[int], weights: torch.Tensor | None):
-        """The PEFT model's output for one unpadded row."""
-        with self.weighted(weights):
+    def run(self, row: list[int], weights: torch.Tensor | None, top_k: int | None = None):
+        """The PEFT model's output for one unpadded row, at `weights`, or at every layer's own (`top_k`)."""
+        with self.weighted(weights) if top_k is None else self.weighted_by_layer(top_k):
             return self.peft(input_ids=torch.tensor([row]), output_hidden_states=True, use_cache=False)
 
     def router_logits(self, row: list[int]) -> torch.Tensor:
@@ -217,8 +262,24 @@ class PeftLoop:
                 weights[token, i] = value
         return weights
 
-    def best(self, prompt: list[int]) -> int:
+    def best(self, prompt: list[int], dense: bool = False) -> int:
+        if self.config.routes_by_layer:
+            return self._best_of_layers(prompt, dense)
         return int(torch.softmax(self.router_logits(prompt), dim=-1).mean(dim=0).argmax())
+
+    def _best_of_layers(self, prompt: list[int], dense: bool) -> int:
+        """The largest mean share over tokens and layers, of the layers that an expert shares with another."""
+        self.run(prompt, None, self._top_k(dense))
+        shares = {}
+        for scores in self.layer_scores.values():
+            if len(scores) > 1:
+                together = torch.stack(list(scores.values()), dim=-1) / self.config.router_temperature
+                for index, share in zip(scores, together.softmax(dim=-1).mean(dim=0).tolist(), strict=True):
+                    shares.setdefault(index, []).append(share)
+        return max(shares, key=lambda index: sum(shares[index]) / len(shares[index]))
+
+    def _top_k(self, dense: bool) -> int:
+        return self.config.num_experts if dense else self.config.num_experts_per_tok
 
     def one_hot(self, expert: int) -> torch.Tensor:
         return torch.eye(self.config.num_experts)[expert].unsqueeze(0)
@@ -232,9 +293,11 @@ class PeftLoop:
         if strategy == "ensemble":
             each = [self.run(row, self.one_hot(expert)).logits[0].softmax(dim=-1) for expert in range(count)]
             return torch.stack(each).mean(dim=0).log()
+        if strategy == "router" and self.config.routes_by_layer:
+            return self.run(row, None, self._top_k(dense)).logits[0]
         weights = {
             "router": lambda: self.routing_weights(row, dense),
-            "best": lambda: self.one_hot(self.best(row[:prompt_length])),
+            "best": lambda: self.one_hot(self.best(row[:prompt_length], dense)),
             "round_robin": lambda: self.one_hot(turn % count),
             "base": lambda: None,
             "uniform": lambda: torch.full((1, count), 1 / count),

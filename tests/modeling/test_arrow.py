@@ -19,7 +19,7 @@ from helpers_models import (
 )
 from peft import LoraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora.config import ArrowConfig
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Trainer, TrainingArguments
 
 from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 from dylora_moe.modeling.arrow_dylora_moe import LayerRouting, prototype
@@ -387,6 +387,21 @@ def test_some_experts_are_loaded_with_their_prototypes(tmp_path, layout):
         assert torch.equal(layer.prototypes, model.expert_layers()[name].prototypes[[2, 0]])
 
 
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_a_layer_that_no_loaded_expert_adapts_has_no_prototypes(tmp_path, layout):
+    model = build_arrow(num_experts_per_tok=1)
+    save_layouts(model, tmp_path)
+    for expert in model.config.expert_names:
+        loaded, report = DyloraMoeForCausalLM.from_pretrained(
+            tmp_path / layout, experts=[expert], output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        adapted = set(loaded.config.adapted_modules())
+        assert adapted < set(model.config.adapted_modules())
+        found = {name for name, _ in loaded.foundation.named_buffers() if name.endswith(".prototypes")}
+        assert found == {f"{name}.prototypes" for name in adapted}
+
+
 def test_prototypes_stay_in_float32():
     model = build_arrow()
     layer = next(iter(model.expert_layers().values()))
@@ -417,6 +432,37 @@ def test_a_new_expert_gets_a_prototype_once_it_does_something():
     with torch.no_grad():
         found = model(**BATCH, routing_strategy="router").logits
     torch.testing.assert_close(found[real], naive_logits(model, 2, **BATCH)[real], atol=2e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_peft_on_top_trains_under_the_router():
+    model = build_arrow()
+    with torch.no_grad():
+        before = model(**BATCH, routing_strategy="router").logits
+    names = model.peft_target_modules(["q_proj"])
+    on_top = get_peft_model(model, LoraConfig(r=2, target_modules=names))
+    with torch.no_grad():
+        assert torch.equal(on_top(**BATCH, routing_strategy="router").logits, before)
+    on_top(**labelled_batch(), routing_strategy="router").loss.backward()
+    assert any(p.grad is not None for name, p in on_top.named_parameters() if "lora_B.default" in name)
+
+
+def test_trainer_trains_experts_under_the_router(tmp_path):
+    model = build_arrow()
+    before = {name: layer.lora_B.detach().clone() for name, layer in model.expert_layers().items()}
+    prototypes = {name: layer.prototypes.clone() for name, layer in model.expert_layers().items()}
+    rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in random_rows((8,) * 4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    layers = model.expert_layers()
+    assert any(not torch.equal(before[name], layers[name].lora_B) for name in before)
+    assert all(torch.equal(prototypes[name], layers[name].prototypes) for name in prototypes)
 
 
 # What is refused

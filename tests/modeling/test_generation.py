@@ -83,6 +83,34 @@ def test_strategy_mode_and_cache(mixture, expected, strategy, mode, cache):
     assert found[0, len(PROMPT) :][:NEW].tolist() == expected[strategy]
 
 
+@pytest.fixture(scope="module")
+def arrow():
+    """A model with a router of every layer, and what it decodes greedily and with beams."""
+    model = build(seed=7, router_kind="arrow", num_experts_per_tok=2, router_temperature=0.5)
+    model.update_prototypes()
+    loop = PeftLoop(model)
+    strategies = ("router", "best")
+    greedy = {strategy: loop.greedy(PROMPT, strategy, 0, NEW) for strategy in strategies}
+    return model, greedy, {strategy: naive_beams(loop, strategy, 3) for strategy in strategies}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("mode", [*MODES, "beams"])
+@pytest.mark.parametrize("strategy", ["router", "best"])
+def test_a_router_of_every_layer_in_every_mode_and_cache(arrow, strategy, mode, cache):
+    if (mode, cache) in NOT_OFFERED:
+        pytest.skip(f"transformers has no {mode} with cache: {cache}")
+    model, greedy, beams = arrow
+    arguments = {**PLAIN, "do_sample": False, **CACHES[cache](model)}
+    if mode == "beams":
+        arguments |= {"num_beams": 3, "eos_token_id": None}
+    else:
+        arguments |= MODES[mode]()
+    found = model.generate(torch.tensor([PROMPT]), routing_strategy=strategy, **arguments)
+    expected = beams[strategy] if mode == "beams" else greedy[strategy]
+    assert found[0, len(PROMPT) :][:NEW].tolist() == expected
+
+
 def naive_beams(loop, strategy: str, num_beams: int) -> list[int]:
     """Beam search by hand over the PEFT loop, without end tokens: the best sequence's new tokens."""
     beams = [([], 0.0)]
