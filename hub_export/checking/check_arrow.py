@@ -33,7 +33,7 @@ def prototype_error(
         |M^T M v - s^2 v| / s^2,  or  ||v| - 1|  if that is larger;
 
     it knows no sign, and where s is that of several vectors any of them solves it. Infinite where v should be
-    zero and is not: M is zero there, or the expert does not adapt the layer.
+    zero and is not (M is zero there, or the expert does not adapt the layer), and where something is no number.
 
     Args:
         prototypes: by layer, [num_experts, in_features].
@@ -49,13 +49,15 @@ def prototype_error(
             if module in expert.layers:
                 factors = [matrix.to(dtype or matrix.dtype).double() for matrix in expert.read(module)]
             error = _error(vector.double(), factors)
-            if not error <= worst:
+            if error > worst:
                 worst, where = error, f"{module}, expert {expert.name}"
     return worst, where
 
 
 def _error(vector: torch.Tensor, factors: list[torch.Tensor] | None) -> float:
     largest = torch.zeros(())
+    if not all(tensor.isfinite().all() for tensor in (vector, *(factors or ()))):
+        return float("inf")
     if factors is not None:
         lora_a, lora_b = factors
         # M has the singular values of the product of the triangular factors, which is small.

@@ -155,6 +155,10 @@ def test_the_gate_of_the_source_is_replaced(checkpoint, tmp_path):
 @pytest.mark.parametrize("layout", ["full", "adapter"])
 def test_appended_experts_get_rows_and_the_others_keep_theirs(adapters, tmp_path, layout):
     export(adapters[:2], tmp_path / "old", router="arrow", layout=layout, verify=False)
+    for path in tmp_path.glob("old/*.safetensors"):
+        tensors = load_file(path)  # with other signs, which computing them again would not give
+        tensors = {name: -tensor if "prototypes" in name else tensor for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
     result = export([tmp_path / "old", adapters[2]], tmp_path / "new", layout=layout)
     assert result.check.passed and result.routing_strategy == "router"
     old, new = prototypes(tmp_path / "old"), prototypes(tmp_path / "new")
@@ -232,6 +236,10 @@ def test_verify_and_inspect(copied):
     save_file(tensors, path, metadata={"format": "pt"})
     found = {finding.what: finding for finding in verify(copied).findings}
     assert found["prototypes"].passed is False and "q_proj, expert stabilised" in found["prototypes"].detail
+    tensors[name][1] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = {finding.what: finding for finding in verify(copied).findings}
+    assert "error inf on" in found["prototypes"].detail and "NaN" in found["safetensors"].detail
     tensors[name] = tensors[name][:, 1:].clone()
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(
