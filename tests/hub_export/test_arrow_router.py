@@ -169,11 +169,10 @@ def test_appended_experts_get_rows_and_the_others_keep_theirs(adapters, tmp_path
 
 @pytest.mark.usefixtures("quick_check")
 @pytest.mark.parametrize("has_gate", [True, False])
-def test_a_repo_gets_routers_with_its_appended_experts(checked, adapters, tmp_path, has_gate):
-    repo = checked[0]
-    if not has_gate:
-        repo = export(repo, tmp_path / "bare", router_input="none", verify=False).output_dir
-    result = export([repo, adapters[0]], tmp_path / "new", router="arrow")
+def test_a_repo_gets_routers_with_its_appended_experts(checkpoint, adapters, tmp_path, has_gate):
+    options = {} if has_gate else {"router_input": "none"}
+    export(checkpoint, tmp_path / "old", verify=False, **options)
+    result = export([tmp_path / "old", adapters[0]], tmp_path / "new", router="arrow")
     assert result.check.passed and (result.router_kind, result.routing_strategy) == ("arrow", "router")
     assert "router" in [entry.quantity for entry in result.check.comparisons]
     with safe_open(tmp_path / "new/model.safetensors", "pt") as file:

@@ -140,14 +140,16 @@ def test_what_is_not_the_difference_is_found(adapters, general, tmp_path, monkey
         export(adapters[:2], tmp_path / "repo", subtract=str(general))
 
 
-def test_what_cannot_be_subtracted(adapters, foundation, general, checked, tmp_path):
+def test_what_cannot_be_subtracted(adapters, foundation, general, checkpoint, tmp_path):
+    repo = export(checkpoint, tmp_path / "old", verify=False).output_dir
+
     def refused(words, *sources, **options):
         with pytest.raises(InputError, match=words):
             export(list(sources), tmp_path / "repo", **options)
         assert not (tmp_path / "repo").exists()
 
-    refused("is a repo; export its adapters again", checked[0], adapters[0], subtract=str(general))
-    refused("is not one LoRA adapter", *adapters, subtract=str(checked[0]))
+    refused("is a repo; export its adapters again", repo, adapters[0], subtract=str(general))
+    refused("is not one LoRA adapter", *adapters, subtract=str(repo))
     refused("is not one LoRA adapter", *adapters, subtract=str(adapters[0].parent))
     refused(
         "--dtype bfloat16 would round what is subtracted", *adapters, subtract=str(general), dtype="bfloat16"
