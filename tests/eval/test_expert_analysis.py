@@ -14,7 +14,6 @@ from dylora_moe.eval.analysis.expert_analysis import expert_analysis
 from dylora_moe.eval.evalplus_bridge.data import Benchmark, load_benchmark
 from dylora_moe.eval.report.expert_tables import print_expert_analysis
 from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
-from dylora_moe.hub_export import export
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -349,10 +348,10 @@ class Made:
     """Stands in for the model's source, `benchmark` and `routing_analysis`, and remembers how they were
     called."""
 
-    def __init__(self, monkeypatch, folder, solved=SOLVED, is_mixture=True):
+    def __init__(self, monkeypatch, folder, solved=SOLVED, is_mixture=True, routes_by_layer=False):
         self.calls = []
         self.folder, self.solved = folder, solved
-        config = SimpleNamespace(has_router="router" in solved)
+        config = SimpleNamespace(has_router="router" in solved, routes_by_layer=routes_by_layer)
         self.found = SimpleNamespace(
             source="./mixture", is_mixture=is_mixture, expert_names=["sorter", "speller"], config=config
         )
@@ -428,6 +427,13 @@ def test_without_a_router_nothing_is_asked_of_it(tmp_path, monkeypatch):
     assert made.calls[1][3] == ["single:0", "single:1", "base", "uniform", "ensemble"]
 
 
+def test_a_router_in_every_layer_is_compared_and_not_traced(tmp_path, monkeypatch):
+    made = Made(monkeypatch, tmp_path, routes_by_layer=True)
+    found = expert_analysis("./mixture", output_dir=tmp_path, progress=lambda *what: None).summary
+    assert [call[0] for call in made.calls] == ["find_model", "benchmark"]
+    assert found["has_router"] and found["router_choices"] is None
+
+
 def test_of_several_processes_only_the_first_analyses(tmp_path, monkeypatch):
     Made(monkeypatch, tmp_path)
     monkeypatch.setattr(module, "PartialState", lambda: SimpleNamespace(is_main_process=False))
@@ -472,14 +478,3 @@ def test_a_real_model_from_nothing_and_again(tmp_path, monkeypatch, problems):
     assert expert_analysis(repo, **options).summary == first
     assert all(run.has_results for run in read_runs(tmp_path / "out"))  # the new result file has its own date
     assert {name: runs[name].samples_path.stat().st_mtime_ns for name in times} == times
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("problems")
-def test_a_router_in_every_layer_is_compared_and_not_traced(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_benchmark", load_benchmark)
-    export(repo, tmp_path / "arrow", router="arrow", verify=False)
-    options = {"limit": 2, "max_new_tokens": 16, "dtype": "float32"}
-    summary = expert_analysis(tmp_path / "arrow", output_dir=tmp_path / "out", **options).summary
-    assert summary["has_router"] and summary["router_choices"] is None
-    assert {"router", "best"} <= summary["runs"].keys()
