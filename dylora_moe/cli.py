@@ -60,6 +60,8 @@ CHOSEN_IN_EXPORT = (
     "num_experts_per_tok",
     "router_temperature",
     "router_prompts",
+    "router",
+    "subtract",
     "lora_alpha",
     "expert_names",
     "tokenizer",
@@ -292,12 +294,15 @@ def _print_inspection(result: Any) -> None:
 def _print_export(result: Any) -> None:
     out.print(f"{result.output_dir}: exported ({result.format}: {result.reason})")
     router = "with a router" if result.router else "without a router"
+    router += " in every layer" if result.router_kind == "arrow" else ""
     out.print(f"experts: {', '.join(result.experts)}, {router}; default strategy: {result.routing_strategy}")
     check = result.check
     if check is None:
         out.print("not checked against the source")
         return
     out.print(f"checked: {check.num_tensors} tensors of experts and router are the source's, bit by bit")
+    if check.num_routed_layers:
+        out.print(f"checked: prototypes on {check.num_routed_layers} layers are those of the experts")
     if check.compared_logits:
         outcome = (
             "equal the source's" if check.passed else "compared, not all of which can be told from wrong ones"

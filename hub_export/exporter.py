@@ -62,6 +62,9 @@ def export(
         router_mode, router_input, num_experts_per_tok, router_temperature: other router settings than the
             source's.
         router_prompts: a YAML file, expert -> example prompts, from which a router is made without training.
+        router: "arrow": a router in every adapted layer, made of the experts' own weights.
+        subtract: an adapter that is subtracted from every expert: s_i B_i A_i - s_g B_g A_g as appended ranks,
+            exactly. PEFT's `use_gks` subtracts A and B each by itself, which is another thing.
         lora_alpha: alpha of all experts, for training checkpoints that do not store it.
         expert_names: other names for the experts, in order.
         tokenizer: folder or Hub id, where neither source nor base model has the right one.
@@ -102,7 +105,8 @@ def export(
         layout=chosen.layout,
         foundation=plan.foundation.name,
         experts=list(plan.config.expert_names),
-        router=plan.config.router_input is not None,
+        router=plan.config.has_router,
+        router_kind=plan.config.router_kind,
         routing_strategy=strategy,
         tokenizer=None if tokenizer is None else tokenizer.origin,
         notes=mixture.notes,

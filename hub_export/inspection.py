@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .repo.plan import check_fit
 from .sources.hub_and_folders import is_elsewhere
 from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions, SourceOptions
-from .tensors.mixture import Expert, FoundationReference, Mixture, Router, idle_experts
+from .tensors.mixture import ArrowRouter, Expert, FoundationReference, Mixture, idle_experts
 from .tensors.weight_files import stored_tensors, weight_files
 from .tokenizers.tokenizer_files import has_tokenizer, tokenizer_files
 
@@ -109,7 +110,7 @@ def inspect(
         reason=mixture.reason,
         foundation=foundation,
         experts=[_expert(expert) for expert in mixture.experts],
-        router=None if mixture.router is None else _router(mixture.router),
+        router=_router(mixture),
         routing_strategy=mixture.routing_strategy,
         tokenizer=tokenizer,
         memory=_memory(mixture, foundation),
@@ -136,7 +137,18 @@ def _expert(expert: Expert) -> ExpertSummary:
     )
 
 
-def _router(router: Router) -> dict[str, Any]:
+def _router(mixture: Mixture) -> dict[str, Any] | None:
+    router = mixture.router
+    if router is None:
+        return None
+    if isinstance(router, ArrowRouter):
+        return {
+            "router_kind": "arrow",
+            "num_layers": len(router.shapes(mixture.experts)),
+            "router_mode": router.router_mode,
+            "num_experts_per_tok": router.num_experts_per_tok,
+            "router_temperature": router.router_temperature,
+        }
     return {
         "num_experts": router.num_experts,
         "hidden_size": router.hidden_size,
@@ -233,19 +245,21 @@ def _tokenizer(mixture: Mixture, base_model: str | None, missing: list[str]) -> 
     return str(found)
 
 
-def _gate_parameters(mixture: Mixture) -> int:
-    return 0 if mixture.router is None else mixture.router.num_experts * (mixture.router.hidden_size + 1)
+def _router_parameters(mixture: Mixture) -> int:
+    shapes = {} if mixture.router is None else mixture.router.shapes(mixture.experts)
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def _memory(mixture: Mixture, foundation: FoundationSummary) -> dict[str, dict[str, int | None]]:
-    """Count bytes of the loaded parameters by dtype; the gate is float32 in each.
+    """Count bytes of the loaded parameters by dtype; the router is float32 in each.
 
     None where the foundation is not on this machine.
     """
-    experts, gate = sum(expert.num_parameters for expert in mixture.experts), 4 * _gate_parameters(mixture)
+    experts = sum(expert.num_parameters for expert in mixture.experts)
+    router = 4 * _router_parameters(mixture)
     memory: dict[str, dict[str, int | None]] = {}
     for dtype, size in BYTES_PER_PARAMETER.items():
         base = None if foundation.num_parameters is None else size * foundation.num_parameters
-        total = None if base is None else base + size * experts + gate
-        memory[dtype] = {"foundation": base, "experts": size * experts, "router": gate, "total": total}
+        total = None if base is None else base + size * experts + router
+        memory[dtype] = {"foundation": base, "experts": size * experts, "router": router, "total": total}
     return memory

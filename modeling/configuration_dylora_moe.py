@@ -51,8 +51,8 @@ STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 MOST_RANKS = 2**31 - 1
 
 # What each field of an expert's entry defaults to. The names and their meaning are those of
-# `peft.LoraConfig`, except that `target_modules`, `target_parameters` and the keys of the two patterns are
-# whole names, not regular expressions.
+# `peft.LoraConfig`, except that `target_parameters` are whole names and the keys of the two patterns names or
+# ends of names, not regular expressions.
 EXPERT_DEFAULTS: dict[str, Any] = {
     "name": None,
     "r": 8,
@@ -99,10 +99,17 @@ class DyloraMoeConfig(PreTrainedConfig):
             work.) Its sizes and special tokens are fields of this config, too.
         expert_configs (`list[dict]`):
             One entry an expert: `name`, `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `lora_dropout`,
-            `use_rslora`, `target_modules` (names of modules inside the foundation, e.g.
-            `"model.layers.0.self_attn.q_proj"`), `target_parameters` (names of stacked experts of a
+            `use_rslora`, `target_modules`, `target_parameters` (names of stacked experts of a
             mixture-of-experts foundation, e.g. `"model.layers.0.mlp.experts.gate_up_proj"`) and `mature`. See
             `EXPERT_DEFAULTS`.
+
+            `target_modules` means modules of the foundation as it does in PEFT: a list of ends of names
+            (`["q_proj", "v_proj"]`) or of whole names (`"model.layers.0.self_attn.q_proj"`), `"all-linear"`
+            (all linear layers but the output head), or one string that is a regular expression for whole
+            names. A model puts whole names in their place when it is made. A config without a model keeps
+            them as they were given, in files too. What needs whole names, such as `rank_layouts` and
+            `from_pretrained`, refuses a string. Where names were not whole, keys of `rank_pattern` and
+            `alpha_pattern` may be ends, too.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             Where the foundation (the base model) came from.
         router_input (`str`, *optional*, defaults to `"base"`):
@@ -270,7 +277,18 @@ class DyloraMoeConfig(PreTrainedConfig):
         return {name: tuple(layout) for name, layout in layouts.items()}
 
     def adapted_modules(self) -> list[str]:
-        """Return all modules that at least one expert adapts, in the order in which experts name them."""
+        """Return all modules that at least one expert adapts, in the order in which experts name them.
+
+        Raises:
+            ValueError: `target_modules` of an expert is a string, so only a model can say what it means.
+        """
+        for expert in self.expert_configs:
+            if isinstance(expert["target_modules"], str):
+                raise ValueError(
+                    f"Expert {expert['name']!r} has `target_modules` {_shown(expert['target_modules'])}, and whole names "
+                    "are needed here. A model has them in its config: make it from this config, or by "
+                    "`DyloraMoeForCausalLM.from_foundation`."
+                )
         names = (name for expert in self.expert_configs for name in expert["target_modules"])
         return list(dict.fromkeys(names))
 
@@ -436,7 +454,8 @@ def _complete_expert(index: int, entry: dict) -> dict:
             "number: give it another."
         )
     # Copies, since a config owns its fields.
-    expert["target_modules"] = list(expert["target_modules"] or [])
+    if not isinstance(expert["target_modules"], str):
+        expert["target_modules"] = list(expert["target_modules"] or [])
     expert["target_parameters"] = list(expert["target_parameters"] or [])
     expert["rank_pattern"] = dict(expert["rank_pattern"] or {})
     expert["alpha_pattern"] = dict(expert["alpha_pattern"] or {})

@@ -1,5 +1,6 @@
 """The experts of a model: which layers they adapt, their weights, and how to add, freeze and merge them."""
 
+import re
 from copy import deepcopy
 
 import torch
@@ -12,8 +13,10 @@ from .experts_dylora_moe import (
     DyloraMoeLinear,
     LowRankStacks,
     RankLayout,
+    find_modules,
     in_base_layer,
     is_gate,
+    linear_shape,
     refuse_offloaded,
 )
 from .routing_dylora_moe import DyloraMoeRouter
@@ -24,6 +27,9 @@ from .stacked_experts_dylora_moe import (
     rows_of_stack,
     stack_shape,
 )
+
+
+ALL_LINEAR = "all-linear"  # PEFT's word
 
 
 class ExpertSetMixin:
@@ -105,7 +111,7 @@ class ExpertSetMixin:
         return [*entry["target_modules"], *entry["target_parameters"]]
 
     def add_expert(
-        self, name: str, target_modules: list[str] | None = None, mature: bool = False, **fields
+        self, name: str, target_modules: list[str] | str | None = None, mature: bool = False, **fields
     ) -> int:
         """Add an expert that changes nothing yet (its B is zero), and a row for it to the gate.
 
@@ -115,7 +121,8 @@ class ExpertSetMixin:
 
         Args:
             name: the expert's name.
-            target_modules: module names inside the foundation; the last expert's, if left out.
+            target_modules: modules of the foundation, as PEFT names them: see `DyloraMoeConfig`; the last
+                expert's, if left out.
             mature: whether the expert is finished; an immature one keeps a router of mode `auto` dense.
             fields: further fields of the expert's config: `target_parameters`, which are the last expert's
                 where `target_modules` are; `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`,
@@ -138,9 +145,10 @@ class ExpertSetMixin:
         grown = DyloraMoeConfig(
             expert_configs=[*self.config.expert_configs, entry], router_kind=self.config.router_kind
         )
+        self._resolve_targets(grown)  # this and the check of parameters may fail, so nothing changes before
         new_modules = [name for name in grown.adapted_modules() if name not in self._stack_modules]
         new_parameters = [name for name in grown.adapted_parameters() if name not in self._stack_modules]
-        self._check_parameters(grown)  # this and the next line may fail, so nothing changes before
+        self._check_parameters(grown)
         layouts = grown.rank_layouts()
         self._wrap_modules(new_modules, layouts)
         self._wrap_parameters(new_parameters, layouts)
@@ -218,38 +226,42 @@ class ExpertSetMixin:
         expert = self.config.expert_index(name)
         return any(expert in layer.frozen_experts for layer in self.expert_layers().values())
 
-    def _wrap_modules(self, names: list[str], layouts: dict[str, RankLayout]) -> None:
-        """Wrap modules of the foundation into expert layers: all of them, or none on error.
+    def _resolve_targets(self, config: DyloraMoeConfig) -> None:
+        """Put whole names in the place of what `target_modules` means: for all experts, or none on error.
 
         Raises:
-            ValueError: the foundation has no such module, or it is none that experts can adapt.
+            ValueError: it means no module of the foundation, or one that experts cannot adapt.
         """
-        parents: dict[str, nn.Module] = {}  # found once for all the modules in them
-        wrapped = {}
+        modules = _modules_around_experts(self.foundation)
+        resolved = []
+        checked: set[str] = set()
+        for entry in config.expert_configs:
+            given = entry["target_modules"]
+            names = _target_names(given, modules, self.foundation)
+            for name in names:
+                if name not in checked:
+                    _check_adaptable(name, modules[name], given)
+                    checked.add(name)
+            fields = {"target_modules": names}
+            if names != given:
+                for field in ("rank_pattern", "alpha_pattern"):
+                    fields[field] = _pattern_of_names(entry, field, names)
+            resolved.append({**entry, **fields})
+        config.expert_configs = resolved
+
+    def _wrap_modules(self, names: list[str], layouts: dict[str, RankLayout]) -> None:
+        """Wrap linear layers and gates of the foundation into expert layers."""
+        wrapped = set()
         for name in names:
             parent_name, _, child_name = name.rpartition(".")
-            try:
-                if parent_name not in parents:
-                    parents[parent_name] = self.foundation.get_submodule(parent_name)
-                module = parents[parent_name].get_submodule(child_name)
-                layer_class = DyloraMoeFoundationGate if is_gate(module) else DyloraMoeLinear
-                wrapped[name] = layer_class(module, layouts[name], self.expert_dropouts)
-            except AttributeError as error:
-                raise ValueError(self._no_such_module(name)) from error
-            except ValueError as error:
-                raise ValueError(f"`target_modules` names {name!r}. {error}") from error
-        for name, layer in wrapped.items():
-            parent_name, _, child_name = name.rpartition(".")
+            parent = self.foundation.get_submodule(parent_name)
+            module = getattr(parent, child_name)
+            layer_class = DyloraMoeFoundationGate if is_gate(module) else DyloraMoeLinear
+            layer = layer_class(module, layouts[name], self.expert_dropouts)
             layer.training = self.foundation.training  # `train` would visit the frozen layer, too
-            setattr(parents[parent_name], child_name, layer)
-        self._rename_tied_weights(set(wrapped))
-
-    def _no_such_module(self, name: str) -> str:
-        message = f"`target_modules` names {name!r}, which a {type(self.foundation).__name__} does not have."
-        for whole_name, _ in self.foundation.named_modules():
-            if whole_name.endswith(f".{name}"):
-                return f"{message} Whole names are needed, such as {whole_name!r}."
-        return message
+            setattr(parent, child_name, layer)
+            wrapped.add(name)
+        self._rename_tied_weights(wrapped)
 
     def merge_expert(self, expert: int | str) -> PreTrainedModel:
         """Merge one expert into a copy of the foundation, and return this model of transformers."""
@@ -291,6 +303,131 @@ class ExpertSetMixin:
         # transformers reads both: the one when it loads, the other when it saves or ties again.
         self.foundation.all_tied_weights_keys = dict(renamed)
         self.foundation._tied_weights_keys = renamed
+
+
+# What `target_modules` means
+
+
+def _modules_around_experts(foundation: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules of a foundation by name, without those inside a layer that experts or PEFT wrapped."""
+    modules = {}
+    inside = None
+    for name, module in foundation.named_modules():
+        if name and (inside is None or not name.startswith(inside)):  # the foundation itself has the name ""
+            modules[name] = module
+            inside = f"{name}." if hasattr(module, "base_layer") else None
+    return modules
+
+
+def _frozen_module(module: nn.Module) -> nn.Module:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def _target_names(
+    targets: list[str] | str, modules: dict[str, nn.Module], foundation: PreTrainedModel
+) -> list[str]:
+    """Find the whole names of the modules that `targets` means, in the order of `modules`.
+
+    PEFT finds the same, except that here a module's whole name never means another module whose name ends so.
+    A list of whole names is returned as it is.
+
+    Raises:
+        ValueError: a target means no module.
+    """
+    if isinstance(targets, list):
+        ends = [target for target in targets if target not in modules]
+        if not ends:
+            return targets
+        found, unknown = find_modules(ends, modules)
+        if unknown:
+            raise ValueError(
+                f"`target_modules` names {unknown[0]!r}, which a {type(foundation).__name__} does not have, as a whole "
+                f"name or as the end of one. {_names_to_choose_from(unknown[0], modules)}"
+            )
+        named = {*targets, *found}
+        return [name for name in modules if name in named]
+    if targets.lower() == ALL_LINEAR:
+        head = foundation.get_output_embeddings()
+        names = [name for name, module in modules.items() if _is_linear(module) and module is not head]
+        if not names:
+            raise ValueError(
+                f"`target_modules` is {targets!r}, and a {type(foundation).__name__} has no linear layers (nn.Linear, "
+                "Conv1D), as where it was loaded quantised by layers of another class."
+            )
+        return names
+    names = _matching(targets, modules)
+    if not names:
+        raise ValueError(
+            f"`target_modules` is the text {targets!r}, which is read as a regular expression for whole names; no module "
+            f"of a {type(foundation).__name__} has such a name. Ends of names go into a list. "
+            f"{_names_to_choose_from(targets, modules)}"
+        )
+    return names
+
+
+def _matching(expression: str, modules: dict[str, nn.Module]) -> list[str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"`target_modules` is the text {expression!r}, which is no regular expression ({error}). Ends of names go "
+            "into a list."
+        ) from error
+    return [name for name in modules if pattern.fullmatch(name)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(_frozen_module(module), (nn.Linear, Conv1D))
+
+
+def _names_to_choose_from(target: str, modules: dict[str, nn.Module]) -> str:
+    """Name the linear layers, with one in full that is called like `target`, if there is one."""
+    layers = [name for name, module in modules.items() if _is_linear(module)]
+    if not layers:
+        return "It has no linear layers (nn.Linear, Conv1D)."
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    like = [name for name in layers if name.rpartition(".")[2] == target.rpartition(".")[2]]
+    return f"Its linear layers end in {', '.join(ends)}; one is {(like or layers)[0]!r}."
+
+
+def _check_adaptable(name: str, module: nn.Module, targets: list[str] | str) -> None:
+    """Check that experts can adapt a module that `targets` means.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if isinstance(module, LowRankStacks):
+        return  # other experts do
+    try:
+        linear_shape(module)
+    except ValueError as error:
+        if not isinstance(targets, str):
+            targets = next(target for target in targets if f".{name}".endswith(f".{target}"))
+        by = "" if targets == name else f" by {targets!r}"
+        raise ValueError(f"`target_modules` names {name!r}{by}. {error} Leave it out.") from error
+
+
+def _pattern_of_names(entry: dict, field: str, names: list[str]) -> dict:
+    """Return an expert's `rank_pattern` or `alpha_pattern` with whole names for ends of them.
+
+    As in PEFT the first key that means a layer counts.
+
+    Raises:
+        ValueError: a key means nothing that the expert adapts.
+    """
+    resolved = {}
+    for key, value in entry[field].items():
+        found, unknown = find_modules([key], [*names, *entry["target_parameters"]])
+        if unknown:
+            raise ValueError(
+                f"Expert {entry['name']!r} has {key!r} in its `{field}`, which is none of the layers that it adapts, nor "
+                "the end of their names."
+            )
+        for name in found:
+            resolved.setdefault(name, value)
+    return resolved
 
 
 def _check_shape(name: str, given: torch.Tensor, needed: torch.Tensor) -> None:

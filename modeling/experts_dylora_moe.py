@@ -8,7 +8,7 @@ pass reach the layers through `use_experts`.
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -421,6 +421,23 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     )
 
 
+def find_modules(targets: Sequence[str], modules: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Find modules by their whole names or the ends of them, which is how PEFT reads a list of targets.
+
+    Returns:
+        The modules that are meant, in the order of `modules`, and the targets that mean none.
+    """
+    wanted = set(targets)
+    found, used = [], set()
+    for module in modules:
+        parts = module.split(".")
+        matching = wanted.intersection(".".join(parts[start:]) for start in range(len(parts)))
+        if matching:
+            found.append(module)
+            used |= matching
+    return found, [target for target in targets if target not in used]
+
+
 class PeftTargetsMixin:
     """Tells PEFT where an adapter goes on a routed model."""
 
@@ -440,20 +457,15 @@ class PeftTargetsMixin:
         Raises:
             ValueError: a name that no module has.
         """
-        unknown = set(names)
-        found = []
-        for module_name, module in self.named_modules():
-            matching = [name for name in names if f".{module_name}".endswith(f".{name}")]
-            unknown.difference_update(matching)
-            if matching:
-                is_adapted = isinstance(module, DyloraMoeLinear)
-                found.append(f"{module_name}.base_layer" if is_adapted else module_name)
-        if unknown:
-            missing = [name for name in names if name in unknown]
+        modules = dict(self.named_modules())
+        found, missing = find_modules(names, modules)
+        if missing:
             raise ValueError(
                 f"No module of {type(self).__name__} is called {missing}, as a whole or at its end."
             )
-        return found
+        return [
+            f"{name}.base_layer" if isinstance(modules[name], DyloraMoeLinear) else name for name in found
+        ]
 
     def refuse_adapters_around_experts(self) -> None:
         """Refuse an adapter around an expert layer, which PEFT would remove together with the adapter.
@@ -477,6 +489,7 @@ __all__ = [
     "DyloraMoeLinear",
     "PeftTargetsMixin",
     "checkpoint_with_experts",
+    "find_modules",
     "in_base_layer",
     "is_gate",
     "linear_shape",

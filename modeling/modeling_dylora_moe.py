@@ -88,6 +88,7 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
         self.expert_dropouts = nn.ModuleList(
             nn.Dropout(expert["lora_dropout"]) for expert in config.expert_configs
         )
+        self._resolve_targets(config)
         self._stack_modules = config.stack_modules()
         self._check_parameters(config)
         layouts = config.rank_layouts()
@@ -134,6 +135,8 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
             stored = cls.config_class.from_pretrained(stored or location, **where)
         if routing_strategy is not None:  # before any weight is read
             routing_strategy = str(resolve_routing_strategy(routing_strategy, subset_of(stored, experts)[0]))
+        if location is not None:
+            stored.adapted_modules()  # raises where it has no whole names, by which the weights are filed
         is_adapter = location is not None and stored.weights_layout == "adapter"
         needs_custom_state_dict = is_adapter or (location is not None and experts is not None)
         if base_model is not None and not is_adapter:
@@ -189,6 +192,25 @@ class DyloraMoePreTrainedModel(ExpertSetMixin, PeftTargetsMixin, RoutingMixin, S
     @classmethod
     def from_foundation(cls, foundation: PreTrainedModel, config: DyloraMoeConfig):
         """Make a routed model around a foundation that is already loaded, and freeze the foundation.
+
+        The config becomes the model's: it gets the foundation's config and whole names for what
+        `target_modules` means.
+
+        Example, with tokenised `texts` of each skill (`examples/train_experts.py` runs as it is):
+
+        ```python
+        >>> from transformers import Trainer
+        >>> from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
+
+        >>> experts = [{"name": name, "r": 8, "target_modules": ["q_proj", "v_proj"]} for name in texts]
+        >>> model = DyloraMoeForCausalLM.from_foundation(foundation, DyloraMoeConfig(expert_configs=experts))
+        >>> for name in texts:
+        ...     model.generation_config.routing_strategy = f"single:{name}"  # this expert learns alone
+        ...     Trainer(model, arguments, train_dataset=texts[name]).train()
+        ...     model.freeze_expert(name)
+        >>> model.generation_config.routing_strategy = "router"  # and then the gate
+        >>> Trainer(model, arguments, train_dataset=sum(texts.values(), [])).train()
+        ```
 
         Raises:
             ValueError: an expert adapts a module that the foundation does not have, or one that is not

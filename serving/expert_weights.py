@@ -50,7 +50,7 @@ def read_adapters(
                 further = key.removeprefix(f"experts.{name}.")
                 raise ValueError(f"{path} holds {further}, of which config.json says nothing.")
     gate = {}
-    if config.has_router:
+    if config.has_gate:
         with safe_open(cached_file(location, ROUTER_WEIGHTS, **where), framework="pt") as file:
             gate = {name.removeprefix("gate."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return stacks, gate

@@ -16,6 +16,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.sequence import IntermediateTensors
 
+from dylora_moe.modeling.arrow_dylora_moe import PROTOTYPES
 from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter, routes_densely
 from dylora_moe.modeling.saving_dylora_moe import ADAPTER_WEIGHTS, ROUTER_WEIGHTS
 
@@ -52,7 +53,7 @@ class DyloraMoeForCausalLM(nn.Module):
         self.streams = nn.ModuleList(
             make_streams(vllm_config, prefix, config.base_config, strategies.num_streams)
         )
-        self.router = DyloraMoeRouter(config) if config.has_router else None
+        self.router = DyloraMoeRouter(config) if config.has_gate else None
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.weights = torch.zeros(max_tokens, config.num_experts, dtype=torch.float32)  # see `RoutedLinear`
         if config.weights_layout == "adapter":
@@ -182,6 +183,8 @@ class DyloraMoeForCausalLM(nn.Module):
             if kind in ("lora_A", "lora_B"):
                 stacks.setdefault(place, {})[kind] = tensor
                 continue
+            if kind == PROTOTYPES and place in adapted:
+                continue  # of a router in every layer, whose strategies are not served
             name = name.replace(".base_layer.", ".")
             if tensor.dim() == 2 and name.removesuffix(".weight") in adapted:
                 edges[name.removesuffix(".weight")] = (tensor[:, 0].cpu().clone(), tensor[0].cpu().clone())

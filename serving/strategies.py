@@ -15,6 +15,10 @@ WHY_NOT_SERVED = {
     "ensemble": "it mixes the next-token distributions of all experts, and an engine samples each request from one",
     "round_robin": "requests reach an engine in no order of their own; name an expert in each, as single:<expert>",
 }
+WHY_NOT_ARROW = (
+    "this mixture has a router in every layer (arrow), whose weights are of each layer's own input; serve it with another "
+    """default, --hf-overrides '{"routing_strategy": "uniform"}' or single:<expert>"""
+)
 
 
 def served_strategy(text: Any, config: DyloraMoeConfig) -> RoutingStrategy:
@@ -28,6 +32,8 @@ def served_strategy(text: Any, config: DyloraMoeConfig) -> RoutingStrategy:
         raise ValueError(
             f"Routing strategy {str(strategy)!r} is not served: {WHY_NOT_SERVED[strategy.name]}."
         )
+    if strategy.needs_router and config.routes_by_layer:
+        raise ValueError(f"Routing strategy {str(strategy)!r} is not served: {WHY_NOT_ARROW}.")
     return strategy
 
 

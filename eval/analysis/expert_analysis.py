@@ -24,7 +24,7 @@ from dylora_moe.hub_export.staging import write_atomically
 from ..benchmark import Progress, benchmark
 from ..evalplus_bridge.data import canonical_benchmark, load_benchmark
 from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
-from ..sampling.loading import find_model
+from ..sampling.loading import FoundModel, find_model
 from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
 from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
@@ -105,10 +105,13 @@ def expert_analysis(
         runs, trace = _runs_in(folder, canonical_benchmark(dataset), benchmark_options), None
     else:
         options = {"base_model": base_model, **benchmark_options}
-        runs = _runs_of(source, dataset, folder, options, progress)
+        found = find_model(source, **{name: options[name] for name in OF_SOURCE if name in options})
+        runs = _runs_of(found, source, dataset, folder, options, progress)
         if not PartialState().is_main_process:
             return ExpertAnalysis(folder, {})
         trace = partial(_trace_router, source, dataset, folder, options, progress)
+        if found.config.routes_by_layer:
+            trace = None  # a routing analysis reads a gate
     choices = _router_choices(runs[ROUTER], folder, trace) if ROUTER in runs else None
     summary = analyse(runs, choices)
     write_atomically(folder / EXPERTS_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -180,10 +183,14 @@ def _one_model(model: Any) -> str | None:
 
 
 def _runs_of(
-    source: str | None, dataset: str, folder: Path, options: dict[str, Any], progress: Progress | None
+    found: FoundModel,
+    source: str | None,
+    dataset: str,
+    folder: Path,
+    options: dict[str, Any],
+    progress: Progress | None,
 ) -> dict[str, Run]:
     """Return every strategy's run, making those that are missing."""
-    found = find_model(source, **{name: options[name] for name in OF_SOURCE if name in options})
     if not found.is_mixture:
         raise InputError(
             f"{found.source} is an ordinary model without experts, so there is nothing to analyse"

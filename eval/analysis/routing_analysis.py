@@ -106,6 +106,11 @@ def routing_analysis(
     found = find_model(model, **chosen.of_source)
     if not (found.is_mixture and found.config.has_router):
         raise InputError(f"{found.source} has no router, so there is no routing to analyse")
+    if found.config.routes_by_layer:
+        raise InputError(
+            f"{found.source} has a router in every layer (arrow), and routing-analysis reads the logits of a gate; "
+            "expert-analysis compares `router` and `best` with the experts alone"
+        )
     tasks = load_benchmark(dataset, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
     run, runs = _completions(found, tasks, folder, samples)
     if run is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,25 @@ from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.hub_export.sources.hub_and_folders import open_source_folder
 from dylora_moe.hub_export.variant import check_output_of_variant, write_with_gate
 
-from ..sampling.loading import FoundModel
-from .gate_training import Epoch, Fit, Usage, train_gate, usage
-from .held_out import ORACLE, mean_losses
+from ..sampling.loading import FoundModel, LoadedModel
+from ..texts.reading import Text
+from .gate_training import Epoch, train_gate, usage
+from .held_out import mean_losses
 from .objectives import LanguageModelingObjective, Objective, OracleObjective, named_experts
 from .options import FitRouterOptions
 from .processes import Processes
 from .router_states import RouterStates
-from .training_texts import FittingTexts, describe_texts, encode_texts, read_texts, split_texts
+from .training_texts import FittingTexts, describe_texts, encode_texts, part_length, read_texts, split_texts
 
 
+ROUTER_FIELDS = (
+    "router_kind",
+    "router_input",
+    "router_mode",
+    "num_experts_per_tok",
+    "router_temperature",
+    "router_aux_loss_coef",
+)
 MOST, LEAST = 0.95, 0.01  # shares of tokens beyond which a gate has collapsed
 
 # Called with what is being done, and how much of it.
@@ -47,7 +56,7 @@ class FitRouterResult:
         losses: the same under other strategies: `uniform`, each expert alone, and the token-level oracle.
         shares: by expert, the share of held-out tokens (of all, where none are held out) at which it comes first.
         entropy: of the dense weights there, mean over tokens, in nats.
-        steps: that were taken; `best_step` is the one whose gate was kept.
+        steps: that were taken; `best_step` is the one whose gate was kept, 0 the gate that there was before.
         num_texts, num_held_out: parts that the gate was fitted to, and that were held out.
     """
 
@@ -56,6 +65,7 @@ class FitRouterResult:
     objective: str
     steps: int
     best_step: int
+    learning_rate: float
     num_texts: int
     num_held_out: int
     loss_before: float | None
@@ -79,9 +89,15 @@ def fit_router(
 ) -> FitRouterResult:
     """Fit a gate to texts, and write a repo with it; base model and experts stay bit for bit.
 
-    A repo without a router gets one, and the written repo's default strategy is `router`. Under `accelerate launch`
-    the processes share the texts and take the steps that one process would take. What the gate reads is kept in a
-    temporary file: `hidden_size` numbers a token, in the dtype that the model computes them in.
+    A repo without a gate gets one, in place of a router of kind `arrow` if that is what it has, and the written
+    repo's default strategy is `router`. Under `accelerate launch` the processes share the texts and take the steps
+    that one process would take. What the gate reads is kept in a temporary file (`TMPDIR` says where):
+    `hidden_size` numbers a token, in the dtype that the model computes them in. The gate starts from the repo's,
+    or from zeros, where all experts weigh the same.
+
+    `loss` is that of dense routing, over all experts at every token; the written repo routes as its
+    `router_mode` says. Under `oracle` a token counts by how far its best expert's loss lies below the mean one of
+    all experts: where all predict alike, the best is so by chance, and unweighted such tokens would decide.
 
     transformers' `Trainer` fits a gate, too, by a pass of its own for every step:
 
@@ -110,52 +126,89 @@ def fit_router(
     source = open_source_folder(repo)
     config = load_config(source)
     _check_experts(config, source.path)
+    _check_input(config, chosen)
     repo_files(source, follow_links=True)
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
-    all_name_experts = chosen.targets == "texts"
-    found = read_texts(paths, config, all_name_experts=all_name_experts)
+    found = read_texts(paths, config, all_name_experts=chosen.targets == "texts")
     described = describe_texts(paths)
     processes = Processes(chosen.mixed_precision)
     tell = progress or (lambda what, done, total: None)
     tell("loading the model", 0, 0)
     folder = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf")
     loaded = folder.load(dtype=chosen.dtype, device=processes.device)
-    split = _encoded(split_texts(found, chosen.validation, chosen.seed), loaded, chosen)
-    model = loaded.model
-    measured = partial(mean_losses, model, split.held_out, processes=processes, batch_tokens=_share(chosen))
-    before = measured([model_default(model)]) if split.held_out else {}
-    add_gate(model, chosen)
-    objective, states = _objective(model, split, processes, chosen, tell)
+    result = _fit(loaded, found, chosen, processes, tell, tell_epoch)
+    result.repo, result.output_dir = source.path, Path(output_dir).resolve()
+    if processes.is_main:
+        tell("writing the repo", 0, 0)
+        warn_of_collapse(result, chosen)
+        _write(source, loaded.model, result, chosen, described)
+    processes.wait()
+    return result
+
+
+def _fit(
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    options: FitRouterOptions,
+    processes: Processes,
+    tell: Progress,
+    tell_epoch: Callable[[Epoch], None] | None,
+) -> FitRouterResult:
+    """Fit the gate of a model in place, and measure what came of it. Folders are left open in the result."""
+    model, config = loaded.model, loaded.model.config
+    options = replace(options, max_length=part_length(config, options.max_length))
+    split = _encoded(split_texts(texts, options.validation, options.seed), loaded, options)
+
+    def measured(*strategies: str) -> dict[str, float]:
+        if not split.held_out:
+            return {}
+        tell("measuring held-out texts", 0, 0)
+        return mean_losses(model, loaded.tokenizer, split.held_out, strategies, options, processes)
+
+    before = measured("router") if config.has_router else {}
+    add_gate(model, options)
+    objective, states = _objective(model, split, processes, options, tell)
     fit = train_gate(
         model.router,
         objective,
         states,
-        chosen,
+        options,
         processes,
         stops_early=bool(split.held_out),
         tell_step=partial(tell, "fitting the gate"),
         tell_epoch=tell_epoch,
     )
-    tell("measuring held-out texts", 0, 0)
-    singles = [f"single:{index}" for index in range(config.num_experts)]
-    losses = measured(["router", "uniform", *singles]) if split.held_out else {}
-    result = _result(
-        Path(output_dir),
-        source.path,
-        chosen,
-        fit,
-        split,
-        before,
-        losses,
-        usage(model.router, states, processes),
-        config,
+    after = measured("router", "uniform", *(f"single:{index}" for index in range(config.num_experts)))
+    used = usage(model.router, states, processes)
+    labels = {f"single:{index}": f"single:{name}" for index, name in enumerate(config.expert_names)}
+    return FitRouterResult(
+        output_dir=Path(),
+        repo=Path(),
+        objective=options.objective,
+        steps=fit.steps,
+        best_step=fit.best_step,
+        learning_rate=fit.learning_rate,
+        num_texts=len(split.train),
+        num_held_out=len(split.held_out),
+        loss_before=before.get("router", after.get("uniform")),
+        loss_after=after.pop("router", None),
+        losses={labels.get(name, name): loss for name, loss in after.items()},
+        shares=dict(zip(config.expert_names, used.shares, strict=True)),
+        entropy=used.entropy,
     )
-    if processes.is_main:
-        tell("writing the repo", 0, 0)
-        warn_of_collapse(result, chosen)
-        _write(source, model, result, chosen, described)
-    processes.wait()
-    return result
+
+
+def _check_input(config: Any, options: FitRouterOptions) -> None:
+    """Raise InputError if `router_input` is another one than that of the gate which is to be kept."""
+    if keeps_gate(config, options) and options.router_input not in (None, config.router_input):
+        raise InputError(
+            f"the repo's gate reads {config.router_input}; for --router_input {options.router_input} start with --init zeros"
+        )
+
+
+def keeps_gate(config: Any, options: FitRouterOptions) -> bool:
+    """Say whether the fit starts from the repo's own gate."""
+    return config.has_gate and options.init == "existing"
 
 
 def _check_experts(config: Any, repo: Path) -> None:
@@ -182,30 +235,13 @@ def _encoded(split: tuple[list, list], loaded: Any, options: FitRouterOptions) -
     return FittingTexts(train, held_out)
 
 
-def _share(options: FitRouterOptions) -> int:
-    """Say how many tokens a forward without gradients takes at once."""
-    return options.batch_tokens
-
-
-def model_default(model: Any) -> str:
-    """Name the strategy that the model is compared with from before: `router` where it has a gate, else `uniform`."""
-    return "router" if model.config.has_router else "uniform"
-
-
 def add_gate(model: Any, options: FitRouterOptions) -> None:
-    """Give the model a gate to start from, and leave that alone trainable.
-
-    Raises:
-        InputError: `router_input` is another one than that of the gate which is to be kept.
-    """
+    """Give the model a gate to start from, and leave that alone trainable."""
     from dylora_moe.modeling.routing_dylora_moe import DyloraMoeRouter
 
     config = model.config
-    keeps = config.has_router and options.init == "existing"
-    if keeps and options.router_input not in (None, config.router_input):
-        raise InputError(
-            f"the repo's gate reads {config.router_input}; for --router_input {options.router_input} start with --init zeros"
-        )
+    keeps = keeps_gate(config, options)
+    config.router_kind = "hidden"
     config.router_input = options.router_input or config.router_input or "base"
     if options.router_aux_loss_coef is not None:
         config.router_aux_loss_coef = options.router_aux_loss_coef
@@ -230,7 +266,6 @@ def _objective(
             texts,
             processes,
             options.batch_tokens,
-            predicting_alone=by_token,
             with_best=by_token,
             progress=partial(tell, what),
         )
@@ -240,40 +275,11 @@ def _objective(
     if options.objective == "loss":
         objective = LanguageModelingObjective(*common)
     elif by_token:
-        objective = OracleObjective(*common, (states.best, held_out.best))
+        objective = OracleObjective(*common, (states.best, held_out.best), (states.worth, held_out.worth))
     else:
         targets = named_experts(states, model.config), named_experts(held_out, model.config)
         objective = OracleObjective(*common, targets)
     return objective, held_out if split.held_out else states
-
-
-def _result(
-    output_dir: Path,
-    repo: Path,
-    options: FitRouterOptions,
-    fit: Fit,
-    split: FittingTexts,
-    before: dict[str, float],
-    losses: dict[str, float],
-    used: Usage,
-    config: Any,
-) -> FitRouterResult:
-    names = [*(f"single:{name}" for name in config.expert_names)]
-    labels = {f"single:{index}": name for index, name in enumerate(names)}
-    return FitRouterResult(
-        output_dir=output_dir.resolve(),
-        repo=repo,
-        objective=options.objective,
-        steps=fit.steps,
-        best_step=fit.best_step,
-        num_texts=len(split.train),
-        num_held_out=len(split.held_out),
-        loss_before=next(iter(before.values()), None),
-        loss_after=losses.get("router"),
-        losses={labels.get(name, name): loss for name, loss in losses.items() if name != "router"},
-        shares=dict(zip(config.expert_names, used.shares, strict=True)),
-        entropy=used.entropy,
-    )
 
 
 def warn_of_collapse(result: FitRouterResult, options: FitRouterOptions) -> None:
@@ -305,6 +311,7 @@ def _write(
         "objective": options.objective,
         "steps": result.steps,
         "best_step": result.best_step,
+        "learning_rate": result.learning_rate,
         "seed": options.seed,
         "num_texts": result.num_texts,
         "num_held_out": result.num_held_out,
@@ -314,14 +321,7 @@ def _write(
     if options.objective == "oracle":
         record["targets"] = options.targets
     config = model.config
-    names = (
-        "router_input",
-        "router_mode",
-        "num_experts_per_tok",
-        "router_temperature",
-        "router_aux_loss_coef",
-    )
-    fields = {name: getattr(config, name) for name in names}
+    fields = {name: getattr(config, name) for name in ROUTER_FIELDS}
     gate = model.router.gate
     write_with_gate(
         source,
@@ -332,4 +332,4 @@ def _write(
     )
 
 
-__all__ = ["ORACLE", "FitRouterResult", "fit_router"]
+__all__ = ["FitRouterResult", "fit_router"]

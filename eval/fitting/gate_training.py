@@ -17,6 +17,9 @@ from .processes import Processes
 from .router_states import RouterStates
 
 
+LOGIT_STEP = 2.0
+
+
 @dataclass(frozen=True)
 class Usage:
     """How a gate uses the experts.
@@ -44,10 +47,11 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit came to: the steps that were taken, and after which of them the kept gate was the best."""
+    """What a fit came to: the steps that were taken, after which of them the kept gate was the best, and how it learnt."""
 
     steps: int
     best_step: int
+    learning_rate: float
 
 
 def train_gate(
@@ -65,13 +69,12 @@ def train_gate(
 
     Args:
         router: its parameters alone are trained.
-        states: of the texts that `Epoch.usage` is about.
+        states: of the texts that `Epoch.usage` and the default learning rate are about.
         stops_early: whether there is a held-out loss; else the last gate is kept.
     """
     parameters = list(router.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.999)
-    )
+    learning_rate = options.learning_rate or default_learning_rate(states, processes)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=options.weight_decay)
     waiting = objective.steps(options.seed)
     total = options.max_steps or options.num_epochs * len(waiting)
     schedule = get_scheduler(
@@ -105,7 +108,18 @@ def train_gate(
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
-    return Fit(step, best_step)
+    return Fit(step, best_step, learning_rate)
+
+
+def default_learning_rate(states: RouterStates, processes: Processes) -> float:
+    """Choose a learning rate by the size of what the gate reads, which differs from model to model.
+
+    A step of Adam moves each of a gate's weights by the learning rate at most, and so a logit by the learning rate
+    times the sum of the absolute values of a hidden state: by `LOGIT_STEP` for a mean one.
+    """
+    total = sum(float(rows.float().abs().sum()) for rows in states.rows.split(ROWS))
+    size, count = processes.sum(torch.tensor([total, float(len(states.rows))], dtype=torch.float64)).tolist()
+    return LOGIT_STEP * count / size if size > 0 else 1e-3
 
 
 def _step(loss: torch.Tensor, optimizer: Any, parameters: list[torch.Tensor], processes: Processes) -> None:
@@ -140,4 +154,4 @@ def usage(router: Any, states: RouterStates, processes: Processes) -> Usage:
     return Usage([count / total for count in tokens], entropy / total)
 
 
-__all__ = ["Epoch", "Fit", "Usage", "train_gate", "usage"]
+__all__ = ["Epoch", "Fit", "Usage", "default_learning_rate", "train_gate", "usage"]

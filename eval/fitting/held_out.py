@@ -7,41 +7,48 @@ from typing import Any
 
 import torch
 
-from ..texts.encoding import EncodedText, batches, collate
+from ..texts.encoding import EncodedText
+from ..texts.text_losses import text_losses
+from .options import FitRouterOptions
 from .processes import Processes
-from .router_states import strategy_losses
 
 
 ORACLE = "oracle"  # of each token the lowest loss of any expert alone
 
 
-@torch.no_grad()
 def mean_losses(
     model: Any,
-    texts: Sequence[EncodedText],
+    tokenizer: Any,
+    parts: Sequence[EncodedText],
     strategies: Sequence[str],
+    options: FitRouterOptions,
     processes: Processes,
-    batch_tokens: int,
 ) -> dict[str, float]:
     """Compute the mean loss of a token that counts, in nats, by strategy.
 
     Args:
+        parts: of whole texts.
         strategies: with those of all experts alone (`single:0`, …), the token-level oracle is computed, too.
     """
-    singles = [f"single:{index}" for index in range(model.config.num_experts)]
-    with_oracle = set(singles) <= set(strategies)
-    names = [*strategies, *([ORACLE] if with_oracle else [])]
-    totals = torch.zeros(len(names), dtype=torch.float64)
-    own = [texts[number] for number in processes.own(list(texts))]
-    for batch in batches(own, batch_tokens):
-        inputs = collate(batch, model.config.pad_token_id or 0, processes.device)
+    texts = list(dict.fromkeys(part.text for part in parts))
+    own = [texts[number] for number in processes.own(texts)]
+    singles = {f"single:{index}" for index in range(model.config.num_experts)}
+    names = [*strategies, *([ORACLE] if singles <= set(strategies) else [])]
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the number of tokens is the last
+    if own:
         with processes.autocast():
-            losses = {strategy: strategy_losses(model, inputs, strategy) for strategy in strategies}
-        if with_oracle:
-            losses[ORACLE] = torch.stack([losses[name] for name in singles]).amin(dim=0)
-        totals += torch.stack([losses[name][inputs["counts"]].double().sum() for name in names]).cpu()
-    count = sum(sum(text.counts) for text in texts)
-    return dict(zip(names, (processes.sum(totals) / count).tolist(), strict=True))
+            found = text_losses(
+                model,
+                tokenizer,
+                own,
+                strategies,
+                max_length=options.max_length,
+                batch_tokens=options.batch_tokens,
+            )
+        columns = [*found.nats.T, *([] if found.oracle is None else [found.oracle]), found.num_tokens]
+        sums = torch.tensor([float(column.sum()) for column in columns], dtype=torch.float64)
+    *nats, count = processes.sum(sums).tolist()
+    return {name: nat / count for name, nat in zip(names, nats, strict=True)}
 
 
 __all__ = ["ORACLE", "mean_losses"]

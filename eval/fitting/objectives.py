@@ -18,7 +18,7 @@ from dylora_moe.modeling.routing_dylora_moe import balance_loss
 
 from ..texts.encoding import batches, collate
 from .processes import Processes
-from .router_states import RouterStates, routed_pass, token_losses
+from .router_states import RouterStates, routed_pass
 
 
 # Texts that are sorted by length together: with few, batches hold more padding; with many, they are the same each time.
@@ -115,8 +115,10 @@ class LanguageModelingObjective:
             routed.router_logits = self.model.router(hidden.to(self.processes.device))
             weights = routed.routing_weights(stream=None)
             logits = routed.strategy.run(routed).logits
-            losses = token_losses(logits, inputs["input_ids"])
-        return losses[inputs["counts"]], weights[inputs["attention_mask"].bool()]
+        rows, positions = inputs["counts"].nonzero(as_tuple=True)
+        chosen = logits[rows, positions - 1].float()  # [counted, vocab_size]
+        losses = F.cross_entropy(chosen, inputs["input_ids"][rows, positions], reduction="none")
+        return losses, weights[inputs["attention_mask"].bool()]
 
 
 class OracleObjective:
@@ -124,6 +126,7 @@ class OracleObjective:
 
     Args:
         targets: the expert of each of the rows, `[rows]`; of `held_out`, too.
+        worth: how much each row counts, `[rows]`, if not all the same; of `held_out`, too.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class OracleObjective:
         held_out: RouterStates,
         batch_tokens: int,
         targets: tuple[torch.Tensor, torch.Tensor],
+        worth: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         self.model = model
         self.processes = processes
@@ -141,6 +145,9 @@ class OracleObjective:
         self.held_out = held_out
         self.batch_tokens = batch_tokens
         self.targets, self.held_out_targets = targets
+        if worth is None:
+            worth = tuple(torch.ones(len(part)) for part in targets)
+        self.worth, self.held_out_worth = (self._with_mean_one(part) for part in worth)
         self._own_row = _own_rows(states)
 
     def steps(self, seed: int) -> list[torch.Tensor]:
@@ -151,19 +158,27 @@ class OracleObjective:
     def loss(self, step: torch.Tensor) -> torch.Tensor:
         rows = self._own_row[step]
         rows = rows[rows >= 0]
-        return self._sum(self.states.rows[rows], self.targets[rows]) / len(step)
+        return self._sum(self.states.rows[rows], self.targets[rows], self.worth[rows]) / len(step)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        pairs = zip(self.held_out.rows.split(ROWS), self.held_out_targets.split(ROWS), strict=True)
-        total = sum(float(self._sum(rows, targets)) for rows, targets in pairs)
+        parts = [
+            part.split(ROWS) for part in (self.held_out.rows, self.held_out_targets, self.held_out_worth)
+        ]
+        total = sum(float(self._sum(*part)) for part in zip(*parts, strict=True))
         count = sum(len(self.held_out.positions(text)) for text in self.held_out.texts)
         return float(self.processes.sum(torch.tensor(total))) / count
 
-    def _sum(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _with_mean_one(self, worth: torch.Tensor) -> torch.Tensor:
+        """Scale so that the mean over the rows of all processes is 1."""
+        total, count = self.processes.sum(torch.tensor([float(worth.sum()), float(len(worth))])).tolist()
+        return worth * (count / total) if total > 0 else torch.ones_like(worth)
+
+    def _sum(self, rows: torch.Tensor, targets: torch.Tensor, worth: torch.Tensor) -> torch.Tensor:
         logits = self.model.router(rows.to(self.processes.device))
         scaled = logits / self.model.config.router_temperature
-        return F.cross_entropy(scaled, targets.to(logits.device), reduction="sum")
+        losses = F.cross_entropy(scaled, targets.to(logits.device), reduction="none")
+        return (losses * worth.to(logits.device)).sum()
 
 
 def _own_rows(states: RouterStates) -> torch.Tensor:

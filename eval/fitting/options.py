@@ -16,7 +16,7 @@ from ..options import DTYPES
 
 
 CHOICES = {
-    "objective": ("loss", "oracle"),
+    "objective": ("oracle", "loss"),
     "targets": ("tokens", "texts"),
     "init": ("existing", "zeros"),
     "router_input": ("base", "experts_sum", None),
@@ -38,10 +38,11 @@ class FitRouterOptions:
     """
 
     objective: Annotated[
-        str, "loss: of the dense mixture; oracle: to choose the expert that predicts a token best."
-    ] = "loss"
+        str, "oracle: to choose the expert that predicts a token best; loss: that of the dense mixture."
+    ] = "oracle"
     targets: Annotated[
-        str, "Of oracle. tokens: each token's best expert; texts: the expert that a text names."
+        str,
+        "Of oracle. tokens: each token's best expert, by what it is worth; texts: the one that a text names.",
     ] = "tokens"
     init: Annotated[str, "existing: the repo's gate, where it has one; zeros: all experts equal."] = (
         "existing"
@@ -52,14 +53,19 @@ class FitRouterOptions:
     router_aux_loss_coef: Annotated[
         float | None, "Of the balance loss, under loss; else as the repo says."
     ] = None
-    learning_rate: Annotated[float, "The highest, after the warm-up."] = 5e-3
+    learning_rate: Annotated[
+        float | None,
+        "The highest, after the warm-up; else such that a step moves a logit by about 2 at most.",
+    ] = None
     weight_decay: Annotated[float, "Of AdamW."] = 0.01
     warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.1
     lr_scheduler_type: Annotated[str, "linear or cosine: how it falls."] = "cosine"
-    epochs: Annotated[int | None, "Passes over the texts; else 5 of loss, 30 of oracle."] = None
+    epochs: Annotated[int | None, "Passes over the texts; else 30 of oracle, 5 of loss."] = None
     max_steps: Annotated[int | None, "Optimiser steps, instead of epochs."] = None
     batch_tokens: Annotated[int, "Tokens of an optimiser step, with padding, over all processes."] = 4096
-    max_length: Annotated[int, "Tokens of a text; longer ones are cut into parts."] = 512
+    max_length: Annotated[
+        int | None, "Tokens of a text, longer ones are cut into parts; else 512, or the model's positions."
+    ] = None
     validation: Annotated[float, "Share of the texts that is held out; 0: none, and no early stopping."] = 0.1
     patience: Annotated[int, "Epochs without a better held-out loss before it stops."] = 3
     seed: Annotated[int, "Of the share that is held out, and of the order of texts."] = 0
@@ -76,7 +82,7 @@ class FitRouterOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name} is {value}; it must be at least {least}")
-        if not 0 < self.learning_rate < float("inf"):
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"--learning_rate is {self.learning_rate}; it must be greater than 0")
         if not 0 <= self.validation < 1:
             raise InputError(f"--validation is {self.validation}; it must be 0, or a share below 1")

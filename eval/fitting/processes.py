@@ -7,12 +7,11 @@ are added up, so that several processes take the steps of one.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
 
 
 class Processes:
@@ -27,34 +26,35 @@ class Processes:
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (
             several and not torch.accelerator.is_available()
         )
-        if mixed_precision is None:
-            has_bf16 = not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            mixed_precision = "bf16" if has_bf16 else "no"
-        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+        self._state = PartialState(cpu=on_cpu)
+        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._is_bf16 = has_bf16 if mixed_precision is None else mixed_precision == "bf16"
 
     @property
     def device(self) -> torch.device:
-        return self._accelerator.device
+        return self._state.device
 
     @property
     def is_main(self) -> bool:
-        return self._accelerator.is_main_process
+        return self._state.is_main_process
 
-    def autocast(self) -> AbstractContextManager:
-        return self._accelerator.autocast()
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._is_bf16)
 
     def wait(self) -> None:
         """Wait for the other processes."""
-        self._accelerator.wait_for_everyone()
+        self._state.wait_for_everyone()
 
     def own(self, items: list[Any]) -> list[int]:
         """Say which of the items, by number, are this process's."""
-        first, step = self._accelerator.process_index, self._accelerator.num_processes
+        first, step = self._state.process_index, self._state.num_processes
         return list(range(first, len(items), step))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add up what all processes have, without gradients."""
-        return self._accelerator.reduce(values.detach().to(self.device).clone(), reduction="sum")
+        if self._state.num_processes == 1:
+            return values.detach()
+        return reduce(values.detach().to(self.device, copy=True), reduction="sum")
 
     def with_others(self, values: torch.Tensor) -> torch.Tensor:
         """Add up what all processes have, with the gradients of what this one has."""

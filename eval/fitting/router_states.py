@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..texts.encoding import EncodedText, batches, collate
+from ..texts.text_losses import token_losses
 from .processes import Processes
 
 
@@ -51,14 +52,14 @@ class RouterStates:
 
     Args:
         texts: all texts; `processes` says which are read here.
-        predicting_alone: whether to keep only positions whose next token counts.
-        with_best: whether to compute each position's best expert.
+        with_best: whether to keep only positions whose next token counts, and to find the best expert of each.
         progress: is told how many of this process's texts are read, and how many there are.
 
     Attributes:
         rows: hidden states `[rows, hidden_size]`, in the dtype that the model computes them in.
         places: by number of a text, its rows.
         best: the expert that predicts a row's next token with the lowest loss, `[rows]`; empty unless asked for.
+        worth: how far that loss lies below the mean one of all experts, `[rows]` in nats; empty likewise.
     """
 
     def __init__(
@@ -68,35 +69,34 @@ class RouterStates:
         processes: Processes,
         batch_tokens: int,
         *,
-        predicting_alone: bool = False,
         with_best: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.texts = list(texts)
-        self.predicting_alone = predicting_alone
+        self.with_best = with_best
         self._kept = KeptRows(model.config.hidden_size)
         self.places: dict[int, slice] = {}
         own = processes.own(self.texts)
         numbers = {id(self.texts[number]): number for number in own}
-        best: list[torch.Tensor] = []
+        best: list[tuple[torch.Tensor, torch.Tensor]] = []
         for batch in batches((self.texts[number] for number in own), batch_tokens):
             with torch.no_grad(), processes.autocast():
                 inputs = collate(batch, model.config.pad_token_id or 0, processes.device)
                 hidden = router_input(model, inputs)  # [batch, sequence, hidden_size]
-                experts = best_experts(model, inputs) if with_best else None  # [batch, sequence - 1]
+                if with_best:
+                    best.append(best_experts(model, inputs))
             for row, text in enumerate(batch):
                 positions = self.positions(text)
                 self.places[numbers[id(text)]] = self._kept.append(hidden[row, positions.to(hidden.device)])
-                if experts is not None:
-                    best.append(experts[row, positions.to(experts.device)].cpu())
             if progress is not None:
                 progress(len(self.places), len(own))
         self.rows = self._kept.read()
-        self.best = torch.cat(best) if best else torch.empty(0, dtype=torch.long)
+        self.best = torch.cat([experts for experts, _ in best]) if best else torch.empty(0, dtype=torch.long)
+        self.worth = torch.cat([worth for _, worth in best]) if best else torch.empty(0)
 
     def positions(self, text: EncodedText) -> torch.Tensor:
         """Say which of a text's positions are kept; those of all its tokens, or those that predict a token that counts."""
-        if not self.predicting_alone:
+        if not self.with_best:
             return torch.arange(len(text.input_ids))
         return torch.tensor(text.counts[1:]).nonzero().flatten()
 
@@ -119,26 +119,22 @@ def routed_pass(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def best_experts(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Find the expert with the lowest loss of each next token, alone: `[batch, sequence - 1]`."""
-    losses = [
-        strategy_losses(model, inputs, f"single:{index}")[:, 1:] for index in range(model.config.num_experts)
-    ]
-    return torch.stack(losses).argmin(dim=0)
+def best_experts(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the expert that alone has the lowest loss of each token that counts, row after row.
 
-
-def strategy_losses(model: Any, inputs: dict[str, torch.Tensor], strategy: str) -> torch.Tensor:
-    """Compute the loss of every token under a strategy, `[batch, sequence]` in nats; 0 of the first ones."""
+    Returns:
+        The experts, `[counted]`, and how far that loss lies below the mean one of all experts, `[counted]`.
+    """
+    rows, positions = inputs["counts"].nonzero(as_tuple=True)
+    targets = inputs["input_ids"][rows, positions]
     tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return token_losses(
-        model(**tokens, routing_strategy=strategy, use_cache=False).logits, inputs["input_ids"]
-    )
+    losses = []
+    for expert in range(model.config.num_experts):
+        logits = model(**tokens, routing_strategy=f"single:{expert}", use_cache=False).logits
+        losses.append(token_losses(logits, rows, positions - 1, targets))
+    of_experts = np.stack(losses)  # [num_experts, counted]
+    worth = of_experts.mean(axis=0) - of_experts.min(axis=0)
+    return torch.from_numpy(of_experts.argmin(axis=0)), torch.from_numpy(worth).float()
 
 
-def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Compute -log p of every token given those before it, `[batch, sequence]` in nats; 0 of the first ones."""
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
-    return F.pad(losses, (1, 0))
-
-
-__all__ = ["KeptRows", "RouterStates", "routed_pass", "router_input", "strategy_losses", "token_losses"]
+__all__ = ["KeptRows", "RouterStates", "routed_pass", "router_input"]

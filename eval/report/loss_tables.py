@@ -72,7 +72,7 @@ def _losses(loss: dict[str, Any]) -> ReportTable:
         label = ORACLES.get(row["strategy"]) or strategy_label(row["strategy"], loss["expert_names"])
         figures = [row["nats_per_token"], *_ends(row), row["bits_per_byte"], row["perplexity"]]
         rows.append([label, *figures, *(group["strategies"][place]["nats_per_token"] for group in shown)])
-    note = f"Over all texts, by tokens; lower is better. {loss['confidence']:.0%} intervals by bootstrap over texts."
+    note = f"Over all texts, by tokens; lower is better. {100 * loss['confidence']:g} % intervals by bootstrap over texts."
     if any(row["strategy"] in ORACLES for row in loss["all"]["strategies"]):
         note += " Oracles choose among the experts alone, with hindsight."
     if any(row["strategy"] == "best" for row in loss["all"]["strategies"]):

@@ -146,7 +146,11 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
         routing=None if routing is None else _routing(routing, cut_note),
         loss=None
         if content.loss is None
-        else {"what": describe_loss(content.loss), "verdict": _verdict(content.loss)},
+        else {
+            "what": describe_loss(content.loss),
+            "verdict": _verdict(content.loss),
+            "text": (content.loss["verdict"] or {"text": ""})["text"],
+        },
         runs=_runs(content.runs, tables),
         num_colors=len(expert_colors()),
         num_lines=len(UNDERLINES),

@@ -54,7 +54,6 @@ def encode(tokenizer: Any, text: Text, max_length: int, vocab_size: int) -> Iter
     encoded = tokenizer(
         text.text,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         add_special_tokens=True,
         truncation=False,
         verbose=False,  # about more tokens than the model has positions for
@@ -65,9 +64,9 @@ def encode(tokenizer: Any, text: Text, max_length: int, vocab_size: int) -> Iter
             f"{text.source} has token {max(ids)}, and the model has embeddings for {vocab_size}: the tokenizer is of "
             "another model"
         )
-    special = [bool(flag) for flag in encoded["special_tokens_mask"]]
-    counted = [not added and end > text.prompt for (_, end), added in zip(places, special, strict=True)]
-    num_bytes = _bytes_of_tokens(text.text, places, special)
+    # Special tokens that the tokenizer adds lie at (0, 0), wherever they stand.
+    counted = [end > text.prompt for _, end in places]
+    num_bytes = _bytes_of_tokens(text.text, places)
     num_prompt_tokens = (counted.index(True) if True in counted else len(ids)) if text.prompt else 0
     for start in range(0, len(ids) - 1, max_length - 1):
         part = slice(start, start + max_length)
@@ -82,14 +81,14 @@ def encode(tokenizer: Any, text: Text, max_length: int, vocab_size: int) -> Iter
             )
 
 
-def _bytes_of_tokens(text: str, places: list[tuple[int, int]], special: list[bool]) -> list[int]:
+def _bytes_of_tokens(text: str, places: list[tuple[int, int]]) -> list[int]:
     """Count the bytes of the characters (UTF-8) that every token spells; together they are the text's.
 
     A character that several tokens share belongs to the last of them, and characters that no token claims,
     such as blanks that a tokenizer strips, to the next.
     """
     num_bytes = [0] * len(places)
-    own = [token for token, added in enumerate(special) if not added]
+    own = [token for token, (_, end) in enumerate(places) if end > 0]
     reached = 0
     for token, following in zip(own, [*own[1:], None], strict=True):
         end = places[token][1]

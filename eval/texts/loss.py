@@ -27,7 +27,7 @@ from ..report.loss_tables import losses_of_groups
 from ..sampling.loading import FoundModel, find_model
 from .loss_figures import figures
 from .reading import Text, Texts
-from .text_losses import TextLosses, text_losses
+from .text_losses import TextLosses, refuse_turns, text_losses
 
 
 # Called with what is being done, and how much of it.
@@ -85,6 +85,7 @@ def measure_loss(
     source = Texts(texts)
     found = find_model(model, **chosen.of_source)
     measured = _strategies(found, strategies)
+    refuse_turns(measured)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _check_folder(folder, found)

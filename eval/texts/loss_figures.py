@@ -173,8 +173,8 @@ def verdict(whole: dict[str, Any], expert_names: Sequence[str]) -> dict[str, Any
     if whole["oracle_of_tokens_minus_best_single"] is None:
         return None
     loss = next(row["nats_per_token"] for row in whole["strategies"] if row["strategy"] == best)
-    gain = -whole["oracle_of_tokens_minus_best_single"]["value"]
-    of_texts = -whole["oracle_of_texts_minus_best_single"]["value"]
+    gain = abs(whole["oracle_of_tokens_minus_best_single"]["value"])
+    of_texts = abs(whole["oracle_of_texts_minus_best_single"]["value"])
     differ = gain >= HARDLY * loss
     text = (
         f"The experts {'differ' if differ else 'hardly differ'}: the best one for every token (the oracle) predicts "

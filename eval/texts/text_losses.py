@@ -77,11 +77,7 @@ def text_losses(
         InputError: see `encode`; more positions than the model has; `round_robin`; or no token that counts.
         FailureError: a loss that is no finite number, or too little memory for a single text.
     """
-    if TAKES_TURNS in strategies:
-        raise InputError(
-            f"routing strategy {TAKES_TURNS!r} gives each text the next expert, so its loss is that of an order of texts; "
-            "leave it out"
-        )
+    refuse_turns(strategies)
     strategies = list(strategies)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     sums = _Sums(len(strategies) + 1)
@@ -93,6 +89,15 @@ def text_losses(
         if progress is not None:
             progress(sums.num_texts_done)
     return sums.result(strategies, has_oracle=bool(_experts_among(model, strategies)))
+
+
+def refuse_turns(strategies: Sequence[str]) -> None:
+    """Raise InputError for `round_robin`, whose loss is one of an order of texts."""
+    if TAKES_TURNS in strategies:
+        raise InputError(
+            f"routing strategy {TAKES_TURNS!r} gives each text the next expert, so its loss is that of an order of texts; "
+            "leave it out"
+        )
 
 
 def _part_length(model: Any, asked: int | None) -> int:
@@ -255,4 +260,4 @@ def is_mixture(model: Any) -> bool:
     return model.config.model_type == "dylora_moe"
 
 
-__all__ = ["TextLosses", "is_mixture", "text_losses", "token_losses"]
+__all__ = ["TextLosses", "is_mixture", "refuse_turns", "text_losses", "token_losses"]

@@ -3,7 +3,8 @@
 Both sides run on the same random tokens: the source by PEFT's layers from the raw files (check_source), the
 repo in a fresh process that imports nothing of this package (check_repo). Compared are the logits of the
 foundation alone, of every expert alone, of all experts mixed equally and by the router, and the gate's own
-logits. How far the two may lie apart is measured (rounding, comparison).
+logits. A router in every layer has no gate: its prototypes are tried, and its logits are computed by hooks
+(check_arrow). How far the two may lie apart is measured (rounding, comparison).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ..repo.plan import Plan
 from ..repo.writer import finest_dtype
 from ..sources.source_folder import open_folder
 from ..sources.source_options import ReadOptions
-from ..tensors.mixture import Mixture
+from ..tensors.mixture import ArrowRouter, Mixture, Router
+from .check_arrow import LARGEST_ERROR, prototype_error, routed_quantities
 from .comparison import CheckReport, Computed, compare
 from .own_code import link_with_own_code
 from .rounding import finest_precision
@@ -50,6 +52,8 @@ def check_export(repo: Path, mixture: Mixture, plan: Plan, options: ExportOption
     num_tensors = check_tensors(repo, mixture, options.torch_dtype)
     report = compare_logits(repo, mixture, plan, options)
     report.num_tensors = num_tensors
+    if isinstance(mixture.router, ArrowRouter):
+        report.num_routed_layers = len(mixture.router.shapes(mixture.experts))
     return report
 
 
@@ -65,22 +69,31 @@ def compare_logits(repo: Path, mixture: Mixture, plan: Plan, options: ExportOpti
         return CheckReport([], names)
     num_parameters = sum(expert.num_parameters for expert in mixture.experts)
     precision = finest_precision(plan.num_foundation_parameters + num_parameters)
+    if mixture.subtracted is not None and not mixture.subtracted.is_exact:
+        precision = torch.float32  # in which it was rounded
     rows = _random_rows(plan)
     expected = _expected_quantities(mixture, plan, rows, options, precision)
+    if isinstance(mixture.router, ArrowRouter):
+        gc.collect()  # the source's model goes before another takes as much memory
+        routed = _routed_quantities(repo, mixture, plan, rows, options, precision)
+        expected.values.update(routed.values)
+        expected.rounding.update(routed.rounding)
     gc.collect()  # the source's model goes before the repo's takes as much memory
     base_model = None
     if options.layout == "adapter" and options.base_model is not None and is_local(plan.foundation):
         base_model = plan.foundation.name  # the repo may name a place where it is no longer
     router_logits = expected.values.get("router logits")
     found = _repo_quantities(repo, rows, precision, base_model=base_model, router_logits=router_logits).values
-    if mixture.parts:
+    if mixture.parts or _is_another_router(mixture, options):
         found = {name: value for name, value in found.items() if name in expected.values}
-    gate_bias = None if mixture.router is None else mixture.router.read()[1]
+    gate_bias = mixture.router.read()[1] if isinstance(mixture.router, Router) else None
     return CheckReport(compare(expected, found, gate_bias), names, precision=_name(precision))
 
 
 def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> int:
-    """Compare the repo's experts and gate with the source's, bit by bit, and every rank and alpha.
+    """Compare the repo's experts and router with the source's, bit by bit, and every rank and alpha.
+
+    Prototypes that the source does not have must be those of their experts.
 
     Returns:
         How many tensors were compared.
@@ -100,9 +113,11 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
                 count += 1
                 if not torch.equal(matrix.to(dtype), other):
                     raise FailureError(f"lora_{name} of expert {expert.name} on {module} is not the source's")
-    if (mixture.router is None) != (written.router is None):
-        raise FailureError("only one of source and repo has a router")
-    if mixture.router is not None:
+    if type(mixture.router) is not type(written.router):
+        raise FailureError("only one of source and repo has a router, or they are of different kinds")
+    if isinstance(mixture.router, ArrowRouter):
+        count += _check_prototypes(written, mixture.router)
+    elif mixture.router is not None:
         gates = zip(mixture.router.read(), written.router.read(), ("weight", "bias"), strict=True)
         for tensor, other, name in gates:
             count += 1
@@ -111,20 +126,69 @@ def check_tensors(repo: Path, mixture: Mixture, dtype: torch.dtype | None) -> in
     return count
 
 
+def _check_prototypes(written: Mixture, router: ArrowRouter) -> int:
+    """Compare the prototypes that the source has, and try the others.
+
+    Returns:
+        On how many layers they were compared.
+    """
+    found, first = written.router.stored, router.num_stored
+    for module, stored in router.stored.items():
+        if not torch.equal(stored.read(), found[module].rows(0, first).read()):
+            raise FailureError(f"the prototypes on {module} are not the source's")
+    new = {module: stored.rows(first, len(written.experts)) for module, stored in found.items()}
+    error, where = prototype_error(written.experts[first:], new)
+    if not error <= LARGEST_ERROR:
+        raise FailureError(
+            f"a prototype is not the top right singular vector of its expert's update (error {error:.1e}): {where}"
+        )
+    return len(router.stored)
+
+
 def _expected_quantities(
     mixture: Mixture, plan: Plan, rows: torch.Tensor, options: ExportOptions, precision: torch.dtype
 ) -> Computed:
     """Compute the source's side, by what can compute it."""
+    is_another = _is_another_router(mixture, options)
     if mixture.parts:
-        return _appended_quantities(mixture, plan, rows, options, precision)
-    if mixture.format == EXPORTED_REPO and options.router_prompts is None:
-        computed = _own_code_quantities(mixture, plan, rows, options.router_settings, options, precision)
+        computed = _appended_quantities(mixture, plan, rows, options, precision)
+    elif mixture.format == EXPORTED_REPO:
+        settings = {} if is_another else options.router_settings
+        computed = _own_code_quantities(mixture, plan, rows, settings, options, precision)
     else:
         computed = _source_quantities(mixture, plan, rows, options, precision)
-    if options.drops_router:
+    if is_another:
         for name in [name for name in computed.values if name.startswith("router")]:
             del computed.values[name]
     return computed
+
+
+def _is_another_router(mixture: Mixture, options: ExportOptions) -> bool:
+    """Whether the source's side has a router that the repo shall not have, or cannot compute the repo's."""
+    is_of_prompts = mixture.format == EXPORTED_REPO and options.router_prompts is not None
+    return options.drops_router or is_of_prompts or isinstance(mixture.router, ArrowRouter)
+
+
+def _routed_quantities(
+    repo: Path,
+    mixture: Mixture,
+    plan: Plan,
+    rows: torch.Tensor,
+    options: ExportOptions,
+    precision: torch.dtype,
+) -> Computed:
+    """Compute what a router in every layer makes of the experts, which are compared one by one, too.
+
+    By the repo's prototypes, which were tried: where more than one vector would do, the source has no other.
+    """
+    prototypes = read_repo([open_folder(repo)], ReadOptions()).router.stored
+    foundation = plan.load_foundation(precision)
+    if options.layout == "full" and options.torch_dtype is not None:
+        for parameter in foundation.parameters():
+            parameter.data = parameter.data.to(options.torch_dtype).to(precision)
+    return routed_quantities(
+        foundation, mixture.experts, mixture.router, prototypes, rows, precision, options.torch_dtype
+    )
 
 
 def _appended_quantities(
@@ -213,6 +277,7 @@ def _source_quantities(
                 round_foundation=options.layout == "full",
                 gate=gate,
                 precision=precision,
+                subtracted=None if mixture.subtracted is None else mixture.subtracted.folder,
             )
             return Computed(*source.measure(rows))
     except DyloraMoeError:

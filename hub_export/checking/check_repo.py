@@ -83,7 +83,7 @@ def quantities(model, rows, router_logits=None):
     config = model.config
     for strategy in ["base", *(f"single:{index}" for index in range(config.num_experts)), "uniform"]:
         yield strategy, run(strategy).logits
-    if config.router_input is not None:
+    if config.has_gate:
         found = run("router", output_router_logits=True).router_logits
         yield "router logits", found
         model.router.forward = lambda hidden_states: found if router_logits is None else router_logits
@@ -91,6 +91,9 @@ def quantities(model, rows, router_logits=None):
             yield "router", run("router").logits
         finally:
             del model.router.forward
+    elif config.has_router:
+        yield "router", run("router").logits
+    if config.has_router:
         mode, config.router_mode = config.router_mode, "dense"
         try:
             yield "router, dense", run("router").logits

@@ -22,7 +22,7 @@ from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.mixture import FoundationReference
 from ..tensors.pickle_limits import check_size
 from . import rounding
-from .peft_layers import add_adapter, load_adapters, round_adapters, unwrap_idle_gates
+from .peft_layers import add_adapter, add_by_names, load_adapters, round_adapters, unwrap_idle_gates
 from .peft_reference import DEFAULT_TEMPERATURE, Reference
 
 
@@ -30,6 +30,7 @@ DEFAULT_TOP_K = 1  # of training runs that do not store theirs
 FINAL, TRAINER = "final checkpoint", "trainer checkpoint"
 WHOLE_MODEL, ADAPTERS = "whole-model state dict", "PEFT LoRA adapters"
 WRAPPER = "foundation_model."
+SUBTRACTED = "subtracted"  # the name of that adapter
 
 
 def reference(
@@ -43,6 +44,7 @@ def reference(
     round_foundation: bool = True,
     gate: dict[str, Any] | None = None,
     precision: torch.dtype = torch.float32,
+    subtracted: SourceFolder | None = None,
 ) -> Reference:
     """Load a source as PEFT computes it.
 
@@ -55,6 +57,7 @@ def reference(
         round_foundation: False for an export that leaves the foundation where it is.
         gate: another gate than the source's, with all its settings.
         precision: the dtype to compute in, float32 or float64.
+        subtracted: the folder of an adapter that is subtracted from every expert.
     """
     if source_format not in (FINAL, TRAINER, WHOLE_MODEL, ADAPTERS):
         raise ValueError(f"no way to recompute a source of format {source_format!r}")
@@ -77,13 +80,19 @@ def reference(
             model = load_adapters(foundation, list(places.values()), names, dtype)
         else:
             names = [f"adapter_{index}" for index in range(len(folders))]
-            model = load_adapters(foundation, folders, names, dtype)
+            adapters = dict(zip(names, folders, strict=True))
+            if subtracted is not None:
+                adapters[SUBTRACTED] = subtracted
+            model = load_adapters(foundation, list(adapters.values()), list(adapters), dtype)
+    if subtracted is not None and source_format != ADAPTERS:
+        add_by_names(model.get_base_model(), model, SUBTRACTED, subtracted)
+        round_adapters(model, dtype, SUBTRACTED)
     unwrap_idle_gates(model)
     if round_foundation:
         _round_foundation(model, dtype)
     if own_gate is not None:
         own_gate = {**own_gate, **router_settings}
-    return Reference(model, names, gate or own_gate, precision)
+    return Reference(model, names, gate or own_gate, precision, None if subtracted is None else SUBTRACTED)
 
 
 def _round_foundation(model: torch.nn.Module, dtype: torch.dtype | None) -> None:

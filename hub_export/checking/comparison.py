@@ -62,7 +62,8 @@ class CheckReport:
 
     Attributes:
         comparisons: of logits; none where the foundation is not on this machine.
-        num_tensors: how many tensors of experts and gate are the source's, bit by bit.
+        num_tensors: how many tensors of experts and router are the source's, bit by bit.
+        num_routed_layers: how many layers have prototypes, which are the source's or those of its experts.
         precision: the dtype that logits were computed in.
     """
 
@@ -70,6 +71,7 @@ class CheckReport:
     expert_names: list[str]
     num_tensors: int = 0
     precision: str = "float32"
+    num_routed_layers: int = 0
 
     @property
     def passed(self) -> bool | None:

@@ -54,7 +54,7 @@ def load_adapters(
         model = _as_peft_loads(foundation, folders, names)
     if model is None:
         for name, folder in zip(names, folders, strict=True):
-            model = _add_by_names(foundation, model, name, folder)
+            model = add_by_names(foundation, model, name, folder)
     round_adapters(model, dtype)
     return model
 
@@ -155,7 +155,7 @@ def _by_names_alone(folder: SourceFolder) -> bool:
     return any(".lora_" not in key for key in load_peft_weights(str(folder), device="cpu"))
 
 
-def _add_by_names(
+def add_by_names(
     foundation: torch.nn.Module, model: PeftModel | None, name: str, folder: SourceFolder
 ) -> PeftModel:
     """Put PEFT's layers where the names of the adapter's tensors say."""
@@ -203,7 +203,7 @@ def _adapters_of_two_kinds(
     model = None
     for name, folder in zip(names, folders, strict=True):
         if name not in deltas:
-            model = _add_by_names(foundation, model, name, folder)
+            model = add_by_names(foundation, model, name, folder)
             round_adapters(model, dtype, name)
             continue
         tensors = {}

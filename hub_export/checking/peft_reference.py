@@ -9,7 +9,7 @@ the gate's weight.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,11 @@ DEFAULT_TEMPERATURE = 2.0  # of training runs that do not store theirs
 
 
 class Reference:
-    """A source as PEFT computes it: `model` with the adapters `names`, and perhaps a `gate` with its settings."""
+    """A source as PEFT computes it: `model` with the adapters `names`, and perhaps a `gate` with its settings.
+
+    Args:
+        subtracted: the name of an adapter that is subtracted from each of the others.
+    """
 
     def __init__(
         self,
@@ -34,9 +38,11 @@ class Reference:
         names: list[str],
         gate: dict[str, Any] | None,
         precision: torch.dtype = torch.float32,
+        subtracted: str | None = None,
     ):
         self.model = model.eval()
         self.names = names
+        self.subtracted = subtracted
         self.gate = None
         if gate is not None:
             self.gate = {**gate, **{name: gate[name].float().to(precision) for name in ("weight", "bias")}}
@@ -70,14 +76,15 @@ class Reference:
         hidden = output.hidden_states[-1]
         yield "base", output.logits
         for index, name in enumerate(self.names):
-            self.model.base_model.set_adapter([name])
-            yield f"single:{index}", self._run(rows).logits
-        self.model.base_model.set_adapter(self.names)
-        yield "uniform", self._mix(rows, torch.full((*rows.shape, count), 1 / count, dtype=self.precision))
+            yield f"single:{index}", self._alone(rows, index, name)
+        self.model.base_model.set_adapter(self._all_names())
+        ones = torch.ones((*rows.shape, count), dtype=self.precision)
+        yield "uniform", self._mix(rows, ones / count)
         if self.gate is None:
             return
         if self.gate["router_input"] == "experts_sum":
-            hidden = self._run(rows, output_hidden_states=True).hidden_states[-1]
+            with nullcontext() if self.subtracted is None else self._weighted(ones):
+                hidden = self._run(rows, output_hidden_states=True).hidden_states[-1]
         logits = (hidden @ self.gate["weight"].T + self.gate["bias"]).detach()
         yield "router logits", logits
         choosing = logits if router_logits is None else router_logits
@@ -89,6 +96,18 @@ class Reference:
     def _run(self, rows: torch.Tensor, **options: Any) -> Any:
         with rounding.computing_in(self.precision):
             return self.model(rows, **options)
+
+    def _all_names(self) -> list[str]:
+        return self.names if self.subtracted is None else [*self.names, self.subtracted]
+
+    def _alone(self, rows: torch.Tensor, index: int, name: str) -> torch.Tensor:
+        if self.subtracted is None:
+            self.model.base_model.set_adapter([name])
+            return self._run(rows).logits
+        self.model.base_model.set_adapter(self._all_names())
+        weights = torch.zeros((*rows.shape, len(self.names)), dtype=self.precision)
+        weights[..., index] = 1
+        return self._mix(rows, weights)
 
     def _mix(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         with self._weighted(weights):
@@ -103,14 +122,19 @@ class Reference:
 
     @contextmanager
     def _weighted(self, weights: torch.Tensor):
-        """Weigh the active adapters, adapter i by `weights[..., i]`; weights are [rows, tokens, experts]."""
-        handles = []
+        """Weigh the active adapters, adapter i by `weights[..., i]`; weights are [rows, tokens, experts].
+
+        The one that is subtracted from each of them has the weight -(the sum of theirs).
+        """
+        handles, names = [], self._all_names()
+        if self.subtracted is not None:
+            weights = torch.cat([weights, -weights.sum(dim=-1, keepdim=True)], dim=-1)
         wrapped = [module for path, module in self.model.named_modules() if _is_outermost(path, module)]
         for module in wrapped:
             compute = _gate_by_token if module.parameter_name == "weight" else _token_by_token
-            module.forward = partial(compute, module, weights.flatten(0, 1), self.names)
+            module.forward = partial(compute, module, weights.flatten(0, 1), names)
         for path, module in self.model.named_modules():
-            for index, name in enumerate(self.names):
+            for index, name in enumerate(names):
                 if path.endswith(f".lora_B.{name}"):
                     handles.append(module.register_forward_hook(_times(weights[..., index])))
                 if isinstance(module, AdaLoraLayer) and name in module.lora_A:

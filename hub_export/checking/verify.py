@@ -30,12 +30,14 @@ from ..sources.hub_and_folders import open_source_folder
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
 from ..sources.text_files import read_text
+from ..tensors.mixture import Router
 from ..tensors.stored_tensors import StoredTensor, is_finite
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import weight_files
 from ..tokenizers.tokenizer_files import has_tokenizer
 from ..unknown_options import refuse_unknown
 from .check import check_export
+from .check_arrow import LARGEST_ERROR, prototype_error
 from .verify_tokenizer import check_tokenizer, compare_with_source
 
 
@@ -124,7 +126,15 @@ def verify(
     folder = open_source_folder(repo)
     config = load_config(folder)
     result = Verification(folder.path)
-    for look in (_files, _headers, _checksums, _code, _tokenizer):
+    looks = (
+        _files,
+        _headers,
+        *([_prototypes] if config.routes_by_layer else []),
+        _checksums,
+        _code,
+        _tokenizer,
+    )
+    for look in looks:
         what = look.__name__.strip("_")
         try:
             result.findings.append(look(folder, config))
@@ -186,7 +196,7 @@ def _headers(folder: SourceFolder, config: Any) -> Finding:
     if config.base_config is not None:
         model = skeleton(config.base_config)
         check_experts_fit(mixture.experts, model, str(folder))
-        if mixture.router is not None:
+        if isinstance(mixture.router, Router):
             check_router_fits(mixture.router, config.base_config, str(folder))
         if mixture.foundation_weights is not None:
             wrong += _differences(mixture.foundation_weights, model)
@@ -198,12 +208,30 @@ def _headers(folder: SourceFolder, config: Any) -> Finding:
                 wrong.append(f"{key} in {file.path.name} holds NaN or infinite numbers")
     count = sum(map(len, files))
     own = len(config.adapted_places()) if is_full else sum(len(expert.layers) for expert in mixture.experts)
-    expected = 2 * own + (2 if mixture.router is not None else 0) + len(mixture.foundation_weights or ())
+    router = {} if mixture.router is None else mixture.router.shapes(mixture.experts)
+    expected = 2 * own + len(router) + len(mixture.foundation_weights or ())
     if count != expected:
         wrong.append(f"{count} tensors, and the config asks for {expected}")
     if wrong:
         return Finding("safetensors", False, few(wrong, 3, "; "))
     return Finding("safetensors", True, f"{count} tensors in {len(files)} files")
+
+
+def _prototypes(folder: SourceFolder, config: Any) -> Finding:
+    """Check that a router in every layer has the prototypes of its experts: experts may have learned since."""
+    mixture = read([folder], ReadOptions())
+    error, where = prototype_error(mixture.experts, mixture.router.stored)
+    # They may have been computed before the experts were rounded to the dtype that they are stored in.
+    dtypes = {layer.dtype for expert in mixture.experts for layer in expert.layers.values()}
+    allowed = max(LARGEST_ERROR, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
+    if error <= allowed:
+        return Finding("prototypes", True, f"those of the experts on {len(mixture.router.stored)} layers")
+    return Finding(
+        "prototypes",
+        False,
+        f"not those of the experts as they are (error {error:.1e} on {where}); `model.update_prototypes()`, or export the "
+        "repo again with --router arrow",
+    )
 
 
 def _weight_paths(folder: SourceFolder, is_full: bool) -> list[Path]:

@@ -3,10 +3,11 @@
 config.json              model_type "dylora_moe", weights_layout, base_config, expert_configs, router_*
 model.safetensors        full: (or shards with model.safetensors.index.json) foundation.<module>.base_layer.weight,
                          foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight,
-                         router.gate.bias; of stacked experts
+                         router.gate.bias, or, of a router of every layer, foundation.<module>.prototypes [N, in];
+                         of stacked experts
                          foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B
 experts/<name>/          adapter: adapter_config.json, adapter_model.safetensors, as PEFT writes them
-router.safetensors       adapter: gate.weight, gate.bias
+router.safetensors       adapter: gate.weight, gate.bias, or <module>.prototypes
 generation_config.json   routing_strategy
 """
 
@@ -30,7 +31,7 @@ from ..repo.repo_config import (
 )
 from ..sources.source_folder import SourceFolder
 from ..sources.source_options import ReadOptions
-from ..tensors.mixture import AdaptedLayer, Expert, Mixture, Router
+from ..tensors.mixture import AdaptedLayer, ArrowRouter, Expert, Mixture, Router
 from ..tensors.stored_tensors import StoredTensor
 from ..tensors.tensor_files import TensorFile
 from ..tensors.weight_files import stored_tensors, weight_files
@@ -80,14 +81,15 @@ def read(folders: list[SourceFolder], options: ReadOptions) -> Mixture:
     weights = _full_weights(folder, config) if is_full else _adapter_weights(folder, config)
     places = _Places(config)
     _check_nothing_else(folder, config, places, weights)
+    experts = [_expert(folder, config, places, index, weights) for index in range(config.num_experts)]
     return Mixture(
         format=FORMAT,
         folders=folders,
-        experts=[_expert(folder, config, places, index, weights) for index in range(config.num_experts)],
-        router=_router(folder, config, weights),
+        experts=experts,
+        router=_router(folder, config, experts, weights),
         foundation=foundation_of(folder, config),
         foundation_config=config.base_config,
-        foundation_weights=_foundation(weights) if is_full else None,
+        foundation_weights=_foundation(weights, config) if is_full else None,
         has_trained_foundation=getattr(config, "has_trained_foundation", False) is True,
         limits=[str(limit) for limit in _as_list(getattr(config, "limits", None))],
         routing_strategy=stored_routing_strategy(folder, config),
@@ -132,7 +134,8 @@ def _with_own_names(weights: dict[str, StoredTensor], config: Any) -> dict[str, 
     own = {
         f"foundation.{module}.lora_{matrix}" for module in config.stack_modules().values() for matrix in "AB"
     }
-    stacks = [key for key in weights if _is_stack(key)]
+    own |= _prototype_keys(config)
+    stacks = [key for key in weights if _is_of_experts(key, config)]
     if config.base_config is None or all(key in own for key in stacks):
         return weights
     inside = [key.removeprefix("foundation.") for key in stacks]
@@ -149,13 +152,13 @@ def _check_nothing_else(
     Raises:
         InputError: names the first tensor that the config does not speak of.
     """
-    known = {"router.gate.weight", "router.gate.bias"} if config.router_input is not None else set()
+    known = {"router.gate.weight", "router.gate.bias"} if config.has_gate else _prototype_keys(config)
     is_full = config.weights_layout == "full"
     for index in range(config.num_experts):
         keys = _stored_keys(config, places, index)
         known |= {key.format(matrix) for key in keys.values() for matrix in "AB"}
     for key in weights:
-        is_foundations = is_full and key.startswith("foundation.") and not _is_stack(key)
+        is_foundations = is_full and key.startswith("foundation.") and not _is_of_experts(key, config)
         if key not in known and not is_foundations:
             raise InputError(f"{folder}: {key} in its weights is nothing that its config.json speaks of")
 
@@ -173,21 +176,29 @@ def _stored_keys(config: Any, places: _Places, index: int) -> dict[str, str]:
     return {name: f"{places.names[index]}/{key}.lora_{{}}.weight" for name, key in keys.items()}
 
 
-def _is_stack(key: str) -> bool:
-    return key.rpartition(".")[2] in ("lora_A", "lora_B")
+def _is_of_experts(key: str, config: Any) -> bool:
+    """Whether a tensor is a stack, or prototypes of a router of every layer."""
+    kinds = ("lora_A", "lora_B", "prototypes") if config.routes_by_layer else ("lora_A", "lora_B")
+    return key.rpartition(".")[2] in kinds
 
 
-def _foundation(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _prototype_keys(config: Any) -> set[str]:
+    """Give the names of the prototypes in layout `full`; none where the router is of another kind."""
+    modules = config.adapted_modules() if config.routes_by_layer else ()
+    return {f"foundation.{module}.prototypes" for module in modules}
+
+
+def _foundation(weights: dict[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
     """Give the foundation's tensors by their own names."""
     return {
         key.removeprefix("foundation.").replace(".base_layer.", "."): tensor
         for key, tensor in weights.items()
-        if key.startswith("foundation.") and not _is_stack(key)
+        if key.startswith("foundation.") and not _is_of_experts(key, config)
     }
 
 
 def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTensor]:
-    """Describe the experts' tensors under `<expert>/<key>`, and the gate's as in layout `full`."""
+    """Describe the experts' tensors under `<expert>/<key>`, and the router's as in layout `full`."""
     from dylora_moe.modeling.saving_dylora_moe import peft_config
 
     weights = {}
@@ -199,9 +210,10 @@ def _adapter_weights(folder: SourceFolder, config: Any) -> dict[str, StoredTenso
         _check_adapter_config(folder, f"{place}/adapter_config.json", name, (written, earlier))
         tensors = stored_tensors([folder / f"{place}/adapter_model.safetensors"])
         weights.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
-    if config.router_input is not None:
+    if config.has_router:
         tensors = stored_tensors([folder / "router.safetensors"])
-        weights.update({f"router.{key}": tensor for key, tensor in tensors.items()})
+        prefix = (ArrowRouter if config.routes_by_layer else Router).prefix
+        weights.update({f"{prefix}{key}": tensor for key, tensor in tensors.items()})
     return weights
 
 
@@ -311,9 +323,13 @@ def _layer(entry: dict, name: str, rank: int, matrices: tuple[StoredTensor, Stor
     )
 
 
-def _router(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor]) -> Router | None:
-    if config.router_input is None:
+def _router(
+    folder: SourceFolder, config: Any, experts: list[Expert], weights: dict[str, StoredTensor]
+) -> Router | ArrowRouter | None:
+    if not config.has_router:
         return None
+    if config.routes_by_layer:
+        return _arrow(folder, config, experts, weights)
     keys = ("router.gate.weight", "router.gate.bias")
     for key in keys:
         if key not in weights:
@@ -337,3 +353,26 @@ def _router(folder: SourceFolder, config: Any, weights: dict[str, StoredTensor])
         router_aux_loss_coef=config.router_aux_loss_coef,
         fitting=fitting if isinstance(fitting, dict) else None,
     )
+
+
+def _arrow(
+    folder: SourceFolder, config: Any, experts: list[Expert], weights: dict[str, StoredTensor]
+) -> ArrowRouter:
+    router = ArrowRouter(
+        num_stored=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        router_temperature=config.router_temperature,
+        router_mode=config.router_mode,
+    )
+    for name, shape in router.shapes(experts).items():
+        key = f"{router.prefix}{name}"
+        if key not in weights:
+            raise InputError(
+                f"{folder}: config.json says that the router is of kind arrow, but {key} is missing"
+            )
+        if weights[key].shape != shape:
+            raise InputError(
+                f"{folder}: {key} is {list(weights[key].shape)}, and the experts ask for {list(shape)}"
+            )
+        router.stored[name.removesuffix(".prototypes")] = weights[key]
+    return router

@@ -56,7 +56,7 @@ def read_sources(sources: list[FoundSource], options: ReadOptions) -> Mixture:
         old = _read_one_format(sources[:1], options)
         new = _read_one_format(sources[1:], options)
         if options.base_model is None:
-            _check_same_foundation(old, new)
+            check_same_foundation(old, new)
         mixture = append_experts(old, new)
     else:
         mixture = _read_one_format(sources, options)
@@ -87,7 +87,7 @@ def _read_one_format(sources: Sequence[FoundSource], options: ReadOptions) -> Mi
     return mixture
 
 
-def _check_same_foundation(old: Mixture, new: Mixture) -> None:
+def check_same_foundation(old: Mixture, new: Mixture) -> None:
     """Refuse adapters of another foundation, on which experts compute something else.
 
     Raises:

@@ -18,7 +18,6 @@ from ..tensors.weight_files import read_index, stored_tensors
 
 
 ONE_FILE = "model.safetensors"
-ROUTER = "router."  # begins the names of a router's tensors in layout `full`
 
 
 def gate_holders(folder: Path, layout: str) -> list[str]:
@@ -34,13 +33,11 @@ def gate_holders(folder: Path, layout: str) -> list[str]:
     places = read_index(open_folder(folder), ONE_FILE)
     if places is None:
         return [ONE_FILE]
-    return sorted({file for name, file in places.items() if name.startswith(ROUTER)}) or [
-        max(places.values())
-    ]
+    return sorted({file for name, file in places.items() if _is_routers(name)}) or [max(places.values())]
 
 
 def replace_gate(folder: Path, layout: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Write a gate in place of a repo's router, if it has one.
+    """Write a gate in place of a repo's router, whatever its kind, if it has one.
 
     A file that changes is written beside the old one and renamed, so that other names of it (hard links) keep what
     they had.
@@ -55,19 +52,26 @@ def replace_gate(folder: Path, layout: str, weight: torch.Tensor, bias: torch.Te
     if layout == "adapter":
         _write(folder / home, gate)
         return
-    gate = {f"{ROUTER}{name}": tensor for name, tensor in gate.items()}
+    gate = {f"router.{name}": tensor for name, tensor in gate.items()}
     _write(folder / home, {**_others(folder / home), **gate})
     for file in others:
         _write(folder / file, _others(folder / file))
     places = read_index(open_folder(folder), ONE_FILE)
     if places is not None:
-        kept = {name: file for name, file in places.items() if not name.startswith(ROUTER)}
+        kept = {name: file for name, file in places.items() if not _is_routers(name)}
         _write_index(folder, {**kept, **dict.fromkeys(gate, home)})
 
 
 def _others(path: Path) -> dict[str, StoredTensor]:
     """Describe a file's tensors, those of the router left out."""
-    return {name: tensor for name, tensor in stored_tensors([path]).items() if not name.startswith(ROUTER)}
+    return {name: tensor for name, tensor in stored_tensors([path]).items() if not _is_routers(name)}
+
+
+def _is_routers(name: str) -> bool:
+    """Whether a tensor of layout `full` is a gate's, or the prototypes of a router of kind `arrow`."""
+    from dylora_moe.modeling.arrow_dylora_moe import PROTOTYPES
+
+    return name.startswith("router.") or name.endswith(f".{PROTOTYPES}")
 
 
 def _write(path: Path, tensors: dict[str, StoredTensor]) -> None:

@@ -32,7 +32,9 @@ FRONT_MATTER = re.compile(r"\A---[^\S\n]*\n(.*?)\n---[^\S\n]*(?:\n|\Z)", re.DOTA
 RECORD = re.compile(r"<!-- metadata that was generated, too: (.*) -->")
 # The repo's name where `_loading` and `_scoring` write it: a string of Python, and a word of a shell.
 LITERAL = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
-GATE = "A linear gate in float32."  # begins the paragraph that says how the router weights experts
+# Begin the paragraph that says how the router weights experts.
+GATE = "A linear gate in float32."
+ARROW = "A router in every adapted layer (arrow)."
 NO_ROUTER = "## Router\n\nNone: experts are chosen by name, in turn or mixed equally."
 A_ROUTER = "a router that weights them token by token"
 TWO_PASSES = (
@@ -169,7 +171,8 @@ def restate(card: str, name: str, routing_strategy: str | None = None, config: A
         if NO_ROUTER in generated:
             generated = _with_router(generated, config, routing_strategy)
         router = _router(config).splitlines()[-1]
-        generated = re.sub(rf"^{GATE}.*$", lambda _: router, generated, count=1, flags=re.MULTILINE)
+        begins = f"{re.escape(GATE)}|{re.escape(ARROW)}"
+        generated = re.sub(rf"^(?:{begins}).*$", lambda _: router, generated, count=1, flags=re.MULTILINE)
     generated = LITERAL.sub(lambda _: f"from_pretrained({_literal(name)}", generated)
     generated = QUOTED.sub(lambda _: f"--model {shlex.quote(name)}", generated)
     return before + mark + generated + end + after
@@ -226,6 +229,7 @@ def _introduction(config: Any, licence: Licence | None) -> str:
     )
     experts = f"{config.num_experts} LoRA expert{'s' if config.num_experts != 1 else ''}"
     router = A_ROUTER if config.has_router else "no router"
+    router += " in every layer" if config.routes_by_layer else ""
     terms = f"its licence ({as_markdown(licence.text)})" if licence is not None else "its licence"
     where = (
         f"The base model's weights are part of this repo, and {terms} applies to them."
@@ -263,6 +267,8 @@ def _span(values: Any) -> str:
 def _router(config: Any) -> str:
     if not config.has_router:
         return NO_ROUTER
+    if config.routes_by_layer:
+        return f"## Router\n\n{_arrow(config)}"
     reads = {
         "base": "the base model's last hidden states, with the experts off",
         "experts_sum": "last hidden states with all experts on, each with weight 1",
@@ -294,10 +300,33 @@ def _fitting(record: Any) -> str:
     return f" Fitted to {shown} by `dylora-moe fit-router`, the experts frozen; `router_fitting` in `config.json` says how."
 
 
+def _arrow(config: Any) -> str:
+    count, temperature = config.num_experts_per_tok, config.router_temperature
+    sparse = "the expert with the largest score, alone" if count == 1 else f"over the {count} largest scores"
+    every = "over all experts' scores"
+    mode = {
+        "sparse": f"{sparse}",
+        "dense": every,
+        "auto": f"{sparse}; while training, or while any expert is immature, {every}",
+    }[config.router_mode]
+    return (
+        f"{ARROW} It was made of the experts' own weights, without training "
+        "([Ostapenko et al. 2024](https://arxiv.org/abs/2405.11157)): an expert's prototype v at a layer is the input of "
+        "length 1 that the expert changes most, the top right singular vector of its B A, and a token's input x there "
+        f"scores |x · v|. Weights at that layer: softmax of scores / {temperature:g}, {mode}."
+    )
+
+
 def _strategies(config: Any, routing_strategy: str) -> str:
+    by_layer = config.routes_by_layer
+    favourite = "one expert per prompt: the router's favourite over it"
+    if by_layer:
+        favourite = (
+            "one expert per prompt: the largest mean weight over its tokens and the layers that experts share"
+        )
     known = [
-        ("router", "the router's weights at every token", True),
-        ("best", "one expert per prompt: the router's favourite over it", True),
+        ("router", "the router's weights at every token" + (" and layer" if by_layer else ""), True),
+        ("best", favourite, True),
         ("single:<number or name>", "that expert alone", False),
         ("ensemble", "the experts' next-token distributions, mixed equally", False),
         ("round_robin", "each new sequence gets the next expert", False),
@@ -359,7 +388,8 @@ def _limits(config: Any, mixture: Mixture) -> str:
     """Write what a reader might expect and should not."""
     lines = ["## Limits", ""]
     if config.has_router:
-        lines.append(TWO_PASSES)
+        twice = "- Strategy `best` reads a prompt a second time for the router; `ensemble` runs once for every expert."
+        lines.append(twice if config.routes_by_layer else TWO_PASSES)
     lines.append(
         "- Continuous batching (paged caches) and inference servers that bring models of their own do not route."
     )

@@ -31,6 +31,10 @@ class ExportOptions(ReadOptions):
     router_mode: Annotated[str | None, "auto, dense or sparse."] = None
     router_input: Annotated[str | None, "base, experts_sum, or none: no router."] = None
     router_prompts: Annotated[Path | None, "YAML, expert to prompts: a router without training."] = None
+    router: Annotated[str | None, "arrow: a router in every layer, of the experts' own weights."] = None
+    subtract: Annotated[
+        str | None, "An adapter to subtract from each expert: the products, not A and B as in PEFT."
+    ] = None
     expert_names: Annotated[list[str] | None, "Names for the experts: one,two or the option repeated."] = None
     tokenizer: Annotated[str | None, "A folder or a Hub id."] = None
     dtype: Annotated[str | None, "Convert to float32, bfloat16 or float16; otherwise as stored."] = None
@@ -47,6 +51,13 @@ class ExportOptions(ReadOptions):
             raise InputError(f"--dtype {self.dtype} is not known; it can be auto, {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
             raise InputError(f"--layout {self.layout} is not known; it can be {' or '.join(LAYOUTS)}")
+        if self.router not in (None, "arrow"):
+            raise InputError(
+                f"--router {self.router} is not known; it can be arrow (and --router_input none: no router)"
+            )
+        for name in ("router_prompts", "router_input"):
+            if self.router is not None and getattr(self, name) is not None:
+                raise InputError(f"--router {self.router} makes a router without a gate; leave out --{name}")
         others = (self.router_mode, self.num_experts_per_tok, self.router_temperature, self.router_prompts)
         if self.drops_router and any(value is not None for value in others):
             raise InputError(
@@ -80,7 +91,7 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 @dataclass
 class ExportResult:
-    """What was written. `check` is None where it was not asked for."""
+    """What was written. `check` is None where it was not asked for; `router_kind` is the config's."""
 
     output_dir: Path
     format: str
@@ -89,6 +100,7 @@ class ExportResult:
     foundation: str | None
     experts: list[str]
     router: bool
+    router_kind: str
     routing_strategy: str
     tokenizer: str | None
     check: Any = None

@@ -26,8 +26,9 @@ from ..foundation.reference import (
     resolve_foundation,
 )
 from ..foundation.weights import carried_weights, foundation_weights, skeleton
-from ..tensors.mixture import FoundationReference, Mixture
+from ..tensors.mixture import ArrowRouter, FoundationReference, Mixture, Router
 from ..tensors.stored_tensors import StoredTensor, same_numbers
+from ..tensors.subtraction import subtract
 from .options import ExportOptions
 from .writer import finest_dtype
 
@@ -105,10 +106,12 @@ def make_plan(mixture: Mixture, options: ExportOptions) -> Plan:
         check_fit(mixture, model, reference)
         own = carried_weights(mixture.foundation_weights, model, mixture.folders[0]) if carried else None
         find = _find_weights(mixture, own, reference, model, options)
+    _subtract(mixture, model, reference, options)
     config = _config(mixture, base_config, reference, options)
     plan = Plan(reference, config, model, find, _generation(mixture, reference, model))
-    if any(expert.copied_weights for expert in mixture.experts):
-        check_copied_weights(mixture.experts, model, plan.weights, reference.name)
+    adapters = [*mixture.experts, *([mixture.subtracted.expert] if mixture.subtracted is not None else [])]
+    if any(adapter.copied_weights for adapter in adapters):
+        check_copied_weights(adapters, model, plan.weights, reference.name)
     main_dtype = _main_dtype(plan.weights) if options.layout == "full" else None
     config.dtype = options.torch_dtype or main_dtype or getattr(base_config, "dtype", None)
     return plan
@@ -198,10 +201,28 @@ def check_fit(mixture: Mixture, model: nn.Module, reference: FoundationReference
             f"{mixture.foundation.named_in} has vocab_size {mixture.foundation.vocab_size}, the base model has "
             f"{vocab_size}; pass the model it was trained on with --base_model"
         )
-    if mixture.router is not None:
+    if isinstance(mixture.router, Router):
         check_router_fits(mixture.router, model.config, name)
     mixture.experts[:] = [with_current_names(expert, model) for expert in mixture.experts]
     check_experts_fit(mixture.experts, model, name)
+
+
+def _subtract(
+    mixture: Mixture, model: nn.Module | None, reference: FoundationReference, options: ExportOptions
+) -> None:
+    """Subtract from every expert what is to be subtracted, if anything is.
+
+    Raises:
+        InputError: it does not fit the foundation, or would be rounded.
+    """
+    subtracted = mixture.subtracted
+    if subtracted is None:
+        return
+    if model is not None:
+        subtracted.expert = with_current_names(subtracted.expert, model)
+        check_experts_fit([subtracted.expert], model, reference.name or "the source")
+    experts, subtracted.is_exact = subtract(mixture.experts, subtracted.expert, options.torch_dtype)
+    mixture.experts[:] = experts
 
 
 def _find_weights(
@@ -288,7 +309,9 @@ def _config(
         base_config = copy.deepcopy(base_config)
         base_config._name_or_path = ""  # the folder it happened to be loaded from means nothing elsewhere
     finest_dtype(mixture)  # refuses experts that are not stored as floats
-    optional = _router_fields(mixture)
+    if isinstance(mixture.router, ArrowRouter):
+        _refuse_stacked_experts(mixture)
+    optional = {"router_input": None} if mixture.router is None else mixture.router.config_fields()
     if mixture.has_trained_foundation:
         optional["has_trained_foundation"] = True
     if mixture.limits:
@@ -309,20 +332,15 @@ def _config(
     return config
 
 
-def _router_fields(mixture: Mixture) -> dict[str, Any]:
-    """Give the router's fields of the config; what the source does not say is left to the config's default."""
-    router = mixture.router
-    if router is None:
-        return {"router_input": None}
-    fields = {
-        "router_input": router.router_input,
-        "router_mode": router.router_mode,
-        "num_experts_per_tok": router.num_experts_per_tok,
-        "router_temperature": router.router_temperature,
-        "router_aux_loss_coef": router.router_aux_loss_coef,
-        "router_fitting": router.fitting,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
+def _refuse_stacked_experts(mixture: Mixture) -> None:
+    """Raise InputError where a router of every layer would be for a parameter of stacked experts."""
+    for expert in mixture.experts:
+        for name, layer in expert.layers.items():
+            if layer.num_stacked:
+                raise InputError(
+                    f"--router arrow routes linear layers, and expert {expert.name} ({expert.origin}) adapts {name}, a parameter of "
+                    "stacked experts; leave it out, or make a gate with --router_prompts"
+                )
 
 
 def _generation(mixture: Mixture, reference: FoundationReference, model: nn.Module | None) -> dict[str, Any]:

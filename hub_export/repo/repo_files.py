@@ -200,7 +200,7 @@ def _adapter_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
                 f"{folder}/config.json: expert_configs names an expert {name!r}, which is no folder's name"
             )
         files |= {f"experts/{name}/adapter_config.json", f"experts/{name}/adapter_model.safetensors"}
-    if config.get("router_input", "base") is not None:
+    if config.get("router_input", "base") is not None or config.get("router_kind") == "arrow":
         files.add("router.safetensors")
     return files
 

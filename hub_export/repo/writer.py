@@ -1,7 +1,8 @@
 """Writes a repo's weights, in either layout, file by file.
 
 full       model.safetensors (or shards): foundation.<name>, foundation.<module>.base_layer.<name>,
-           foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias;
+           foundation.<module>.lora_A [R, in], ….lora_B [R, out], router.gate.weight, router.gate.bias, or
+           of a router of every layer foundation.<module>.prototypes [N, in];
            of stacked experts foundation.<module>.updates.<parameter>.lora_A [R, E, in], ….lora_B [R, E,
            out]
 adapter    experts/<name>/adapter_config.json, adapter_model.safetensors in PEFT's form; router.safetensors
@@ -11,14 +12,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import DyloraMoeWarning, InputError, one_line
-from ..tensors.mixture import Expert, Mixture, Router
+from ..tensors.mixture import ArrowRouter, Expert, Mixture, Router
 from ..tensors.stored_tensors import StoredTensor, is_finite, write_safetensors, write_shards
 
 
@@ -53,15 +54,15 @@ def write_full(
         for name, tensor in foundation.items()
     }
     tensors.update(_stacks(mixture, config, dtype or finest_dtype(mixture)))
-    if mixture.router is not None:
-        tensors.update({f"router.{name}": tensor for name, tensor in _gate(mixture.router, mixture).items()})
+    for name, tensor in _router_tensors(mixture, dtype or finest_dtype(mixture)).items():
+        tensors[f"{mixture.router.prefix}{name}"] = tensor
     write_shards(folder, tensors, max_shard_size)
 
 
 def write_adapter(
     folder: Path, mixture: Mixture, config: Any, dtype: torch.dtype | None, transposed: frozenset[str]
 ) -> None:
-    """Write the experts as PEFT folders, and the gate.
+    """Write the experts as PEFT folders, and the router.
 
     Args:
         transposed: modules whose weight is stored as [in, out] (GPT-2's Conv1D), which PEFT wants to be told.
@@ -97,7 +98,7 @@ def write_adapter(
         text = json.dumps(peft_config(config, index, fan_in_fan_out), indent=2, sort_keys=True)
         (place / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     if mixture.router is not None:
-        write_safetensors(folder / ROUTER_WEIGHTS, _gate(mixture.router, mixture))
+        write_safetensors(folder / ROUTER_WEIGHTS, _router_tensors(mixture, dtype))
 
 
 def finest_dtype(mixture: Mixture) -> torch.dtype:
@@ -155,6 +156,44 @@ def _matrix(expert: Expert, module: str, position: int, dtype: torch.dtype):
         return converted
 
     return read
+
+
+def _router_tensors(mixture: Mixture, dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """Give the router's tensors by their names in `router.safetensors`; none without a router.
+
+    Args:
+        dtype: what the experts are written in, of which prototypes are made.
+    """
+    if mixture.router is None:
+        return {}
+    if isinstance(mixture.router, ArrowRouter):
+        return _prototypes(mixture.router, mixture.experts, dtype)
+    return _gate(mixture.router, mixture)
+
+
+def _prototypes(router: ArrowRouter, experts: list[Expert], dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """Give the prototypes of all layers, [num_experts, in_features] each: those that are stored, and new ones.
+
+    One expert's matrices on one layer are in memory at a time.
+    """
+    from dylora_moe.modeling.arrow_dylora_moe import prototype
+
+    def read(module: str, shape: tuple[int, ...]) -> torch.Tensor:
+        rows = torch.zeros(shape)
+        stored = router.stored.get(module)
+        num_stored = 0 if stored is None else router.num_stored
+        if stored is not None:
+            rows[:num_stored] = stored.read()
+        for index, expert in enumerate(experts[num_stored:], start=num_stored):
+            if module in expert.layers:
+                lora_a, lora_b = (_matrix(expert, module, position, dtype)() for position in (0, 1))
+                rows[index] = prototype(lora_a, lora_b)
+        return rows
+
+    return {
+        name: StoredTensor(shape, torch.float32, partial(read, name.removesuffix(".prototypes"), shape))
+        for name, shape in router.shapes(experts).items()
+    }
 
 
 def _gate(router: Router, mixture: Mixture) -> dict[str, StoredTensor]:

@@ -48,4 +48,4 @@ class ReadOptions(SourceOptions):
     """What a reader takes besides: settings of the router, which some training checkpoints do not store."""
 
     num_experts_per_tok: Annotated[int | None, "How many experts act on a token, if sparse."] = None
-    router_temperature: Annotated[float | None, "Divides the gate's logits, if dense."] = None
+    router_temperature: Annotated[float | None, "Divides the router's logits, if dense, and arrow's."] = None

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -124,6 +124,8 @@ class Router:
         fitting: how it was fitted to texts, where it was (see `eval.fitting`).
     """
 
+    prefix: ClassVar[str] = "router."  # of its tensors' names in layout `full`
+
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     num_experts: int
     hidden_size: int
@@ -133,6 +135,59 @@ class Router:
     router_mode: str = "auto"
     router_aux_loss_coef: float | None = None  # None: the source does not say
     fitting: dict[str, Any] | None = None
+
+    def config_fields(self) -> dict[str, Any]:
+        """Give the router's fields of the config; what the source does not say is left to the config's default."""
+        fields = {
+            "router_input": self.router_input,
+            "router_mode": self.router_mode,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "router_temperature": self.router_temperature,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
+            "router_fitting": self.fitting,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def shapes(self, experts: list[Expert]) -> dict[str, tuple[int, ...]]:
+        """Give the shapes of its tensors, by their names in `router.safetensors`."""
+        return {"gate.weight": (self.num_experts, self.hidden_size), "gate.bias": (self.num_experts,)}
+
+
+@dataclass
+class ArrowRouter:
+    """A router in every adapted layer, made of the experts' own weights: see `modeling/arrow_dylora_moe`.
+
+    Attributes:
+        stored: the prototypes that a repo holds, [num_stored, in_features] by layer. Those of further experts,
+            and of layers that are not among them, are computed when a repo is written.
+        num_stored: how many experts they are of, the first.
+    """
+
+    prefix: ClassVar[str] = "foundation."
+
+    stored: dict[str, StoredTensor] = field(default_factory=dict)
+    num_stored: int = 0
+    num_experts_per_tok: int = 3  # these two as in PEFT's `ArrowConfig`
+    router_temperature: float = 1.0
+    router_mode: str = "auto"
+
+    def config_fields(self) -> dict[str, Any]:
+        """Give the router's fields of the config."""
+        return {
+            "router_kind": "arrow",
+            "router_input": None,
+            "router_mode": self.router_mode,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "router_temperature": self.router_temperature,
+        }
+
+    def shapes(self, experts: list[Expert]) -> dict[str, tuple[int, ...]]:
+        """Give the shapes of its tensors, by their names in `router.safetensors`."""
+        return {
+            f"{module}.prototypes": (len(experts), layer.in_features)
+            for expert in experts
+            for module, layer in expert.layers.items()
+        }
 
 
 @dataclass
@@ -150,6 +205,23 @@ class FoundationReference:
     named_in: Path | None = None
     vocab_size: int | None = None
     comes_with_source: bool = False
+
+
+@dataclass
+class Subtracted:
+    """What is subtracted from every expert.
+
+    Attributes:
+        name: what it is called in the card.
+        folder: where it was read from.
+        is_exact: whether no number of it was rounded; false where s_g / s_i is no power of two, and it is
+            stored in float32.
+    """
+
+    name: str
+    expert: Expert
+    folder: SourceFolder
+    is_exact: bool = True
 
 
 @dataclass
@@ -172,12 +244,13 @@ class Mixture:
         parts: where experts were appended to a mixture: that mixture, and what was appended.
         reason: by what the format was recognised.
         sources: the folders that were opened, one per source.
+        subtracted: what is subtracted from every expert, once the names of the foundation's layers are known.
     """
 
     format: str
     folders: list[SourceFolder]
     experts: list[Expert]
-    router: Router | None
+    router: Router | ArrowRouter | None
     foundation: FoundationReference
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -189,6 +262,7 @@ class Mixture:
     parts: list[Mixture] = field(default_factory=list)
     reason: str = ""
     sources: list[SourceFolder] = field(default_factory=list)
+    subtracted: Subtracted | None = None
 
 
 def idle_experts(mixture: Mixture) -> str | None:

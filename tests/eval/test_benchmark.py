@@ -16,6 +16,7 @@ from dylora_moe.eval.benchmark import benchmark
 from dylora_moe.eval.evalplus_bridge.data import load_benchmark
 from dylora_moe.eval.sampling.loading import FoundModel
 from dylora_moe.eval.sampling.run_record import read_runs
+from dylora_moe.hub_export import export
 from dylora_moe.hub_export.errors import InputError
 
 
@@ -60,6 +61,15 @@ def test_batches_change_nothing(repo, tmp_path, options):
     several = {"strategies": ["router", "round_robin"], **options}
     one = benchmark(repo, output_dir=tmp_path / "one", **{**several, "batch_size": 1})
     many = benchmark(repo, output_dir=tmp_path / "many", **{**several, "batch_size": 32})
+    assert files(one) == files(many)
+    assert files(one)[1] != files(one)[3]  # the strategies differ
+
+
+def test_batches_change_nothing_with_a_router_in_every_layer(repo, tmp_path):
+    export(repo, tmp_path / "arrow", router="arrow", num_experts_per_tok=2, verify=False)
+    options = {"strategies": ["router", "best"], **SMALL}
+    one = benchmark(tmp_path / "arrow", output_dir=tmp_path / "one", **{**options, "batch_size": 1})
+    many = benchmark(tmp_path / "arrow", output_dir=tmp_path / "many", **{**options, "batch_size": 32})
     assert files(one) == files(many)
     assert files(one)[1] != files(one)[3]  # the strategies differ
 

@@ -89,6 +89,15 @@ def test_each_row_is_as_alone(model, tokenizer, strategy, batch_size):
         assert got[row.task_id, 0] == alone(model, row, max_new_tokens=12, routing_strategy=strategy)
 
 
+@pytest.mark.parametrize("strategy", ["router", "best"])
+def test_each_row_is_as_alone_with_a_router_in_every_layer(tokenizer, strategy):
+    model = build(seed=3, router_kind="arrow", num_experts_per_tok=2)
+    model.update_prototypes()
+    got = decode(model, tokenizer, rows(), routing_strategy=strategy)
+    for row in rows():
+        assert got[row.task_id, 0] == alone(model, row, max_new_tokens=12, routing_strategy=strategy)
+
+
 @pytest.mark.parametrize("eos_token_id", [None, 1, 5, [5, 1]], ids=str)
 def test_a_prompt_with_ends_of_sequence_in_it_is_read_as_transformers_reads_it(
     model, tokenizer, eos_token_id

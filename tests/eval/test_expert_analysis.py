@@ -348,10 +348,10 @@ class Made:
     """Stands in for the model's source, `benchmark` and `routing_analysis`, and remembers how they were
     called."""
 
-    def __init__(self, monkeypatch, folder, solved=SOLVED, is_mixture=True):
+    def __init__(self, monkeypatch, folder, solved=SOLVED, is_mixture=True, routes_by_layer=False):
         self.calls = []
         self.folder, self.solved = folder, solved
-        config = SimpleNamespace(has_router="router" in solved)
+        config = SimpleNamespace(has_router="router" in solved, routes_by_layer=routes_by_layer)
         self.found = SimpleNamespace(
             source="./mixture", is_mixture=is_mixture, expert_names=["sorter", "speller"], config=config
         )
@@ -425,6 +425,13 @@ def test_without_a_router_nothing_is_asked_of_it(tmp_path, monkeypatch):
     expert_analysis(None, output_dir=tmp_path, adapter_path=["a", "b"], progress=lambda *what: None)
     assert [call[0] for call in made.calls] == ["find_model", "benchmark"]
     assert made.calls[1][3] == ["single:0", "single:1", "base", "uniform", "ensemble"]
+
+
+def test_a_router_in_every_layer_is_compared_and_not_traced(tmp_path, monkeypatch):
+    made = Made(monkeypatch, tmp_path, routes_by_layer=True)
+    found = expert_analysis("./mixture", output_dir=tmp_path, progress=lambda *what: None).summary
+    assert [call[0] for call in made.calls] == ["find_model", "benchmark"]
+    assert found["has_router"] and found["router_choices"] is None
 
 
 def test_of_several_processes_only_the_first_analyses(tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers_checkpoints import snapshot
 from helpers_cli import run
+from helpers_models import build, llama_config
 from transformers import AutoModelForCausalLM
 
 from dylora_moe.eval import measure_loss
 from dylora_moe.eval.report.loss_tables import describe_loss, loss_tables
-from dylora_moe.eval.sampling.loading import load_model
+from dylora_moe.eval.sampling.loading import FoundModel, load_model
 from dylora_moe.eval.texts import text_losses as module
 from dylora_moe.eval.texts.reading import Text, Texts
 from dylora_moe.eval.texts.text_losses import text_losses, token_losses
@@ -272,23 +273,28 @@ def test_bad_input_is_one_line_and_nothing_is_written(repo, texts, options, mess
 def test_texts_and_folders_that_cannot_be_used(repo, texts, tmp_path, monkeypatch):
     code, said = run("loss", repo, "-o", tmp_path / "out")
     assert code == 2 and "--texts" in said
-    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n' * 600 + "{}\n")
     (tmp_path / "short.jsonl").write_text('{"text": "7"}\n')
-    for path, message in (
-        (tmp_path / "bad.jsonl", "line 601"),
-        (tmp_path / "short.jsonl", "no token of these texts counts"),
-    ):
-        with pytest.raises(InputError, match=message):
-            measure_loss(repo, path, output_dir=tmp_path / "out")
+    with pytest.raises(InputError, match="no token of these texts counts"):
+        measure_loss(repo, tmp_path / "short.jsonl", output_dir=tmp_path / "out")
     with pytest.raises(InputError, match="is the model's own folder"):
         measure_loss(repo, texts, output_dir=repo)
     with pytest.raises(InputError, match="cannot be written to"):
-        measure_loss(repo, texts, output_dir=tmp_path / "bad.jsonl" / "out")
+        measure_loss(repo, texts, output_dir=tmp_path / "short.jsonl" / "out")
     with pytest.raises(InputError, match=r"unknown option max_text \(did you mean max_texts"):
         measure_loss(repo, texts, max_text=3)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="in one process"):
         measure_loss(repo, texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_lines_and_strategies_are_found_before_the_model_is_loaded(repo, tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n' * 600 + "{}\n")
+    monkeypatch.setattr(FoundModel, "load", lambda *arguments, **options: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match="line 601"):
+        measure_loss(repo, tmp_path / "bad.jsonl", output_dir=tmp_path / "out")
+    with pytest.raises(InputError, match="leave it out"):
+        measure_loss(repo, __file__, strategies="round_robin", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -299,3 +305,20 @@ def test_texts_in_another_vocabulary_are_refused(repo, texts, loaded, monkeypatc
         InputError, match=r"code\.jsonl, line 1 has token .* the tokenizer is of another model"
     ):
         text_losses(small, loaded.tokenizer, Texts(texts), ["base"])
+
+
+def test_a_router_of_every_layer_is_measured_too(loaded):
+    """Of `router_kind` arrow, which has no gate; `best` reads the prompts alone."""
+    model = build(llama_config(vocab_size=400), router_kind="arrow", seed=1)
+    model.update_prototypes()
+    texts = [
+        Text(text * 3, prompt, "", f"{text}{prompt}") for text in (*CODE[:2], *PROSE) for prompt in (0, 9)
+    ]
+    strategies = [*SINGLES, "best", "router"]
+    together = text_losses(model, loaded.tokenizer, texts, strategies).nats
+    alone = [text_losses(model, loaded.tokenizer, [text], strategies).nats[0] for text in texts]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    for text, nats in zip(texts, together, strict=True):
+        ids = loaded.tokenizer(text.text[: text.prompt] or text.text, return_tensors="pt")["input_ids"]
+        chosen = int(model._best_experts_of_prompts(ids, {}))
+        assert nats[3] == pytest.approx(nats[chosen], rel=1e-5)

@@ -52,6 +52,9 @@ def test_a_folder_with_a_loss(folder, repo, tmp_path):
     }
     assert measured["verdict"]["text"] in page.text and describe_loss(measured) in page.text
     assert f"{measured['all']['strategies'][0]['nats_per_token']:.3f}" in page.text
+    strategies = ["base", "uniform", "single:0", "single:1", "single:2"]
+    without = measure_loss(repo, tmp_path.glob("*.txt"), strategies=strategies, output_dir=folder).summary
+    assert without["verdict"]["router"] is None and without["verdict"]["text"] in rendered(folder).text
     content = read_folder(folder)
     tables = {name: table for name, table in report_tables(content).items() if name.startswith("loss")}
     written = {path.name for path in write_figures(content, tables)}

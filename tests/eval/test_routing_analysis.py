@@ -368,3 +368,10 @@ def test_a_model_without_a_router_is_refused(tmp_path):
     save_tokenizer(tmp_path / "mixture")
     with pytest.raises(InputError, match="no router"):
         analyse(tmp_path / "mixture", tmp_path / "out")
+
+
+def test_a_router_in_every_layer_is_refused(tmp_path):
+    build(router_kind="arrow").save_pretrained(tmp_path / "mixture")
+    save_tokenizer(tmp_path / "mixture")
+    with pytest.raises(InputError, match=r"reads the logits of a gate; expert-analysis compares"):
+        analyse(tmp_path / "mixture", tmp_path / "out")

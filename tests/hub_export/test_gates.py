@@ -247,8 +247,8 @@ def test_the_check_catches_a_wrong_gate(quick_check, mixtral, tmp_path, monkeypa
         return model
 
     old = write_gates(tmp_path / "old", mixtral, gates("mixtral"), ["gate"])
-    added = peft_layers._add_by_names
-    monkeypatch.setattr(peft_layers, "_add_by_names", weaker)
+    added = peft_layers.add_by_names
+    monkeypatch.setattr(peft_layers, "add_by_names", weaker)
     with pytest.raises(Exception, match="does not compute what"):
         export(old, tmp_path / "out")
 

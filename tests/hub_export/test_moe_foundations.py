@@ -81,8 +81,8 @@ def test_the_check_catches_a_wrong_repo_here_too(quick_check, adapters, tmp_path
                 parameter.data *= 0.9
         return model
 
-    added = peft_layers._add_by_names
-    monkeypatch.setattr(peft_layers, "_add_by_names", weaker)
+    added = peft_layers.add_by_names
+    monkeypatch.setattr(peft_layers, "add_by_names", weaker)
     with pytest.raises(Exception, match="does not compute what"):
         export(adapters[0], tmp_path / "out")
 

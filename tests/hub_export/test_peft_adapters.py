@@ -1,6 +1,7 @@
 """PEFT adapters as experts: what is read, checked against PEFT itself, and what is refused."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from dylora_moe.hub_export import InputError, export
+from dylora_moe.hub_export import DyloraMoeWarning, InputError, export
 from dylora_moe.hub_export.readers.peft_fields import NamePatterns
 from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.hub_export.tensors.tensor_files import TensorFile
@@ -212,6 +213,17 @@ def test_adapters_have_no_router_to_set(adapter, tmp_path):
     assert "--router_mode needs a router" in export_error(adapter, tmp_path, router_mode="dense")
     assert "needs a router" in export_error(adapter, tmp_path, routing_strategy="best")
     assert "--lora_alpha" in export_error(adapter, tmp_path, lora_alpha=4)
+
+
+def test_several_experts_without_a_router_say_how_to_get_one(adapters, tmp_path):
+    with pytest.warns(DyloraMoeWarning) as said:
+        export(adapters[:2], tmp_path / "two", verify=False)
+    (message,) = [str(entry.message) for entry in said if "no router" in str(entry.message)]
+    assert all(way in message for way in ("fit-router", "--router arrow", "--router_prompts"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no router")
+        export(adapters[0], tmp_path / "one", verify=False)
+        export(adapters[:2], tmp_path / "wanted", router_input="none", verify=False)
 
 
 def test_other_adapters_inside_are_told(adapter, adapters, tmp_path):

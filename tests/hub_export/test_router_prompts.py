@@ -194,6 +194,20 @@ def test_prompts_for_all_experts_make_a_new_router(tmp_path, checked, adapters):
     assert json.loads((tmp_path / "repo" / "config.json").read_text())["router_input"] == "base"
 
 
+@pytest.mark.usefixtures("quick_check")
+def test_a_repo_gets_another_router(checked, adapters, tmp_path):
+    """Of prompts alone, in place of its gate, or of its routers in every layer."""
+    names = ["expert_0", "expert_1", "expert_2"]
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump({name: ["ab", name[-1]] for name in names}))
+    export(checked[0], tmp_path / "arrow", router="arrow", verify=False)
+    gates = []
+    for source in (checked[0], tmp_path / "arrow"):
+        result = export(source, tmp_path / "repo", router_prompts=tmp_path / "prompts.yaml", overwrite=True)
+        assert result.check.passed and (result.router_kind, result.routing_strategy) == ("hidden", "router")
+        gates.append(load_file(tmp_path / "repo/model.safetensors")["router.gate.weight"])
+    assert torch.equal(*gates)
+
+
 def test_what_cannot_be_appended(tmp_path, checked, checkpoint, adapters):
     with pytest.raises(InputError, match="router of its own"):
         export([checked[0], checkpoint], tmp_path / "out")

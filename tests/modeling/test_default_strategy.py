@@ -144,5 +144,5 @@ def test_defaults_without_a_router_and_with_one_expert():
     assert str(build().routing_strategy()) == "router"
     assert str(build(router_input=None).routing_strategy()) == "uniform"
     assert str(build(experts=experts[:1]).routing_strategy()) == "single:0"
-    with pytest.raises(ValueError, match="needs a router"):
+    with pytest.raises(ValueError, match=r"needs a router.*fit-router.*--router arrow.*--router_prompts"):
         build(router_input=None).routing_strategy("best")

@@ -1,15 +1,16 @@
 """Trainer and a plain accelerate loop: what learns, what stays, accumulation, autocast, resuming."""
 
 import copy
-import subprocess
-import sys
+import doctest
+import math
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers_models import build, left_padded, random_rows
-from transformers import Trainer, TrainingArguments
+from helpers_models import build, left_padded, llama_config, random_rows
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -172,14 +173,47 @@ def test_padding_counts_neither_for_the_loss_nor_for_the_balance():
     torch.testing.assert_close(found.aux_loss, alone.aux_loss)
 
 
-def test_the_example_runs(tmp_path):
+def tables(printed: str) -> list[dict[str, dict[str, float]]]:
+    """The example's figures, by what they are on and by strategy."""
+    found = []
+    for line in printed.splitlines():
+        first, *others = line.removeprefix("loss on ").split()
+        if line.startswith("loss on "):
+            found.append({column: {} for column in (first, *others)})
+        else:
+            for column, loss in zip(found[-1].values(), others, strict=True):
+                column[first] = float(loss)
+    return found
+
+
+def test_in_the_example_each_expert_learns_its_own_and_the_router_finds_it(tmp_path, capsys):
     script = Path(__file__).parents[2] / "examples" / "train_experts.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.count("training loss") == 2
+    runpy.run_path(str(script))["main"]([str(tmp_path)])
+    two, three = tables(capsys.readouterr().out)
+    assert list(two) == ["shift", "mirror"] and list(three) == ["shift", "mirror", "triple"]
+    for skill, losses in [*two.items(), *three.items()]:
+        chance = math.log(10 if skill == "triple" else 26)
+        others = {name: loss for name, loss in losses.items() if name not in (f"single:{skill}", "router")}
+        assert losses[f"single:{skill}"] < 0.35 * chance and losses["base"] > 0.95 * chance
+        assert min(others.values()) > 0.9 * chance
+        assert losses["router"] < losses[f"single:{skill}"] + 0.1
+    for skill, losses in two.items():  # growing changed nothing of the experts before
+        singles = [strategy for strategy in losses if strategy != "router"]
+        assert [losses[strategy] for strategy in singles] == [three[skill][strategy] for strategy in singles]
     model = DyloraMoeForCausalLM.from_pretrained(tmp_path)
-    assert model.config.expert_names == ["low", "high", "third"]
+    assert model.config.expert_names == ["shift", "mirror", "triple"]
+    assert all(len(entry["target_modules"]) == 2 * 4 for entry in model.config.expert_configs)
+
+
+def test_the_docstring_of_from_foundation_runs(tmp_path):
+    """On other texts and in few steps."""
+    foundation = AutoModelForCausalLM.from_config(llama_config())
+    texts = {"python": dataset(4), "sql": dataset(4)}
+    names = {"foundation": foundation, "texts": texts, "arguments": arguments(tmp_path)}
+    for example in doctest.DocTestParser().get_examples(DyloraMoeForCausalLM.from_foundation.__doc__):
+        exec(example.source, names)
+    model = names["model"]
+    assert model.config.expert_names == ["python", "sql"] and model.expert_is_frozen("sql")
 
 
 def test_frozen_experts_stay_frozen_in_a_copy_and_whatever_was_trainable_before():

@@ -75,6 +75,13 @@ def test_strategies_of_a_request(strategy, words, llama):
     assert words in log and "VLLMValidationError" in log
 
 
+def test_the_strategies_of_a_router_in_every_layer(tmp_path):
+    repo = save_repo(build(llama_base(), router_kind="arrow"), tmp_path)
+    assert "'router' is not served: this mixture has a router in every layer" in refused(repo)
+    request = Request([5, 6, 7], "best")
+    assert "'best' is not served" in refused(repo, request, hf_overrides={"routing_strategy": "uniform"})
+
+
 def test_log_probabilities_of_a_prompt_whose_expert_is_chosen_later(llama):
     request = Request([5, 6, 7], "best", params={"prompt_logprobs": 0})
     assert "has no `prompt_logprobs`" in refused(llama()[1], request)

@@ -43,6 +43,16 @@ def test_a_strategy_of_the_whole_engine(strategy, setting, llama):
     check_tokens(model, requests, served.answers, strategy)
 
 
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_the_other_strategies_of_a_router_in_every_layer(layout, tmp_path):
+    model = build(llama_base(), router_kind="arrow")
+    model.update_prototypes()
+    requests = mixed_requests((None, "single:0", "base"), count=6)
+    repo = save_repo(model, tmp_path, layout)
+    served = run_engine(repo, requests, hf_overrides={"routing_strategy": "uniform"})
+    check_tokens(model, requests, served.answers, "uniform")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_base_models(family, tmp_path):
     model = family_model(family)
