@@ -36,7 +36,7 @@ from .fit_router import fit_router
 from .grow_options import GrowOptions
 from .novelty import Novelty, novelty_of
 from .reservoir import keep_some, write_texts
-from .training_texts import split_texts
+from .training_texts import part_length, split_texts
 
 
 # Called with what is being done, and how much of it.
@@ -129,6 +129,7 @@ def grow(
     if not config.num_experts:
         raise InputError(f"{source.path} has no experts yet; export the first one")
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
+    chosen = replace(chosen, max_length=part_length(config, chosen.max_length))
     shares = _read(texts, chosen)
     name = _expert_name(shares, chosen, config)
     tell("loading the model", 0, 0)

@@ -45,7 +45,9 @@ class GrowOptions:
     )
     batch_tokens: Annotated[int, "Tokens of an optimiser step of the gate."] = 512
     validation: Annotated[float, "Share of the texts of each group that is held out."] = 0.2
-    max_length: Annotated[int, "Tokens of a text; longer ones are cut into parts."] = 512
+    max_length: Annotated[
+        int | None, "Tokens of a text, else 512 or the model's positions; longer ones are cut into parts."
+    ] = None
     seed: Annotated[int, "Of what is held out, of the training, and of the reservoir."] = 0
     dtype: Annotated[str, "What is computed in."] = "float32"
     overwrite: Annotated[bool, "Replace an exported repo, atomically."] = False

@@ -19,7 +19,7 @@ from dylora_moe.modeling import DyloraMoeConfig, DyloraMoeForCausalLM
 
 
 ALPHABETS = {"lower": "abcdefghij", "later": "klmnopqrst", "upper": "ABCDEFGHIJ"}
-TRAINING = {"learning_rate": 1e-2, "num_train_epochs": 6, "per_device_train_batch_size": 8, "max_length": 64}
+TRAINING = {"learning_rate": 1e-2, "num_train_epochs": 6, "per_device_train_batch_size": 8}
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -192,7 +192,7 @@ def test_texts_that_are_known_are_refused_with_the_figure(once, tmp_path):
     lines = [json.dumps({"text": text, "group": "again"}) for text in texts_of("later", 60, seed=5)]
     known.write_text("\n".join(lines) + "\n")
     command = ["grow", folder / "two", "--texts", known, "--reservoir", folder / "reservoir.jsonl"]
-    code, error = run(*map(str, command), "-o", str(tmp_path / "no"), "--max_length", "64")
+    code, error = run(*map(str, command), "-o", str(tmp_path / "no"))
     assert code == 2 and "are not new" in error and "with probability 0." in error
     assert not (tmp_path / "no").exists()
 
