@@ -1,4 +1,4 @@
-"""The commands that score and analyse: `benchmark`, `expert-analysis` and `routing-analysis`."""
+"""The commands that score, analyse and measure: `benchmark`, `expert-analysis`, `routing-analysis`, `loss`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import typer
 
 from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
 from dylora_moe.cli_old_options import option_name, translate
-from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions
+from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions, LossOptions
 from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
-SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path")
-COMMANDS = ("benchmark", "expert-analysis", "routing-analysis")
+SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path", "--texts")
+COMMANDS = ("benchmark", "expert-analysis", "routing-analysis", "loss")
 MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
 
 
@@ -32,10 +32,11 @@ Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everythi
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register the three commands."""
+    """Register the commands."""
     app.command()(benchmark)
     app.command("expert-analysis")(expert_analysis)
     app.command("routing-analysis")(routing_analysis)
+    app.command()(loss)
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
@@ -140,6 +141,59 @@ def routing_analysis(
     _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
+@takes_options_of(LossOptions)
+def loss(
+    repo: Annotated[str | None, typer.Argument(metavar="REPO", help=MODEL)] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--texts", help="Held-out texts: JSONL files, other files, folders; several may follow."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The same as REPO.")] = None,
+    wandb_artifact: Artifact = None,
+    routing_strategy: Annotated[
+        list[str] | None,
+        typer.Option("--routing_strategy", help="Several may follow; else all but ensemble and round_robin."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("-o", "--output_dir", help="Where loss.json and loss.csv are written, if anywhere."),
+    ] = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Measure the loss of held-out texts: what each expert predicts, and if the router knows which to use."""
+    sources = [
+        source for source in (repo, *(_models([model] if model else None, wandb_artifact) or ())) if source
+    ]
+    if len(sources) > 1:
+        raise typer.BadParameter("takes one model", param_hint="REPO")
+    if not texts:
+        raise typer.BadParameter("names the held-out texts, and is missing", param_hint="--texts")
+    has_report = output_dir is not None and (output_dir / "report.html").is_file()
+    if has_report:
+        _check_needs(None)
+    with steps() as progress:
+        from dylora_moe.eval.texts.loss import measure_loss
+
+        result = measure_loss(
+            sources[0] if sources else None,
+            texts,
+            strategies=split(routing_strategy),
+            output_dir=output_dir,
+            progress=progress,
+            **given(options),
+        )
+
+    def show(result: Any, console: Any) -> None:
+        from dylora_moe.eval.report.loss_tables import print_loss
+
+        print_loss(result.summary, console)
+
+    _show(result, show, output_dir if has_report else None, None, as_json)
+
+
 def _analyse(
     analyse: Callable, models: list[str] | None, dataset: str, folder: Path, options: dict[str, Any]
 ) -> Any:
@@ -166,15 +220,17 @@ def _check_needs(project: str | None) -> None:
         check_wandb(project)
 
 
-def _show(result: Any, show: Callable, folder: Path, project: str | None, as_json: bool) -> None:
+def _show(result: Any, show: Callable, folder: Path | None, project: str | None, as_json: bool) -> None:
+    """Print a result; with a folder, write its report, and log its tables to a project of W&B."""
     if not is_main_process():
         return
-    from dylora_moe.eval.report.page import write_report
-
     report = None
     try:
-        report = write_report(folder)
-        _log(folder, project)
+        if folder is not None:
+            from dylora_moe.eval.report.page import write_report
+
+            report = write_report(folder)
+            _log(folder, project)
     finally:  # the result was computed, whatever becomes of the page and of W&B
         if as_json:
             print_json({**result.to_dict(), "report": None if report is None else str(report)})

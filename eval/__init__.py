@@ -1,8 +1,8 @@
-"""Scoring with EvalPlus, and analysis of experts and routing.
+"""Scoring with EvalPlus, analysis of experts and routing, and the loss of texts.
 
 Read `benchmark` first: every model, strategy and benchmark of one run. The folders follow its order:
 `sampling` asks the model in the words of `evalplus_bridge`, `scoring` checks the programs, `analysis` and
-`report` say what follows. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used,
+`report` say what follows. `texts` measures without generating. `peft_moe` is a backend of EvalPlus. Names are imported when they are first used,
 without EvalPlus.
 """
 
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from .options import BenchmarkOptions
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
     from .sampling.run_record import Run, read_runs
+    from .texts.loss import LossMeasurement, measure_loss
 
 _PLACES = {
     "BenchmarkOptions": "options",
     "BenchmarkResult": "benchmark",
+    "LossMeasurement": "texts.loss",
     "PeftMoEDecoder": "peft_moe",
     "Run": "sampling.run_record",
     "evaluate": "peft_moe",
+    "measure_loss": "texts.loss",
     "read_runs": "sampling.run_record",
     "register": "peft_moe",
     "run_codegen": "peft_moe",
@@ -49,9 +52,11 @@ def __dir__() -> list[str]:
 __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
+    "LossMeasurement",
     "PeftMoEDecoder",
     "Run",
     "evaluate",
+    "measure_loss",
     "read_runs",
     "register",
     "run_codegen",

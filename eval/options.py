@@ -1,4 +1,4 @@
-"""The options of `benchmark` and of the analyses: name, type, default and help, each said here alone.
+"""The options of `benchmark`, of the analyses and of `loss`: name, type, default and help, each said here alone.
 
 The command line makes its own options from these fields, so this file imports nothing that takes long.
 """
@@ -20,6 +20,11 @@ LOWEST_OF_VLLM = 0.01  # what it makes of any lower temperature but 0
 # What says where a model is, and what its source does not say itself.
 OF_SOURCE = (*SourceOptions.names(), "adapter_path", "backend", "trust_remote_code")
 
+AdapterPath = Annotated[list[str] | None, "Adapter folders, an expert each; --model is then the base model."]
+Dtype = Annotated[str, "bfloat16, float16, float32 or float64."]
+DeviceMap = Annotated[str | None, "auto: spread over the GPUs."]
+TrustRemoteCode = Annotated[bool, "Run code that a model's repo brings."]
+
 
 @dataclass
 class BenchmarkOptions(SourceOptions):
@@ -32,9 +37,7 @@ class BenchmarkOptions(SourceOptions):
         InputError: a value that cannot be used.
     """
 
-    adapter_path: Annotated[
-        list[str] | None, "Adapter folders, an expert each; --model is then the base model."
-    ] = None
+    adapter_path: AdapterPath = None
     backend: Annotated[
         str | None, "hf: what transformers loads; peft_moe: what is exported first; vllm: any."
     ] = None
@@ -44,8 +47,8 @@ class BenchmarkOptions(SourceOptions):
     seed: Annotated[int, "Of sampling."] = 0
     batch_size: Annotated[int, "Halved where the memory does not suffice."] = 32
     max_new_tokens: Annotated[int, "A sample's length, in tokens."] = 768
-    dtype: Annotated[str, "bfloat16, float16, float32 or float64."] = "bfloat16"
-    device_map: Annotated[str | None, "auto: spread over the GPUs."] = None
+    dtype: Dtype = "bfloat16"
+    device_map: DeviceMap = None
     attn_implementation: Annotated[str | None, "eager, sdpa or flash_attention_2."] = "eager"
     tensor_parallel_size: Annotated[int, "GPUs of one vLLM engine."] = 1
     id_range: Annotated[tuple[int, int] | None, "LOW HIGH: tasks from LOW up to but not with HIGH."] = None
@@ -55,7 +58,7 @@ class BenchmarkOptions(SourceOptions):
     parallel: Annotated[int | None, "Processes that score, and that sanitize."] = None
     force_base_prompt: Annotated[bool, "No chat template."] = False
     sandbox: Annotated[bool, "Run generated programs inside bubblewrap."] = False
-    trust_remote_code: Annotated[bool, "Run code that a model's repo brings."] = False
+    trust_remote_code: TrustRemoteCode = False
     overwrite: Annotated[bool, "Throw away what another run left under the same name."] = False
 
     def __post_init__(self) -> None:
@@ -68,8 +71,7 @@ class BenchmarkOptions(SourceOptions):
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}; it must be at least 1")
         check_temperature(self.temperature)
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
         if self.n_samples > 1 and self.temperature == 0:
             raise InputError(
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
@@ -107,6 +109,43 @@ class BenchmarkOptions(SourceOptions):
         return {name: getattr(self, name) for name in OF_SOURCE}
 
 
+@dataclass
+class LossOptions(SourceOptions):
+    """What the loss is measured with. Every field is annotated with what it means.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    adapter_path: AdapterPath = None
+    max_length: Annotated[
+        int | None, "Tokens of a part; longer texts are cut. 1024, or the model's positions."
+    ] = None
+    batch_tokens: Annotated[int | None, "Tokens of a batch. 4096, or as many as have 1 GiB of logits."] = None
+    max_texts: Annotated[int | None, "The first so many texts of every group."] = None
+    dtype: Dtype = "bfloat16"
+    device_map: DeviceMap = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 2), ("batch_tokens", 1), ("max_texts", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name} is {value}; it must be at least {least}")
+        check_dtype(self.dtype)
+
+    @property
+    def of_source(self) -> dict[str, Any]:
+        """Those that say where the model is, and what its source does not say itself."""
+        return {name: getattr(self, name) for name in OF_SOURCE if name != "backend"}
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError for a dtype that is none of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
+
+
 def check_temperature(temperature: float) -> None:
     """Check that logits can be divided by it.
 
@@ -122,4 +161,12 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-__all__ = ["DEFAULT_FOLDER", "DTYPES", "OF_SOURCE", "BenchmarkOptions", "check_temperature"]
+__all__ = [
+    "DEFAULT_FOLDER",
+    "DTYPES",
+    "OF_SOURCE",
+    "BenchmarkOptions",
+    "LossOptions",
+    "check_dtype",
+    "check_temperature",
+]

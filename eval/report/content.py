@@ -1,4 +1,4 @@
-"""What a benchmark's folder holds, read for a report: runs and scores, expert analysis, routing analysis.
+"""What a benchmark's folder holds, read for a report: runs and scores, expert and routing analysis, loss.
 
 Its notes name results and analyses of samples that have changed since.
 """
@@ -13,7 +13,15 @@ from typing import Any
 
 from dylora_moe.hub_export.errors import InputError
 
-from ..analysis.files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
+from ..analysis.files import (
+    EXPERTS_FILE,
+    EXPERTS_VERSION,
+    LOSS_FILE,
+    LOSS_VERSION,
+    ROUTING_FILE,
+    ROUTING_TASKS_FILE,
+    ROUTING_VERSION,
+)
 from ..sampling.run_record import Run, file_sha256, find_run, open_results, read_runs, read_versioned
 
 
@@ -25,6 +33,7 @@ class ReportContent:
         runs: those that are scored, in the order in which they were begun.
         experts: the content of `expert_analysis.json`, or None.
         routing: the content of `routing_analysis.json`, with results that have come since joined in, or None.
+        loss: the content of `loss.json`, or None.
         notes: what a reader must know of what is missing or no longer fits, a sentence each.
         has_routing_lines: whether `routing_tasks.jsonl` is there and of the same analysis as `routing`.
     """
@@ -33,6 +42,7 @@ class ReportContent:
     runs: list[Run] = field(default_factory=list)
     experts: dict[str, Any] | None = None
     routing: dict[str, Any] | None = None
+    loss: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     has_routing_lines: bool = True
 
@@ -63,6 +73,7 @@ def read_folder(folder: str | Path) -> ReportContent:
     content.routing = _read(content.folder / ROUTING_FILE, ROUTING_VERSION, "routing-analysis")
     if not content.runs and content.experts is None and content.routing is None:
         raise InputError(f"{folder} holds no scored run and no analysis, so there is nothing to report on")
+    content.loss = _read(content.folder / LOSS_FILE, LOSS_VERSION, "loss")
     if content.experts is not None:
         used = content.experts["runs"].values()
         _note_changes(content, used, "The expert analysis", "expert-analysis")

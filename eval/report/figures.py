@@ -69,6 +69,8 @@ def write_figures(content: ReportContent, tables: dict[str, ReportTable]) -> lis
             written.append(folder / f"{name}.{suffix}")
     with _style():
         for name, table in tables.items():
+            if name not in (*DRAWINGS, "routed_code"):
+                continue
             figure = _figure_of_code(code) if name == "routed_code" else _figure(table)
             written.append(_save(figure, folder / f"{name}.png"))
         written.append(_save(_overview(tables, code), content.folder / OVERVIEW))
@@ -216,6 +218,19 @@ def _draw_comparisons(axes: Axes, table: ReportTable) -> None:
     axes.set_title(table.title)
 
 
+def _draw_loss(axes: Axes, table: ReportTable) -> None:
+    """A point with its interval for every strategy and oracle."""
+    _rows(axes, [row[0] for row in table.rows])
+    points = [
+        (place, row[1], *(row[1] if end is None else end for end in row[2:4]))
+        for place, row in enumerate(table.rows)
+    ]
+    _intervals(axes, points, marker="o", color=expert_color(0))
+    axes.set_xlabel(table.columns[1])
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.7)
+    axes.set_title(table.title)
+
+
 def _draw_gain(axes: Axes, table: ReportTable) -> None:
     places = _rows(axes, [row[0] for row in table.rows])
     axes.barh(places, [row[1] for row in table.rows], height=0.55, color=expert_color(0))
@@ -359,6 +374,7 @@ DRAWINGS: dict[str, Callable[[Any, ReportTable], None]] = {
     "comparisons": _draw_comparisons,
     "possible_gain": _draw_gain,
     "gate_confidence": _draw_confidence,
+    "loss": _draw_loss,
     **dict.fromkeys(PAIRS, _draw_pairs),
     **dict.fromkeys(HEAT_COLUMNS, _draw_heat),
 }

@@ -20,6 +20,7 @@ from ..sampling.run_record import Run
 from .content import ReportContent, read_folder
 from .expert_tables import describe_experts
 from .figures import write_figures
+from .loss_tables import describe_loss
 from .palette import INK, PAGE, SCALE, STRONGEST, UNDERLINES, channels, expert_colors, underline
 from .report_table import ReportTable
 from .routed_code import RoutedCode, routed_code, shows_gate
@@ -143,6 +144,13 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
         if experts is None
         else {"what": describe_experts(experts), "verdict": _verdict(experts)},
         routing=None if routing is None else _routing(routing, cut_note),
+        loss=None
+        if content.loss is None
+        else {
+            "what": describe_loss(content.loss),
+            "verdict": _verdict(content.loss),
+            "text": (content.loss["verdict"] or {"text": ""})["text"],
+        },
         runs=_runs(content.runs, tables),
         num_colors=len(expert_colors()),
         num_lines=len(UNDERLINES),
@@ -231,9 +239,10 @@ def _subtitle(content: ReportContent) -> str:
     return "; ".join(dict.fromkeys(parts)) or "Analysis of a mixture of LoRA experts"
 
 
-def _verdict(experts: dict[str, Any]) -> dict[str, str] | None:
-    verdict = experts["verdict"]
-    if verdict is None:
+def _verdict(measured: dict[str, Any]) -> dict[str, str] | None:
+    """Return the verdict of an expert analysis or of a loss as the page shows it."""
+    verdict = measured["verdict"]
+    if verdict is None or verdict["router"] is None:
         return None
     sign, headline = VERDICTS[verdict["router"]]
     kind = verdict["router"].replace(" ", "-")

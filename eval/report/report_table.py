@@ -26,6 +26,7 @@ POINTS = "points"
 P_VALUE = "p"
 DECIMALS = "decimals"
 ONE_DECIMAL = "one decimal"
+DIFFERENCE = "difference"
 FORMATS: dict[str, Callable[[float], str]] = {
     SHARE: "{:.1%}".format,
     WHOLE_PERCENT: "{:.0%}".format,
@@ -33,6 +34,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     P_VALUE: lambda p: f"{p:.2g}" if p >= 0.0001 else "< 0.0001",
     DECIMALS: "{:.3f}".format,
     ONE_DECIMAL: "{:.1f}".format,
+    DIFFERENCE: "{:+.3f}".format,
 }
 NO_VALUE = "-"
 
@@ -104,9 +106,9 @@ class ReportTable:
         """Return what a row has in a column, in words."""
         value = row[column.place]
         text = _text(value, column.format)
-        if value is None or not column.has_interval:
+        low, high = row[column.place + 1 : column.place + 3] if column.has_interval else (None, None)
+        if value is None or low is None:
             return Cell(value, text)
-        low, high = row[column.place + 1 : column.place + 3]
         return Cell(value, text, low, high, f"{_text(low, column.format)} to {_text(high, column.format)}")
 
     def print(self, console: Console) -> None:
@@ -140,4 +142,14 @@ def _text(value: Any, format: str) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
-__all__ = ["DECIMALS", "ONE_DECIMAL", "POINTS", "P_VALUE", "WHOLE_PERCENT", "Cell", "Column", "ReportTable"]
+__all__ = [
+    "DECIMALS",
+    "DIFFERENCE",
+    "ONE_DECIMAL",
+    "POINTS",
+    "P_VALUE",
+    "WHOLE_PERCENT",
+    "Cell",
+    "Column",
+    "ReportTable",
+]

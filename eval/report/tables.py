@@ -1,7 +1,7 @@
 """All tables of a benchmark's folder by name, and the first of them: the scores of its runs.
 
 To add a column, give it a name in a table's `columns` and a value in each of its rows: here for the scores, in
-`expert_tables` and `routing_tables` for the analyses. Terminal, page, CSV, JSON and W&B show it without more.
+`expert_tables`, `routing_tables` and `loss_tables` for the rest. Terminal, page, CSV, JSON and W&B show it without more.
 `figures` takes some columns by their position, so a new one goes behind those that it draws.
 """
 
@@ -16,6 +16,7 @@ from ..sampling.run_record import Run
 from ..scoring.scoring import pass_at_k_of_tasks
 from .content import ReportContent
 from .expert_tables import expert_tables
+from .loss_tables import loss_tables
 from .report_table import ReportTable
 from .routing_tables import routing_tables
 from .run_labels import run_labels
@@ -32,6 +33,8 @@ def report_tables(content: ReportContent) -> dict[str, ReportTable]:
         tables += expert_tables(content.experts)
     if content.routing is not None:
         tables += routing_tables(content.routing)
+    if content.loss is not None:
+        tables += loss_tables(content.loss)
     return {table.name: table for table in tables}
 
 

@@ -41,7 +41,7 @@ from dylora_moe.hub_export.tensors.mixture import Mixture
 from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
-from ..options import DTYPES
+from ..options import check_dtype
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
@@ -204,7 +204,7 @@ class FoundModel:
         """Load the model with its weights.
 
         Args:
-            dtype: one of `DTYPES`.
+            dtype: one of `options.DTYPES`.
             device: where it goes; not with `device_map`, which is transformers' own.
 
         Raises:
@@ -216,8 +216,7 @@ class FoundModel:
         from dylora_moe.modeling.configuration_dylora_moe import read_config
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
-        if dtype not in DTYPES:
-            raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
+        check_dtype(dtype)
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
         arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}

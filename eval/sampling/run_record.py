@@ -36,6 +36,8 @@ KEPT_FILES = (
     "overview.png",
     "*_analysis.json",
     "routing_tasks.jsonl",
+    "loss.json",
+    "loss.csv",
     ".*.tmp",
 )
 KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures")

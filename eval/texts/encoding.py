@@ -19,47 +19,85 @@ class EncodedText:
         text: where they come from.
         input_ids: token ids.
         counts: of every token, whether predicting it counts; never the first's, which nothing comes before.
-        num_bytes: of the characters (UTF-8) whose tokens count.
+        num_bytes: of the characters (UTF-8) that the counted tokens spell.
+        num_prompt_tokens: tokens at the beginning that are the text's prompt's; 0 without a prompt.
     """
 
     text: Text
     input_ids: list[int]
     counts: list[bool]
     num_bytes: int
+    num_prompt_tokens: int = 0
 
 
 def encode(tokenizer: Any, text: Text, max_length: int, vocab_size: int) -> Iterator[EncodedText]:
     """Cut a text into token ids, in parts of `max_length` tokens at most.
 
-    A prompt's tokens and a text's are encoded together, as a model would meet them; a token counts if it begins
-    behind the prompt.
+    A prompt's tokens and a text's are encoded together, as a model would meet them; a token counts if a
+    character of it stands behind the prompt. A part begins with the last token of the one before, so that each
+    token but the text's first is predicted once. Special tokens that the tokenizer adds never count.
 
     Args:
         tokenizer: a fast one, which says where its tokens lie in the text.
+        max_length: 2 or more.
         vocab_size: rows of the model's embeddings.
 
     Raises:
-        InputError: a token id that the model has no embedding for: the texts are in another vocabulary.
+        InputError: a token id that the model has no embedding for: the texts are in another vocabulary; or a
+            tokenizer that does not say where its tokens lie.
     """
-    encoded = tokenizer(text.text, return_offsets_mapping=True, add_special_tokens=True, truncation=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not say which characters its tokens are of; save the model with a fast "
+            "tokenizer (tokenizer.json)"
+        )
+    encoded = tokenizer(
+        text.text,
+        return_offsets_mapping=True,
+        add_special_tokens=True,
+        truncation=False,
+        verbose=False,  # about more tokens than the model has positions for
+    )
+    ids, places = encoded["input_ids"], encoded["offset_mapping"]
     if ids and max(ids) >= vocab_size:
         raise InputError(
             f"{text.source} has token {max(ids)}, and the model has embeddings for {vocab_size}: the tokenizer is of "
             "another model"
         )
-    for start in range(0, len(ids), max_length):
-        part, places = ids[start : start + max_length], offsets[start : start + max_length]
-        # A special token at the beginning lies at (0, 0), and is given, not predicted.
-        counts = [end > begin >= text.prompt for begin, end in places]
-        counts[0] = False
-        num_bytes = sum(
-            len(text.text[begin:end].encode(errors="surrogatepass"))
-            for (begin, end), does in zip(places, counts, strict=True)
-            if does
-        )
+    # Special tokens that the tokenizer adds lie at (0, 0), wherever they stand.
+    counted = [end > text.prompt for _, end in places]
+    num_bytes = _bytes_of_tokens(text.text, places)
+    num_prompt_tokens = (counted.index(True) if True in counted else len(ids)) if text.prompt else 0
+    for start in range(0, len(ids) - 1, max_length - 1):
+        part = slice(start, start + max_length)
+        counts = [False, *counted[part][1:]]
         if any(counts):
-            yield EncodedText(text, part, counts, num_bytes)
+            yield EncodedText(
+                text=text,
+                input_ids=ids[part],
+                counts=counts,
+                num_bytes=sum(size for size, does in zip(num_bytes[part], counts, strict=True) if does),
+                num_prompt_tokens=max(0, num_prompt_tokens - start),
+            )
+
+
+def _bytes_of_tokens(text: str, places: list[tuple[int, int]]) -> list[int]:
+    """Count the bytes of the characters (UTF-8) that every token spells; together they are the text's.
+
+    A character that several tokens share belongs to the last of them, and characters that no token claims,
+    such as blanks that a tokenizer strips, to the next.
+    """
+    num_bytes = [0] * len(places)
+    own = [token for token, (_, end) in enumerate(places) if end > 0]
+    reached = 0
+    for token, following in zip(own, [*own[1:], None], strict=True):
+        end = places[token][1]
+        if following is not None:
+            end = min(end, places[following][0])
+        if end > reached:
+            num_bytes[token] = len(text[reached:end].encode())
+            reached = end
+    return num_bytes
 
 
 def batches(texts: Iterable[EncodedText], max_tokens: int, window: int = 512) -> Iterator[list[EncodedText]]:

@@ -1,8 +1,8 @@
 """Reads texts for training and for measuring the loss: JSONL files, plain files, and folders of plain files.
 
-A line of a JSONL file is an object with `text`, or with `prompt` and `completion`, of which only the completion
-counts; `group`, `expert` and `task_id` are optional. Any other file is one text. Nothing is kept: texts come one
-after the other, as often as they are asked for.
+A line of a JSONL file (`.jsonl`) is an object with `text`, or with `prompt` and `completion`, of which only the
+completion counts; `group`, `expert` and `task_id` are optional. Any other file is one text. Nothing is kept: texts
+come one after the other, as often as they are asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dylora_moe.hub_export.errors import InputError, one_line
 
 
 FIELDS = ("text", "prompt", "completion", "group", "expert", "task_id")
-LARGEST_FILE = 64 * 2**20  # bytes of one text
+LARGEST_TEXT = 64 * 2**20  # bytes of a file, or of a line of JSON
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Text:
         prompt: characters at its beginning that do not count.
         group: what kind of text it is: the line's own `group`, else its expert, else the file's name without
             its ending, else the folder's.
-        source: file, and line of a JSONL file, for messages.
+        source: file, and line of a JSONL file; no two texts have the same.
         expert: which expert it is for, as the line says; `None` for any.
         task_id: which task it belongs to, as the line says.
     """
@@ -43,28 +43,37 @@ class Text:
 
 
 class Texts(Iterable[Text]):
-    """Texts in files and folders, read again each time they are asked for.
+    """Texts in files and folders, read again each time they are asked for; a file that is named twice once.
 
     Args:
-        paths: JSONL files (`.jsonl`, `.json` lines), other files, folders. Hidden files, and files that are not
-            text (UTF-8), are left out of a folder.
+        paths: JSONL files, other files, folders; or one of them. Hidden files, and files that are not text
+            (UTF-8), are left out of a folder.
 
     Raises:
         InputError: a path that is not there, a line that is not such an object, or no text at all; while reading.
     """
 
-    def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [Path(path) for path in paths]
+    def __init__(self, paths: str | Path | Sequence[str | Path]):
+        self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         for path in self.paths:
             if not path.exists():
                 raise InputError(f"{path} is not there; give files or folders with texts")
+            if path.suffix == ".json":
+                raise InputError(
+                    f"{path}: is it one text, or one object a line? Name it .txt or .jsonl, which says so"
+                )
 
     def __iter__(self) -> Iterator[Text]:
         found = False
+        seen: set[Path] = set()
         for path in self.paths:
-            for text in _texts_in(path):
-                found = True
-                yield text
+            for file, group in _files_in(path):
+                if file.resolve() in seen:
+                    continue
+                seen.add(file.resolve())
+                for text in _texts_of_file(file, group):
+                    found = True
+                    yield text
         if not found:
             names = ", ".join(str(path) for path in self.paths)
             raise InputError(
@@ -72,37 +81,44 @@ class Texts(Iterable[Text]):
             )
 
 
-def _texts_in(path: Path) -> Iterator[Text]:
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.is_file() and not is_hidden:
-                yield from _texts_of_file(file, path)
-    else:
-        yield from _texts_of_file(path, None)
-
-
-def _texts_of_file(file: Path, folder: Path | None) -> Iterator[Text]:
-    if file.suffix == ".jsonl":
-        yield from _lines(file)
+def _files_in(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yield files, each with its folder's name if it was found in one."""
+    if not path.is_dir():
+        yield path, None
         return
-    if file.stat().st_size > LARGEST_FILE:
-        raise InputError(
-            f"{file} is one text of more than {LARGEST_FILE // 2**20} MiB: make a JSONL file of it"
-        )
+    for file in sorted(path.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not is_hidden:
+            yield file, path.resolve().name
+
+
+def _texts_of_file(file: Path, folder: str | None) -> Iterator[Text]:
     try:
+        if file.suffix == ".jsonl":
+            yield from _lines(file)
+            return
+        if file.stat().st_size > LARGEST_TEXT:
+            raise InputError(
+                f"{file} is one text of more than {LARGEST_TEXT // 2**20} MiB: make a JSONL file of it"
+            )
         text = file.read_bytes().decode()
     except UnicodeDecodeError as error:
         if folder is not None:
             return
         raise InputError(f"{file} is not a text: {one_line(error)}") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or one_line(error)}") from error
     if text.strip():
-        yield Text(text, 0, file.stem if folder is None else folder.name, str(file))
+        yield Text(text, 0, folder or file.stem, str(file))
 
 
 def _lines(file: Path) -> Iterator[Text]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        number = 0
+        while line := lines.readline(LARGEST_TEXT + 1):
+            number += 1
+            if len(line) > LARGEST_TEXT:
+                raise InputError(f"{file}, line {number}, is longer than {LARGEST_TEXT // 2**20} MiB")
             if line.strip():
                 yield _text_of_line(line, file, number)
 
@@ -127,6 +143,10 @@ def _text_of_line(line: bytes, file: Path, number: int) -> Text:
         raise InputError(f"{source} has `prompt` without `completion`")
     if not text[len(prompt) :].strip():
         raise InputError(f"{source} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{source} has half a surrogate pair, which is no character") from error
     group = values["group"] or values["expert"] or file.stem
     return Text(text, len(prompt), group, source, values["expert"], values["task_id"])
 

@@ -5,8 +5,12 @@ import json
 import pytest
 from helpers_report import rendered
 
+from dylora_moe.eval import measure_loss
 from dylora_moe.eval.report.content import read_folder
+from dylora_moe.eval.report.figures import write_figures
+from dylora_moe.eval.report.loss_tables import describe_loss
 from dylora_moe.eval.report.page import write_report
+from dylora_moe.eval.report.tables import report_tables
 from dylora_moe.eval.sampling.run_record import Run, file_sha256, read_runs, write_run
 from dylora_moe.hub_export.errors import InputError
 
@@ -35,6 +39,26 @@ def test_a_folder_with_routing_alone(folder):
     } & ids
     assert page.data["routing"]["tests"] is None
     assert "not every expert alone was scored" in page.text
+
+
+def test_a_folder_with_a_loss(folder, repo, tmp_path):
+    assert "loss-section" not in {attributes.get("id") for _, attributes in rendered(folder).elements}
+    for group in ("code", "prose"):
+        (tmp_path / f"{group}.txt").write_text(f"a text of the group {group}")
+    measured = measure_loss(repo, tmp_path.glob("*.txt"), output_dir=folder, dtype="float32").summary
+    page = rendered(folder)
+    assert {"loss-section", "loss", "loss_groups"} <= {
+        attributes.get("id") for _, attributes in page.elements
+    }
+    assert measured["verdict"]["text"] in page.text and describe_loss(measured) in page.text
+    assert f"{measured['all']['strategies'][0]['nats_per_token']:.3f}" in page.text
+    strategies = ["base", "uniform", "single:0", "single:1", "single:2"]
+    without = measure_loss(repo, tmp_path.glob("*.txt"), strategies=strategies, output_dir=folder).summary
+    assert without["verdict"]["router"] is None and without["verdict"]["text"] in rendered(folder).text
+    content = read_folder(folder)
+    tables = {name: table for name, table in report_tables(content).items() if name.startswith("loss")}
+    written = {path.name for path in write_figures(content, tables)}
+    assert {"loss.csv", "loss.json", "loss.png", "loss_groups.csv"} <= written
 
 
 def test_nothing_to_report_on_is_an_error(tmp_path):

@@ -25,6 +25,7 @@ from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
             ["benchmark", "--model=a", "--model", "b", "--model", "c", "--adapter-path=p", "--adapter-path", "q", "--limit=2", "--benchmarks=humaneval"],
         ),
         (["export", "a", "b", "-o", "c"], ["export", "a", "b", "-o", "c"]),
+        (["loss", "r", "--texts", "a", "b,c", "-o", "d"], ["loss", "r", "--texts", "a", "--texts", "b,c", "-o", "d"]),
         ([], []),
     ],
 )  # fmt: skip
