@@ -1,7 +1,4 @@
-"""The options of DyLoRA-MoE's old benchmark script: what still works, with a warning, and what replaced it.
-
-docs/migration.md has them all.
-"""
+"""The options of DyLoRA-MoE's old benchmark script: what still works, with a warning, and what replaced it."""
 
 from __future__ import annotations
 
