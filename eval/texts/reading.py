@@ -58,7 +58,7 @@ class Texts(Iterable[Text]):
         for path in self.paths:
             if not path.exists():
                 raise InputError(f"{path} is not there; give files or folders with texts")
-            if path.suffix == ".json":
+            if path.suffix.lower() == ".json":
                 raise InputError(
                     f"{path}: is it one text, or one object a line? Name it .txt or .jsonl, which says so"
                 )
@@ -94,7 +94,7 @@ def _files_in(path: Path) -> Iterator[tuple[Path, str | None]]:
 
 def _texts_of_file(file: Path, folder: str | None) -> Iterator[Text]:
     try:
-        if file.suffix == ".jsonl":
+        if file.suffix.lower() == ".jsonl":
             yield from _lines(file)
             return
         if file.stat().st_size > LARGEST_TEXT:

@@ -45,6 +45,14 @@ def of(text, prompt=0):
     return Text(text, prompt, "group", "source")
 
 
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+    write(tmp_path / "LINES.JSONL", {"text": "one"}, {"text": "two"})
+    assert [text.text for text in Texts(tmp_path / "LINES.JSONL")] == ["one", "two"]
+    (tmp_path / "LINES.JSON").write_text("{}")
+    with pytest.raises(InputError, match="Name it .txt or .jsonl"):
+        Texts(tmp_path / "LINES.JSON")
+
+
 def test_lines_and_files_and_folders(tmp_path):
     lines = write(
         tmp_path / "lines.jsonl",
