@@ -7,6 +7,7 @@ group's held-out texts measured before and after. Old experts stay bit for bit.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from dylora_moe.hub_export.readers.open_source import open_source
 from dylora_moe.hub_export.repo.repo_config import load_config
 from dylora_moe.hub_export.repo.writer import finest_dtype
 from dylora_moe.hub_export.sources.hub_and_folders import open_source_folder
-from dylora_moe.hub_export.tensors.mixture import Router
+from dylora_moe.hub_export.tensors.mixture import Router, is_expert_name
 from dylora_moe.hub_export.variant import check_output_of_variant
 
 from ..sampling.loading import FoundModel
@@ -35,7 +36,7 @@ from .expert_training import gate_confidence, train_new_expert
 from .fit_router import fit_router
 from .grow_options import GrowOptions
 from .novelty import Novelty, novelty_of
-from .reservoir import keep_some, write_texts
+from .reservoir import check_reservoir, keep_some, write_texts
 from .training_texts import part_length, split_texts
 
 
@@ -49,7 +50,7 @@ class Forgetting:
 
     Attributes:
         is_new: whether it is a group of the new texts.
-        before, after: under the repo's default strategy, of the old repo and of the new one.
+        before, after: under `router`, of the old repo (`uniform` where it had none) and of the new one.
         best_old, new: under the best old expert alone, and under the new expert alone.
     """
 
@@ -123,12 +124,16 @@ def grow(
         FailureError: the work failed, or the disk is full.
     """
     chosen = GrowOptions.of(options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a mixture grows in one process; start `grow` without `accelerate launch`")
     tell = progress or (lambda what, done, total: None)
     source = open_source_folder(repo)
     config = load_config(source)
     if not config.num_experts:
         raise InputError(f"{source.path} has no experts yet; export the first one")
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
+    if chosen.reservoir is not None:
+        check_reservoir(Path(chosen.reservoir), [source.path, Path(output_dir)])
     chosen = replace(chosen, max_length=part_length(config, chosen.max_length))
     shares = _read(texts, chosen)
     name = _expert_name(shares, chosen, config)
@@ -205,7 +210,12 @@ def _expert_name(shares: _Shares, options: GrowOptions, config: Any) -> str:
             f"the new texts are of groups {', '.join(groups)}: name the new expert (--expert_name)"
         )
     name = options.expert_name or groups[0]
-    if name in config.expert_names:
+    if not is_expert_name(name):
+        raise InputError(
+            f"{name!r} cannot be an expert's name: letters, digits, '_', '.', '+' and '-', not digits alone; name the new "
+            "expert with --expert_name"
+        )
+    if name.casefold() in map(str.casefold, config.expert_names):
         raise InputError(f"there is an expert {name!r} already; give the new one another --expert_name")
     return name
 

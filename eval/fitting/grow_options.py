@@ -13,6 +13,7 @@ from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.unknown_options import refuse_unknown
 
 from ..options import DTYPES
+from .options import CHOICES
 
 
 @dataclass
@@ -55,16 +56,21 @@ class GrowOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if self.objective not in CHOICES["objective"]:
+            raise InputError(f"--objective is {self.objective!r}; there are {', '.join(CHOICES['objective'])}")
         if not 0 < self.validation < 1:
             raise InputError(f"--validation is {self.validation}; it must be a share between 0 and 1")
         if not 0.5 <= self.novelty <= 1:
             raise InputError(f"--novelty is {self.novelty}; it is a probability from 0.5 to 1")
-        for name in ("reservoir_size", "batch_tokens", "per_device_train_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "num_train_epochs"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be greater than 0")
+        least_of = {"reservoir_size": 1, "batch_tokens": 1, "per_device_train_batch_size": 1, "r": 1}
+        for name, least in {**least_of, "max_length": 2, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name} is {value}; it must be at least {least}")
+        for name in ("learning_rate", "num_train_epochs", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name} is {value}; it must be greater than 0")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GrowOptions:

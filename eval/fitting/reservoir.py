@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.staging import write_atomically
 
 from ..texts.reading import Text
+
+
+def check_reservoir(path: Path, repos: Sequence[Path]) -> None:
+    """Check that the file can be written, before hours of work.
+
+    Args:
+        repos: folders that it may not lie in.
+
+    Raises:
+        InputError: it cannot, or it would be read as one text the next time.
+    """
+    if path.suffix.lower() != ".jsonl":
+        raise InputError(f"--reservoir {path} is to hold an object a line; give it a name that ends in .jsonl")
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"--reservoir {path} cannot be written; name a file in a folder that there is")
+    for repo in repos:
+        if repo.resolve() in (folder, *folder.parents):
+            raise InputError(f"--reservoir {path} lies in the repo {repo}; keep it beside")
 
 
 def line_of(text: Text) -> str:
@@ -43,4 +64,4 @@ def keep_some(texts: Iterable[Text], most: int, seed: int) -> list[Text]:
     return kept
 
 
-__all__ = ["keep_some", "line_of", "write_texts"]
+__all__ = ["check_reservoir", "keep_some", "line_of", "write_texts"]

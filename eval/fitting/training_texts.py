@@ -56,9 +56,17 @@ def read_texts(paths: Sequence[str | Path], config: Any, *, all_name_experts: bo
 
 
 def split_texts(texts: Sequence[Text], share: float, seed: int) -> tuple[list[Text], list[Text]]:
-    """Hold out a share of each group's texts, at least one of a group of several. Returns the others, and these."""
+    """Hold out a share of each group's texts, at least one of a group of several. Returns the others, and these.
+
+    Of copies of a text the first stays, or one could be held out and another learned from.
+    """
     groups: dict[str, list[Text]] = defaultdict(list)
+    seen: set[tuple[str, str, int]] = set()
     for text in texts:
+        key = (text.group, text.text, text.prompt)
+        if key in seen:
+            continue
+        seen.add(key)
         groups[text.group].append(text)
     train, held_out = [], []
     for group in sorted(groups):

@@ -286,6 +286,11 @@ def natural_order(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+def is_expert_name(name: str) -> bool:
+    """Say whether a name can be used in `single:<name>` and as a folder's name."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) is not None and not name.isdigit()
+
+
 def check_expert_names(names: list[str], origins: list[Path]) -> None:
     """Check that names can be used in `single:<name>` and as a folder's name, and differ.
 
@@ -294,7 +299,7 @@ def check_expert_names(names: list[str], origins: list[Path]) -> None:
     """
     seen: dict[str, Path] = {}
     for name, origin in zip(names, origins, strict=True):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or name.isdigit():
+        if not is_expert_name(name):
             raise InputError(
                 f"{name!r} (from {origin}) cannot be an expert's name: letters, digits, '_', '.', '+' and '-', not digits "
                 "alone; rename the folder, or name the experts with --expert_names of export"

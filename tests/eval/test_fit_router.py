@@ -260,6 +260,13 @@ def test_each_group_has_texts_held_out_and_the_seed_says_which():
     assert sorted(text.group for text in held_out) == ["a", "a", "b"] and len(train) == 20
     assert {text.text for text in train} | {text.text for text in held_out} == {text.text for text in texts}
     assert split_texts(texts, 0.1, seed=0) == (train, held_out) != split_texts(texts, 0.1, seed=1)
+
+
+def test_no_copy_of_a_held_out_text_is_learned_from():
+    texts = [Text(f"text {number % 10}", 0, "group", f"line {number}") for number in range(40)]
+    train, held_out = split_texts(texts, 0.2, seed=0)
+    assert len(train) == 8 and len(held_out) == 2
+    assert len({text.text for text in [*train, *held_out]}) == 10
     assert split_texts(texts, 0.0, seed=0)[1] == []
 
 
@@ -445,7 +452,7 @@ def test_an_output_folder_that_holds_something_is_left_alone(mixture, tmp_path):
 def test_the_command_shows_epochs_and_the_held_out_losses(mixture, tmp_path):
     _, bare, texts = mixture
     others = tmp_path / "others.jsonl"
-    others.write_bytes(texts.read_bytes())
+    others.write_text(texts.read_text().replace('"group": "g', '"group": "h'))
     options = ("--max_steps", 2, "--batch_tokens", 256, "--json")
     code, said = run("fit-router", bare, "--texts", texts, others, "-o", tmp_path / "out", *options)
     assert code == 0 and "epoch 1, step 2 of 2: loss" in said and "entropy" in said, said

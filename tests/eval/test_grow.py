@@ -48,6 +48,11 @@ def texts_of(skill: str, count: int, seed: int) -> list[str]:
     return found
 
 
+def distinct(*skills: str) -> dict[str, int]:
+    """How many different texts `write_skill` writes."""
+    return {skill: len(set(texts_of(skill, 80, seed=0))) for skill in skills}
+
+
 def write_skill(folder: Path, skill: str, count: int = 80, seed: int = 0) -> Path:
     path = folder / f"{skill}_{seed}.jsonl"
     lines = [json.dumps({"text": text, "group": skill}) for text in texts_of(skill, count, seed)]
@@ -158,7 +163,7 @@ def test_a_new_skill_is_learned_and_the_old_one_kept(repo, once):
     check_old_experts("lower", [repo, folder / "two"])
     assert verify(folder / "two").passed
     groups = [text.group for text in Texts([folder / "reservoir.jsonl"])]
-    assert {"later", "lower"} == set(groups) and min(map(groups.count, set(groups))) == 80
+    assert {group: groups.count(group) for group in groups} == distinct("lower", "later")
 
 
 @pytest.mark.slow
@@ -170,7 +175,7 @@ def test_another_skill_is_learned_and_both_kept(repo, once, twice):
     loaded = AutoModelForCausalLM.from_pretrained(folder / "three", trust_remote_code=True)
     assert loaded.config.expert_names == ["lower", "later", "upper"]
     groups = [text.group for text in Texts([folder / "reservoir.jsonl"])]
-    assert {group: groups.count(group) for group in groups} == {"later": 80, "lower": 80, "upper": 80}
+    assert {group: groups.count(group) for group in groups} == distinct("lower", "later", "upper")
 
 
 def test_the_table_is_what_loss_measures(once):
@@ -205,6 +210,14 @@ def test_texts_that_are_known_are_refused_with_the_figure(once, tmp_path):
         ({"novelty": 0.2}, "--novelty is 0.2"),
         ({"texts": "nowhere.jsonl"}, "nowhere.jsonl is not there"),
         ({"old_texts": "the same"}, "is of group 'later', which old texts are of, too"),
+        ({"expert_name": "two words"}, "'two words' cannot be an expert's name"),
+        ({"expert_name": "7"}, "'7' cannot be an expert's name"),
+        ({"expert_name": "LOWER"}, "there is an expert 'LOWER' already"),
+        ({"objective": "orakel"}, "--objective is 'orakel'; there are oracle, loss"),
+        ({"r": 0}, "--r is 0; it must be at least 1"),
+        ({"lora_alpha": float("inf")}, "--lora_alpha is inf"),
+        ({"max_length": 1}, "--max_length is 1; it must be at least 2"),
+        ({"seed": -1}, "--seed is -1; it must be at least 0"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(repo, tmp_path, change, message):
@@ -216,6 +229,32 @@ def test_bad_input_is_one_line_and_writes_nothing(repo, tmp_path, change, messag
         grow(repo, texts, output_dir=tmp_path / "out", **given)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("kept.txt", "give it a name that ends in .jsonl"),
+        ("no/kept.jsonl", "cannot be written; name a file in a folder that there is"),
+        ("out/kept.jsonl", "cannot be written"),
+        ("folder.jsonl", "cannot be written"),
+        ("repo", "lies in the repo"),
+    ],
+)
+def test_a_reservoir_that_cannot_be_kept_is_refused_before_the_work(repo, tmp_path, path, message):
+    (tmp_path / "folder.jsonl").mkdir()
+    reservoir = repo / "kept.jsonl" if path == "repo" else tmp_path / path
+    old, new = write_skill(tmp_path, "lower", 20), write_skill(tmp_path, "later", 20)
+    with pytest.raises(InputError) as caught:
+        grow(repo, new, output_dir=tmp_path / "out", old_texts=[str(old)], reservoir=str(reservoir))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() and not (repo / "kept.jsonl").exists()
+
+
+def test_several_processes_are_refused(repo, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="grows in one process"):
+        grow(repo, tmp_path, output_dir=tmp_path / "out")
 
 
 def test_novelty_is_the_area_under_the_curve():
