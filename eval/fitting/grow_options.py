@@ -57,7 +57,9 @@ class GrowOptions:
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
         if self.objective not in CHOICES["objective"]:
-            raise InputError(f"--objective is {self.objective!r}; there are {', '.join(CHOICES['objective'])}")
+            raise InputError(
+                f"--objective is {self.objective!r}; there are {', '.join(CHOICES['objective'])}"
+            )
         if not 0 < self.validation < 1:
             raise InputError(f"--validation is {self.validation}; it must be a share between 0 and 1")
         if not 0.5 <= self.novelty <= 1:

@@ -25,7 +25,9 @@ def check_reservoir(path: Path, repos: Sequence[Path]) -> None:
         InputError: it cannot, or it would be read as one text the next time.
     """
     if path.suffix.lower() != ".jsonl":
-        raise InputError(f"--reservoir {path} is to hold an object a line; give it a name that ends in .jsonl")
+        raise InputError(
+            f"--reservoir {path} is to hold an object a line; give it a name that ends in .jsonl"
+        )
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"--reservoir {path} cannot be written; name a file in a folder that there is")

@@ -49,7 +49,7 @@ def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
     write(tmp_path / "LINES.JSONL", {"text": "one"}, {"text": "two"})
     assert [text.text for text in Texts(tmp_path / "LINES.JSONL")] == ["one", "two"]
     (tmp_path / "LINES.JSON").write_text("{}")
-    with pytest.raises(InputError, match="Name it .txt or .jsonl"):
+    with pytest.raises(InputError, match=r"Name it \.txt or \.jsonl"):
         Texts(tmp_path / "LINES.JSON")
 
 
