@@ -62,6 +62,9 @@ def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], 
     if final.is_symlink() and not final.exists():
         raise InputError(f"{final} is a link to nothing; remove it or choose another folder")
     final = final.resolve()
+    there = next(path for path in final.parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # here, before hours of work
+        raise InputError(f"{final} cannot be written: {there} is no folder that this user may write to")
     if not final.exists():
         return final
     if not final.is_dir():

@@ -83,6 +83,13 @@ def test_a_file_and_a_dead_link_are_refused(tmp_path):
             write(tmp_path / name, overwrite=True)
 
 
+def test_a_folder_under_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for final in (tmp_path / "file" / "repo", tmp_path / "file" / "deeper" / "repo"):
+        with pytest.raises(InputError, match="is no folder that this user may write to"):
+            staging.check_output(final, False, lambda path: True)
+
+
 def test_overwriting_through_a_link_keeps_the_link(old):
     link = old.with_name("link")
     link.symlink_to(old)
