@@ -406,6 +406,11 @@ def _check_adaptable(name: str, module: nn.Module, targets: list[str] | str) -> 
         if not isinstance(targets, str):
             targets = next(target for target in targets if f".{name}".endswith(f".{target}"))
         by = "" if targets == name else f" by {targets!r}"
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"`target_modules` names {name!r}{by}, and an adapter of PEFT is around that layer: merge or unload it "
+                "first."
+            ) from error
         raise ValueError(f"`target_modules` names {name!r}{by}. {error} Leave it out.") from error
 
 

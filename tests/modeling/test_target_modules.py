@@ -191,3 +191,14 @@ def test_layers_inside_wrapped_ones_are_no_targets():
     assert len(names) == 14 and set(queries) < set(names)
     with pytest.raises(ValueError, match="'base_layer', which a LlamaForCausalLM does not have"):
         model.add_expert("inside", ["base_layer"])
+
+
+def test_an_adapter_around_a_layer_is_named():
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_config(llama_config()), LoraConfig(target_modules=["q_proj"])
+    )
+    config = DyloraMoeConfig(expert_configs=[{"name": "a", "target_modules": "all-linear"}])
+    with pytest.raises(
+        ValueError, match="q_proj' by 'all-linear', and an adapter of PEFT is around that layer"
+    ):
+        DyloraMoeForCausalLM.from_foundation(adapted.base_model.model, config)
