@@ -141,6 +141,7 @@ def fit_router(
     if processes.is_main:
         tell("writing the repo", 0, 0)
         warn_of_collapse(result, chosen)
+        warn_of_loss(result, chosen)
         _write(source, loaded.model, result, chosen, described)
     processes.wait()
     return result
@@ -299,6 +300,18 @@ def warn_of_collapse(result: FitRouterResult, options: FitRouterOptions) -> None
     if options.objective == "loss":
         ways = ["a higher --router_aux_loss_coef", "--objective oracle", *ways]
     message = f"the gate has collapsed: {', '.join(said)}; try {', '.join(ways[:-1])}{' or ' if ways[1:] else ''}{ways[-1]}"
+    warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+
+
+def warn_of_loss(result: FitRouterResult, options: FitRouterOptions) -> None:
+    """Warn of a gate under which held-out texts cost more than before, as the repo is served."""
+    if result.loss_after is None or result.loss_before is None or result.loss_after <= result.loss_before:
+        return
+    other = "loss" if options.objective == "oracle" else "oracle"
+    message = (
+        f"held-out texts cost {result.loss_after:.4f} nats a token under the fitted gate, and {result.loss_before:.4f} "
+        f"before; try --objective {other}, more texts, or keep the repo as it was"
+    )
     warnings.warn(message, DyloraMoeWarning, stacklevel=3)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from dylora_moe.eval import fit_router
-from dylora_moe.eval.fitting.fit_router import FitRouterResult, warn_of_collapse
+from dylora_moe.eval.fitting.fit_router import FitRouterResult, warn_of_collapse, warn_of_loss
 from dylora_moe.eval.fitting.gate_training import default_learning_rate, train_gate, usage
 from dylora_moe.eval.fitting.objectives import (
     LanguageModelingObjective,
@@ -475,6 +476,20 @@ def test_a_collapsed_gate_is_said_with_what_to_try():
     assert "more texts that c is for" in str(said[0].message)
     with pytest.warns(DyloraMoeWarning, match=r"a comes first at 96.0%.*; try more texts of other kinds$"):
         warn_of_collapse(collapsed(a=0.96, b=0.02, c=0.02), FitRouterOptions())
+
+
+def test_a_gate_under_which_texts_cost_more_is_said():
+    fields = dict.fromkeys(FitRouterResult.__dataclass_fields__)
+    worse = FitRouterResult(**{**fields, "loss_before": 2.0, "loss_after": 2.5})
+    with pytest.warns(
+        DyloraMoeWarning, match=r"cost 2\.5000 nats a token .* 2\.0000 before; try --objective loss"
+    ):
+        warn_of_loss(worse, FitRouterOptions())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for before, after in ((2.0, 1.9), (None, None), (2.0, 2.0)):
+            same = FitRouterResult(**{**fields, "loss_before": before, "loss_after": after})
+            warn_of_loss(same, FitRouterOptions())
 
 
 def test_the_trainer_trains_the_gate_alone(tmp_path):
