@@ -25,8 +25,8 @@ PROCESSES = ("-n", "auto", "--dist", "loadfile")
 # adapters, the Hub, W&B, EvalPlus, the report's figures and the command line.
 CORE = {
     "modeling": (
-        "backbone", "caches", "config", "fast_decoding", "foundations", "gates", "generation", "layouts",
-        "loaded_weights", "loading", "peft_on_top", "saving", "stacked_experts", "trainer", "transformers_common",
+        "arrow", "backbone", "caches", "config", "fast_decoding", "foundations", "gates", "generation", "layouts",
+        "loaded_weights", "loading", "peft_on_top", "saving", "stacked_experts", "target_modules", "trainer", "transformers_common",
     ),
     "hub_export": (
         "adalora", "exporter", "final_checkpoint", "foundation_weights", "gates", "hub_sources", "mirror",
