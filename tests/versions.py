@@ -26,7 +26,8 @@ PROCESSES = ("-n", "auto", "--dist", "loadfile")
 CORE = {
     "modeling": (
         "arrow", "backbone", "caches", "config", "fast_decoding", "foundations", "gates", "generation", "layouts",
-        "loaded_weights", "loading", "peft_on_top", "saving", "stacked_experts", "target_modules", "trainer", "transformers_common",
+        "loaded_weights", "loading", "peft_on_top", "saving", "stacked_experts", "target_modules", "trainer",
+        "transformers_common",
     ),
     "hub_export": (
         "adalora", "exporter", "final_checkpoint", "foundation_weights", "gates", "hub_sources", "mirror",
