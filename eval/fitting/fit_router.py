@@ -22,6 +22,7 @@ from dylora_moe.hub_export.sources.hub_and_folders import open_source_folder
 from dylora_moe.hub_export.variant import check_output_of_variant, write_with_gate
 
 from ..sampling.loading import FoundModel, LoadedModel
+from ..texts.encoding import part_length
 from ..texts.reading import Text
 from .gate_training import Epoch, train_gate, usage
 from .held_out import mean_losses
@@ -29,7 +30,14 @@ from .objectives import LanguageModelingObjective, Objective, OracleObjective, n
 from .options import FitRouterOptions
 from .processes import Processes
 from .router_states import RouterStates
-from .training_texts import FittingTexts, describe_texts, encode_texts, part_length, read_texts, split_texts
+from .training_texts import (
+    PART_LENGTH,
+    FittingTexts,
+    describe_texts,
+    encode_texts,
+    read_texts,
+    split_texts,
+)
 
 
 ROUTER_FIELDS = (
@@ -157,7 +165,7 @@ def _fit(
 ) -> FitRouterResult:
     """Fit the gate of a model in place, and measure what came of it. Folders are left open in the result."""
     model, config = loaded.model, loaded.model.config
-    options = replace(options, max_length=part_length(config, options.max_length))
+    options = replace(options, max_length=part_length(config, options.max_length, PART_LENGTH))
     split = _encoded(split_texts(texts, options.validation, options.seed), loaded, options)
 
     def measured(*strategies: str) -> dict[str, float]:

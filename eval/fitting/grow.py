@@ -29,6 +29,7 @@ from dylora_moe.hub_export.tensors.mixture import Router, is_expert_name
 from dylora_moe.hub_export.variant import check_output_of_variant
 
 from ..sampling.loading import FoundModel
+from ..texts.encoding import part_length
 from ..texts.loss import measure_loss
 from ..texts.reading import Text, Texts
 from ..texts.text_losses import text_losses
@@ -37,7 +38,7 @@ from .fit_router import fit_router
 from .grow_options import GrowOptions
 from .novelty import Novelty, novelty_of
 from .reservoir import check_reservoir, keep_some, write_texts
-from .training_texts import part_length, split_texts
+from .training_texts import PART_LENGTH, split_texts
 
 
 # Called with what is being done, and how much of it.
@@ -134,7 +135,7 @@ def grow(
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
     if chosen.reservoir is not None:
         check_reservoir(Path(chosen.reservoir), [source.path, Path(output_dir)])
-    chosen = replace(chosen, max_length=part_length(config, chosen.max_length))
+    chosen = replace(chosen, max_length=part_length(config, chosen.max_length, PART_LENGTH))
     shares = _read(texts, chosen)
     name = _expert_name(shares, chosen, config)
     tell("loading the model", 0, 0)

@@ -7,9 +7,10 @@ the held-out loss.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +27,12 @@ WINDOW = 64
 ROWS = 16384  # that a gate reads at once, where nothing but the sum counts
 
 
-class Objective(Protocol):
-    """What `gate_training.train_gate` asks of an objective."""
+class Objective(ABC):
+    """What `gate_training.train_gate` minimises.
 
-    def steps(self, seed: int) -> list[Any]:
-        """List an epoch's steps, in the order of this seed."""
-
-    def loss(self, step: Any) -> torch.Tensor:
-        """Compute this process's part of the mean loss of a step, with gradients to the gate."""
-
-    def held_out_loss(self) -> float:
-        """Compute the mean loss of the held-out texts, over all processes."""
-
-
-class LanguageModelingObjective:
-    """Mean token loss of the dense mixture, plus `router_aux_loss_coef` times the balance loss.
-
-    Every token's weights are softmax(router logits / temperature) over all experts, whatever the model's
-    `router_mode`; the router's own pass is read from `states`.
+    Args:
+        states, held_out: what the gate reads at the texts that it learns from, and at those held out.
+        batch_tokens: tokens of a step.
     """
 
     def __init__(
@@ -59,6 +48,29 @@ class LanguageModelingObjective:
         self.states = states
         self.held_out = held_out
         self.batch_tokens = batch_tokens
+
+    @abstractmethod
+    def steps(self, seed: int) -> list[Any]:
+        """List an epoch's steps, in the order of this seed."""
+
+    @abstractmethod
+    def loss(self, step: Any) -> torch.Tensor:
+        """Compute this process's part of the mean loss of a step, with gradients to the gate."""
+
+    @abstractmethod
+    def held_out_loss(self) -> float:
+        """Compute the mean loss of the held-out texts, over all processes."""
+
+
+class LanguageModelingObjective(Objective):
+    """Mean token loss of the dense mixture, plus `router_aux_loss_coef` times the balance loss.
+
+    Every token's weights are softmax(router logits / temperature) over all experts, whatever the model's
+    `router_mode`; the router's own pass is read from `states`.
+    """
+
+    def __init__(self, model: Any, processes: Processes, states: RouterStates, *args: Any):
+        super().__init__(model, processes, states, *args)
         self._numbers = {id(text): number for number, text in enumerate(states.texts)}
 
     def steps(self, seed: int) -> list[list[int]]:
@@ -121,7 +133,7 @@ class LanguageModelingObjective:
         return losses, weights[inputs["attention_mask"].bool()]
 
 
-class OracleObjective:
+class OracleObjective(Objective):
     """Cross-entropy of softmax(router logits / temperature) to the right expert of every row of `states`.
 
     Args:
@@ -139,11 +151,7 @@ class OracleObjective:
         targets: tuple[torch.Tensor, torch.Tensor],
         worth: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        self.model = model
-        self.processes = processes
-        self.states = states
-        self.held_out = held_out
-        self.batch_tokens = batch_tokens
+        super().__init__(model, processes, states, held_out, batch_tokens)
         self.targets, self.held_out_targets = targets
         if worth is None:
             worth = tuple(torch.ones(len(part)) for part in targets)

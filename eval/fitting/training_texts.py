@@ -79,20 +79,6 @@ def split_texts(texts: Sequence[Text], share: float, seed: int) -> tuple[list[Te
     return train, held_out
 
 
-def part_length(config: Any, asked: int | None) -> int:
-    """Say how many tokens a part of a text has at most: those asked for, else `PART_LENGTH` or the model's positions.
-
-    Raises:
-        InputError: more are asked for than the model has positions.
-    """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(PART_LENGTH, positions or PART_LENGTH)
-    if positions is not None and asked > positions:
-        raise InputError(f"--max_length is {asked}, and the model has {positions} positions")
-    return asked
-
-
 def encode_texts(
     texts: Sequence[Text], tokenizer: Any, *, max_length: int, vocab_size: int
 ) -> list[EncodedText]:
@@ -126,4 +112,4 @@ def describe_texts(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     return described
 
 
-__all__ = ["FittingTexts", "describe_texts", "encode_texts", "part_length", "read_texts", "split_texts"]
+__all__ = ["PART_LENGTH", "FittingTexts", "describe_texts", "encode_texts", "read_texts", "split_texts"]

@@ -81,6 +81,20 @@ def encode(tokenizer: Any, text: Text, max_length: int, vocab_size: int) -> Iter
             )
 
 
+def part_length(config: Any, asked: int | None, most: int) -> int:
+    """Say how many tokens a part of a text has: those asked for, else `most` or as many positions as the model has.
+
+    Raises:
+        InputError: more are asked for than the model has positions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(most, positions or most)
+    if positions is not None and asked > positions:
+        raise InputError(f"--max_length is {asked}, and the model has {positions} positions")
+    return asked
+
+
 def _bytes_of_tokens(text: str, places: list[tuple[int, int]]) -> list[int]:
     """Count the bytes of the characters (UTF-8) that every token spells; together they are the text's.
 
@@ -148,4 +162,4 @@ def collate(batch: list[EncodedText], pad_token_id: int, device: Any = None) -> 
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-__all__ = ["EncodedText", "batches", "collate", "encode"]
+__all__ = ["EncodedText", "batches", "collate", "encode", "part_length"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from dylora_moe.hub_export.errors import FailureError, InputError
 
-from .encoding import EncodedText, batches, collate, encode
+from .encoding import EncodedText, batches, collate, encode, part_length
 from .reading import Text
 
 
@@ -81,7 +81,8 @@ def text_losses(
     strategies = list(strategies)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     sums = _Sums(len(strategies) + 1)
-    parts = sums.noted(texts, tokenizer, _part_length(model, max_length), vocab_size)
+    length = part_length(model.config, max_length, MAX_LENGTH)
+    parts = sums.noted(texts, tokenizer, length, vocab_size)
     if batch_tokens is None:
         batch_tokens = _batch_tokens(model, strategies)
     for batch in batches(parts, batch_tokens):
@@ -98,15 +99,6 @@ def refuse_turns(strategies: Sequence[str]) -> None:
             f"routing strategy {TAKES_TURNS!r} gives each text the next expert, so its loss is that of an order of texts; "
             "leave it out"
         )
-
-
-def _part_length(model: Any, asked: int | None) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(MAX_LENGTH, positions or MAX_LENGTH)
-    if positions is not None and asked > positions:
-        raise InputError(f"--max_length is {asked}, and the model has {positions} positions")
-    return asked
 
 
 def _batch_tokens(model: Any, strategies: Sequence[str]) -> int:
