@@ -6,6 +6,7 @@ The command line makes its own options from these fields, so this file imports n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -66,10 +67,8 @@ class BenchmarkOptions(SourceOptions):
             raise InputError(
                 "--greedy makes one sample a task at temperature 0; leave out the others, or --greedy"
             )
-        for name in ("n_samples", "batch_size", "max_new_tokens", "parallel", "tensor_parallel_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} is {value}; it must be at least 1")
+        counts = ("n_samples", "batch_size", "max_new_tokens", "parallel", "tensor_parallel_size")
+        check_least(self, dict.fromkeys(counts, 1))
         check_temperature(self.temperature)
         check_dtype(self.dtype)
         if self.n_samples > 1 and self.temperature == 0:
@@ -128,16 +127,21 @@ class LossOptions(SourceOptions):
     trust_remote_code: TrustRemoteCode = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("batch_tokens", 1), ("max_texts", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name} is {value}; it must be at least {least}")
+        check_least(self, {"max_length": 2, "batch_tokens": 1, "max_texts": 1})
         check_dtype(self.dtype)
 
     @property
     def of_source(self) -> dict[str, Any]:
         """Those that say where the model is, and what its source does not say itself."""
         return {name: getattr(self, name) for name in OF_SOURCE if name != "backend"}
+
+
+def check_least(options: Any, least_of: Mapping[str, int]) -> None:
+    """Raise InputError for an option that is given and smaller than it may be."""
+    for name, least in least_of.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}; it must be at least {least}")
 
 
 def check_dtype(dtype: str) -> None:
@@ -168,5 +172,6 @@ __all__ = [
     "BenchmarkOptions",
     "LossOptions",
     "check_dtype",
+    "check_least",
     "check_temperature",
 ]

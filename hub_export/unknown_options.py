@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, Self
 
 from .errors import InputError
 
@@ -37,3 +39,27 @@ def parameter_names(*functions: Callable) -> list[str]:
         entry for function in functions for entry in inspect.signature(function).parameters.values()
     ]
     return [entry.name for entry in parameters if entry.kind not in gather and entry.name != "self"]
+
+
+class NamedOptions:
+    """Options of a function as the fields of a dataclass, made from what a caller gave by name."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *functions: Callable) -> Self:
+        """Make them from what a caller gave by name, of `functions` beside their own parameters.
+
+        Raises:
+            InputError: a name that neither has, or a value that is none of those there are.
+        """
+        cls.check_names(options, *functions)
+        return cls(**options)
+
+    @classmethod
+    def check_names(cls, options: Mapping[str, Any], *functions: Callable) -> None:
+        """Raise InputError for a name that neither these options nor the parameters of `functions` have."""
+        refuse_unknown(options, cls.names() + parameter_names(*functions))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """List the names of all options."""
+        return [entry.name for entry in fields(cls)]

@@ -9,6 +9,13 @@ from helpers_checkpoints import snapshot
 from dylora_moe import cli
 
 
+# Options of Python that start a program in two processes. The flag for several is named after GPUs; there are none.
+IN_TWO_PROCESSES = [
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
+
+
 def run(*arguments, errors_alone: bool = False) -> tuple[int, str]:
     """Run a command in this process; its exit code and all that it says, or what it says on stderr."""
     said = io.StringIO()

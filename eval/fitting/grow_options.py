@@ -5,19 +5,18 @@ The command line makes its own options from these fields, so this file imports n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.unknown_options import refuse_unknown
+from dylora_moe.hub_export.unknown_options import NamedOptions
 
-from ..options import DTYPES
+from ..options import check_dtype, check_least
 from .options import CHOICES
 
 
 @dataclass
-class GrowOptions:
+class GrowOptions(NamedOptions):
     """How a mixture grows. Names are those of `peft.LoraConfig` and transformers' `TrainingArguments`.
 
     Every field is annotated with what it means.
@@ -54,8 +53,7 @@ class GrowOptions:
     overwrite: Annotated[bool, "Replace an exported repo, atomically."] = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
         if self.objective not in CHOICES["objective"]:
             raise InputError(
                 f"--objective is {self.objective!r}; there are {', '.join(CHOICES['objective'])}"
@@ -65,24 +63,11 @@ class GrowOptions:
         if not 0.5 <= self.novelty <= 1:
             raise InputError(f"--novelty is {self.novelty}; it is a probability from 0.5 to 1")
         least_of = {"reservoir_size": 1, "batch_tokens": 1, "per_device_train_batch_size": 1, "r": 1}
-        for name, least in {**least_of, "max_length": 2, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name} is {value}; it must be at least {least}")
+        check_least(self, {**least_of, "max_length": 2, "seed": 0})
         for name in ("learning_rate", "num_train_epochs", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name} is {value}; it must be greater than 0")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> GrowOptions:
-        """Make them from what a caller gave by name.
-
-        Raises:
-            InputError: a name that there is not, or a value that cannot be used.
-        """
-        refuse_unknown(options, [entry.name for entry in fields(cls)])
-        return cls(**options)
 
 
 __all__ = ["GrowOptions"]

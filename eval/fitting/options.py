@@ -5,14 +5,13 @@ The command line makes its own options from these fields, so this file imports n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from dylora_moe.hub_export.errors import InputError
-from dylora_moe.hub_export.unknown_options import refuse_unknown
+from dylora_moe.hub_export.unknown_options import NamedOptions
 
-from ..options import DTYPES
+from ..options import DTYPES, check_least
 
 
 CHOICES = {
@@ -28,7 +27,7 @@ DEFAULT_EPOCHS = {"loss": 5, "oracle": 30}  # one of `oracle` costs no forward
 
 
 @dataclass
-class FitRouterOptions:
+class FitRouterOptions(NamedOptions):
     """How a gate is fitted. Names are those of transformers' `TrainingArguments` and of the model's config.
 
     Every field is annotated with what it means.
@@ -78,10 +77,7 @@ class FitRouterOptions:
             if getattr(self, name) not in choices:
                 known = ", ".join(choice for choice in choices if choice is not None)
                 raise InputError(f"--{name} is {getattr(self, name)!r}; there are {known}")
-        for name, least in (("epochs", 1), ("max_steps", 1), ("batch_tokens", 1), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name} is {value}; it must be at least {least}")
+        check_least(self, {"epochs": 1, "max_steps": 1, "batch_tokens": 1, "max_length": 2})
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"--learning_rate is {self.learning_rate}; it must be greater than 0")
         if not 0 <= self.validation < 1:
@@ -98,16 +94,6 @@ class FitRouterOptions:
             raise InputError("--epochs and --max_steps say the same in two ways; leave one out")
         if self.targets == "texts" and self.objective != "oracle":
             raise InputError("--targets texts is for --objective oracle")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> FitRouterOptions:
-        """Make them from what a caller gave by name.
-
-        Raises:
-            InputError: a name that there is not, or a value that cannot be used.
-        """
-        refuse_unknown(options, [entry.name for entry in fields(cls)])
-        return cls(**options)
 
     @property
     def num_epochs(self) -> int:

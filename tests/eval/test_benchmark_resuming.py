@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 from helpers_benchmark import SAMPLED, SMALL, files, lines
+from helpers_cli import IN_TWO_PROCESSES
 
 from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval.benchmark import benchmark
@@ -102,19 +103,9 @@ def test_two_processes_one_of_which_is_killed_make_the_same_files_as_one(repo, t
         "2",
     ]
     arguments += ["--n_samples", "2", "--temperature", "0.7", "--routing_strategy", "router", "round_robin"]
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [
         sys.executable,
-        *launch,
+        *IN_TWO_PROCESSES,
         "-m",
         "dylora_moe.eval.benchmark",
         *arguments,

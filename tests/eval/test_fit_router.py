@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from helpers_checkpoints import VOCABULARY, save_final_checkpoint, save_foundation, snapshot
-from helpers_cli import run
+from helpers_cli import IN_TWO_PROCESSES, run
 from helpers_models import build, random_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -522,18 +522,8 @@ def test_two_processes_take_the_steps_of_one(mixture, tmp_path, objective):
     options = ["--objective", objective, "--batch_tokens", "128", "--router_aux_loss_coef", "5", "--json"]
     options += ["--learning_rate", "0.05", "--epochs", "2"]
     command = ["-m", "dylora_moe", "fit-router", str(bare), "--texts", str(texts), *options]
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     results = []
-    for name, start in (("one", []), ("two", launch)):
+    for name, start in (("one", []), ("two", IN_TWO_PROCESSES)):
         arguments = [sys.executable, *start, *command, "-o", str(tmp_path / name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600)
