@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dylora_moe import __version__, cli_eval, cli_routers, cli_sharing
+from dylora_moe import __version__, cli_eval, cli_explore, cli_routers, cli_sharing
 from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
@@ -254,6 +254,7 @@ def merge(
 cli_sharing.add_commands(app)
 cli_eval.add_commands(app)
 cli_routers.add_commands(app)
+cli_explore.add_commands(app)
 
 
 def _print_inspection(result: Any) -> None:

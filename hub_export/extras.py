@@ -12,6 +12,7 @@ from .errors import InputError, one_line
 
 EXTRAS = {
     "evalplus": "eval",
+    "gradio": "explore",
     "jinja2": "eval",
     "matplotlib": "eval",
     "scipy": "eval",

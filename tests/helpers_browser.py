@@ -88,9 +88,10 @@ class Browser:
         assert "error" not in found, found
         return found["result"]
 
-    def open(self, path: Path) -> None:
+    def open(self, place: Path | str) -> None:
+        """Open a file, or an address."""
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         end = time.monotonic() + SECONDS
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             assert time.monotonic() < end, "the page does not load"

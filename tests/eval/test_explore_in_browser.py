@@ -1,0 +1,154 @@
+"""The page served on the loopback address and opened in Chromium: what is typed, chosen and stopped there."""
+
+import json
+import socket
+import time
+
+import pytest
+import torch
+from helpers_browser import CHROMIUM, SECONDS, Browser
+
+
+pytest.importorskip("gradio", reason="the page is optional")
+
+from dylora_moe.eval.explore.serving import serve_page
+
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
+)
+
+PROMPT = "def add(a, b): <script>document.title = 'broken'</script> ${1 + 1} {{2}}"
+TEXT = "document.querySelector('#dm-{} .dm-code').textContent"
+NOTE = "[...document.querySelectorAll('#dm-{} .dm-note')].map((note) => note.textContent).join()"
+
+
+@pytest.fixture(scope="module")
+def places():
+    """Every address that this process connects to."""
+    found, connect = [], socket.socket.connect
+
+    def noting(self, address):
+        found.append(address)
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", noting)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served(repo, places):
+    """With a gate under which every expert has tokens."""
+    page = serve_page(repo, dtype="float32")
+    gate = page.model.router.gate
+    with torch.no_grad():
+        gate.weight.mul_(50)
+        ids = page.tokenizer(PROMPT + expected((page.model, page.tokenizer), "base"), return_tensors="pt")
+        logits = page.model(**ids, routing_strategy="router", output_router_logits=True).router_logits[0]
+        gate.bias -= logits[-15:].median(dim=0).values
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def model(served):
+    """The one on the page, which nothing else may use meanwhile."""
+    return served.model, served.tokenizer
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("profile") / "chromium") as browser:
+        yield browser
+
+
+def wait(page, expression: str):
+    end = time.monotonic() + SECONDS
+    while not (found := page.evaluate(expression)):
+        assert time.monotonic() < end, f"never so: {expression}; {page.complaints()}"
+        time.sleep(0.05)
+    return found
+
+
+def click(page, selector: str) -> None:
+    wait(page, f"!!document.querySelector({json.dumps(selector)})")
+    page.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def choose(page, name: str, value: str) -> None:
+    """Choose from a dropdown as one does by mouse and keys."""
+    field = json.dumps(f"#dm-{name} input")
+    wait(page, f"!!document.querySelector({field})")
+    page.evaluate(f"document.querySelector({field}).focus()")
+    page.evaluate(f"document.querySelector({field}).select()")
+    page.call("Input.insertText", text=value)
+    wait(page, "document.querySelectorAll('ul[role=listbox] li').length == 1")
+    page.press("Enter")
+    wait(page, f"document.querySelector({field}).value == {json.dumps(value)}")
+
+
+@pytest.fixture
+def page(browser, served):
+    browser.open(served.address)
+    wait(browser, "!!document.querySelector('#dm-run') && !!document.querySelector('#dm-prompt textarea')")
+    yield browser
+    assert [place for place in browser.requests() if not place.startswith((served.address, "data:"))] == []
+    assert browser.complaints() == [] and browser.evaluate("document.title") == "repo"
+
+
+def ask(page, prompt: str = PROMPT) -> None:
+    page.evaluate("document.querySelector('#dm-prompt textarea').focus()")
+    page.call("Input.insertText", text=prompt)
+    click(page, "#dm-run")
+
+
+def expected(model, strategy: str) -> str:
+    model, tokenizer = model
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**inputs, routing_strategy=strategy, do_sample=False, max_new_tokens=128)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_prompt_is_completed_under_the_routers_weights_and_the_base_model(page, model, places):
+    ask(page)
+    wait(page, f"{NOTE.format('right')}.includes('ended by the model')")
+    texts = [page.evaluate(TEXT.format(side)) for side in ("left", "right")]
+    assert texts == [expected(model, "router"), expected(model, "base")] and texts[0] != texts[1]
+    tokens = page.evaluate("[...document.querySelectorAll('#dm-left .dm-token')].map((t) => t.className)")
+    assert len(set(tokens)) > 1 and not page.evaluate("document.querySelector('#dm-right .dm-token')")
+    colours = page.evaluate(
+        "[...new Set([...document.querySelectorAll('.dm-token')].map((token) =>"
+        " getComputedStyle(token).textDecorationColor.split('/')[0]))]"
+    )
+    assert len(colours) >= len(set(tokens))
+    assert all(place[0] in ("127.0.0.1", "::1", "localhost") for place in places if isinstance(place, tuple))
+
+
+def test_two_strategies_and_an_expert_are_chosen(page, model):
+    choose(page, "left-strategy", "single")
+    choose(page, "left-expert", "2 expert_2")
+    choose(page, "right-strategy", "uniform")
+    ask(page)
+    wait(page, f"{NOTE.format('right')}.includes('ended by the model')")
+    texts = [page.evaluate(TEXT.format(side)) for side in ("left", "right")]
+    assert texts == [expected(model, "single:2"), expected(model, "uniform")]
+    assert page.evaluate("document.querySelector('#dm-left .dm-chip').textContent") == "2 expert_2 100%"
+
+
+def test_an_error_is_shown_as_text(page):
+    click(page, "#dm-run")
+    assert "type a prompt first" in wait(page, "document.querySelector('.toast-body')?.innerText")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(page, theme):
+    page.emulate(prefers_color_scheme=theme)
+    page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    page.open(page.evaluate("location.href"))
+    wait(page, "!!document.querySelector('#dm-run') && !!document.querySelector('#dm-prompt textarea')")
+    ask(page)
+    wait(page, f"{NOTE.format('right')}.includes('ended by the model')")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    ink = page.evaluate("getComputedStyle(document.querySelector('.dm-side')).color")
+    assert ink == {"light": "rgb(26, 28, 31)", "dark": "rgb(236, 238, 241)"}[theme]
