@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,8 @@ class ServedPage:
 
     def wait(self) -> None:
         """Serve until Ctrl-C."""
-        self.page.block_thread()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
     def close(self) -> None:
         self.page.close(verbose=False)

@@ -153,7 +153,11 @@ def test_every_strategy_is_offered_and_reads_back():
     assert set(STRATEGIES) == set(ROUTING_STRATEGIES)
     with_router, without = build().config, build(router_input=None).config
     assert offered(with_router) == list(STRATEGIES) and not {"router", "best"} & set(offered(without))
-    assert spelled("single", 2) == "single:2" and split("single:2") == ("single", 2) and spelled("base", 2) == "base"
+    assert (
+        spelled("single", 2) == "single:2"
+        and split("single:2") == ("single", 2)
+        and spelled("base", 2) == "base"
+    )
     assert describe("single:1", ["python", "english"]) == "single:1 (english): one expert writes everything"
 
 

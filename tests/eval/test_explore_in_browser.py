@@ -77,15 +77,17 @@ def click(page, selector: str) -> None:
 
 
 def choose(page, name: str, value: str) -> None:
-    """Choose from a dropdown as one does by mouse and keys."""
-    field = json.dumps(f"#dm-{name} input")
-    wait(page, f"!!document.querySelector({field})")
-    page.evaluate(f"document.querySelector({field}).focus()")
-    page.evaluate(f"document.querySelector({field}).select()")
-    page.call("Input.insertText", text=value)
-    wait(page, "document.querySelectorAll('ul[role=listbox] li').length == 1")
-    page.press("Enter")
-    wait(page, f"document.querySelector({field}).value == {json.dumps(value)}")
+    """Open a dropdown, and press the mouse on one of its options."""
+    field = f"document.querySelector('#dm-{name} input')"
+    wait(page, f"!!{field}")
+    page.evaluate(f"{field}.focus()")
+    options = f"document.getElementById({field}.getAttribute('aria-controls'))"
+    option = f"{options}?.querySelector('li[aria-label={json.dumps(value)}]')"
+    wait(page, f"!!{option}")
+    page.evaluate(
+        f"{option}.dispatchEvent(new MouseEvent('mousedown', {{ bubbles: true, cancelable: true }}))"
+    )
+    wait(page, f"{field}.value == {json.dumps(value)}")
 
 
 @pytest.fixture
@@ -139,6 +141,36 @@ def test_two_strategies_and_an_expert_are_chosen(page, model):
 def test_an_error_is_shown_as_text(page):
     click(page, "#dm-run")
     assert "type a prompt first" in wait(page, "document.querySelector('.toast-body')?.innerText")
+
+
+@pytest.fixture
+def slow(served):
+    """A model that takes a while for every token, so that there is time to press a button."""
+    hook = served.model.register_forward_pre_hook(lambda *_: time.sleep(0.15))
+    yield hook
+    hook.remove()
+
+
+def test_stop_ends_the_text_and_leaves_what_is_there(page, model, slow):
+    ask(page)
+    wait(page, f"{NOTE.format('left')}.includes('writing')")
+    click(page, "#dm-stop")
+    wait(page, f"{NOTE.format('left')}.includes('stopped')")
+    slow.remove()
+    text, whole = page.evaluate(TEXT.format("left")), expected(model, "router")
+    assert text and whole.startswith(text) and text != whole
+    assert not page.evaluate("document.querySelector('#dm-right .dm-side')")
+
+
+def test_a_page_that_is_left_does_not_hold_up_the_next(page, served, slow):
+    ask(page)
+    wait(page, f"{NOTE.format('left')}.includes('writing')")
+    page.open(served.address)
+    wait(page, "!!document.querySelector('#dm-run') && !!document.querySelector('#dm-prompt textarea')")
+    page.events.clear()  # the browser's own, of a stream that it broke off
+    ask(page)
+    wait(page, f"{NOTE.format('left')}.includes('writing')")
+    click(page, "#dm-stop")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,18 +1,26 @@
 """The folder of a Space, what is refused before a page is served, and the order in which that is looked at."""
 
 import ast
+import contextlib
 import importlib
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from environments import python_path
 from helpers_checkpoints import snapshot
 from helpers_cli import run
+from hub_server import Hub
 
 from dylora_moe.eval.explore import serving, space
 from dylora_moe.eval.explore.space import COPIED, write_space
@@ -22,6 +30,12 @@ from dylora_moe.hub_export.repo.repo_config import load_config
 
 ROOT = Path(__file__).parents[2]
 HUB_ID = "guild/a-mixture"
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo("guild/a-mixture")
+HfApi().upload_folder(repo_id="guild/a-mixture", folder_path=sys.argv[1])
+"""
 
 
 @pytest.fixture
@@ -144,5 +158,66 @@ def test_the_help_imports_neither_torch_nor_gradio():
         "import sys\nfrom dylora_moe import cli\ntry:\n    cli.main(['explore', '--help'])\n"
         "except SystemExit:\n    sys.exit(str({'torch', 'transformers', 'gradio'} & set(sys.modules)))"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert process.stderr.strip() == "set()" and "--space" in process.stdout
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted(repo):
+    pytest.importorskip("gradio", reason="the page is optional")
+    command = [sys.executable, "-m", "dylora_moe", "explore", str(repo), "--json"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(3)]
+    address = json.loads("".join(lines))["address"]
+    with urllib.request.urlopen(address) as page:
+        assert "gradio" in page.read().decode()
+    process.send_signal(signal.SIGINT)
+    said, complained = process.communicate(timeout=30)
+    assert process.returncode == 0 and said == "" and "Traceback" not in complained
+
+
+@pytest.mark.slow
+def test_a_space_shows_a_repo_of_the_hub_without_this_package(repo, tmp_path):
+    """`app.py` in a process of its own, as the Hub starts it, and the real client on both sides."""
+    pytest.importorskip("gradio", reason="the page is optional")
+    with Hub() as hub:
+        keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**keep, **hub.environment(tmp_path / "home", "hf_write"), "PYTHONPATH": python_path()}
+        explore = ("-m", "dylora_moe", "explore")
+        commands = (
+            ["-c", UPLOAD, repo],
+            [*explore, "guild/a-mixture", "--space", tmp_path / "space"],
+            [*explore, "guild/none-there", "--space", tmp_path / "other"],
+        )
+        codes = [
+            subprocess.run(
+                [sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=False
+            ).returncode
+            for command in commands
+        ]
+        assert codes == [0, 0, 2] and not (tmp_path / "other").exists()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        code = "import runpy, sys; sys.modules['dylora_moe'] = None; sys.path.insert(0, ''); runpy.run_path('app.py')"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path / "space",
+            env={**environment, "PYTHONPATH": "", "GRADIO_SERVER_PORT": str(port)},
+        )
+        try:
+            assert "guild/a-mixture" in _page_at(f"http://127.0.0.1:{port}", process)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _page_at(address: str, process: subprocess.Popen) -> str:
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), urllib.request.urlopen(address) as page:
+            return page.read().decode()
+        time.sleep(0.2)
+    raise AssertionError("the Space serves no page")
