@@ -39,15 +39,15 @@ def build_page(model: Any, tokenizer: Any, label: str) -> gr.Blocks:
     stops: dict[str, threading.Event] = {}  # by the browser's session
     with gr.Blocks(title=label, analytics_enabled=False) as page:
         gr.HTML(_heading(label, model), elem_classes="dm", js_on_load=None, apply_default_css=False)
-        prompt = gr.Textbox(label="Prompt", lines=5, max_lines=20, elem_id="dm-prompt")
+        prompt = gr.Textbox(label="Prompt", lines=4, max_lines=20, elem_id="dm-prompt")
         with gr.Row():
-            run = gr.Button("Run", variant="primary", elem_id="dm-run", scale=3)
-            stop = gr.Button("Stop", elem_id="dm-stop", scale=1)
+            run = gr.Button("Run", variant="primary", elem_id="dm-run", scale=3, min_width=120)
+            stop = gr.Button("Stop", elem_id="dm-stop", scale=1, min_width=90)
         with gr.Accordion("Options", open=False):
             with gr.Row():
-                max_new_tokens = gr.Slider(1, 2048, 128, step=1, label="Most new tokens")
+                max_new_tokens = gr.Slider(1, 2048, 128, step=1, label="New tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
-                seed = gr.Number(0, precision=0, minimum=0, label="Seed of sampling")
+                seed = gr.Number(0, precision=0, minimum=0, label="Seed")
             has_template = tokenizer.chat_template is not None
             chat = gr.Checkbox(has_template, label="Prompt in the chat template", interactive=has_template)
         with gr.Row(equal_height=False):
@@ -81,7 +81,7 @@ def build_page(model: Any, tokenizer: Any, label: str) -> gr.Blocks:
                 stops.pop(request.session_hash).set()
 
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        run.click(write, options, [left[2], right[2]], **quiet)
+        gr.on([run.click, prompt.submit], write, options, [left[2], right[2]], **quiet)
         stop.click(end, queue=False, **quiet)
         page.unload(leave)
     return page

@@ -24,6 +24,7 @@ from .routing import Routing
 
 
 MUTED = {"light": "#5c6268", "dark": "#a4abb3"}
+MOST_NAMED_COLUMNS = 6  # of a heatmap
 COLORS, LINES = len(expert_colors()), len(UNDERLINES)
 
 
@@ -53,7 +54,7 @@ def heatmap_html(layers: dict[str, torch.Tensor], names: Sequence[str]) -> str:
         return ""
     weights = torch.stack(list(layers.values()))  # [layers, num_experts]
     lowest, highest = float(weights.min()), float(weights.max())
-    head = "".join(f'<th scope="col">{escape(_called(index, names))}</th>' for index in range(len(names)))
+    head = "".join(_column(index, names) for index in range(len(names)))
     rows = []
     for label, of_layer in layers.items():
         strengths = (of_layer - lowest) / max(highest - lowest, 1e-6)
@@ -72,6 +73,13 @@ def heatmap_html(layers: dict[str, torch.Tensor], names: Sequence[str]) -> str:
         f'<p class="dm-note dm-caption">{caption}</p><div class="dm-scroll"><table class="dm-heat">'
         f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _column(index: int, names: Sequence[str]) -> str:
+    """Write the head of an expert's column: beside many others its number alone, and its name when pointed at."""
+    called = escape(_called(index, names))
+    shown = called if len(names) <= MOST_NAMED_COLUMNS else index
+    return f'<th scope="col" title="{called}">{shown}</th>'
 
 
 def _called(index: int, names: Sequence[str]) -> str:
@@ -166,7 +174,8 @@ RULES = """
 .dm-heat { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 .dm-heat th { font-weight: 500; text-align: left; padding: 0 10px 0 0; color: var(--muted); line-height: 1.5; }
 .dm-heat thead th:not(:first-child) { text-align: center; padding: 0 8px; white-space: nowrap; }
-.dm-heat td { text-align: center; min-width: 62px; padding: 0 8px; line-height: 1.5; border: 2px solid var(--page); border-radius: 5px;
+.dm-heat th:first-child { position: sticky; left: 0; background: var(--page); }
+.dm-heat td { text-align: center; min-width: 52px; padding: 0 8px; line-height: 1.5; border: 2px solid var(--page); border-radius: 5px;
   background: rgb(var(--expert) / calc(var(--strongest) * var(--strength))); }
 """
 

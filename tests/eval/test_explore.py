@@ -218,6 +218,8 @@ def test_a_heatmap_has_every_layers_means_in_the_order_of_layers(tokenizer):
     html = completion_html(completion, ["a", "b"], "router", "writing")
     assert re.findall(r"<td[^>]*>([\d.]+)</td>", html) == ["0.40", "0.60"] * 4
     assert "shades go from 0.40 to 0.60" in html
+    many = [f"e{i}" for i in range(7)]
+    assert '">6</th>' in heatmap_html({"0": torch.rand(7)}, many)
 
 
 def test_two_sides_are_written_one_after_the_other_with_one_seed(model, tokenizer):
