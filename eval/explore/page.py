@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from html import escape
 from typing import Any
-
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which would call home
 
 import gradio as gr
 

@@ -99,7 +99,7 @@ def _legend(completion: Completion, names: Sequence[str]) -> str:
     ]
     if not items and completion.routings:
         acts = float(completion.routings[0].weights.max()) > 0
-        items = [f"<li>{'all experts alike' if acts else 'no expert acts'}</li>"]
+        items = [f"<li>{'all experts equally' if acts else 'no expert acts'}</li>"]
     return f'<ul class="dm-legend" aria-label="Share of tokens that each expert leads">{"".join(items)}</ul>'
 
 
