@@ -85,12 +85,17 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
     shown = [name for name in SETTINGS if _differs(runs, name)]
     for run, label in zip(runs, labels, strict=True):
         label.settings = ", ".join(filter(None, (SETTINGS[name](getattr(run, name)) for name in shown)))
-    cells = [label.cells() for label in labels]
-    for run, label in zip(runs, labels, strict=True):
-        if cells.count(label.cells()) > 1:  # nothing above says how they differ; their files' names do
+    seen = [_as_seen(label) for label in labels]
+    for run, label, text in zip(runs, labels, seen, strict=True):
+        if seen.count(text) > 1:  # nothing above says how they differ; their files' names do
             mark = sha256(run.samples.encode()).hexdigest()[:HASH_DIGITS]
             label.settings = ", ".join(filter(None, (label.settings, f"run {mark}")))
     return labels
+
+
+def _as_seen(label: RunLabel) -> str:
+    """Return the label's text as pages show it: one space for any white space."""
+    return " ".join("\n".join(map(str, label.cells())).split())
 
 
 def _distinguished(
