@@ -209,12 +209,23 @@ function startTasks(routing) {
     panel.scrollTop = 0;
   }
 
-  // As a reader does: the address then leads to the task, and its row is in view where list and panel are side by side.
+  // As a reader does: the address then leads to the task.
   function choose(task, focus) {
     select(task);
+    reveal(task);
     history.replaceState(null, "", address(task));
-    if (isWide()) rows.children[shown.indexOf(task)].scrollIntoView({ block: "nearest" });
     if (focus) panel.focus({ preventScroll: isWide() });
+  }
+
+  // Scroll the list alone, where the task's row is not in view.
+  function reveal(task) {
+    const list = byId("task-list");
+    const outer = list.getBoundingClientRect();
+    const inner = rows.children[shown.indexOf(task)].getBoundingClientRect();
+    const heading = list.querySelector("thead").offsetHeight;
+    if (inner.top < outer.top + heading || inner.bottom > outer.bottom) {
+      list.scrollTop += inner.top - outer.top - outer.height / 2;
+    }
   }
 
   function close() {
@@ -231,9 +242,8 @@ function startTasks(routing) {
     if (!task || task === current) return;
     if (!shown.includes(task)) reset();
     select(task);
-    byId("tasks").scrollIntoView();
-    if (isWide()) rows.children[shown.indexOf(task)].scrollIntoView({ block: "nearest" });
-    else panel.scrollIntoView();
+    reveal(task);
+    (isWide() ? byId("tasks") : panel).scrollIntoView({ behavior: "instant" });
   }
 
   function content(task) {
