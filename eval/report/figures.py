@@ -274,6 +274,7 @@ def _draw_comparisons(axes: Axes, table: ReportTable) -> None:
 def _draw_loss(axes: Axes, table: ReportTable) -> None:
     """A point with its interval for every strategy and oracle."""
     _rows(axes, [row[0] for row in table.rows])
+    _mark(axes, [row[0] for row in table.rows])
     points = [
         (place, row[1], *(row[1] if end is None else end for end in row[2:4]))
         for place, row in enumerate(table.rows)

@@ -120,7 +120,7 @@ def test_every_field_that_decides_what_samples_are_is_among_these():
     assert set(FIELDS) >= set(DECISIVE) and set(FIELDS) == set(PLAIN)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(runs_of_a_folder())
 @example([PLAIN, {**PLAIN, "model_label": "demo "}])
 def test_every_pair_of_runs_of_a_folder_is_told_apart_everywhere(drawn):
