@@ -1,9 +1,10 @@
 """Scored runs as records of Every Eval Ever (https://github.com/evaleval/every_eval_ever), schema 0.3.0.
 
-eee/data/<benchmark>/<developer>/<model>/<uuid>.json            one run: its model, settings and scores
-eee/data/<benchmark>/<developer>/<model>/<uuid>_samples.jsonl   a line for each sample and kind of tests
+eee/data/<problems>/<developer>/<model>/<uuid>.json            one run: its model, settings and scores
+eee/data/<problems>/<developer>/<model>/<uuid>_samples.jsonl   a line for each sample and kind of tests
 
-The paths are those of the schema's own collection. A model that is not on the Hub is of the developer "local".
+The paths are those of the schema's own collection. A model that is not on the Hub is of the developer "local", and a
+file of the user's own in a data set's place is called "own_problems".
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 
 from dylora_moe.hub_export.errors import InputError, few
 from dylora_moe.hub_export.repo.eval_results import DATASETS, TASKS
-from dylora_moe.hub_export.repo.results import BENCHMARKS
 from dylora_moe.hub_export.sources.hub_and_folders import is_hub_id
 from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.staging import check_output, staged_folder
@@ -33,6 +33,8 @@ from .task_rows import SampleRow, sample_rows, scored_runs
 FOLDER = "eee"
 SCHEMA_VERSION = "0.3.0"
 LOCAL = "local"
+OWN_PROBLEMS = "own_problems"
+DATASETS_OF_TASKS = {TASKS[name]: dataset for name, dataset in DATASETS.items()}
 RECORD = re.compile(r"data/[^/]+/[^/]+/[^/]+/[0-9a-f-]{36}(\.json|_samples\.jsonl)")
 UNSAFE = re.compile(r"[^\w.+-]+|^\.+|\.+$")  # in a part of a path
 INTERVAL = "over tasks: Wilson's score interval, or a percentile bootstrap where tasks have several samples"
@@ -84,7 +86,7 @@ def _is_replaceable(folder: Path) -> bool:
 def _write(run: Run, folder: Path) -> None:
     """Write a run's two files, the record last: it holds the other's checksum."""
     identifier = _uuid(run)
-    place = "/".join(("data", run.benchmark, *map(_part, _model_id(run).split("/", 1))))
+    place = "/".join(("data", _problems(run), *map(_part, _model_id(run).split("/", 1))))
     (folder / place).mkdir(parents=True, exist_ok=True)
     name = f"{place}/{identifier}_samples.jsonl"
     digest, num_rows = hashlib.sha256(), 0
@@ -124,13 +126,13 @@ def _part(name: str) -> str:
 
 
 def _evaluation_id(run: Run, identifier: str) -> str:
-    return f"{run.benchmark}/{_model_id(run)}/{identifier}"
+    return f"{_problems(run)}/{_model_id(run)}/{identifier}"
 
 
-def _kind(run: Run, plus: bool) -> str:
-    """Name a set of tests as model cards do, "HumanEval" or "HumanEval+"."""
-    name = {key.lower(): value for key, value in BENCHMARKS.items()}[run.benchmark]
-    return f"{name}+" if plus else name
+def _problems(run: Run, plus: bool = False) -> str:
+    """Name a run's problems with their base tests, or with the plus tests, too."""
+    name = run.benchmark if run.dataset_file is None else OWN_PROBLEMS
+    return f"{name}plus" if plus else name
 
 
 def _record(run: Run, identifier: str) -> dict[str, Any]:
@@ -189,14 +191,14 @@ def _result(run: Run, measure: str, tasks: list[float]) -> dict[str, Any]:
         tasks: each task's estimate of it.
     """
     k = int(measure.partition("@")[2])
-    kind = _kind(run, measure.startswith("plus"))
+    problems = _problems(run, measure.startswith("plus"))
     low, high = interval(tasks)
     return {
-        "evaluation_result_id": _result_id(kind, k),
-        "evaluation_name": TASKS[kind],
-        "source_data": _source(run, kind),
+        "evaluation_result_id": _result_id(problems, k),
+        "evaluation_name": problems,
+        "source_data": _source(run, problems),
         "metric_config": {
-            "evaluation_description": f"{kind}: the share of tasks of which one of {k} samples passes the tests, estimated",
+            "evaluation_description": f"pass@{k} of {problems}, the mean of EvalPlus's estimates of each task",
             "metric_id": "pass_at_k",
             "metric_name": f"pass@{k}",
             "metric_kind": "pass_rate",
@@ -223,19 +225,19 @@ def _result(run: Run, measure: str, tasks: list[float]) -> dict[str, Any]:
     }
 
 
-def _result_id(kind: str, k: int) -> str:
-    return f"{TASKS[kind]}.pass@{k}"
+def _result_id(problems: str, k: int) -> str:
+    return f"{problems}.pass@{k}"
 
 
-def _source(run: Run, kind: str) -> dict[str, Any]:
+def _source(run: Run, problems: str) -> dict[str, Any]:
     known = {"evalplus_hash": run.dataset_hash, "subset": run.subset, "mini": "true" if run.mini else None}
-    if run.dataset_file is not None:  # the user's own problems in the data set's place
+    if run.dataset_file is not None:
         details = _texts({**known, "file": run.dataset_file, "num_tasks": len(run.task_ids)})
-        return {"dataset_name": TASKS[kind], "source_type": "other", "additional_details": details}
+        return {"dataset_name": problems, "source_type": "other", "additional_details": details}
     return {
-        "dataset_name": TASKS[kind],
+        "dataset_name": problems,
         "source_type": "hf_dataset",
-        "hf_repo": DATASETS[kind],
+        "hf_repo": DATASETS_OF_TASKS[problems],
         "hf_split": "test",
         "samples_number": len(run.task_ids),
         "sample_ids": run.task_ids,
@@ -272,10 +274,10 @@ def _instances(run: Run, identifier: str) -> Iterator[dict[str, Any]]:
     for row in sample_rows(run):
         for plus, passed in ((False, row.base), (True, row.plus)):
             if passed is not None:
-                yield _instance(run, identifier, row, _kind(run, plus), passed)
+                yield _instance(run, identifier, row, _problems(run, plus), passed)
 
 
-def _instance(run: Run, identifier: str, row: SampleRow, kind: str, passed: bool) -> dict[str, Any]:
+def _instance(run: Run, identifier: str, row: SampleRow, problems: str, passed: bool) -> dict[str, Any]:
     asked = {"raw": row.prompt, "reference": [row.reference]}
     identity = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     statuses = {"base_status": row.base_status, "plus_status": row.plus_status, "sample": row.sample}
@@ -283,8 +285,8 @@ def _instance(run: Run, identifier: str, row: SampleRow, kind: str, passed: bool
         "schema_version": SCHEMA_VERSION,
         "evaluation_id": _evaluation_id(run, identifier),
         "model_id": _model_id(run),
-        "evaluation_name": TASKS[kind],
-        "evaluation_result_id": _result_id(kind, 1),
+        "evaluation_name": problems,
+        "evaluation_result_id": _result_id(problems, 1),
         "sample_id": row.task_id,
         "sample_hash": hashlib.sha256(identity.encode()).hexdigest(),
         "interaction_type": "single_turn",

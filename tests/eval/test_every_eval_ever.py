@@ -114,7 +114,9 @@ def test_every_record_is_what_the_schema_requires(made):
     assert len({path for path, _, _ in found.values()}) == len(found)
     for path, record, rows in found.values():
         assert record.keys() >= REQUIRED and record.keys() <= ALLOWED
-        match = re.fullmatch(rf"data/humaneval/(local|guild)/[\w-]+/({UUID4})\.json", path)
+        match = re.fullmatch(
+            rf"data/(humaneval/local|humaneval/guild|own_problems/local)/[\w-]+/({UUID4})\.json", path
+        )
         assert match and record["schema_version"] == "0.3.0"
         pointer = record["detailed_evaluation_results"]
         assert pointer["file_path"] == path.removesuffix(".json") + "_samples.jsonl"
@@ -150,9 +152,10 @@ def test_scores_are_those_of_the_rows(made):
             result["evaluation_result_id"]: result["score_details"]["score"]
             for result in record["evaluation_results"]
         }
+        problems = "own_problems" if run.dataset_file else "humaneval"
         assert scores == {
-            "humaneval.pass@1": run.scores["pass@1"],
-            "humanevalplus.pass@1": run.scores["plus_pass@1"],
+            f"{problems}.pass@1": run.scores["pass@1"],
+            f"{problems}plus.pass@1": run.scores["plus_pass@1"],
         }
         for name, score in scores.items():
             own = [row["evaluation"]["score"] for row in rows if row["evaluation_result_id"] == name]
@@ -165,8 +168,8 @@ def test_a_record_says_what_was_asked_written_and_scored(made):
     _, record, rows = records_of(made)["uniform"]
     first, plus, second = rows[0], rows[1], rows[2]
     assert first["sample_id"] == plus["sample_id"] == second["sample_id"]
-    assert first["sample_hash"] == second["sample_hash"] and first["evaluation_name"] == "humaneval"
-    assert plus["evaluation_name"] == "humanevalplus"
+    assert first["sample_hash"] == second["sample_hash"] and first["evaluation_name"] == "own_problems"
+    assert plus["evaluation_name"] == "own_problemsplus" and "humaneval" not in json.dumps(record)
     (attribution,) = second["answer_attribution"]
     assert attribution["extracted_value"].endswith("# 1")
     assert second["output"]["raw"] == [f"```python\n{attribution['extracted_value']}\n```"]
@@ -182,6 +185,10 @@ def test_a_record_says_what_was_asked_written_and_scored(made):
     assert low <= 0.5 <= high
     path, shared, _ = records_of(made)["base"]
     assert path.startswith("data/humaneval/guild/mixture/") and shared["model_info"]["id"] == "guild/mixture"
+    assert [result["evaluation_name"] for result in shared["evaluation_results"]] == [
+        "humaneval",
+        "humanevalplus",
+    ]
     assert shared["evaluation_results"][1]["source_data"]["hf_repo"] == "evalplus/humanevalplus"
 
 
