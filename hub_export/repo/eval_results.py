@@ -32,6 +32,7 @@ DATASETS = {  # on the Hub
     "MBPP": "google-research-datasets/mbpp",
     "MBPP+": "evalplus/mbppplus",
 }
+NUM_TASKS = {"HumanEval": 164, "MBPP": 378}  # of EvalPlus's sets
 TASKS = {"HumanEval": "humaneval", "HumanEval+": "humanevalplus", "MBPP": "mbpp", "MBPP+": "mbppplus"}
 
 
@@ -57,14 +58,16 @@ def write_eval_results(folder: Path, scores: Sequence[Score]) -> None:
 def _entry(score: Score) -> EvalResultEntry:
     from huggingface_hub import EvalResultEntry
 
+    whole = NUM_TASKS[score.benchmark.removesuffix("+")]
+    tasks = f"{score.num_tasks} tasks"
+    if score.num_tasks != whole:  # a part of the set, or other problems in its place
+        tasks += f", where the whole set has {whole}"
     return EvalResultEntry(
         dataset_id=DATASETS[score.benchmark],
         task_id=TASKS[score.benchmark],
         value=round(score.value, 4),
         date=score.date,
-        notes=(
-            f"pass@1 as a fraction, by EvalPlus; routing_strategy {score.routing_strategy}; {score.num_tasks} tasks"
-        ),
+        notes=(f"pass@1 as a fraction, by EvalPlus; routing_strategy {score.routing_strategy}; {tasks}"),
     )
 
 

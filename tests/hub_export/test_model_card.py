@@ -129,7 +129,11 @@ def test_results_are_written_as_the_hub_reads_them_and_a_persons_own_stay(tmp_pa
         found[f"dylora-moe_humaneval_{name}.yaml"] for name in ("uniform", "single-stabilised")
     )
     assert routed.date == "2026-11-30" and single.date is None
-    assert "routing_strategy single:stabilised; 4 tasks" in single.notes
+    assert single.notes.endswith("routing_strategy single:stabilised; 4 tasks, where the whole set has 164")
+    whole = tmp_path / "whole_eval_results.json"
+    export(licensed, tmp_path / "all", results=[f"base={evalplus_results(whole, 82, 164)}"], verify=False)
+    (entry,) = hub_results(tmp_path / "all")["dylora-moe_humaneval_base.yaml"]
+    assert entry.value == 0.5 and entry.notes.endswith("routing_strategy base; 164 tasks")
     assert verify(repo).findings[-1].what != "other files" and not differing_files(open_folder(repo))
 
     make_variant(repo, routing_strategy="base", output_dir=tmp_path / "variant")
