@@ -27,7 +27,12 @@ Artifact = Annotated[
     str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
 ]
 Dataset = Annotated[str, typer.Option("--dataset", help="humaneval or mbpp.")]
-Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
+Project = Annotated[
+    str | None,
+    typer.Option(
+        "--wandb_project", help="Log the tables to this W&B project, and with the package weave every sample."
+    ),
+]
 Format = Annotated[
     str | None,
     typer.Option("--format", help="eee: a record of each run and sample for Every Eval Ever, too."),
