@@ -91,11 +91,11 @@ def benchmark(
     **options: Any,
 ) -> None:
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
-    _check_needs(wandb_project)
     if record_format is not None:
         from dylora_moe.eval.sharing.every_eval_ever import check_records
 
         check_records(record_format, output_dir)
+    _check_needs(wandb_project)
     with steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
 

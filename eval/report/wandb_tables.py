@@ -87,7 +87,10 @@ def _log_samples(folder: str | Path, run: Any) -> None:
         if mode(sdk()) in OFFLINE:
             raise InputError("it has no offline mode")
         runs = scored_runs(folder)
-        names = one_line_names(scores(runs).records(), always=("routing strategy", "model", "benchmark"))
+        names = one_line_names(
+            scores([scored.run for scored in runs]).records(),
+            always=("routing strategy", "model", "benchmark"),
+        )
         log_rows(weave, dict(zip(names, runs, strict=True)), f"{run.entity}/{run.project}")
     except Exception as error:  # of many kinds, and the tables are logged
         message = f"the samples were not logged to Weave: {one_line(error)}"

@@ -27,7 +27,7 @@ from dylora_moe.hub_export.staging import check_output, staged_folder
 from ..analysis.statistics import interval
 from ..sampling.run_record import Run
 from ..scoring.scoring import pass_at_k_of_tasks
-from .task_rows import SampleRow, sample_rows, scored_runs
+from .task_rows import SampleRow, ScoredRun, scored_runs
 
 
 FOLDER = "eee"
@@ -71,8 +71,8 @@ def write_records(folder: str | Path) -> Path:
             f"{folder} holds no scored run whose problems can be had, so there is nothing to record"
         )
     with staged_folder(Path(folder) / FOLDER, True, _is_replaceable) as staged:
-        for run in runs:
-            _write(run, staged)
+        for scored in runs:
+            _write(scored, staged)
     return Path(folder) / FOLDER
 
 
@@ -83,15 +83,15 @@ def _is_replaceable(folder: Path) -> bool:
     return True
 
 
-def _write(run: Run, folder: Path) -> None:
+def _write(scored: ScoredRun, folder: Path) -> None:
     """Write a run's two files, the record last: it holds the other's checksum."""
-    identifier = _uuid(run)
+    run, identifier = scored.run, _uuid(scored.run)
     place = "/".join(("data", _problems(run), *map(_part, _model_id(run).split("/", 1))))
     (folder / place).mkdir(parents=True, exist_ok=True)
     name = f"{place}/{identifier}_samples.jsonl"
     digest, num_rows = hashlib.sha256(), 0
     with open(folder / name, "wb") as file:
-        for row in _instances(run, identifier):
+        for row in _instances(scored, identifier):
             line = json.dumps(row).encode() + b"\n"
             digest.update(line)
             file.write(line)
@@ -269,12 +269,12 @@ def _texts(values: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def _instances(run: Run, identifier: str) -> Iterator[dict[str, Any]]:
+def _instances(scored: ScoredRun, identifier: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each sample and each kind of tests, which belong to pass@1."""
-    for row in sample_rows(run):
+    for row in scored.rows():
         for plus, passed in ((False, row.base), (True, row.plus)):
             if passed is not None:
-                yield _instance(run, identifier, row, _problems(run, plus), passed)
+                yield _instance(scored.run, identifier, row, _problems(scored.run, plus), passed)
 
 
 def _instance(run: Run, identifier: str, row: SampleRow, problems: str, passed: bool) -> dict[str, Any]:

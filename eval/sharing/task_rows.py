@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
+from dylora_moe.hub_export.errors import DyloraMoeWarning
 from dylora_moe.hub_export.repo.results import PASS
 
-from ..evalplus_bridge.data import Benchmark, load_benchmark
+from ..evalplus_bridge.data import load_benchmark
 from ..sampling.run_record import Run, file_sha256, read_runs
 
 
@@ -47,62 +49,60 @@ class SampleRow:
         return None if self.plus_status is None else self.base and self.plus_status == PASS
 
 
-def problems_of(run: Run) -> Benchmark:
-    """Read the problems that a run was asked.
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run with results, and the problems that it was asked, by their ids."""
+
+    run: Run
+    tasks: Mapping[str, Mapping[str, Any]]
+
+    def rows(self) -> Iterator[SampleRow]:
+        """Yield the run's samples, task by task."""
+        run = self.run
+        verdicts = json.loads(run.results_path.read_text(encoding="utf-8"))["eval"]
+        solutions = _programs(run.samples_path)
+        is_raw_kept = (
+            run.raw_samples_sha256 is not None and file_sha256(run.raw_samples_path) == run.raw_samples_sha256
+        )
+        raw = _programs(run.raw_samples_path) if is_raw_kept else solutions
+        for task_id in run.task_ids:
+            found = zip(verdicts[task_id], solutions[task_id], raw[task_id], strict=True)
+            for sample, (verdict, solution, written) in enumerate(found):
+                yield SampleRow(
+                    task_id=task_id,
+                    sample=sample,
+                    prompt=self.tasks[task_id]["prompt"],
+                    reference=self.tasks[task_id]["canonical_solution"],
+                    raw=written,
+                    solution=solution,
+                    base_status=verdict["base_status"],
+                    plus_status=verdict.get("plus_status"),
+                )
+
+
+def scored_runs(folder: str | Path) -> list[ScoredRun]:
+    """Read a folder's runs that have results, with their problems.
+
+    Runs of problems other than those that EvalPlus has now are left out, with a `DyloraMoeWarning`.
 
     Raises:
-        InputError: EvalPlus now has others under this name.
-        FailureError: they cannot be had.
+        InputError, FailureError: as `read_runs` and `load_benchmark`.
     """
-    benchmark = load_benchmark(run.benchmark, mini=run.mini)
-    if benchmark.dataset_hash != run.dataset_hash or not benchmark.tasks.keys() >= set(run.task_ids):
-        raise InputError(
-            f"the problems of {run.samples} are not those that EvalPlus has as {run.benchmark} now; name its file in "
-            f"{run.benchmark.upper()}_OVERRIDE_PATH"
-        )
-    return benchmark
-
-
-def scored_runs(folder: str | Path) -> list[Run]:
-    """Read a folder's runs that have results and whose problems can be had; a `DyloraMoeWarning` names the others."""
-    runs = []
+    load = cache(lambda name, mini: load_benchmark(name, mini=mini))
+    found = []
     for run in read_runs(folder):
         if not run.has_results:
             continue
-        try:
-            problems_of(run)
-            runs.append(run)
-        except InputError as error:
-            warnings.warn(f"{run.samples} is left out: {error}", DyloraMoeWarning, stacklevel=3)
-    return runs
-
-
-def sample_rows(run: Run) -> Iterator[SampleRow]:
-    """Yield a scored run's samples, task by task.
-
-    Raises:
-        InputError, FailureError: as `problems_of`.
-    """
-    tasks = problems_of(run).tasks
-    verdicts = json.loads(run.results_path.read_text(encoding="utf-8"))["eval"]
-    solutions = _programs(run.samples_path)
-    is_raw_kept = (
-        run.raw_samples_sha256 is not None and file_sha256(run.raw_samples_path) == run.raw_samples_sha256
-    )
-    raw = _programs(run.raw_samples_path) if is_raw_kept else solutions
-    for task_id in run.task_ids:
-        found = zip(verdicts[task_id], solutions[task_id], raw[task_id], strict=True)
-        for sample, (verdict, solution, written) in enumerate(found):
-            yield SampleRow(
-                task_id=task_id,
-                sample=sample,
-                prompt=tasks[task_id]["prompt"],
-                reference=tasks[task_id]["canonical_solution"],
-                raw=written,
-                solution=solution,
-                base_status=verdict["base_status"],
-                plus_status=verdict.get("plus_status"),
-            )
+        benchmark = load(run.benchmark, run.mini)
+        if benchmark.dataset_hash == run.dataset_hash and benchmark.tasks.keys() >= set(run.task_ids):
+            found.append(ScoredRun(run, benchmark.tasks))
+            continue
+        message = (
+            f"{run.samples} is left out: its problems are not those that EvalPlus has as {run.benchmark} now; name its "
+            f"file in {run.benchmark.upper()}_OVERRIDE_PATH"
+        )
+        warnings.warn(message, DyloraMoeWarning, stacklevel=3)
+    return found
 
 
 def _programs(path: Path) -> dict[str, list[str]]:

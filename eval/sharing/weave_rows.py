@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ..sampling.run_record import Run
-from .task_rows import sample_rows
+from .task_rows import ScoredRun
 
 
 # No other library's calls are recorded, and nothing is printed on stdout.
@@ -27,7 +26,7 @@ def find_weave() -> ModuleType | None:
         return None
 
 
-def log_rows(weave: ModuleType, runs: Mapping[str, Run], project: str) -> None:
+def log_rows(weave: ModuleType, runs: Mapping[str, ScoredRun], project: str) -> None:
     """Log every scored run as an evaluation of its own.
 
     Args:
@@ -35,16 +34,16 @@ def log_rows(weave: ModuleType, runs: Mapping[str, Run], project: str) -> None:
         project: ENTITY/PROJECT.
 
     Raises:
-        InputError, FailureError: a run's problems cannot be had (see `problems_of`).
         Exception: whatever Weave raises.
     """
     client = weave.init(project, settings=SETTINGS)
-    for name, run in runs.items():
-        _log_run(weave, run, name)
+    for name, scored in runs.items():
+        _log_run(weave, scored, name)
     client.flush()
 
 
-def _log_run(weave: ModuleType, run: Run, name: str) -> None:
+def _log_run(weave: ModuleType, scored: ScoredRun, name: str) -> None:
+    run = scored.run
     settings = {
         "model": run.model,
         "routing_strategy": run.routing_strategy,
@@ -59,7 +58,7 @@ def _log_run(weave: ModuleType, run: Run, name: str) -> None:
     evaluation = weave.EvaluationLogger(
         name=name, model=run.model_label, dataset=run.benchmark, eval_attributes=settings
     )
-    for row in sample_rows(run):
+    for row in scored.rows():
         inputs = {"task_id": row.task_id, "sample": row.sample, "prompt": row.prompt}
         prediction = evaluation.log_prediction(inputs=inputs, output=row.solution)
         scores: dict[str, Any] = {"base": row.base, "plus": row.plus}
