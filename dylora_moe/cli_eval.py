@@ -27,7 +27,16 @@ Artifact = Annotated[
     str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
 ]
 Dataset = Annotated[str, typer.Option("--dataset", help="humaneval or mbpp.")]
-Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
+Project = Annotated[
+    str | None,
+    typer.Option(
+        "--wandb_project", help="Log the tables to this W&B project, and with the package weave every sample."
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="eee: a record of each run and sample for Every Eval Ever, too."),
+]
 Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")]
 
 
@@ -77,10 +86,15 @@ def benchmark(
     ] = None,
     wandb_project: Project = None,
     output_dir: Folder = Path(DEFAULT_FOLDER),
+    record_format: Format = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
+    if record_format is not None:
+        from dylora_moe.eval.sharing.every_eval_ever import check_records
+
+        check_records(record_format, output_dir)
     _check_needs(wandb_project)
     with steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
@@ -100,7 +114,7 @@ def benchmark(
 
         scores(result.runs, read_runs(result.folder)).print(console)
 
-    _show(result, table, output_dir, wandb_project, as_json)
+    _show(result, table, output_dir, wandb_project, as_json, record_format)
 
 
 @takes_options_of(BenchmarkOptions)
@@ -220,24 +234,39 @@ def _check_needs(project: str | None) -> None:
         check_wandb(project)
 
 
-def _show(result: Any, show: Callable, folder: Path | None, project: str | None, as_json: bool) -> None:
-    """Print a result; with a folder, write its report, and log its tables to a project of W&B."""
+def _show(
+    result: Any,
+    show: Callable,
+    folder: Path | None,
+    project: str | None,
+    as_json: bool,
+    record_format: str | None = None,
+) -> None:
+    """Print a result; with a folder, write its report and records, and log its tables to a project of W&B."""
     if not is_main_process():
         return
-    report = None
+    report = records = None
     try:
         if folder is not None:
             from dylora_moe.eval.report.page import write_report
 
             report = write_report(folder)
+            if record_format is not None:
+                from dylora_moe.eval.sharing.every_eval_ever import write_records
+
+                records = write_records(folder)
             _log(folder, project)
     finally:  # the result was computed, whatever becomes of the page and of W&B
         if as_json:
-            print_json({**result.to_dict(), "report": None if report is None else str(report)})
+            places = {"report": None if report is None else str(report)}
+            places |= {} if records is None else {"records": str(records)}
+            print_json({**result.to_dict(), **places})
         else:
             show(result, out)
             if report is not None:
                 out.print(f"report: {report}")
+            if records is not None:
+                out.print(f"records: {records}")
 
 
 def _log(folder: Path, project: str | None) -> None:

@@ -40,7 +40,7 @@ KEPT_FILES = (
     "loss.csv",
     ".*.tmp",
 )
-KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures")
+KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures", "eee")
 
 # Fields that decide what the samples are: two runs that share a samples file must agree in all of them.
 DECISIVE = (
