@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
+from dylora_moe.cli_common import Json, given, out, print_json, split, takes_options_of
 from dylora_moe.cli_old_options import option_name, translate
+from dylora_moe.cli_progress import is_main_process, steps
 from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions, LossOptions
-from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -91,6 +90,7 @@ def benchmark(
             strategies=split(routing_strategy),
             output_dir=output_dir,
             progress=progress,
+            tell_speed=progress.tell_speed,
             **given(options),
         )
 
@@ -201,7 +201,8 @@ def _analyse(
         raise typer.BadParameter("takes one model", param_hint="--model")
     model = models[0] if models else None
     with steps() as progress:
-        return analyse(model, dataset=dataset, output_dir=folder, progress=progress, **given(options))
+        told = {"progress": progress, "tell_speed": progress.tell_speed}
+        return analyse(model, dataset=dataset, output_dir=folder, **told, **given(options))
 
 
 def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
@@ -224,13 +225,15 @@ def _show(result: Any, show: Callable, folder: Path | None, project: str | None,
     """Print a result; with a folder, write its report, and log its tables to a project of W&B."""
     if not is_main_process():
         return
-    report = None
+    report, failures = None, []
     try:
         if folder is not None:
-            from dylora_moe.eval.report.page import write_report
+            with _failing_later(failures, "the report cannot be made"):
+                from dylora_moe.eval.report.page import write_report
 
-            report = write_report(folder)
-            _log(folder, project)
+                report = write_report(folder)
+            with _failing_later(failures, f"the tables cannot be logged to {project}"):
+                _log(folder, project)
     finally:  # the result was computed, whatever becomes of the page and of W&B
         if as_json:
             print_json({**result.to_dict(), "report": None if report is None else str(report)})
@@ -238,6 +241,25 @@ def _show(result: Any, show: Callable, folder: Path | None, project: str | None,
             show(result, out)
             if report is not None:
                 out.print(f"report: {report}")
+    if failures:
+        from dylora_moe.hub_export.errors import FailureError
+
+        said = "; ".join(text for text, _ in failures)
+        raise FailureError(
+            f"{said}; the results are kept in {folder}: the same command takes them from there"
+        ) from failures[0][1]
+
+
+@contextmanager
+def _failing_later(failures: list[tuple[str, Exception]], what: str) -> Iterator[None]:
+    """Keep an error, and what could not be done, until the result is printed."""
+    from dylora_moe.hub_export.errors import DyloraMoeError, one_line
+
+    try:
+        yield
+    except Exception as error:  # drawing and the SDK fail in many ways
+        kind = "" if isinstance(error, DyloraMoeError) else f"{type(error).__name__}: "
+        failures.append((f"{what} ({kind}{one_line(error, 600)})", error))
 
 
 def _log(folder: Path, project: str | None) -> None:
@@ -245,35 +267,6 @@ def _log(folder: Path, project: str | None) -> None:
         from dylora_moe.eval.report.wandb_tables import log_to_wandb
 
         log_to_wandb(folder, project)
-
-
-def is_main_process() -> bool:
-    """Say whether this is the main process of `accelerate launch`, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: a bar on a terminal, else a line for each step."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-        known: dict[str, Any] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in known:
-                known[what] = bars.add_task(one_printable_line(what), total=total or None)
-                if not err.is_terminal and is_main_process():
-                    err.print(what)
-            bars.update(known[what], completed=done, total=total or None)
-
-        yield tell
 
 
 __all__ = ["add_commands", "spread"]

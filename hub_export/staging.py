@@ -80,6 +80,21 @@ def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], 
     return final
 
 
+def check_room(place: Path, num_bytes: int, remedy: str = "choose another folder") -> None:
+    """Check that the file system of a folder or file that may not be there yet has room for what will be written.
+
+    Raises:
+        FailureError: it has not; nothing was touched.
+    """
+    folder = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise FailureError(
+            f"{place} takes {num_bytes / 1e6:,.1f} MB, and the disk has room for {free / 1e6:,.1f} MB; make room in {folder}, "
+            f"or {remedy}"
+        )
+
+
 @contextlib.contextmanager
 def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder to write to; it becomes `final` when the block ends without an exception.
