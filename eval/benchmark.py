@@ -105,7 +105,8 @@ def benchmark(
             for name in names
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
-    found = distinct_labels([find_model(source, **chosen.of_source) for source in sources])
+    with told(progress, "reading the models" if len(sources) > 1 else "reading the model"):
+        found = distinct_labels([find_model(source, **chosen.of_source) for source in sources])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [
@@ -193,6 +194,8 @@ def _runs_of(
     tell_speed: TellSpeed | None,
 ) -> Iterator[Run]:
     """Make the samples of one model, which is loaded when the first of them is missing."""
+    with told(progress, f"computing checksums of {model.label}"):
+        _ = model.files
     with ExitStack() as loaded:
 
         @cache

@@ -139,7 +139,7 @@ def fit_router(
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
     check_room(Path(output_dir), size_with_gate(source, config.weights_layout))
     model = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf")
-    model.check_base_model()
+    check_base_model(model)
     found = read_texts(paths, config, all_name_experts=chosen.targets == "texts")
     described = describe_texts(paths)
     processes = Processes(chosen.mixed_precision)
@@ -207,6 +207,18 @@ def _fit(
         shares=dict(zip(config.expert_names, used.shares, strict=True)),
         entropy=used.entropy,
     )
+
+
+def check_base_model(model: FoundModel) -> None:
+    """Check that the base model of a repo that does not hold it can be had.
+
+    Raises:
+        InputError: it cannot; says how to write the repo with another.
+    """
+    try:
+        model.check_base_model()
+    except InputError as error:
+        raise InputError(f"{error} of `dylora-moe export {model.source}`, and use what it writes") from error
 
 
 def _check_input(config: Any, options: FitRouterOptions) -> None:

@@ -39,7 +39,7 @@ from ..texts.loss import measure_loss
 from ..texts.reading import Text, Texts
 from ..texts.text_losses import text_losses
 from .expert_training import gate_confidence, train_new_expert
-from .fit_router import fit_router
+from .fit_router import check_base_model, fit_router
 from .grow_options import GrowOptions
 from .novelty import Novelty, novelty_of
 from .reservoir import check_reservoir, keep_some, write_texts
@@ -137,7 +137,7 @@ def grow(
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
     _check_room(source, config, Path(output_dir))
     model = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf")
-    model.check_base_model()
+    check_base_model(model)
     if chosen.reservoir is not None:
         check_reservoir(Path(chosen.reservoir), [source.path, Path(output_dir)])
     chosen = replace(chosen, max_length=part_length(config, chosen.max_length, PART_LENGTH))

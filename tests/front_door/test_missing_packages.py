@@ -116,9 +116,35 @@ def test_a_figure_that_cannot_be_drawn_loses_nothing_else(analysed, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         cli.main(["expert-analysis", "-o", str(folder)])
     said = capsys.readouterr()
-    assert ended.value.code == 1 and "no font" in said.err
+    assert ended.value.code == 1
+    error = said.err.splitlines()[-1]
+    assert error.startswith(
+        "error: the report cannot be made (RuntimeError: no font); the results are kept in"
+    )
     assert summary["verdict"]["text"] in " ".join(said.out.split())
     assert (folder / report.REPORT_FILE).is_file() and (folder / "figures" / "scores.csv").is_file()
+
+
+def test_all_that_fails_at_the_end_is_said_after_the_table(analysed, monkeypatch, capsys):
+    """A key that W&B no longer accepts is bad input at the beginning, and a failure at the end."""
+
+    def fail(kind, text):
+        raise kind(text)
+
+    folder, summary = analysed
+    monkeypatch.setattr(report, "render", lambda *_: fail(RuntimeError, "no template"))
+    monkeypatch.setattr(wandb_tables, "check_wandb", lambda project: (None, project))
+    monkeypatch.setattr(wandb_tables, "log_to_wandb", lambda *_: fail(InputError, "W&B does not accept it"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["expert-analysis", "-o", str(folder), "--wandb_project", "routers"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and summary["verdict"]["text"] in " ".join(said.out.split())
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error")]
+    assert (
+        "report cannot be made (RuntimeError: no template); the tables cannot be logged to routers (W&B"
+        in error
+    )
+    assert f"the results are kept in {folder}" in error
 
 
 def test_json_is_printed_though_wandb_fails_at_the_end(analysed, monkeypatch, capsys):
