@@ -220,7 +220,7 @@ def _decode_batch(
         arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
     generators = [row_generator(seed, row) for row in rows]
     rooms = [room[row.task_id, row.sample] for row in rows]
-    loop = _Loop(rows, finished, stepped, stops, generators, rooms)
+    loop = _Loop(rows, finished, stops, generators, rooms, stepped)
     model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
@@ -251,10 +251,10 @@ class _Loop:
         self,
         rows: list[Row],
         finished: Finished,
-        stepped: Stepped | None,
         stop_strings: StopStrings,
         generators: list[np.random.Generator],
         room: list[float],
+        stepped: Stepped | None = None,
     ):
         self.rows = list(rows)
         self.finished = finished

@@ -218,7 +218,7 @@ def check_results_folder(folder: Path) -> None:
     """
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if not there.is_dir():
-        raise InputError(f"-o {folder} cannot be made: {there} is no folder")
+        raise InputError(f"-o {folder} cannot be written to: {there} is no folder")
     if not os.access(there, os.W_OK):
         raise InputError(f"-o {folder} cannot be written to")
 
