@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, given, out, print_json, split, takes_options_of
+from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
+from dylora_moe.cli_failures import LateFailures, scores_are_shown
 from dylora_moe.cli_old_options import option_name, translate
 from dylora_moe.cli_progress import is_main_process, steps
 from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions, LossOptions
@@ -81,7 +81,7 @@ def benchmark(
 ) -> None:
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
     _check_needs(wandb_project)
-    with steps() as progress:
+    with scores_are_shown(output_dir, err if as_json else out), steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
 
         result = run(
@@ -118,7 +118,10 @@ def expert_analysis(
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis
 
-    result = _analyse(analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    with scores_are_shown(output_dir, err if as_json else out):
+        result = _analyse(
+            analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options
+        )
     _show(result, print_expert_analysis, output_dir, wandb_project, as_json)
 
 
@@ -137,7 +140,10 @@ def routing_analysis(
     from dylora_moe.eval.analysis import routing_analysis as analysis
     from dylora_moe.eval.report.routing_tables import print_routing_analysis
 
-    result = _analyse(analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    with scores_are_shown(output_dir, err if as_json else out):
+        result = _analyse(
+            analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options
+        )
     _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
@@ -225,14 +231,14 @@ def _show(result: Any, show: Callable, folder: Path | None, project: str | None,
     """Print a result; with a folder, write its report, and log its tables to a project of W&B."""
     if not is_main_process():
         return
-    report, failures = None, []
+    report, failures = None, LateFailures(folder)
     try:
         if folder is not None:
-            with _failing_later(failures, "the report cannot be made"):
+            with failures.of("the report cannot be made"):
                 from dylora_moe.eval.report.page import write_report
 
                 report = write_report(folder)
-            with _failing_later(failures, f"the tables cannot be logged to {project}"):
+            with failures.of(f"the tables cannot be logged to {project}"):
                 _log(folder, project)
     finally:  # the result was computed, whatever becomes of the page and of W&B
         if as_json:
@@ -241,25 +247,7 @@ def _show(result: Any, show: Callable, folder: Path | None, project: str | None,
             show(result, out)
             if report is not None:
                 out.print(f"report: {report}")
-    if failures:
-        from dylora_moe.hub_export.errors import FailureError
-
-        said = "; ".join(text for text, _ in failures)
-        raise FailureError(
-            f"{said}; the results are kept in {folder}: the same command takes them from there"
-        ) from failures[0][1]
-
-
-@contextmanager
-def _failing_later(failures: list[tuple[str, Exception]], what: str) -> Iterator[None]:
-    """Keep an error, and what could not be done, until the result is printed."""
-    from dylora_moe.hub_export.errors import DyloraMoeError, one_line
-
-    try:
-        yield
-    except Exception as error:  # drawing and the SDK fail in many ways
-        kind = "" if isinstance(error, DyloraMoeError) else f"{type(error).__name__}: "
-        failures.append((f"{what} ({kind}{one_line(error, 600)})", error))
+    failures.tell()
 
 
 def _log(folder: Path, project: str | None) -> None:

@@ -54,11 +54,8 @@ def accelerators() -> list[str]:
 def warn_of_slow_dtype(dtype: str) -> None:
     """Warn, once a command, of bfloat16 where there is no GPU."""
     if dtype == "bfloat16" and os.environ.get("RANK", "0") == "0" and not accelerators():
-        warnings.warn(
-            "there is no GPU here, and bfloat16 is slow on most CPUs; --dtype float32 may be faster",
-            DyloraMoeWarning,
-            stacklevel=3,
-        )
+        message = "there is no GPU here, and bfloat16 is slow on most CPUs; --dtype float32 may be faster"
+        warnings.warn(message, DyloraMoeWarning, stacklevel=1)  # from here, so Python shows it once
 
 
 __all__ = ["accelerators", "check_device_map", "warn_of_slow_dtype"]

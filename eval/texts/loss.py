@@ -91,9 +91,9 @@ def measure_loss(
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _check_folder(folder, found)
+    found.check_base_model()
     # All lines are read once before the model is, so that a bad one costs no time.
     num_texts = sum(1 for _ in _first(source, chosen.max_texts))
-    found.check_base_model()
     with told(progress, f"loading {found.label}"):
         loaded = found.load(dtype=chosen.dtype, device=PartialState().device, device_map=chosen.device_map)
     what = f"loss of {num_texts} texts under {len(measured)} strategies"

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from helpers_cli import run
 from helpers_report import leave_folder
 
 from dylora_moe import cli
@@ -145,6 +146,22 @@ def test_all_that_fails_at_the_end_is_said_after_the_table(analysed, monkeypatch
         in error
     )
     assert f"the results are kept in {folder}" in error
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_scores_are_shown_though_the_analysis_fails(as_json, tmp_path, problems, monkeypatch):
+    def scored_and_out_of_memory(*_, output_dir, **__):
+        leave_folder(output_dir)
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(analysis, "expert_analysis", scored_and_out_of_memory)
+    folder = tmp_path / "out"
+    code, said = run("expert-analysis", "-o", folder, *(["--json"] if as_json else []), errors_alone=as_json)
+    assert code == 1 and "uniform" in said and "pass@1" in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert error.startswith(f"error: RuntimeError: CUDA out of memory; the scores are kept in {folder}")
+    code, said = run("expert-analysis", "-o", folder)  # all of it was there before
+    assert code == 1 and "pass@1" not in said and "kept" not in said
 
 
 def test_json_is_printed_though_wandb_fails_at_the_end(analysed, monkeypatch, capsys):
