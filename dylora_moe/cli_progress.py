@@ -74,7 +74,8 @@ def steps() -> Iterator[Steps]:
         TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+    shown = err.is_terminal and is_main_process()
+    with Progress(*columns, console=err, disable=not shown) as bars:
         yield Steps(bars)
 
 

@@ -169,7 +169,7 @@ def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, flo
 
     Args:
         samples: an EvalPlus samples file.
-        options: `base_only`, `parallel`, `sandbox`, `progress`; for files that `benchmark` did not make,
+        options: `base_only`, `parallel`, `sandbox`, `progress`, `tell_expected`; for files that `benchmark` did not make,
             `task_ids` and `mini` as well, see `score_samples`.
 
     Returns:

@@ -27,7 +27,7 @@ from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
 from ..progress import Progress, TellSpeed
 from ..sampling.devices import check_device_map
 from ..sampling.loading import FoundModel, find_model
-from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned
+from ..sampling.run_record import DECISIVE, Run, check_results_folder, read_runs, read_versioned
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
 from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
 from .task_categories import categories_of
@@ -102,10 +102,11 @@ def expert_analysis(
     """
     check_packages("evalplus", "scipy")
     BenchmarkOptions.check_names(benchmark_options, expert_analysis)
-    folder = Path(output_dir)
+    folder, dataset = Path(output_dir), canonical_benchmark(dataset)
+    check_results_folder(folder)
     source = _one_model(model)
     if source is None and benchmark_options.get("adapter_path") is None:
-        runs, trace = _runs_in(folder, canonical_benchmark(dataset), benchmark_options), None
+        runs, trace = _runs_in(folder, dataset, benchmark_options), None
     else:
         options = {"base_model": base_model, **benchmark_options}
         told = {"progress": progress, "tell_speed": tell_speed}

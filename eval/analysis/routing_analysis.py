@@ -22,12 +22,12 @@ from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.staging import staged_file, write_atomically
 
 from ..benchmark import benchmark
-from ..evalplus_bridge.data import Benchmark, load_benchmark
+from ..evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from ..options import DEFAULT_FOLDER, BenchmarkOptions
 from ..progress import Progress, TellSpeed, told
 from ..sampling.devices import check_device_map
 from ..sampling.loading import FoundModel, LoadedModel, find_model
-from ..sampling.run_record import Run, file_sha256
+from ..sampling.run_record import Run, check_results_folder, file_sha256
 from .files import ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
 from .routing_inputs import STRATEGY, Results, read_texts, run_of_router, runs_of
 from .routing_summary import RoutingSummary
@@ -105,8 +105,9 @@ def routing_analysis(
     """
     check_packages("evalplus", "scipy")
     chosen = BenchmarkOptions.of(options, routing_analysis)
+    folder, dataset = Path(output_dir), canonical_benchmark(dataset)
+    check_results_folder(folder)
     check_device_map(chosen.device_map)
-    folder = Path(output_dir)
     found = find_model(model, **chosen.of_source)
     if not (found.is_mixture and found.config.has_router):
         raise InputError(f"{found.source} has no router, so there is no routing to analyse")

@@ -132,6 +132,20 @@ def test_a_base_model_on_a_hub_that_cannot_be_reached(adapter_repo, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["benchmark", "expert-analysis", "routing-analysis"])
+def test_names_and_folders_are_looked_at_before_the_model(command, repo, tmp_path, monkeypatch):
+    for module in ("benchmark", "analysis.expert_analysis", "analysis.routing_analysis"):
+        monkeypatch.setattr(f"dylora_moe.eval.{module}.find_model", None)
+    (tmp_path / "file").touch()
+    dataset = ["--benchmarks" if command == "benchmark" else "--dataset", "codeforces"]
+    for options, said in (
+        (dataset, "unknown benchmark 'codeforces'"),
+        (["-o", tmp_path / "file"], "is no folder"),
+    ):
+        code, err = run(command, "--model", repo, "-o", tmp_path / "out", *options)
+        assert code == 2 and said in err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["loss", "grow"])
 def test_what_measures_at_the_end_is_there_at_the_beginning(
     command, repo, texts, tmp_path, monkeypatch, not_loaded

@@ -131,6 +131,22 @@ def test_the_peak_begins_anew(monkeypatch):
     assert high - peak_memory() > 150e6
 
 
+def test_the_peak_of_gpus_is_that_of_all_together(monkeypatch):
+    allocated, reset = [3, 4], []
+    of_gpus = {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 2,
+        "max_memory_allocated": lambda device: allocated[device],
+        "reset_peak_memory_stats": reset.append,
+    }
+    for name, function in of_gpus.items():
+        monkeypatch.setattr(speed.torch.cuda, name, function)
+    reset_peak_memory()
+    assert reset == [0, 1] and peak_memory() == 7
+    allocated[:] = [0, 0]  # the model is on the CPU
+    assert peak_memory() > 10e6
+
+
 def show(monkeypatch, is_terminal: bool, steps) -> str:
     file = io.StringIO()
     console = PlainConsole(file=file, force_terminal=is_terminal, width=100)
@@ -180,5 +196,5 @@ def test_few_lines_where_there_is_no_terminal(monkeypatch):
 
     text = show(monkeypatch, False, steps)
     assert text.splitlines() == ["loading repo", "repo, router", "repo, router: 812 tokens/s"]
-    monkeypatch.setenv("RANK", "1")
-    assert show(monkeypatch, False, steps) == ""
+    monkeypatch.setenv("RANK", "1")  # of several processes one speaks
+    assert show(monkeypatch, False, steps) == show(monkeypatch, True, steps) == ""
