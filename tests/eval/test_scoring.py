@@ -206,7 +206,7 @@ def test_what_else_cannot_be_scored_is_named(tmp_path, monkeypatch):
 def test_a_missing_bubblewrap_is_named_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="needs bubblewrap, and there is no bwrap here; install it"):
-        benchmark(tmp_path / "no model", sandbox=True, output_dir=tmp_path / "out")
+        benchmark(tmp_path, sandbox=True, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
