@@ -168,7 +168,8 @@ def _check_room(
     ]
     num_samples = sum(count for name, count in names if not (folder / name).exists()) * options.n_samples
     num_bytes = num_samples * options.max_new_tokens * BYTES_A_TOKEN
-    check_room(folder, num_bytes, "choose another -o, or a lower --n_samples or --max_new_tokens")
+    remedy = "choose another -o, or a lower --n_samples or --max_new_tokens"
+    check_room(folder, num_bytes, remedy, f"{num_samples} samples as long as they may be take")
 
 
 def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:

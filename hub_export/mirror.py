@@ -113,7 +113,9 @@ def mirror_push(
         from wandb import env
 
         size = sum((folder / file).stat().st_size for file in content.files)
-        check_room(Path(env.get_data_dir()), size, "name another folder in WANDB_DATA_DIR")
+        check_room(
+            Path(env.get_data_dir()), size, "name another folder in WANDB_DATA_DIR", "W&B's copy takes"
+        )
     tell("computing checksums")
     metadata = _metadata(folder, content)
     if content.layout == "adapter" and metadata["foundation"] is None:

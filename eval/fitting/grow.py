@@ -181,7 +181,8 @@ def _check_room(source: SourceFolder, config: Any, output_dir: Path) -> None:
     weights = sum((source / name).stat().st_size for name in names)
     check_room(output_dir, weights)
     if not config.routes_by_layer:
-        check_room(Path(tempfile.gettempdir()), weights, "name another folder in TMPDIR")
+        temporary = Path(tempfile.gettempdir())
+        check_room(temporary, weights, "name another folder in TMPDIR", "a copy of the weights takes")
 
 
 def _read(texts: str | Path | Sequence[str | Path], options: GrowOptions) -> _Shares:

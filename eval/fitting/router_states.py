@@ -85,7 +85,12 @@ class RouterStates:
         own = processes.own(self.texts)
         num_rows = sum(len(self.positions(self.texts[number])) for number in own)
         num_bytes = num_rows * model.config.hidden_size * model.dtype.itemsize
-        check_room(Path(tempfile.gettempdir()), num_bytes, "name another folder in TMPDIR")
+        check_room(
+            Path(tempfile.gettempdir()),
+            num_bytes,
+            "name another folder in TMPDIR",
+            "what the gate reads takes",
+        )
         numbers = {id(self.texts[number]): number for number in own}
         best: list[tuple[torch.Tensor, torch.Tensor]] = []
         for batch in batches((self.texts[number] for number in own), batch_tokens):
