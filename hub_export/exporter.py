@@ -32,13 +32,14 @@ from .repo.repo_files import KEPT_FILES, is_replaceable
 from .repo.results import Score, read_scores
 from .repo.writer import (
     make_readable,
+    size_of_weights,
     write_adapter,
     write_config_and_code,
     write_full,
     write_generation_config,
 )
 from .sources.source_folder import SourceFolder, open_folder
-from .staging import check_output, staged_folder
+from .staging import check_output, check_room, staged_folder
 from .tensors.mixture import Mixture, idle_experts
 from .tokenizers.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 
@@ -101,6 +102,8 @@ def export(
     strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
     for score in scores:
         _routing_strategy(score.routing_strategy, plan.config)
+    copied = plan.weights if chosen.layout == "full" else {}
+    check_room(output, size_of_weights(mixture, plan.config, copied, chosen.torch_dtype))
     result = ExportResult(
         output_dir=output,
         format=mixture.format,
