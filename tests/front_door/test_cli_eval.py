@@ -133,5 +133,5 @@ def test_records_are_written_beside_the_report_and_cost_no_table(problems, tmp_p
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     shown = capsys.readouterr()
-    assert ended.value.code == 2 and "no records today" in shown.err
+    assert ended.value.code == 1 and "no records today" in shown.err
     assert "single:0" in shown.out and "report: " in shown.out and "records: " not in shown.out
