@@ -94,7 +94,9 @@ class Browser:
             self._go("about:blank")  # else the page that is there is not loaded again
         self._go(path.resolve().as_uri() + fragment)
         # Once it is laid out and drawn, what observes sizes has seen them.
-        self.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => 0)")
+        self.evaluate(
+            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => 0)"
+        )
 
     def _go(self, url: str) -> None:
         self.events.clear()

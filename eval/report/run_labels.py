@@ -215,6 +215,8 @@ def run_facts(run: Run) -> dict[str, str]:
         "batch size": run.batch_size and f"{run.batch_size:,}",
         "device": run.device,
         "time to generate": None if run.seconds is None else duration(run.seconds),
+        "speed": run.tokens_per_second and f"{run.tokens_per_second:,.1f} tokens a second",
+        "most memory": run.peak_memory and f"{run.peak_memory / 2**30:.1f} GiB",
         "samples": run.samples,
         "samples (SHA-256)": run.samples_sha256,
         "results": run.results,

@@ -148,13 +148,14 @@ def test_how_a_run_was_made_is_said_in_words_and_rounded():
     run = Run(
         folder=Path("f"), samples="humaneval/x.jsonl", model="models/demo",
         **PLAIN | {"temperature": 0.8, "n_samples": 20, "top_p": 0.95, "seed": 7, "subset": "tasks 0 to 3, 4 of 164"},
-        seconds=4521.9283, stops={"stop_string": 1234}, batch_size=16,
+        seconds=4521.9283, tokens_per_second=1234.5678, peak_memory=3 * 2**30 + 12345678, stops={"stop_string": 1234}, batch_size=16,
     )  # fmt: skip
     facts = run_facts(run)
     assert facts["time to generate"] == "1 hour 15 minutes"
     assert facts["sampling"] == "20 samples a task at temperature 0.8, top_p 0.95, seed 7"
     assert facts["tasks"] == "tasks 0 to 3, 4 of 164" and facts["problems"] == "HumanEval"
     assert facts["length"] == "at most 768 new tokens a sample"
+    assert facts["speed"] == "1,234.6 tokens a second" and facts["most memory"] == "3.0 GiB"
     assert facts["ends of samples"] == "stop string 1,234"
     assert not {"None", "False", "True"} & {str(value) for value in facts.values()}
     assert not any("_" in name for name in facts)
