@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
+from dylora_moe.cli_failures import LateFailures, scores_are_shown
 from dylora_moe.cli_old_options import option_name, translate
+from dylora_moe.cli_progress import is_main_process, steps
 from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions, LossOptions
-from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -27,7 +26,16 @@ Artifact = Annotated[
     str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
 ]
 Dataset = Annotated[str, typer.Option("--dataset", help="humaneval or mbpp.")]
-Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
+Project = Annotated[
+    str | None,
+    typer.Option(
+        "--wandb_project", help="Log the tables to this W&B project, and with the package weave every sample."
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="eee: a record of each run and sample for Every Eval Ever, too."),
+]
 Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")]
 
 
@@ -77,12 +85,17 @@ def benchmark(
     ] = None,
     wandb_project: Project = None,
     output_dir: Folder = Path(DEFAULT_FOLDER),
+    record_format: Format = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
+    if record_format is not None:
+        from dylora_moe.eval.sharing.every_eval_ever import check_records
+
+        check_records(record_format, output_dir)
     _check_needs(wandb_project)
-    with steps() as progress:
+    with scores_are_shown(output_dir, err if as_json else out), steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
 
         result = run(
@@ -91,6 +104,7 @@ def benchmark(
             strategies=split(routing_strategy),
             output_dir=output_dir,
             progress=progress,
+            tell_speed=progress.tell_speed,
             **given(options),
         )
 
@@ -100,7 +114,7 @@ def benchmark(
 
         scores(result.runs, read_runs(result.folder)).print(console)
 
-    _show(result, table, output_dir, wandb_project, as_json)
+    _show(result, table, output_dir, wandb_project, as_json, record_format)
 
 
 @takes_options_of(BenchmarkOptions)
@@ -118,7 +132,10 @@ def expert_analysis(
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis
 
-    result = _analyse(analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    with scores_are_shown(output_dir, err if as_json else out):
+        result = _analyse(
+            analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options
+        )
     _show(result, print_expert_analysis, output_dir, wandb_project, as_json)
 
 
@@ -137,7 +154,10 @@ def routing_analysis(
     from dylora_moe.eval.analysis import routing_analysis as analysis
     from dylora_moe.eval.report.routing_tables import print_routing_analysis
 
-    result = _analyse(analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    with scores_are_shown(output_dir, err if as_json else out):
+        result = _analyse(
+            analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options
+        )
     _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
@@ -201,7 +221,8 @@ def _analyse(
         raise typer.BadParameter("takes one model", param_hint="--model")
     model = models[0] if models else None
     with steps() as progress:
-        return analyse(model, dataset=dataset, output_dir=folder, progress=progress, **given(options))
+        told = {"progress": progress, "tell_speed": progress.tell_speed}
+        return analyse(model, dataset=dataset, output_dir=folder, **told, **given(options))
 
 
 def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
@@ -220,24 +241,43 @@ def _check_needs(project: str | None) -> None:
         check_wandb(project)
 
 
-def _show(result: Any, show: Callable, folder: Path | None, project: str | None, as_json: bool) -> None:
-    """Print a result; with a folder, write its report, and log its tables to a project of W&B."""
+def _show(
+    result: Any,
+    show: Callable,
+    folder: Path | None,
+    project: str | None,
+    as_json: bool,
+    record_format: str | None = None,
+) -> None:
+    """Print a result; with a folder, write its report and records, and log its tables to a project of W&B."""
     if not is_main_process():
         return
-    report = None
+    report, records, failures = None, None, LateFailures(folder)
     try:
         if folder is not None:
-            from dylora_moe.eval.report.page import write_report
+            with failures.of("the report cannot be made"):
+                from dylora_moe.eval.report.page import write_report
 
-            report = write_report(folder)
-            _log(folder, project)
+                report = write_report(folder)
+            if record_format is not None:
+                with failures.of("the records cannot be made"):
+                    from dylora_moe.eval.sharing.every_eval_ever import write_records
+
+                    records = write_records(folder)
+            with failures.of(f"the tables cannot be logged to {project}"):
+                _log(folder, project)
     finally:  # the result was computed, whatever becomes of the page and of W&B
         if as_json:
-            print_json({**result.to_dict(), "report": None if report is None else str(report)})
+            places = {"report": None if report is None else str(report)}
+            places |= {} if records is None else {"records": str(records)}
+            print_json({**result.to_dict(), **places})
         else:
             show(result, out)
             if report is not None:
                 out.print(f"report: {report}")
+            if records is not None:
+                out.print(f"records: {records}")
+    failures.tell()
 
 
 def _log(folder: Path, project: str | None) -> None:
@@ -245,35 +285,6 @@ def _log(folder: Path, project: str | None) -> None:
         from dylora_moe.eval.report.wandb_tables import log_to_wandb
 
         log_to_wandb(folder, project)
-
-
-def is_main_process() -> bool:
-    """Say whether this is the main process of `accelerate launch`, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: a bar on a terminal, else a line for each step."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-        known: dict[str, Any] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in known:
-                known[what] = bars.add_task(one_printable_line(what), total=total or None)
-                if not err.is_terminal and is_main_process():
-                    err.print(what)
-            bars.update(known[what], completed=done, total=total or None)
-
-        yield tell
 
 
 __all__ = ["add_commands", "spread"]

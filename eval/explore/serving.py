@@ -57,13 +57,16 @@ def serve_page(
         _check_port(chosen.port)
     from accelerate import PartialState
 
+    from ..sampling.devices import check_device_map
     from ..sampling.loading import find_model
     from .page import build_page, launch
 
+    check_device_map(chosen.device_map)
     tell("finding the model")
     found = find_model(source, **chosen.of_source)
     if not found.is_mixture:
         raise InputError(f"{found.source} is an ordinary model without experts; the page is for mixtures")
+    found.check_base_model()
     device = PartialState().device
     dtype = chosen.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     tell("loading the model")
