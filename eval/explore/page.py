@@ -132,11 +132,15 @@ def launch(page: gr.Blocks, *, port: int | None = None, host: str | None = None,
         host: an address to listen on; 127.0.0.1, or what `GRADIO_SERVER_NAME` says, if left out.
         share: whether Gradio's servers pass on what strangers ask, at an address of theirs.
     """
+    theme = gr.themes.Base(font=FONT, font_mono=FONT_MONO, primary_hue="blue").set(
+        button_primary_background_fill="*primary_600",  # Gradio's own is too light below white text
+        button_primary_background_fill_hover="*primary_700",
+    )
     _, local, public = page.launch(
         server_name=host,
         server_port=port,
         share=share,
-        theme=gr.themes.Base(font=FONT, font_mono=FONT_MONO, primary_hue="blue"),
+        theme=theme,
         css=style() + PAGE_RULES,
         quiet=True,
         prevent_thread_lock=True,

@@ -70,7 +70,7 @@ def heatmap_html(layers: dict[str, torch.Tensor], names: Sequence[str]) -> str:
         f"shades go from {lowest:.2f} to {highest:.2f}"
     )
     return (
-        f'<p class="dm-note dm-caption">{caption}</p><div class="dm-scroll"><table class="dm-heat">'
+        f'<p class="dm-note dm-caption">{caption}</p><div class="dm-scroll" tabindex="0" role="group" aria-label="Heatmap"><table class="dm-heat">'
         f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 

@@ -179,13 +179,14 @@ def test_a_page_that_is_left_does_not_hold_up_the_next(page, served, slow):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_is_wider_than_a_phone(page, theme):
+def test_nothing_is_wider_than_a_phone_and_axe_finds_nothing_wrong(page, theme):
     page.emulate(prefers_color_scheme=theme)
-    page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    page.resize(390)
     page.open(page.evaluate("location.href"))
     wait(page, "!!document.querySelector('#dm-run') && !!document.querySelector('#dm-prompt textarea')")
     ask(page)
     wait(page, f"{NOTE.format('right')}.includes('ended by the model')")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.violations() == []
     ink = page.evaluate("getComputedStyle(document.querySelector('.dm-side')).color")
     assert ink == {"light": "rgb(26, 28, 31)", "dark": "rgb(236, 238, 241)"}[theme]

@@ -140,6 +140,7 @@ def test_a_missing_package_is_named_before_the_model_is_looked_for(tmp_path, mon
 def test_what_cannot_be_served_is_said_before_the_model_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "check_packages", lambda *names: None)
     assert "between 1 and 65535" in error_of("explore", tmp_path, "--port", "70000")
+    assert "which is no device" in error_of("explore", tmp_path / "no model", "--device_map", "moon")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
