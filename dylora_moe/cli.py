@@ -7,6 +7,7 @@ only when a command runs.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -21,18 +22,23 @@ from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
     Overwrite,
+    check_places,
+    chosen_from,
     err,
     given,
     out,
     plain_logging,
     print_json,
     print_lines,
+    print_next,
     progress,
     size,
     span,
     takes_options_of,
 )
-from dylora_moe.hub_export.repo.options import ExportOptions
+from dylora_moe.cli_help import Group, command
+from dylora_moe.hub_export.choices import check_strategy
+from dylora_moe.hub_export.repo.options import DTYPES, ROUTER_MODES, ExportOptions
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 
 
@@ -44,8 +50,9 @@ UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ =
 app = typer.Typer(
     name="dylora-moe",
     help="Mixtures of LoRA experts as Hugging Face models.",
+    epilog="dylora-moe demo -o demo_output",
+    cls=Group,
     context_settings=CONTEXT_SETTINGS,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -78,19 +85,22 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("-V", "--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
 ) -> None:
     """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare with stock tools."""
 
 
-@app.command()
+@command(app, example="dylora-moe demo -o demo_output")
 def demo(
     output_dir: Annotated[
         Path, typer.Option("-o", "--output_dir", help="Where everything is written.")
     ] = Path("demo_output"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of data and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of data and training.", rich_help_panel="Training")
+    ] = 0,
 ) -> None:
     """Train small experts on this machine, export them, and score every strategy with stock EvalPlus."""
     from dylora_moe.demo import run_demo
@@ -98,7 +108,7 @@ def demo(
     run_demo(output_dir, seed=seed)
 
 
-@app.command()
+@command(app, example="dylora-moe inspect training_run/best_model")
 @takes_options_of(SourceOptions)
 def inspect(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help=SOURCE)],
@@ -107,16 +117,18 @@ def inspect(
 ) -> None:
     """Show what a source holds: format and why, base model, experts, router, and what is missing."""
     with progress() as tell:
+        chosen = given(options, SourceOptions)
+        check_places(sources)
         from dylora_moe import hub_export
 
-        result = hub_export.inspect(sources, progress=tell, **given(options))
+        result = hub_export.inspect(sources, progress=tell, **chosen)
     if as_json:
         print_json(result.to_dict())
     else:
         _print_inspection(result)
 
 
-@app.command()
+@command(app, example="dylora-moe export loras/python loras/java -o my-moe --router arrow")
 @takes_options_of(ExportOptions, [name for name in ExportOptions.names() if name != "verify"])
 def export(
     sources: Annotated[
@@ -135,16 +147,22 @@ def export(
 ) -> None:
     """Write a source as a repo that stock transformers loads, and check it against the source."""
     with progress() as tell:
+        chosen = given(options, ExportOptions)
+        check_places(sources)
         from dylora_moe import hub_export
 
-        result = hub_export.export(sources, output_dir, progress=tell, verify=not no_verify, **given(options))
+        result = hub_export.export(sources, output_dir, progress=tell, verify=not no_verify, **chosen)
     if as_json:
-        print_json(result.to_dict())
-    else:
-        _print_export(result)
+        return print_json(result.to_dict())
+    _print_export(result)
+    repo = shlex.quote(str(output_dir))
+    print_next(
+        f"dylora-moe benchmark --model {repo} scores it",
+        f"dylora-moe push {repo} HUB_ID shares it",
+    )
 
 
-@app.command()
+@command(app, example="dylora-moe variant my-moe --routing_strategy single:python -o my-moe-python")
 def variant(
     repo: Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The variant's folder.")],
@@ -153,12 +171,18 @@ def variant(
     ] = None,
     router_mode: Annotated[
         str | None,
-        typer.Option("--router_mode", help="dense or sparse, as in training or in use alone; or auto."),
+        typer.Option(
+            "--router_mode",
+            help="dense or sparse, as in training or in use alone; or auto.",
+            **chosen_from(ROUTER_MODES),
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make a folder that shares a repo's weights and differs in its default strategy or router mode."""
+    if routing_strategy is not None:
+        check_strategy(routing_strategy)
     from dylora_moe import hub_export
 
     result = hub_export.make_variant(
@@ -178,7 +202,7 @@ def variant(
         )
 
 
-@app.command()
+@command(app, example="dylora-moe verify my-moe --against training_run/best_model")
 @takes_options_of(SourceOptions, ["subfolder", "revision"])
 @takes_options_of(ExportOptions, CHOSEN_IN_EXPORT, help="As given to export.")
 def verify(
@@ -196,6 +220,8 @@ def verify(
 ) -> None:
     """Check a repo's files, checksums, code and tokenizer, and compare it with its source."""
     with progress() as tell:
+        chosen = given(options, ExportOptions)
+        check_places([repo, *(against or ())])
         from dylora_moe import hub_export
 
         result = hub_export.verify(
@@ -203,7 +229,7 @@ def verify(
             progress=tell,
             against=against or None,
             trust_remote_code=trust_remote_code,
-            **given(options),
+            **chosen,
         )
     if as_json:
         print_json(result.to_dict())
@@ -213,9 +239,11 @@ def verify(
             print_lines(out, f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", indent=" " * 7)
     if not result.passed:
         raise typer.Exit(1)
+    if not as_json:
+        _print_next_of_verify(repo, is_compared=bool(against))
 
 
-@app.command()
+@command(app, example="dylora-moe merge my-moe --expert python -o python-merged")
 def merge(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     expert: Annotated[str, typer.Option("--expert", help="The expert's name or number.")],
@@ -227,12 +255,18 @@ def merge(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the base model.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="What is stored; else as the base model. bf16, fp16, fp32 do, too.",
+            **chosen_from(DTYPES),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge one expert into the base model: an ordinary model that any server loads without custom code."""
     with progress() as tell:
+        check_places([repo])
         from dylora_moe import hub_export
 
         where = {"output_dir": output_dir, "base_model": base_model}
@@ -289,6 +323,19 @@ def _print_inspection(result: Any) -> None:
         out.print(f"note: {note}")
     for problem in result.missing:
         out.print(f"missing: {problem}")
+
+
+def _print_next_of_verify(repo: str, is_compared: bool) -> None:
+    """Say what may follow a repo that is as it should be."""
+    name = shlex.quote(repo)
+    steps = [f"dylora-moe benchmark --model {name} scores it"]
+    if not is_compared:
+        steps.insert(
+            0, f"dylora-moe verify {name} --against SOURCE compares it with what it was exported from"
+        )
+    if Path(repo).exists():
+        steps.append(f"dylora-moe push {name} HUB_ID shares it")
+    print_next(*steps)
 
 
 def _print_export(result: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,30 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, err, given, out, print_json, split, takes_options_of
+from dylora_moe.cli_common import (
+    Json,
+    check_places,
+    err,
+    given,
+    out,
+    print_json,
+    print_next,
+    split,
+    takes_options_of,
+)
+from dylora_moe.cli_help import command
 from dylora_moe.cli_old_options import option_name, translate
-from dylora_moe.eval.options import DEFAULT_FOLDER, BenchmarkOptions, LossOptions
+from dylora_moe.eval.options import DEFAULT_FOLDER, NO_MODEL, BenchmarkOptions, LossOptions
+from dylora_moe.hub_export.choices import STRATEGIES, check_strategy
+from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
-SEVERAL = ("--model", "--benchmarks", "--routing_strategy", "--adapter_path", "--texts", "--old_texts")
+SEVERAL = (
+    *("--model", "--benchmarks", "--dataset", "--routing_strategy", "--adapter_path", "--texts"),
+    "--old_texts",
+)
 COMMANDS = ("benchmark", "expert-analysis", "routing-analysis", "loss", "fit-router", "grow")
 MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
 
@@ -26,17 +43,37 @@ Model = Annotated[list[str] | None, typer.Option("--model", help=f"{MODEL} Sever
 Artifact = Annotated[
     str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
 ]
-Dataset = Annotated[str, typer.Option("--dataset", help="humaneval or mbpp.")]
+Benchmarks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--benchmarks",
+        "--dataset",
+        metavar="<humaneval|mbpp>",
+        help="EvalPlus's problems; humanevalplus and mbppplus mean the same. humaneval unless given.",
+        autocompletion=lambda: ["humaneval", "mbpp"],
+    ),
+]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--routing_strategy",
+        help="Several may follow; else the repo's default. See the list below.",
+        autocompletion=lambda: [name.removesuffix("EXPERT") for name in STRATEGIES],
+    ),
+]
 Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
 Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command()(benchmark)
-    app.command("expert-analysis")(expert_analysis)
-    app.command("routing-analysis")(routing_analysis)
-    app.command()(loss)
+    scored = "dylora-moe benchmark --model my-moe --routing_strategy router best base"
+    command(app, example=scored)(benchmark)
+    analysed = "dylora-moe expert-analysis --model my-moe --dataset mbpp"
+    command(app, "expert-analysis", example=analysed)(expert_analysis)
+    routed = "dylora-moe routing-analysis --model my-moe --dataset humaneval"
+    command(app, "routing-analysis", example=routed)(routing_analysis)
+    command(app, example="dylora-moe loss my-moe --texts held_out.jsonl -o losses")(loss)
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
@@ -68,30 +105,30 @@ def spread(arguments: Sequence[str]) -> list[str]:
 def benchmark(
     model: Model = None,
     wandb_artifact: Artifact = None,
-    benchmarks: Annotated[
-        list[str] | None, typer.Option("--benchmarks", help="humaneval, mbpp; several may follow.")
-    ] = None,
-    routing_strategy: Annotated[
-        list[str] | None,
-        typer.Option("--routing_strategy", help="Several may follow; else the repo's default."),
-    ] = None,
+    benchmarks: Benchmarks = None,
+    routing_strategy: Strategies = None,
     wandb_project: Project = None,
     output_dir: Folder = Path(DEFAULT_FOLDER),
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
+    chosen = given(options, BenchmarkOptions)
+    models = _models(model, wandb_artifact)
+    if models is None and "adapter_path" not in chosen:
+        raise InputError(NO_MODEL)
+    names, strategies = _names(benchmarks), _strategies(routing_strategy)
     _check_needs(wandb_project)
     with steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
 
         result = run(
-            _models(model, wandb_artifact),
-            benchmarks=split(benchmarks) or ["humaneval"],
-            strategies=split(routing_strategy),
+            models,
+            benchmarks=names,
+            strategies=strategies,
             output_dir=output_dir,
             progress=progress,
-            **given(options),
+            **chosen,
         )
 
     def table(result: Any, console: Any) -> None:
@@ -101,24 +138,28 @@ def benchmark(
         scores(result.runs, read_runs(result.folder)).print(console)
 
     _show(result, table, output_dir, wandb_project, as_json)
+    if is_main_process() and not as_json:
+        _print_next_of_benchmark(result, models, output_dir)
 
 
 @takes_options_of(BenchmarkOptions)
 def expert_analysis(
     model: Model = None,
     wandb_artifact: Artifact = None,
-    dataset: Dataset = "humaneval",
+    benchmarks: Benchmarks = None,
     wandb_project: Project = None,
     output_dir: Folder = Path(DEFAULT_FOLDER),
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Say what each expert is good at, and if the router is worth having; generates only what is missing."""
+    source, chosen = _of_analysis(model, wandb_artifact, benchmarks, options)
     _check_needs(wandb_project)
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis
 
-    result = _analyse(analysis.expert_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    with steps() as progress:
+        result = analysis.expert_analysis(source, output_dir=output_dir, progress=progress, **chosen)
     _show(result, print_expert_analysis, output_dir, wandb_project, as_json)
 
 
@@ -126,18 +167,20 @@ def expert_analysis(
 def routing_analysis(
     model: Model = None,
     wandb_artifact: Artifact = None,
-    dataset: Dataset = "humaneval",
+    benchmarks: Benchmarks = None,
     wandb_project: Project = None,
     output_dir: Folder = Path(DEFAULT_FOLDER),
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Say what the router does: weights, confidence, switches, balance, by task and by category."""
+    source, chosen = _of_analysis(model, wandb_artifact, benchmarks, options)
     _check_needs(wandb_project)
     from dylora_moe.eval.analysis import routing_analysis as analysis
     from dylora_moe.eval.report.routing_tables import print_routing_analysis
 
-    result = _analyse(analysis.routing_analysis, _models(model, wandb_artifact), dataset, output_dir, options)
+    with steps() as progress:
+        result = analysis.routing_analysis(source, output_dir=output_dir, progress=progress, **chosen)
     _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
@@ -164,6 +207,8 @@ def loss(
     **options: Any,
 ) -> None:
     """Measure the loss of held-out texts: what each expert predicts, and if the router knows which to use."""
+    chosen = given(options, LossOptions)
+    check_places([repo] if repo else [])
     sources = [
         source for source in (repo, *(_models([model] if model else None, wandb_artifact) or ())) if source
     ]
@@ -171,6 +216,9 @@ def loss(
         raise typer.BadParameter("takes one model", param_hint="REPO")
     if not texts:
         raise typer.BadParameter("names the held-out texts, and is missing", param_hint="--texts")
+    if not sources and "adapter_path" not in chosen:
+        raise InputError(NO_MODEL)
+    strategies = _strategies(routing_strategy)
     has_report = output_dir is not None and (output_dir / "report.html").is_file()
     if has_report:
         _check_needs(None)
@@ -180,10 +228,10 @@ def loss(
         result = measure_loss(
             sources[0] if sources else None,
             texts,
-            strategies=split(routing_strategy),
+            strategies=strategies,
             output_dir=output_dir,
             progress=progress,
-            **given(options),
+            **chosen,
         )
 
     def show(result: Any, console: Any) -> None:
@@ -194,19 +242,50 @@ def loss(
     _show(result, show, output_dir if has_report else None, None, as_json)
 
 
-def _analyse(
-    analyse: Callable, models: list[str] | None, dataset: str, folder: Path, options: dict[str, Any]
-) -> Any:
+def _of_analysis(
+    model: list[str] | None, artifact: str | None, benchmarks: list[str] | None, options: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the one model of an analysis, and its options, which are checked, with one benchmark."""
+    chosen = given(options, BenchmarkOptions)
+    models, names = _models(model, artifact), _names(benchmarks)
     if models is not None and len(models) > 1:
         raise typer.BadParameter("takes one model", param_hint="--model")
-    model = models[0] if models else None
-    with steps() as progress:
-        return analyse(model, dataset=dataset, output_dir=folder, progress=progress, **given(options))
+    if len(names) > 1:
+        raise typer.BadParameter("takes one benchmark", param_hint="--benchmarks")
+    return models[0] if models else None, {"dataset": names[0], **chosen}
 
 
 def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
+    """Return all sources that are named; None if there is none."""
     artifacts = [] if artifact is None else [f"wandb:{artifact.removeprefix('wandb:')}"]
+    check_places(models or ())
     return [*(models or []), *artifacts] or None
+
+
+def _names(benchmarks: list[str] | None) -> list[str]:
+    from dylora_moe.eval.evalplus_bridge.data import canonical_benchmark
+
+    names = split(benchmarks) or ["humaneval"]
+    for name in names:
+        canonical_benchmark(name)
+    return names
+
+
+def _strategies(strategies: list[str] | None) -> list[str] | None:
+    wanted = split(strategies)
+    for strategy in wanted or ():
+        check_strategy(strategy)
+    return wanted
+
+
+def _print_next_of_benchmark(result: Any, models: list[str] | None, folder: Path) -> None:
+    """Say what may follow scores: an analysis where there are experts, else a look at the page."""
+    where = shlex.quote(str(folder))
+    steps = [f"open {shlex.quote(str(folder / 'report.html'))}"]
+    if models is not None and len(models) == 1 and result.runs[0].expert_names:
+        analysis = f"dylora-moe expert-analysis --model {shlex.quote(models[0])} -o {where}"
+        steps.append(f"{analysis} (with the options of this run) says what each expert is good at")
+    print_next(*steps)
 
 
 def _check_needs(project: str | None) -> None:

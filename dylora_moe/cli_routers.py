@@ -7,19 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, err, given, out, print_json, takes_options_of
+from dylora_moe.cli_common import Json, check_places, err, given, out, print_json, takes_options_of
 from dylora_moe.cli_eval import is_main_process, steps
+from dylora_moe.cli_help import command
 from dylora_moe.eval.fitting.grow_options import GrowOptions
 from dylora_moe.eval.fitting.options import FitRouterOptions
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command("fit-router")(fit_router)
-    app.command()(grow)
+    fitted = "dylora-moe fit-router my-moe --texts texts.jsonl -o my-moe-routed"
+    command(app, "fit-router", example=fitted)(fit_router)
+    grown = "dylora-moe grow my-moe --texts new.jsonl --old_texts old.jsonl -o my-moe-grown"
+    command(app, example=grown)(grow)
 
 
-@takes_options_of(FitRouterOptions)
+@takes_options_of(FitRouterOptions, groups={"seed": "Training"})
 def fit_router(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     texts: Annotated[
@@ -36,11 +39,13 @@ def fit_router(
     **options: Any,
 ) -> None:
     """Fit a repo's router to texts, with base model and experts frozen; writes a repo that differs in its gate."""
+    chosen = given(options, FitRouterOptions)
+    check_places([repo])
     with steps() as progress:
         from dylora_moe import eval as evaluation
 
         result = evaluation.fit_router(
-            repo, texts, output_dir=output_dir, progress=progress, tell_epoch=_print_epoch, **given(options)
+            repo, texts, output_dir=output_dir, progress=progress, tell_epoch=_print_epoch, **chosen
         )
     if not is_main_process():
         return
@@ -50,7 +55,7 @@ def fit_router(
         _print_result(result)
 
 
-@takes_options_of(GrowOptions)
+@takes_options_of(GrowOptions, groups={"seed": "Training", "lora_alpha": "Training"})
 def grow(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     texts: Annotated[
@@ -63,10 +68,12 @@ def grow(
     **options: Any,
 ) -> None:
     """Add an expert for texts that are new to a repo: train it, fit the router again, and say what was forgotten."""
+    chosen = given(options, GrowOptions)
+    check_places([repo])
     with steps() as progress:
         from dylora_moe import eval as evaluation
 
-        result = evaluation.grow(repo, texts, output_dir=output_dir, progress=progress, **given(options))
+        result = evaluation.grow(repo, texts, output_dir=output_dir, progress=progress, **chosen)
     if as_json:
         print_json(result.to_dict())
     else:

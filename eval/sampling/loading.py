@@ -41,11 +41,10 @@ from dylora_moe.hub_export.tensors.mixture import Mixture
 from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
-from ..options import check_dtype
+from ..options import NO_MODEL, check_backend, known_dtype
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
-BACKENDS = ("hf", "peft_moe", "vllm")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
 LONGEST_LABEL = 120  # bytes
 
@@ -216,10 +215,9 @@ class FoundModel:
         from dylora_moe.modeling.configuration_dylora_moe import read_config
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
-        check_dtype(dtype)
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
-        arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        arguments: dict[str, Any] = {"dtype": getattr(torch, known_dtype(dtype))}
         for name, value in (("device_map", device_map), ("attn_implementation", attn_implementation)):
             if value is not None:
                 arguments[name] = value
@@ -274,8 +272,7 @@ def find_model(
     Raises:
         InputError: there is no such source, or it cannot be exported as it is.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise InputError(f"--backend is {backend!r}; there are {', '.join(BACKENDS)}")
+    check_backend(backend)
     chosen = SourceOptions.of(options)
     if adapter_path is not None:
         adapters = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
@@ -286,7 +283,7 @@ def find_model(
     elif source is not None:
         sources, given = [str(source)], str(source)
     else:
-        raise InputError("no model is given; name one with --model, --adapter_path or --wandb_artifact")
+        raise InputError(NO_MODEL)
     found = find_sources(sources, chosen)
     reader = found[0].detection.reader
     model = FoundModel(

@@ -42,9 +42,19 @@ def open_source_folder(source: str | Path, revision: str | None = None) -> Sourc
             raise InputError(f"--revision is for repos on the Hub; {text} states its version after the colon")
         artifact = text.removeprefix(ARTIFACT)
         return open_folder(download_artifact(artifact), artifact.rsplit("/", 1)[-1].partition(":")[0])
-    if not is_hub_id(text):
-        raise InputError(NOT_ALLOWED.format(text) if is_forbidden(text) else f"{text} does not exist")
+    check_place(text)
     return open_folder(_download(text, revision), text.rsplit("/", 1)[-1])
+
+
+def check_place(source: str | Path) -> None:
+    """Check, without reading or fetching, that a source is a folder or has the form of what can be fetched.
+
+    Raises:
+        InputError: it is neither.
+    """
+    text = str(source)
+    if not exists(text) and not text.startswith(ARTIFACT) and not is_hub_id(text):
+        raise InputError(NOT_ALLOWED.format(text) if is_forbidden(text) else f"{text} does not exist")
 
 
 def open_source_folders(sources: str | Path | list[str | Path], options: SourceOptions) -> list[SourceFolder]:
