@@ -37,7 +37,7 @@ from dylora_moe.cli_common import (
     takes_options_of,
 )
 from dylora_moe.cli_help import Group, command
-from dylora_moe.hub_export.choices import check_strategy
+from dylora_moe.hub_export.repo.choices import check_strategy
 from dylora_moe.hub_export.repo.options import DTYPES, ROUTER_MODES, ExportOptions
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 

@@ -25,8 +25,8 @@ from dylora_moe.cli_common import (
 from dylora_moe.cli_help import command
 from dylora_moe.cli_old_options import option_name, translate
 from dylora_moe.eval.options import DEFAULT_FOLDER, NO_MODEL, BenchmarkOptions, LossOptions
-from dylora_moe.hub_export.choices import STRATEGIES, check_strategy
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.choices import STRATEGIES, check_strategy
 from dylora_moe.hub_export.shown_text import one_printable_line
 
 
@@ -40,6 +40,10 @@ MODEL = "A folder, a Hub id or wandb:entity/project/name:version."
 
 
 Model = Annotated[list[str] | None, typer.Option("--model", help=f"{MODEL} Several may follow.")]
+OneModel = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="<str>", help=MODEL),
+]
 Artifact = Annotated[
     str | None, typer.Option("--wandb_artifact", help="entity/project/name:version, instead of --model.")
 ]
@@ -115,8 +119,7 @@ def benchmark(
     """Score models with EvalPlus: every model, strategy and benchmark, one table and one report."""
     chosen = given(options, BenchmarkOptions)
     models = _models(model, wandb_artifact)
-    if models is None and "adapter_path" not in chosen:
-        raise InputError(NO_MODEL)
+    _check_model(models, chosen)
     names, strategies = _names(benchmarks), _strategies(routing_strategy)
     _check_needs(wandb_project)
     with steps() as progress:
@@ -144,7 +147,12 @@ def benchmark(
 
 @takes_options_of(BenchmarkOptions)
 def expert_analysis(
-    model: Model = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="<str>", help=f"{MODEL} Without one, what the output folder holds is analysed."
+        ),
+    ] = None,
     wandb_artifact: Artifact = None,
     benchmarks: Benchmarks = None,
     wandb_project: Project = None,
@@ -165,7 +173,7 @@ def expert_analysis(
 
 @takes_options_of(BenchmarkOptions)
 def routing_analysis(
-    model: Model = None,
+    model: OneModel = None,
     wandb_artifact: Artifact = None,
     benchmarks: Benchmarks = None,
     wandb_project: Project = None,
@@ -175,6 +183,7 @@ def routing_analysis(
 ) -> None:
     """Say what the router does: weights, confidence, switches, balance, by task and by category."""
     source, chosen = _of_analysis(model, wandb_artifact, benchmarks, options)
+    _check_model(None if source is None else [source], chosen)
     _check_needs(wandb_project)
     from dylora_moe.eval.analysis import routing_analysis as analysis
     from dylora_moe.eval.report.routing_tables import print_routing_analysis
@@ -184,7 +193,7 @@ def routing_analysis(
     _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
-@takes_options_of(LossOptions)
+@takes_options_of(LossOptions, groups={"batch_tokens": "Texts"})
 def loss(
     repo: Annotated[str | None, typer.Argument(metavar="REPO", help=MODEL)] = None,
     texts: Annotated[
@@ -215,9 +224,8 @@ def loss(
     if len(sources) > 1:
         raise typer.BadParameter("takes one model", param_hint="REPO")
     if not texts:
-        raise typer.BadParameter("names the held-out texts, and is missing", param_hint="--texts")
-    if not sources and "adapter_path" not in chosen:
-        raise InputError(NO_MODEL)
+        raise InputError("no texts are given; name held-out ones with --texts")
+    _check_model(sources, chosen)
     strategies = _strategies(routing_strategy)
     has_report = output_dir is not None and (output_dir / "report.html").is_file()
     if has_report:
@@ -260,6 +268,12 @@ def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
     artifacts = [] if artifact is None else [f"wandb:{artifact.removeprefix('wandb:')}"]
     check_places(models or ())
     return [*(models or []), *artifacts] or None
+
+
+def _check_model(models: list[str] | None, chosen: dict[str, Any]) -> None:
+    """Raise InputError if nothing says what the model is."""
+    if not models and "adapter_path" not in chosen:
+        raise InputError(NO_MODEL)
 
 
 def _names(benchmarks: list[str] | None) -> list[str]:

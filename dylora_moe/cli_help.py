@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dylora_moe.hub_export.choices import STRATEGIES
+from dylora_moe.hub_export.repo.choices import STRATEGIES
 
 
 OTHERS = "General"
@@ -17,8 +17,8 @@ OTHERS = "General"
 # group itself (`rich_help_panel`).
 GROUPS = {
     "Model": (
-        *("model", "wandb_artifact", "adapter_path", "against", "base_model", "base_revision", "revision"),
-        *("subfolder", "expert", "expert_names", "lora_alpha", "subtract", "tokenizer", "backend", "dtype"),
+        *("model", "wandb_artifact", "adapter_path", "against", "expert", "base_model", "base_revision"),
+        *("revision", "subfolder", "expert_names", "lora_alpha", "subtract", "tokenizer", "backend", "dtype"),
         *("device_map", "tensor_parallel_size", "attn_implementation", "trust_remote_code"),
     ),
     "Strategy and router": (
@@ -54,6 +54,7 @@ GROUPS = {
     ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+NO_BREAK = "\N{NO-BREAK SPACE}"
 LONGEST_NAME = 30  # with its value; the help of a longer one begins in the next line
 
 
@@ -151,7 +152,8 @@ def _place(param: Any) -> int:
 
 def _readable(record: tuple[str, str]) -> tuple[str, str]:
     name, text = record
-    return name.replace("<list[str]>", "<str>..."), " ".join(text.split())
+    text = " ".join(text.split()).replace("default: ", f"default:{NO_BREAK}")
+    return name.replace("<list[str]>", "<str>..."), text
 
 
 def _write_sections(formatter: Any, sections: dict[str, list[tuple[str, str]]]) -> None:
@@ -172,7 +174,7 @@ def _write_example(formatter: Any, example: str | None) -> None:
 
 
 def _wrapped(text: str, width: int, first: str = "", others: str = "") -> list[str]:
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text,
         width,
         initial_indent=first,
@@ -180,6 +182,7 @@ def _wrapped(text: str, width: int, first: str = "", others: str = "") -> list[s
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(NO_BREAK, " ") for line in lines]
 
 
 __all__ = ["GROUPS", "OTHERS", "Command", "Group", "command", "group_of"]

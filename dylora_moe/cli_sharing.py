@@ -51,7 +51,8 @@ def push(
         bool, typer.Option("--private", help="Make it a private repo, or an existing one private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="A branch, made if it is not there.")
+        str | None,
+        typer.Option("--revision", help="A branch, made if it is not there.", rich_help_panel="Output"),
     ] = None,
     as_json: Json = False,
 ) -> None:

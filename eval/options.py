@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from dylora_moe.hub_export.choices import long_dtype
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.choices import long_dtype
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 
 

@@ -14,10 +14,10 @@ import torch
 from .checking import rounding
 from .checking.comparison import Comparison, compared
 from .checking.own_code import load_with_own_code
-from .choices import long_dtype
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
+from .repo.choices import long_dtype
 from .repo.model_card import foundation_licence
 from .repo.model_size import check_mixture_size
 from .repo.options import DTYPES, torch_dtype

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Self
 
-from .choices import did_you_mean
 from .errors import InputError
 
 
@@ -27,6 +27,12 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     if not all(hints):
         text += f"; there are {', '.join(known)}"
     raise InputError(text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean router?)` for the known name that is nearest, or nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def parameter_names(*functions: Callable) -> list[str]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from dylora_moe.hub_export.choices import long_dtype
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.repo.choices import long_dtype
 from dylora_moe.hub_export.repo.results import TaskResult, read_results
 from dylora_moe.hub_export.staging import write_atomically
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..choices import check_strategy, long_dtype
 from ..errors import InputError
 from ..sources.source_options import ReadOptions
+from .choices import check_strategy, long_dtype
 
 
 if TYPE_CHECKING:

@@ -1,14 +1,12 @@
-"""What can be said of an option's value before any model is read: dtypes, routing strategies, the nearest name.
+"""What can be said of an option's value before any model is read: dtypes and routing strategies.
 
 Nothing that takes long is imported here, so that a wrong value is refused at once.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
-from .errors import InputError
+from ..errors import InputError
+from ..unknown_options import did_you_mean
 
 
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -48,10 +46,4 @@ def check_strategy(text: str) -> None:
     raise InputError(f"routing strategy {text!r} {problem}. Valid: {', '.join(STRATEGIES)}")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean router?)` for the known name that is nearest, or nothing if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-__all__ = ["SHORT_DTYPES", "STRATEGIES", "check_strategy", "did_you_mean", "long_dtype"]
+__all__ = ["STRATEGIES", "check_strategy", "long_dtype"]
