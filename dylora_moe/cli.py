@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from dylora_moe import __version__, cli_eval, cli_routers, cli_sharing
 from dylora_moe.cli_common import (
@@ -37,6 +36,7 @@ from dylora_moe.cli_common import (
     takes_options_of,
 )
 from dylora_moe.cli_help import Group, command
+from dylora_moe.eval.terminal_table import print_table
 from dylora_moe.hub_export.repo.choices import check_strategy
 from dylora_moe.hub_export.repo.options import DTYPES, ROUTER_MODES, ExportOptions
 from dylora_moe.hub_export.sources.source_options import SourceOptions
@@ -157,8 +157,8 @@ def export(
     _print_export(result)
     repo = shlex.quote(str(output_dir))
     print_next(
-        f"dylora-moe benchmark --model {repo} scores it",
-        f"dylora-moe push {repo} HUB_ID shares it",
+        (f"dylora-moe benchmark --model {repo}", "pass@1 of the default strategy"),
+        (f"dylora-moe push {repo} HUB_ID", "share it"),
     )
 
 
@@ -295,9 +295,8 @@ def _print_inspection(result: Any) -> None:
     revision = f" at revision {result.foundation.revision}" if result.foundation.revision else ""
     where = result.foundation.folder or "not on this machine"
     out.print(f"base model: {result.foundation.name or 'not named'}{revision} ({where})")
-    table = Table("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
-    for index, expert in enumerate(result.experts):
-        table.add_row(
+    rows = [
+        [
             str(index),
             expert.name,
             span(expert.rank),
@@ -307,9 +306,12 @@ def _print_inspection(result: Any) -> None:
             f"{expert.num_parameters:,}",
             size(expert.num_bytes),
             ", ".join(expert.dtypes),
-        )
-    if result.experts:
-        out.print(table)
+        ]
+        for index, expert in enumerate(result.experts)
+    ]
+    if rows:
+        headings = ("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
+        print_table(out, headings, rows)
     out.print(
         "router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none")
     )
@@ -328,13 +330,11 @@ def _print_inspection(result: Any) -> None:
 def _print_next_of_verify(repo: str, is_compared: bool) -> None:
     """Say what may follow a repo that is as it should be."""
     name = shlex.quote(repo)
-    steps = [f"dylora-moe benchmark --model {name} scores it"]
+    steps = [(f"dylora-moe benchmark --model {name}", "pass@1 of the default strategy")]
     if not is_compared:
-        steps.insert(
-            0, f"dylora-moe verify {name} --against SOURCE compares it with what it was exported from"
-        )
+        steps.insert(0, (f"dylora-moe verify {name} --against SOURCE", "compare it with what it was made of"))
     if Path(repo).exists():
-        steps.append(f"dylora-moe push {name} HUB_ID shares it")
+        steps.append((f"dylora-moe push {name} HUB_ID", "share it"))
     print_next(*steps)
 
 
@@ -387,7 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         with warnings.catch_warnings(), plain_logging():
             _quiet()

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from dylora_moe.hub_export.shown_text import LONGEST_LINE, one_printable_line, printable, shortened
+from dylora_moe.hub_export.shown_text import LONGEST_LINE, one_printable_line, printable, shortened, wrapped
 from dylora_moe.hub_export.sources.hub_and_folders import check_place
 
 
@@ -37,6 +38,15 @@ class PlainConsole(Console):
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; on a terminal a long line is wrapped between words, and its other lines are indented."""
+        text = objects[0] if len(objects) == 1 else None
+        if not self.is_terminal or not isinstance(text, str) or "soft_wrap" in options:
+            super().print(*objects, **options)
+            return
+        for line in wrapped(one_printable_line(text), self.width, others=" " * 2) or [""]:
+            super().print(line, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Filter a line or a table's cell before its width is measured."""
         return super().render_str(one_printable_line(text), **options)
@@ -47,7 +57,8 @@ class PlainConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
 
 
-out = PlainConsole(width=None if sys.stdout.isatty() else 160)
+# A table in a file or a pipe has a width of its own, unless COLUMNS says another.
+out = PlainConsole(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160)
 err = PlainConsole(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -186,9 +197,10 @@ def print_lines(console: Console, text: str, indent: str = "") -> None:
         console.print(line)
 
 
-def print_next(*commands: str) -> None:
-    """Say on stderr, beside the result, which commands may come next."""
-    err.print(f"next: {'; '.join(commands)}")
+def print_next(*steps: tuple[str, str]) -> None:
+    """Say on stderr, beside the result, which commands may come next, and what each does; ready to be copied."""
+    for number, (command, what) in enumerate(steps):
+        err.print(f"{'next:' if number == 0 else '     '} {command}  # {what}", soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:

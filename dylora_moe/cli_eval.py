@@ -293,13 +293,15 @@ def _strategies(strategies: list[str] | None) -> list[str] | None:
 
 
 def _print_next_of_benchmark(result: Any, models: list[str] | None, folder: Path) -> None:
-    """Say what may follow scores: an analysis where there are experts, else a look at the page."""
-    where = shlex.quote(str(folder))
-    steps = [f"open {shlex.quote(str(folder / 'report.html'))}"]
+    """Say what may follow the scores of one mixture; the page is named already."""
     if models is not None and len(models) == 1 and result.runs[0].expert_names:
-        analysis = f"dylora-moe expert-analysis --model {shlex.quote(models[0])} -o {where}"
-        steps.append(f"{analysis} (with the options of this run) says what each expert is good at")
-    print_next(*steps)
+        where = f"--model {shlex.quote(models[0])} -o {shlex.quote(str(folder))}"
+        print_next(
+            (
+                f"dylora-moe expert-analysis {where}",
+                "what each expert is good at; with the options of this run",
+            )
+        )
 
 
 def _check_needs(project: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dylora_moe.hub_export.repo.choices import STRATEGIES
+from dylora_moe.hub_export.shown_text import NO_BREAK, wrapped
 
 
 OTHERS = "General"
@@ -54,7 +54,6 @@ GROUPS = {
     ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-NO_BREAK = "\N{NO-BREAK SPACE}"
 LONGEST_NAME = 30  # with its value; the help of a longer one begins in the next line
 
 
@@ -66,13 +65,13 @@ class Context(typer.Context):
 
         def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
             start = f"{prefix or 'Usage: '}{prog} "
-            self.write("\n".join(_wrapped(args, self.width, start, " " * len(start))) + "\n")
+            self.write("\n".join(wrapped(args, self.width, start, " " * len(start))) + "\n")
 
         def write_text(self, text: str) -> None:
             indent = " " * self.current_indent
             paragraphs = text.split("\n\n")
             self.write(
-                "\n\n".join("\n".join(_wrapped(part, self.width, indent, indent)) for part in paragraphs)
+                "\n\n".join("\n".join(wrapped(part, self.width, indent, indent)) for part in paragraphs)
             )
             self.write("\n")
 
@@ -84,7 +83,7 @@ class Context(typer.Context):
             """Write names, and what they mean in a column that begins `width` behind them."""
             margin = " " * self.current_indent
             for first, second in rows:
-                lines = _wrapped(second, self.width - len(margin) - width) or [""]
+                lines = wrapped(second, self.width - len(margin) - width) or [""]
                 if len(first) > width - 2:
                     self.write(f"{margin}{first}\n")
                     first = ""
@@ -131,6 +130,10 @@ class Group(TyperGroup):
         """Find a command; `fit_router` is `fit-router`, as with options."""
         return super().get_command(ctx, cmd_name.replace("_", "-"))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Show the help where no command is named."""
+        return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
+
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         _write_example(formatter, self.epilog)
 
@@ -171,18 +174,6 @@ def _write_example(formatter: Any, example: str | None) -> None:
         with formatter.section("Example"):
             for line in example.splitlines():
                 formatter.write(f"{' ' * formatter.current_indent}{line}\n")
-
-
-def _wrapped(text: str, width: int, first: str = "", others: str = "") -> list[str]:
-    lines = textwrap.wrap(
-        text,
-        width,
-        initial_indent=first,
-        subsequent_indent=others,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.replace(NO_BREAK, " ") for line in lines]
 
 
 __all__ = ["GROUPS", "OTHERS", "Command", "Group", "command", "group_of"]

@@ -12,6 +12,7 @@ from dylora_moe.cli_eval import is_main_process, steps
 from dylora_moe.cli_help import command
 from dylora_moe.eval.fitting.grow_options import GrowOptions
 from dylora_moe.eval.fitting.options import FitRouterOptions
+from dylora_moe.eval.terminal_table import print_table
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -81,18 +82,17 @@ def grow(
 
 
 def _print_growth(result: Any) -> None:
-    from rich.table import Table
-
     out.print(f"{result.output_dir}: with the new expert {result.expert}; {result.novelty.sentence()}")
-    table = Table("held-out texts", "before", "after", "change", "best old expert", result.expert)
+    rows = []
     for group in result.groups:
         figures = (group.before, group.after, group.change, group.best_old, group.new)
         before, after, change, best_old, new = figures
         name = f"{group.group} (new)" if group.is_new else group.group
-        table.add_row(
-            name, f"{before:.4f}", f"{after:.4f}", f"{change:+.1%}", f"{best_old:.4f}", f"{new:.4f}"
+        rows.append(
+            [name, f"{before:.4f}", f"{after:.4f}", f"{change:+.1%}", f"{best_old:.4f}", f"{new:.4f}"]
         )
-    out.print(table)
+    headings = ("held-out texts", "before", "after", "change", "best old expert", result.expert)
+    print_table(out, headings, rows, numbers=range(1, len(headings)))
     out.print("nats a token, under the router as it is served before and after, and under experts alone")
 
 
@@ -107,8 +107,6 @@ def _print_epoch(epoch: Any) -> None:
 
 
 def _print_result(result: Any) -> None:
-    from rich.table import Table
-
     out.print(
         f"{result.output_dir}: the gate fitted to {result.num_texts} texts, {result.steps} steps, that of step "
         f"{result.best_step} kept; default strategy: router"
@@ -117,11 +115,9 @@ def _print_result(result: Any) -> None:
     out.print(f"first at a token: {shares}; entropy of the weights {result.entropy:.2f} nats")
     if result.loss_after is None:
         return
-    table = Table(f"{result.num_held_out} held-out texts", "nats a token")
-    rows = {"router": result.loss_after, "before": result.loss_before, **result.losses}
-    for name, loss in rows.items():
-        table.add_row(name, f"{loss:.4f}")
-    out.print(table)
+    losses = {"router": result.loss_after, "before": result.loss_before, **result.losses}
+    rows = [[name, f"{loss:.4f}"] for name, loss in losses.items()]
+    print_table(out, (f"{result.num_held_out} held-out texts", "nats a token"), rows, numbers=[1])
 
 
 __all__ = ["add_commands"]

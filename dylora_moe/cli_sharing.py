@@ -34,7 +34,6 @@ def add_commands(app: typer.Typer) -> None:
         epilog="dylora-moe mirror pull my-team/my-project/my-moe:latest -o my-moe",
         context_settings=CONTEXT_SETTINGS,
         rich_markup_mode=None,
-        no_args_is_help=True,
     )
     command(app, example="dylora-moe push my-moe my-name/my-moe --private")(push)
     pushed = "dylora-moe mirror push my-moe my-team/my-project/my-moe --alias best"

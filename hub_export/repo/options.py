@@ -64,6 +64,10 @@ class ExportOptions(ReadOptions):
             raise InputError(f"--dtype {self.dtype} is not known; it can be auto, {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
             raise InputError(f"--layout {self.layout} is not known; it can be {' or '.join(LAYOUTS)}")
+        for name, known in (("router_mode", ROUTER_MODES), ("router_input", ROUTER_INPUTS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"--{name} {value} is not known; it can be {', '.join(known)}")
         if self.router not in (None, "arrow"):
             raise InputError(
                 f"--router {self.router} is not known; it can be arrow (and --router_input none: no router)"
