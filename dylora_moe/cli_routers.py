@@ -19,7 +19,7 @@ def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
     fitted = "dylora-moe fit-router my-moe --texts texts.jsonl -o my-moe-routed"
     command(app, "fit-router", example=fitted)(fit_router)
-    grown = "dylora-moe grow my-moe --texts new.jsonl --old_texts old.jsonl -o my-moe-grown"
+    grown = "dylora-moe grow my-moe --texts new.jsonl --old_texts old.jsonl -o grown"
     command(app, example=grown)(grow)
 
 

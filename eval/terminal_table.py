@@ -104,9 +104,11 @@ def _print_paragraphs(
         _print_wrapped(console, f"{headings[first]} {row[first]}: {', '.join(kept)}".strip())
 
 
-def _print_wrapped(console: Console, text: str, style: str | None = None) -> None:
+def _print_wrapped(console: Console, text: str, style: str = "") -> None:
+    from rich.text import Text
+
     for line in wrapped(text, console.width, others="  "):
-        console.print(line, style=style, markup=False)
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def _widths(
