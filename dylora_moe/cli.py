@@ -7,7 +7,6 @@ only when a command runs.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -155,10 +154,9 @@ def export(
     if as_json:
         return print_json(result.to_dict())
     _print_export(result)
-    repo = shlex.quote(str(output_dir))
     print_next(
-        (f"dylora-moe benchmark --model {repo}", "pass@1 of the default strategy"),
-        (f"dylora-moe push {repo} HUB_ID", "share it"),
+        (["dylora-moe", "benchmark", "--model", str(output_dir)], "pass@1 of the default strategy"),
+        (["dylora-moe", "push", str(output_dir), "HUB_ID"], "share it"),
     )
 
 
@@ -329,12 +327,12 @@ def _print_inspection(result: Any) -> None:
 
 def _print_next_of_verify(repo: str, is_compared: bool) -> None:
     """Say what may follow a repo that is as it should be."""
-    name = shlex.quote(repo)
-    steps = [(f"dylora-moe benchmark --model {name}", "pass@1 of the default strategy")]
+    steps = [(["dylora-moe", "benchmark", "--model", repo], "pass@1 of the default strategy")]
     if not is_compared:
-        steps.insert(0, (f"dylora-moe verify {name} --against SOURCE", "compare it with what it was made of"))
+        compared = ["dylora-moe", "verify", repo, "--against", "SOURCE"]
+        steps.insert(0, (compared, "compare it with what it was made of"))
     if Path(repo).exists():
-        steps.append((f"dylora-moe push {name} HUB_ID", "share it"))
+        steps.append((["dylora-moe", "push", repo, "HUB_ID"], "share it"))
     print_next(*steps)
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,14 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from dylora_moe.hub_export.shown_text import LONGEST_LINE, one_printable_line, printable, shortened, wrapped
+from dylora_moe.hub_export.shown_text import (
+    LONGEST_LINE,
+    NO_BREAK,
+    one_printable_line,
+    printable,
+    shortened,
+    wrapped,
+)
 from dylora_moe.hub_export.sources.hub_and_folders import check_place
 
 
@@ -197,10 +205,22 @@ def print_lines(console: Console, text: str, indent: str = "") -> None:
         console.print(line)
 
 
-def print_next(*steps: tuple[str, str]) -> None:
-    """Say on stderr, beside the result, which commands may come next, and what each does; ready to be copied."""
-    for number, (command, what) in enumerate(steps):
-        err.print(f"{'next:' if number == 0 else '     '} {command}  # {what}", soft_wrap=True)
+def print_next(*steps: tuple[list[str], str]) -> None:
+    """Say on stderr, beside the result, which commands may come next, ready to be copied.
+
+    Args:
+        steps: the words of a command, and what it does, which is left out where the line would be too long.
+    """
+    for number, (words, what) in enumerate(steps):
+        lead = "next: " if number == 0 else "      "
+        command = " ".join(shlex.quote(word).replace(" ", NO_BREAK) for word in words)
+        line = f"{lead}{command}  # {what}".replace(NO_BREAK, " ")
+        if not err.is_terminal or len(line) <= err.width:
+            err.print(line, soft_wrap=True)
+            continue
+        first, *others = wrapped(command, err.width - len(" \\"), lead, " " * 8)
+        for part in [first, *others]:
+            err.print(f"{part} \\" if others and part is not others[-1] else part, soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +142,7 @@ def benchmark(
 
     _show(result, table, output_dir, wandb_project, as_json)
     if is_main_process() and not as_json:
-        _print_next_of_benchmark(result, models, output_dir)
+        _print_next_of_benchmark(result, models, names, output_dir, chosen)
 
 
 @takes_options_of(BenchmarkOptions)
@@ -292,16 +292,20 @@ def _strategies(strategies: list[str] | None) -> list[str] | None:
     return wanted
 
 
-def _print_next_of_benchmark(result: Any, models: list[str] | None, folder: Path) -> None:
-    """Say what may follow the scores of one mixture; the page is named already."""
-    if models is not None and len(models) == 1 and result.runs[0].expert_names:
-        where = f"--model {shlex.quote(models[0])} -o {shlex.quote(str(folder))}"
-        print_next(
-            (
-                f"dylora-moe expert-analysis {where}",
-                "what each expert is good at; with the options of this run",
-            )
-        )
+def _print_next_of_benchmark(
+    result: Any, models: list[str] | None, benchmarks: list[str], folder: Path, chosen: dict[str, Any]
+) -> None:
+    """Say what may follow the scores of one mixture: its analysis, with the options of this run."""
+    if models is None or len(models) > 1 or not result.runs[0].expert_names:
+        return
+    words = ["dylora-moe", "expert-analysis", "--model", models[0], "--dataset", benchmarks[0]]
+    default = {field.name: field.default for field in dataclasses.fields(BenchmarkOptions)}
+    for name, value in chosen.items():
+        if value == default[name] or name == "overwrite":
+            continue
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    print_next(([*words, "-o", str(folder)], "what each expert is good at"))
 
 
 def _check_needs(project: str | None) -> None:

@@ -55,7 +55,8 @@ def _columns(
     same = [column for column in columns if len({row[column] for row in rows}) == 1]
     if len(rows) < 2 or not 0 < len(same) < len(columns) or _needed(headings, rows, columns) <= width:
         return columns, ""
-    first_figure = next((column for column in columns if column in numbers and column not in same), 0)
+    differing = [column for column in columns if column in numbers and column not in same]
+    first_figure = min(differing or numbers, default=len(columns))
     before = [column for column in same if column < first_figure]
     left_out = before if _widths(headings, rows, [c for c in columns if c not in before], width) else same
     constants = "; ".join(f"{headings[column]} {rows[0][column]}".strip() for column in left_out)

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import typer
@@ -242,15 +241,3 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("models", "is_named"), [(["it's"], True), (["a", "b"], False), (None, False)])
-def test_an_analysis_is_the_next_step_after_scores_of_one_mixture(models, is_named, monkeypatch, capsys):
-    result = SimpleNamespace(runs=[SimpleNamespace(expert_names=["a", "b"])])
-    cli_eval._print_next_of_benchmark(result, models, cli.Path("my results"))
-    said = capsys.readouterr().err
-    assert (said != "") == is_named
-    if is_named:
-        command = said.removeprefix("next: ")
-        arguments = shlex.split(command, comments=True)
-        assert arguments == ["dylora-moe", "expert-analysis", "--model", "it's", "-o", "my results"]
