@@ -4,8 +4,8 @@
 
 Python, C++ headers and English prose come from the packages of this environment, in OUTPUT_DIR/texts. Each
 LoRA expert is trained by PEFT and the Trainer on its own kind; OUTPUT_DIR/adapters has them. They are exported
-with the router arrow, which needs no texts, and with a gate fitted on the texts; then the loss on held-out texts
-of every kind is printed for each. An hour on a CPU, minutes on a GPU.
+with the router arrow, which needs no texts, with one from example prompts, and with a gate fitted on the texts;
+then the loss on held-out texts of every kind is printed for each. An hour on a CPU, minutes on a GPU.
 """
 
 import argparse
@@ -38,6 +38,8 @@ LONGEST = 1600  # characters of a text
 PIECES = 4  # of a file at most
 HELD_OUT = 24  # texts of a kind
 OF_THE_GATE = 48  # texts of a kind that the gate is fitted to
+PROMPTS = 8  # of a kind, of which a router is made without training
+PROMPT = 400  # characters of one
 MAX_LENGTH = 256  # tokens of a text
 
 
@@ -122,19 +124,35 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
+def write_prompts(folder: Path, of_gate: list[Path]) -> Path:
+    """Write the beginnings of a few texts of each kind, from which a router can be made without training."""
+    prompts = {}
+    for kind, path in zip(KINDS, of_gate, strict=True):
+        rows = [json.loads(line)["text"] for line in path.read_text().splitlines()[:PROMPTS]]
+        prompts[kind] = [row[:PROMPT] for row in rows]
+    path = folder / "prompts.yaml"
+    path.write_text(json.dumps(prompts))  # JSON is YAML
+    return path
+
+
 def compare_routers(
     adapters: list[str], of_gate: list[Path], held_out: list[Path], options: argparse.Namespace
 ) -> None:
-    """Export the experts with both kinds of router, and print what each makes of the held-out texts."""
+    """Export the experts with every kind of router, and print what each makes of the held-out texts."""
     folder = options.output_dir
     given = {"base_model": options.base_model, "expert_names": list(KINDS)}
     export(adapters, folder / "arrow", router="arrow", **given)
+    export(adapters, folder / "prompts", router_prompts=write_prompts(folder, of_gate), **given)
     export(adapters, folder / "no_router", **given)
     fitted = fit_router(
         folder / "no_router", of_gate, output_dir=folder / "fitted", max_length=MAX_LENGTH, tell_epoch=print
     )
     print("shares of the fitted gate:", fitted.shares)
-    for name, strategies in (("fitted", None), ("arrow", ["best", "router"])):
+    for name, strategies in (
+        ("fitted", None),
+        ("arrow", ["best", "router"]),
+        ("prompts", ["best", "router"]),
+    ):
         measured = measure_loss(
             folder / name,
             held_out,

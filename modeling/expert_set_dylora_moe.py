@@ -230,13 +230,19 @@ class ExpertSetMixin:
         """Put whole names in the place of what `target_modules` means: for all experts, or none on error.
 
         Raises:
-            ValueError: it means no module of the foundation, or one that experts cannot adapt.
+            ValueError: it means no module of the foundation, or one that experts cannot adapt; or an expert names
+                neither modules nor parameters.
         """
         modules = _modules_around_experts(self.foundation)
         resolved = []
         checked: set[str] = set()
         for entry in config.expert_configs:
             given = entry["target_modules"]
+            if given == [] and not entry["target_parameters"]:
+                raise ValueError(
+                    f"Expert {entry['name']!r} adapts nothing: give it `target_modules`, as PEFT takes them (a list of ends "
+                    "of names, 'all-linear' or a regular expression)."
+                )
             names = _target_names(given, modules, self.foundation)
             for name in names:
                 if name not in checked:

@@ -293,6 +293,21 @@ def test_graphs_of_every_family_give_the_tokens_of_the_default_path(variant, sha
         compare_prompts(model, strategy, counts=(1, 2, 4, 9), vocabulary=SMALL_VOCABULARY)
 
 
+@pytest.mark.parametrize("strategy", ["base", "single:1", "best", "uniform", "round_robin", "ensemble"])
+def test_graphs_of_a_model_with_a_router_in_every_layer(strategy):
+    model = build(llama_config(hidden_size=64, intermediate_size=96), seed=7, router_kind="arrow")
+    model.update_prototypes()
+    compare_prompts(model.to("cuda"), strategy, counts=(1, 2, 4, 9))
+
+
+def test_a_router_in_every_layer_takes_the_default_path():
+    model = build(llama_config(hidden_size=64, intermediate_size=96), seed=7, router_kind="arrow")
+    model.update_prototypes()
+    expected, found = default_and_fast(model.to("cuda"), routing_strategy="router")
+    assert found.tolist() == expected.tolist()
+    assert "Decode steps take the default path: a router of every layer (arrow)." in model._decode_graphs.told
+
+
 def build_large(variant: str) -> DyloraMoeForCausalLM:
     """Of the shape of Qwen2.5-Coder-1.5B but for the vocabulary, three experts on all linear layers, in float32."""
     torch.manual_seed(0)

@@ -155,6 +155,8 @@ LINEAR_LAYERS = r"end in q_proj, k_proj, v_proj, .*'model\.layers\.0\.self_attn\
         (".*", r"names 'model' by '\.\*'\. .* this one is a LlamaModel"),
         ("q_proj", rf"text 'q_proj'.* no module .* go into a list.*{LINEAR_LAYERS}"),
         ("", "text ''.* no module"),
+        ([], "Expert 'expert_1' adapts nothing: give it `target_modules`"),
+        (None, "Expert 'expert_1' adapts nothing"),
         ("q_proj(", r"text 'q_proj\(', which is no regular expression \(missing"),
     ],
 )

@@ -59,7 +59,7 @@ def bytes_of(model, strategy: str, passes: int, streams: int, batch: int, tokens
     config = model.config.get_text_config()
     keys_and_values = 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * 2
     cached = streams * batch * tokens * config.num_hidden_layers * keys_and_values
-    return passes * foundation + stacks * acting // count + cached
+    return passes * foundation + stacks * acting // max(count, 1) + cached
 
 
 def kinds_of(function: Callable, steps: int = 5) -> dict[str, float]:
