@@ -6,6 +6,12 @@ here is the order of the work.
 
 from __future__ import annotations
 
+from .front_door import run_command
+
+
+if __name__ == "__main__":  # before what takes long is imported, which `--help` can do without
+    run_command("benchmark")
+
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +28,6 @@ from dylora_moe.hub_export.extras import check_packages
 
 from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
-from .front_door import run_command
 from .options import DEFAULT_FOLDER, BenchmarkOptions
 from .sampling.batch_decoding import decode_rows
 from .sampling.generation_options import refuse_for_vllm, refuse_options
@@ -352,6 +357,3 @@ def _versions(backend: str) -> dict[str, str]:
 
 
 __all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]
-
-if __name__ == "__main__":
-    run_command("benchmark")

@@ -241,3 +241,18 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["benchmark", "expert_analysis", "routing_analysis"])
+def test_the_modules_of_commands_import_nothing_heavy_for_their_help(name):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('dylora_moe.eval.{name}', run_name='__main__')\n"
+        "except SystemExit as ended:\n"
+        "    sys.exit(str({'torch', 'transformers'} & set(sys.modules) or '') or ended.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: dylora-moe {name.replace('_', '-')}" in done.stdout
