@@ -410,6 +410,9 @@ def _report(error: Exception) -> int:
         hint = ""
         if isinstance(error, UsageError) and error.ctx is not None:
             hint = f" ('{error.ctx.command_path} --help' shows what is understood)"
+            takes_model = any(param.name == "model" for param in error.ctx.command.params)
+            if takes_model and "unexpected extra argument" in error.format_message():
+                hint = f"; models are named with --model{hint}"
         err.print(f"error: {' '.join(error.format_message().split())}{hint}")
         return error.exit_code
     if isinstance(error, DyloraMoeError):

@@ -281,7 +281,7 @@ MISTAKES = [
     ("benchmark --model {repo} -o {texts}", "-o {texts} cannot be made: [Errno 17] File exists: '{texts}'"),
     (
         "benchmark {repo}",
-        "Got unexpected extra argument(s) ({repo}) ('dylora-moe benchmark --help' shows what is understood)",
+        "Got unexpected extra argument(s) ({repo}); models are named with --model ('dylora-moe benchmark --help' shows what is understood)",
     ),
     (
         "expert-analysis --model {base} -o {out}",
