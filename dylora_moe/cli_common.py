@@ -27,7 +27,7 @@ from dylora_moe.hub_export.shown_text import (
     shortened,
     wrapped,
 )
-from dylora_moe.hub_export.sources.hub_and_folders import check_place
+from dylora_moe.hub_export.sources.hub_and_folders import check_source
 
 
 # option names are written with `_`, as config fields are; `-` is understood as well
@@ -164,10 +164,10 @@ def check_places(sources: Sequence[str]) -> None:
     """Refuse a folder that is not there before anything long is imported.
 
     Raises:
-        InputError: one of the sources is no folder, and has not the form of anything that can be fetched.
+        InputError: one of them is no folder, and nothing that could be fetched.
     """
     for source in sources:
-        check_place(source)
+        check_source(source)
 
 
 @contextmanager

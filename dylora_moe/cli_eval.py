@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ import typer
 from dylora_moe.cli_common import (
     Json,
     check_places,
+    chosen_from,
     err,
     given,
     out,
@@ -22,12 +21,13 @@ from dylora_moe.cli_common import (
     split,
     takes_options_of,
 )
+from dylora_moe.cli_failures import LateFailures, scores_are_shown
 from dylora_moe.cli_help import command
 from dylora_moe.cli_old_options import option_name, translate
+from dylora_moe.cli_progress import is_main_process, steps
 from dylora_moe.eval.options import DEFAULT_FOLDER, NO_MODEL, BenchmarkOptions, LossOptions
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.repo.choices import STRATEGIES, check_strategy
-from dylora_moe.hub_export.shown_text import one_printable_line
 
 
 # Options that take several values, as in `--benchmarks humaneval mbpp`.
@@ -52,9 +52,8 @@ Benchmarks = Annotated[
     typer.Option(
         "--benchmarks",
         "--dataset",
-        metavar="<humaneval|mbpp>",
         help="EvalPlus's problems; humanevalplus and mbppplus mean the same. humaneval unless given.",
-        autocompletion=lambda: ["humaneval", "mbpp"],
+        **chosen_from(("humaneval", "mbpp")),
     ),
 ]
 Strategies = Annotated[
@@ -65,7 +64,20 @@ Strategies = Annotated[
         autocompletion=lambda: [name.removesuffix("EXPERT") for name in STRATEGIES],
     ),
 ]
-Project = Annotated[str | None, typer.Option("--wandb_project", help="Log the tables to this W&B project.")]
+Project = Annotated[
+    str | None,
+    typer.Option(
+        "--wandb_project", help="Log the tables to this W&B project, and with the package weave every sample."
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="eee: a record of each run and sample for Every Eval Ever, too.",
+        **chosen_from(("eee",)),
+    ),
+]
 Folder = Annotated[Path, typer.Option("-o", "--output_dir", help="Where everything is written.")]
 
 
@@ -113,6 +125,7 @@ def benchmark(
     routing_strategy: Strategies = None,
     wandb_project: Project = None,
     output_dir: Folder = Path(DEFAULT_FOLDER),
+    record_format: Format = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -121,8 +134,12 @@ def benchmark(
     models = _models(model, wandb_artifact)
     _check_model(models, chosen)
     names, strategies = _names(benchmarks), _strategies(routing_strategy)
+    if record_format is not None:
+        from dylora_moe.eval.sharing.every_eval_ever import check_records
+
+        check_records(record_format, output_dir)
     _check_needs(wandb_project)
-    with steps() as progress:
+    with scores_are_shown(output_dir, err if as_json else out), steps() as progress:
         from dylora_moe.eval.benchmark import benchmark as run
 
         result = run(
@@ -131,6 +148,7 @@ def benchmark(
             strategies=strategies,
             output_dir=output_dir,
             progress=progress,
+            tell_speed=progress.tell_speed,
             **chosen,
         )
 
@@ -140,7 +158,7 @@ def benchmark(
 
         scores(result.runs, read_runs(result.folder)).print(console)
 
-    _show(result, table, output_dir, wandb_project, as_json)
+    _show(result, table, output_dir, wandb_project, as_json, record_format)
     if is_main_process() and not as_json:
         _print_next_of_benchmark(result, models, names, output_dir, chosen)
 
@@ -166,8 +184,8 @@ def expert_analysis(
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis
 
-    with steps() as progress:
-        result = analysis.expert_analysis(source, output_dir=output_dir, progress=progress, **chosen)
+    with scores_are_shown(output_dir, err if as_json else out):
+        result = _analyse(analysis.expert_analysis, source, output_dir, chosen)
     _show(result, print_expert_analysis, output_dir, wandb_project, as_json)
 
 
@@ -188,8 +206,8 @@ def routing_analysis(
     from dylora_moe.eval.analysis import routing_analysis as analysis
     from dylora_moe.eval.report.routing_tables import print_routing_analysis
 
-    with steps() as progress:
-        result = analysis.routing_analysis(source, output_dir=output_dir, progress=progress, **chosen)
+    with scores_are_shown(output_dir, err if as_json else out):
+        result = _analyse(analysis.routing_analysis, source, output_dir, chosen)
     _show(result, print_routing_analysis, output_dir, wandb_project, as_json)
 
 
@@ -263,6 +281,12 @@ def _of_analysis(
     return models[0] if models else None, {"dataset": names[0], **chosen}
 
 
+def _analyse(analyse: Callable, source: str | None, folder: Path, chosen: dict[str, Any]) -> Any:
+    with steps() as progress:
+        told = {"progress": progress, "tell_speed": progress.tell_speed}
+        return analyse(source, output_dir=folder, **told, **chosen)
+
+
 def _models(models: list[str] | None, artifact: str | None) -> list[str] | None:
     """Return all sources that are named; None if there is none."""
     artifacts = [] if artifact is None else [f"wandb:{artifact.removeprefix('wandb:')}"]
@@ -319,24 +343,43 @@ def _check_needs(project: str | None) -> None:
         check_wandb(project)
 
 
-def _show(result: Any, show: Callable, folder: Path | None, project: str | None, as_json: bool) -> None:
-    """Print a result; with a folder, write its report, and log its tables to a project of W&B."""
+def _show(
+    result: Any,
+    show: Callable,
+    folder: Path | None,
+    project: str | None,
+    as_json: bool,
+    record_format: str | None = None,
+) -> None:
+    """Print a result; with a folder, write its report and records, and log its tables to a project of W&B."""
     if not is_main_process():
         return
-    report = None
+    report, records, failures = None, None, LateFailures(folder)
     try:
         if folder is not None:
-            from dylora_moe.eval.report.page import write_report
+            with failures.of("the report cannot be made"):
+                from dylora_moe.eval.report.page import write_report
 
-            report = write_report(folder)
-            _log(folder, project)
+                report = write_report(folder)
+            if record_format is not None:
+                with failures.of("the records cannot be made"):
+                    from dylora_moe.eval.sharing.every_eval_ever import write_records
+
+                    records = write_records(folder)
+            with failures.of(f"the tables cannot be logged to {project}"):
+                _log(folder, project)
     finally:  # the result was computed, whatever becomes of the page and of W&B
         if as_json:
-            print_json({**result.to_dict(), "report": None if report is None else str(report)})
+            places = {"report": None if report is None else str(report)}
+            places |= {} if records is None else {"records": str(records)}
+            print_json({**result.to_dict(), **places})
         else:
             show(result, out)
             if report is not None:
                 out.print(f"report: {report}")
+            if records is not None:
+                out.print(f"records: {records}")
+    failures.tell()
 
 
 def _log(folder: Path, project: str | None) -> None:
@@ -344,35 +387,6 @@ def _log(folder: Path, project: str | None) -> None:
         from dylora_moe.eval.report.wandb_tables import log_to_wandb
 
         log_to_wandb(folder, project)
-
-
-def is_main_process() -> bool:
-    """Say whether this is the main process of `accelerate launch`, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: a bar on a terminal, else a line for each step."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-        known: dict[str, Any] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in known:
-                known[what] = bars.add_task(one_printable_line(what), total=total or None)
-                if not err.is_terminal and is_main_process():
-                    err.print(what)
-            bars.update(known[what], completed=done, total=total or None)
-
-        yield tell
 
 
 __all__ = ["add_commands", "spread"]

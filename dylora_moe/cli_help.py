@@ -50,7 +50,7 @@ GROUPS = {
     "Scoring": ("base_only", "parallel", "sandbox"),
     "Output": (
         *("output_dir", "layout", "max_shard_size", "results", "private", "aliases", "wandb_project"),
-        *("overwrite", "no_verify", "as_json"),
+        *("record_format", "overwrite", "no_verify", "as_json"),
     ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from dylora_moe.cli_common import Json, check_places, err, given, out, print_json, takes_options_of
-from dylora_moe.cli_eval import is_main_process, steps
 from dylora_moe.cli_help import command
+from dylora_moe.cli_progress import is_main_process, steps
 from dylora_moe.eval.fitting.grow_options import GrowOptions
 from dylora_moe.eval.fitting.options import FitRouterOptions
 from dylora_moe.eval.terminal_table import print_table

@@ -25,15 +25,19 @@ from typing import Any
 
 from dylora_moe.hub_export.errors import InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.sources.hub_and_folders import check_source
+from dylora_moe.hub_export.staging import check_room
 
 from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
 from .options import DEFAULT_FOLDER, BenchmarkOptions
+from .progress import Progress, TellSpeed, told
 from .sampling.batch_decoding import decode_rows
+from .sampling.devices import check_device_map
 from .sampling.generation_options import refuse_for_vllm, refuse_options
 from .sampling.loading import FoundModel, distinct_labels, find_model
 from .sampling.make_samples import Decode, make_samples, samples_name
-from .sampling.run_record import Run, file_sha256, open_results, write_run
+from .sampling.run_record import Run, check_results_folder, file_sha256, open_results, write_run
 from .sampling.vllm_decoding import VllmDecoder, check_vllm, vllm_decoder
 from .scoring.sanitizing import sanitize_programs
 
@@ -42,8 +46,8 @@ from .scoring.sanitizing import sanitize_programs
 PATIENCE = timedelta(days=7)
 RECORDED_PACKAGES = ("dylora-moe", "torch", "transformers", "accelerate", "evalplus")
 
-# Called with what is being done, and how much of it.
-Progress = Callable[[str, int, int], None]
+# Of one new token, in the journal and in EvalPlus's three files: its number, and its text three times.
+BYTES_A_TOKEN = 24
 
 
 @dataclass
@@ -65,6 +69,7 @@ def benchmark(
     output_dir: str | Path = DEFAULT_FOLDER,
     score: bool = True,
     progress: Progress | None = None,
+    tell_speed: TellSpeed | None = None,
     **options: Any,
 ) -> BenchmarkResult:
     """Make and score the samples of every model x strategy x benchmark, those that the folder lacks.
@@ -75,30 +80,38 @@ def benchmark(
         models: sources; None where `adapter_path` and `base_model` say it all.
         strategies: routing strategies, of mixtures; each one's own default unless given.
         score: whether to score; otherwise only samples are made.
+        progress: is told what is being done, and how much of it; `tell_speed` how fast samples are made.
         options: see `BenchmarkOptions`.
 
     Raises:
         InputError: an option, a source or a strategy that cannot be used, or a folder that holds another run.
-        FailureError: the work failed.
+        FailureError: the work failed, or the disk has no room for the samples.
     """
     check_packages("evalplus")
     chosen = BenchmarkOptions.of(options, benchmark)
+    # Everything that may be wrong is checked before anything long begins, what takes no time first.
+    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
+    names = list(dict.fromkeys(map(canonical_benchmark, names)))
+    sources, folder = _as_list(models), Path(output_dir)
+    for source in (*sources, *_as_list(chosen.adapter_path)):
+        if source is not None:
+            check_source(source)
+    check_results_folder(folder)
+    check_device_map(chosen.device_map)
     if chosen.backend == "vllm":
         check_vllm()
     if score:
         _check_settings(chosen)
-    folder = Path(output_dir)
-    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     state = _processes()
     # What EvalPlus downloads is written in place: no process may read half of it.
     with state.local_main_process_first():
         sets = [
             load_benchmark(name, mini=chosen.mini, id_range=chosen.id_range, limit=chosen.limit)
-            for name in dict.fromkeys(map(canonical_benchmark, names))
+            for name in names
         ]
     wanted = [strategies] if isinstance(strategies, str) else strategies
-    # Everything that may be wrong is checked before anything long begins.
-    found = distinct_labels([find_model(model, **chosen.of_source) for model in _as_list(models)])
+    with told(progress, "reading the models" if len(sources) > 1 else "reading the model"):
+        found = distinct_labels([find_model(source, **chosen.of_source) for source in sources])
     mixtures = any(model.is_mixture for model in found)
     # Beside a mixture an ordinary model is there to compare with, whatever is wanted of the mixture.
     plans = [
@@ -109,10 +122,12 @@ def benchmark(
         refuse_options(settings, model.source)
         if model.backend == "vllm":
             refuse_for_vllm(settings, chosen.temperature > 0, model.source)
+        model.check_base_model()
+    _check_room(folder, plans, sets, chosen)
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
-        result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, progress)
+        result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, progress, tell_speed)
     if score and state.is_main_process:
         result.runs = [_score(run, chosen, progress) for run in result.runs]
     return result
@@ -143,6 +158,25 @@ def _check_settings(options: BenchmarkOptions) -> None:
     check_start(options.sandbox)
 
 
+def _check_room(
+    folder: Path,
+    plans: Sequence[tuple[FoundModel, list[str]]],
+    sets: Sequence[Benchmark],
+    options: BenchmarkOptions,
+) -> None:
+    """Check that the disk has room for the samples that are to be made, if all are as long as they may be."""
+    names = [
+        (samples_name(model.label, model.backend, strategy, data, options.temperature), len(data.tasks))
+        for model, strategies in plans
+        for strategy in strategies
+        for data in sets
+    ]
+    num_samples = sum(count for name, count in names if not (folder / name).exists()) * options.n_samples
+    num_bytes = num_samples * options.max_new_tokens * BYTES_A_TOKEN
+    remedy = "choose another -o, or a lower --n_samples or --max_new_tokens"
+    check_room(folder, num_bytes, remedy, f"{num_samples} samples as long as they may be take")
+
+
 def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:
     for model in models:
         # Its files would be the model's, whose hash says whether it is still the same.
@@ -152,8 +186,6 @@ def _check_folder(folder: Path, models: Sequence[FoundModel]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {folder} cannot be made: {one_line(error)}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"-o {folder} cannot be written to")
     open_results(folder)
 
 
@@ -165,14 +197,19 @@ def _runs_of(
     options: BenchmarkOptions,
     state: Any,
     progress: Progress | None,
+    tell_speed: TellSpeed | None,
 ) -> Iterator[Run]:
     """Make the samples of one model, which is loaded when the first of them is missing."""
+    with told(progress, f"computing checksums of {model.label}"):
+        _ = model.files
     with ExitStack() as loaded:
 
         @cache
         def load() -> Decode:
-            if progress is not None:
-                progress(f"loading {model.label}", 0, 0)
+            with told(progress, f"loading {model.label}"):
+                return load_now()
+
+        def load_now() -> Decode:
             if model.backend == "vllm":
                 tokenizer = model.load_tokenizer()
                 decode = loaded.enter_context(_by_vllm(model, tokenizer, strategies, sets, options)).decode
@@ -203,6 +240,7 @@ def _runs_of(
                     overwrite=options.overwrite,
                     state=state,
                     progress=tell,
+                    tell_speed=None if tell_speed is None else partial(tell_speed, what),
                     sanitize=partial(
                         sanitize_programs,
                         workers=options.parallel or os.cpu_count() or 1,
@@ -288,6 +326,7 @@ def score_run(
     parallel: int | None = None,
     sandbox: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    tell_expected: Callable[[int, int], None] | None = None,
 ) -> Run:
     """Score a run's samples and record it, unless that was done and nothing has changed since.
 
@@ -310,6 +349,7 @@ def score_run(
         parallel=parallel,
         sandbox=sandbox,
         progress=progress,
+        tell_expected=tell_expected,
     )
     scored = replace(
         run,
@@ -329,7 +369,10 @@ def _score(run: Run, options: BenchmarkOptions, progress: Progress | None) -> Ru
         base_only=options.base_only,
         parallel=options.parallel,
         sandbox=options.sandbox,
-        progress=None if progress is None else lambda done, total: progress(what, done, total),
+        progress=None if progress is None else partial(progress, what),
+        tell_expected=None
+        if progress is None
+        else partial(progress, f"computing expected outputs of {run.benchmark}"),
     )
 
 

@@ -28,6 +28,7 @@ from .benchmark import benchmark, score_run
 from .evalplus_bridge.data import canonical_benchmark, load_benchmark
 from .evalplus_bridge.decoder import PromptDecoder, check_chat_template
 from .options import DEFAULT_FOLDER, BenchmarkOptions, check_temperature
+from .sampling.devices import check_device_map
 from .sampling.loading import find_model
 from .sampling.run_record import Run, find_run, read_runs
 from .scoring.scoring import pass_at_k, score_samples
@@ -75,6 +76,7 @@ class PeftMoEDecoder(PromptDecoder):
 
         refuse_unknown(arguments, _decoder_parameters())
         check_temperature(arguments.get("temperature", 0.0))
+        check_device_map(device_map)
         name = _source(name, wandb_artifact)
         found = find_model(
             name,
@@ -87,6 +89,7 @@ class PeftMoEDecoder(PromptDecoder):
             trust_remote_code=trust_remote_code,
         )
         strategy = found.strategies(None if routing_strategy is None else [routing_strategy])[0]
+        found.check_base_model()
         if not arguments.get("force_base_prompt"):
             check_chat_template(found.load_tokenizer())
         loaded = found.load(
@@ -166,7 +169,7 @@ def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, flo
 
     Args:
         samples: an EvalPlus samples file.
-        options: `base_only`, `parallel`, `sandbox`, `progress`; for files that `benchmark` did not make,
+        options: `base_only`, `parallel`, `sandbox`, `progress`, `tell_expected`; for files that `benchmark` did not make,
             `task_ids` and `mini` as well, see `score_samples`.
 
     Returns:

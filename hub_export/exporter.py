@@ -21,6 +21,9 @@ from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .preparation import prepare
 from .readers.open_source import open_source
 from .repo.checksums import write_checksums
+from .repo.eval_results import FOLDER as EVAL_RESULTS
+from .repo.eval_results import GENERATED as GENERATED_RESULTS
+from .repo.eval_results import eval_results_in, write_eval_results
 from .repo.model_card import foundation_licence, keep_edits, model_card, stored_licence
 from .repo.options import ExportOptions, ExportResult
 from .repo.plan import Plan
@@ -29,13 +32,14 @@ from .repo.repo_files import KEPT_FILES, is_replaceable
 from .repo.results import Score, read_scores
 from .repo.writer import (
     make_readable,
+    size_of_weights,
     write_adapter,
     write_config_and_code,
     write_full,
     write_generation_config,
 )
-from .sources.source_folder import open_folder
-from .staging import check_output, staged_folder
+from .sources.source_folder import SourceFolder, open_folder
+from .staging import check_output, check_room, staged_folder
 from .tensors.mixture import Mixture, idle_experts
 from .tokenizers.tokenizer import FoundTokenizer, warn_about_older_transformers, write_tokenizer
 
@@ -98,6 +102,8 @@ def export(
     strategy = _routing_strategy(chosen.routing_strategy or mixture.routing_strategy, plan.config)
     for score in scores:
         _routing_strategy(score.routing_strategy, plan.config)
+    copied = plan.weights if chosen.layout == "full" else {}
+    check_room(output, size_of_weights(mixture, plan.config, copied, chosen.torch_dtype))
     result = ExportResult(
         output_dir=output,
         format=mixture.format,
@@ -174,9 +180,8 @@ def _write(
         OSError: the disk is full, or the file system refuses.
     """
     old = open_folder(output) if output.is_dir() else None
-    for name in KEPT_FILES:
-        if old is not None and old.has(name):
-            shutil.copyfile(old / name, folder / name)
+    if old is not None:
+        _copy_kept_files(old, folder)
     if options.layout == "full":
         write_full(folder, mixture, plan.config, plan.weights, options.torch_dtype, options.max_shard_size)
     else:
@@ -193,12 +198,29 @@ def _write(
         num_foundation_parameters=plan.num_foundation_parameters,
         licence=foundation_licence(plan.foundation) or stored_licence(mixture),
         results=scores,
+        checked=_what_is_checked(plan) if options.verify else None,
     )
     (folder / "README.md").write_text(
         keep_edits(card, None if old is None else old / "README.md"), encoding="utf-8"
     )
+    write_eval_results(folder, scores)
     write_checksums(folder)
     make_readable(folder)
+
+
+def _what_is_checked(plan: Plan) -> str:
+    """Say what `check_export` compares: no logits where the foundation is not on this machine."""
+    return "tensors" if plan.weights is None else "tensors and logits"
+
+
+def _copy_kept_files(old: SourceFolder, folder: Path) -> None:
+    """Copy what a person put into the repo that is replaced, or may have added lines to."""
+    results = [name for name in eval_results_in(old) if not GENERATED_RESULTS.fullmatch(name)]
+    if results:
+        (folder / EVAL_RESULTS).mkdir()
+    for name in (*KEPT_FILES, *results):
+        if old.has(name):
+            shutil.copyfile(old / name, folder / name)
 
 
 def _check(folder: Path, mixture: Mixture, plan: Plan, options: ExportOptions) -> Any:

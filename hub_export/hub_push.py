@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, few, one_line
+from .repo.eval_results import check_eval_results
 from .repo.model_card import restate, split_card
 from .repo.repo_config import MODEL_TYPE
 from .repo.repo_files import RepoFiles, is_opened_by_loaders, is_tokenizer_file, may_be_stale, repo_files
@@ -57,8 +59,8 @@ def push(
 ) -> PushResult:
     """Make the Hub repo hold what this folder holds.
 
-    Weights, experts, code and tokenizer files that an earlier export left there and this one does not have
-    are deleted in the same commit; all other files on the Hub stay.
+    Weights, experts, code, tokenizer files and results (`.eval_results/dylora-moe_*.yaml`) that an earlier export
+    left there and this one does not have are deleted in the same commit; all other files on the Hub stay.
 
     Args:
         repo: an exported repo, of either layout.
@@ -80,6 +82,7 @@ def push(
     check_foundation(folder, content)
     if "README.md" in content.files:
         _check_card(folder / "README.md")
+    check_eval_results(folder, content.files)
     token = find_token(token)
     notes = [note for note in [content.note(), _licence_note(content)] if note]
     for note in notes:
@@ -131,7 +134,8 @@ def _check_foundation(path: Path, fields: dict[str, Any], needed: bool) -> None:
         )
     if Path(name).is_absolute() or os.path.exists(os.path.expanduser(name)):
         raise InputError(
-            f"{path}: base_model_name_or_path is {name}, a folder of this machine alone; {way_out}"
+            f"{path}: base_model_name_or_path is {name}, a folder of this machine alone, so nothing was sent; {way_out}. "
+            f"If it is not there yet: hf upload org/name {shlex.quote(name)}"
         )
     if not is_hub_id(name):
         raise InputError(f"{path}: base_model_name_or_path is {name!r}, which is not a Hub id; {way_out}")

@@ -31,7 +31,7 @@ from .sources.wandb_artifacts import (
     sdk,
     wandb_errors,
 )
-from .staging import check_output, staged_folder
+from .staging import check_output, check_room, staged_folder
 from .unknown_options import refuse_unknown
 
 
@@ -109,6 +109,13 @@ def mirror_push(
         offline = mode(wandb) in ("offline", "dryrun")
         if not offline:
             connect()
+    if offline:  # the SDK keeps a copy until it is sent
+        from wandb import env
+
+        size = sum((folder / file).stat().st_size for file in content.files)
+        check_room(
+            Path(env.get_data_dir()), size, "name another folder in WANDB_DATA_DIR", "W&B's copy takes"
+        )
     tell("computing checksums")
     metadata = _metadata(folder, content)
     if content.layout == "adapter" and metadata["foundation"] is None:
@@ -240,6 +247,7 @@ def mirror_pull(
         found = fetch_artifact(artifact, token)
         files = found.manifest.entries
         size = sum(entry.size or 0 for entry in files.values())
+        check_room(final, size)
         tell(f"fetching {len(files)} files, {size / 1e6:,.1f} MB")
         full_name = str(name._replace(version=found.version))
         result = MirrorPullResult(final.resolve(), full_name, found.digest, [])

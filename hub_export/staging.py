@@ -80,6 +80,26 @@ def check_output(final: Path, overwrite: bool, is_replaceable: Callable[[Path], 
     return final
 
 
+def check_room(
+    place: Path, num_bytes: int, remedy: str = "choose another folder", what: str | None = None
+) -> None:
+    """Check that the file system of a folder that may not be there yet has room for what will be written.
+
+    Args:
+        remedy: what to do besides making room; `what`: that which takes it, with its verb.
+
+    Raises:
+        FailureError: it has not; nothing was touched.
+    """
+    folder = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise FailureError(
+            f"{what or f'{place} takes'} {num_bytes / 1e6:,.1f} MB, and the disk has room for {free / 1e6:,.1f} MB; make room in {folder}, "
+            f"or {remedy}"
+        )
+
+
 @contextlib.contextmanager
 def staged_folder(final: Path, overwrite: bool, is_replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder to write to; it becomes `final` when the block ends without an exception.

@@ -240,6 +240,7 @@ FAMILIES = {
     "Olmo2ForCausalLM": replace(
         LLAMA, norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="all"
     ),
+    "SmolLM3ForCausalLM": LLAMA,
     "StableLmForCausalLM": replace(LLAMA, refuses=("use_parallel_residual", "qk_layernorm")),
     "GPT2LMHeadModel": Family(
         body="transformer",
@@ -456,7 +457,7 @@ class Attention:
             self.norms = (query_norm, key_norm)
         self.frequencies, self.rope_scale = None, 1.0
         rotary = getattr(body, "rotary_emb", None)
-        if rotary is not None:
+        if rotary is not None and getattr(module, "use_rope", True):
             prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
             self.frequencies = getattr(rotary, f"{prefix}inv_freq").float()
             self.rope_scale = getattr(rotary, f"{prefix}attention_scaling")

@@ -80,6 +80,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         },
     ),
     "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
     "stablelm": (
         "StableLmConfig",
         {"rope_parameters": partial_rotary(0.25), "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -135,7 +136,6 @@ def build_family(variant: str, seed: int = 0, config_fields: dict | None = None,
 OTHERS: dict[str, tuple[str, dict]] = {
     "cohere": ("CohereConfig", {}),
     "glm4": ("Glm4Config", {"head_dim": 8}),
-    "smollm3": ("SmolLM3Config", {}),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},

@@ -22,11 +22,13 @@ from dylora_moe.hub_export.repo.choices import long_dtype
 from dylora_moe.hub_export.repo.results import TaskResult, read_results
 from dylora_moe.hub_export.staging import write_atomically
 
-from ..benchmark import Progress, benchmark
+from ..benchmark import benchmark
 from ..evalplus_bridge.data import canonical_benchmark, load_benchmark
 from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
+from ..progress import Progress, TellSpeed
+from ..sampling.devices import check_device_map
 from ..sampling.loading import FoundModel, find_model
-from ..sampling.run_record import DECISIVE, Run, read_runs, read_versioned
+from ..sampling.run_record import DECISIVE, Run, check_results_folder, read_runs, read_versioned
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
 from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
 from .task_categories import categories_of
@@ -80,6 +82,7 @@ def expert_analysis(
     output_dir: str | Path = DEFAULT_FOLDER,
     base_model: str | None = None,
     progress: Progress | None = None,
+    tell_speed: TellSpeed | None = None,
     **benchmark_options: Any,
 ) -> ExpertAnalysis:
     """Compare every expert alone, `base`, `uniform`, `ensemble`, and with a router `router` and `best`.
@@ -91,7 +94,7 @@ def expert_analysis(
     Args:
         model: a mixture, as for `benchmark`. Where neither it nor `adapter_path` is given, the folder alone
             is read: it must hold the results of one mixture, all of them, and nothing is made.
-        base_model, benchmark_options: as for `benchmark`.
+        base_model, progress, tell_speed, benchmark_options: as for `benchmark`.
 
     Raises:
         InputError: a model without experts, a source or option that cannot be used, or, without a model, a
@@ -100,17 +103,20 @@ def expert_analysis(
     """
     check_packages("evalplus", "scipy")
     BenchmarkOptions.check_names(benchmark_options, expert_analysis)
-    folder = Path(output_dir)
+    folder, dataset = Path(output_dir), canonical_benchmark(dataset)
+    check_results_folder(folder)
     source = _one_model(model)
     if source is None and benchmark_options.get("adapter_path") is None:
-        runs, trace = _runs_in(folder, canonical_benchmark(dataset), benchmark_options), None
+        runs, trace = _runs_in(folder, dataset, benchmark_options), None
     else:
         options = {"base_model": base_model, **benchmark_options}
+        told = {"progress": progress, "tell_speed": tell_speed}
+        check_device_map(options.get("device_map"))
         found = find_model(source, **{name: options[name] for name in OF_SOURCE if name in options})
-        runs = _runs_of(found, source, dataset, folder, options, progress)
+        runs = _runs_of(found, source, dataset, folder, {**options, **told})
         if not PartialState().is_main_process:
             return ExpertAnalysis(folder, {})
-        trace = partial(_trace_router, source, dataset, folder, options, progress)
+        trace = partial(_trace_router, source, dataset, folder, {**options, **told})
         if found.config.routes_by_layer:
             trace = None  # a routing analysis reads a gate
     choices = _router_choices(runs[ROUTER], folder, trace) if ROUTER in runs else None
@@ -189,7 +195,6 @@ def _runs_of(
     dataset: str,
     folder: Path,
     options: dict[str, Any],
-    progress: Progress | None,
 ) -> dict[str, Run]:
     """Return every strategy's run, making those that are missing."""
     if not found.is_mixture:
@@ -197,9 +202,7 @@ def _runs_of(
             f"{found.source} is an ordinary model without experts, so there is nothing to analyse"
         )
     strategies = strategies_of(len(found.expert_names), found.config.has_router)
-    made = benchmark(
-        [source], benchmarks=[dataset], strategies=strategies, output_dir=folder, progress=progress, **options
-    )
+    made = benchmark([source], benchmarks=[dataset], strategies=strategies, output_dir=folder, **options)
     return {run.routing_strategy: run for run in made.runs}
 
 
@@ -316,14 +319,11 @@ def _trace_router(
     dataset: str,
     folder: Path,
     options: dict[str, Any],
-    progress: Progress | None,
     samples: str,
 ) -> None:
     from .routing_analysis import routing_analysis
 
-    routing_analysis(
-        source, dataset=dataset, output_dir=folder, samples=samples, progress=progress, **options
-    )
+    routing_analysis(source, dataset=dataset, output_dir=folder, samples=samples, **options)
 
 
 def _count_choices(

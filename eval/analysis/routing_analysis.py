@@ -21,11 +21,13 @@ from dylora_moe.hub_export.errors import FailureError, InputError
 from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.staging import staged_file, write_atomically
 
-from ..benchmark import Progress, benchmark
-from ..evalplus_bridge.data import Benchmark, load_benchmark
+from ..benchmark import benchmark
+from ..evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from ..options import DEFAULT_FOLDER, BenchmarkOptions
+from ..progress import Progress, TellSpeed, told
+from ..sampling.devices import check_device_map
 from ..sampling.loading import FoundModel, LoadedModel, find_model
-from ..sampling.run_record import Run, file_sha256
+from ..sampling.run_record import Run, check_results_folder, file_sha256
 from .files import ROUTING_FILE, ROUTING_TASKS_FILE, ROUTING_VERSION
 from .routing_inputs import STRATEGY, Results, read_texts, run_of_router, runs_of
 from .routing_summary import RoutingSummary
@@ -77,6 +79,7 @@ def routing_analysis(
     output_dir: str | Path = DEFAULT_FOLDER,
     samples: str | None = None,
     progress: Progress | None = None,
+    tell_speed: TellSpeed | None = None,
     **options: Any,
 ) -> RoutingAnalysis:
     """Trace the router over every task's prompt and completion, and sum up.
@@ -91,6 +94,7 @@ def routing_analysis(
         dataset: "humaneval" or "mbpp".
         samples: which completions, as `run.json` names their file, where the folder may hold several that
             would do.
+        progress, tell_speed: as for `benchmark`.
         options: see `BenchmarkOptions`; `batch_size` is that of the traced texts, too. Where there are
             completions already, those that decide how they are made do not count: the trace is in the run's
             own dtype.
@@ -101,8 +105,9 @@ def routing_analysis(
     """
     check_packages("evalplus", "scipy")
     chosen = BenchmarkOptions.of(options, routing_analysis)
-    tell = progress or (lambda what, done, total: None)
-    folder = Path(output_dir)
+    folder, dataset = Path(output_dir), canonical_benchmark(dataset)
+    check_results_folder(folder)
+    check_device_map(chosen.device_map)
     found = find_model(model, **chosen.of_source)
     if not (found.is_mixture and found.config.has_router):
         raise InputError(f"{found.source} has no router, so there is no routing to analyse")
@@ -115,24 +120,33 @@ def routing_analysis(
     run, runs = _completions(found, tasks, folder, samples)
     if run is None:
         benchmark(
-            model, benchmarks=tasks.name, strategies=STRATEGY, output_dir=folder, progress=progress, **options
+            model,
+            benchmarks=tasks.name,
+            strategies=STRATEGY,
+            output_dir=folder,
+            progress=progress,
+            tell_speed=tell_speed,
+            **options,
         )
         run, runs = _completions(found, tasks, folder, samples)
     if run is None:
         raise FailureError(
             f"{folder} holds no samples of {found.label}, though it was benchmarked; do that again"
         )
-    tell(f"loading {found.label}", 0, 0)
-    loaded = found.load(
-        dtype=run.dtype,
-        device=PartialState().device,
-        device_map=chosen.device_map,
-        attn_implementation=chosen.attn_implementation,
-    )
+    found.check_base_model()
+    with told(progress, f"loading {found.label}"):
+        loaded = found.load(
+            dtype=run.dtype,
+            device=PartialState().device,
+            device_map=chosen.device_map,
+            attn_implementation=chosen.attn_implementation,
+        )
     task_ids = [task_id for task_id in run.task_ids if task_id in tasks.tasks]
     texts = read_texts(run, tasks, task_ids, loaded.tokenizer)
     traces = trace_texts(loaded.model, loaded.tokenizer, texts, batch_size=chosen.batch_size)
     results = Results(run, runs, loaded.expert_names)
+    tell = progress or (lambda what, done, total: None)
+    tell("routing", 0, len(task_ids))
     traced = _trace(
         traces,
         tasks,

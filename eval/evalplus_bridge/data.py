@@ -9,7 +9,7 @@ import contextlib
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,10 @@ from dylora_moe.hub_export.staging import staged_file
 # What users write, and what EvalPlus calls it. Its two sets are HumanEval+ and MBPP+, with the base tests
 # among them.
 BENCHMARKS = {"humaneval": "humaneval", "humanevalplus": "humaneval", "mbpp": "mbpp", "mbppplus": "mbpp"}
+
+
+# Called with the number of tasks that are done, and of all.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -157,11 +161,28 @@ def _number(task_id: str) -> int | None:
     return int(end) if end.isascii() and end.isdigit() else None
 
 
-def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
+class _ToldTasks(dict):
+    """Tasks that tell how many of them EvalPlus has gone through: it goes through `items` once."""
+
+    def __init__(self, tasks: dict[str, dict[str, Any]], progress: Progress | None):
+        super().__init__(tasks)
+        self._progress = progress or (lambda done, total: None)
+
+    def items(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, item in enumerate(super().items()):
+            self._progress(number, len(self))
+            yield item
+        self._progress(len(self), len(self))
+
+
+def expected_outputs(benchmark: Benchmark, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
     """Return EvalPlus's expected outputs and times, base and plus, of (at least) a benchmark's tasks, by id.
 
     Those of a whole set are kept for the next time, which HumanEval+ and MBPP+ take a minute each and
     hundreds of megabytes for. Those of a part are not kept, unless the whole set's are there.
+
+    Args:
+        progress: is told how many are computed; not called where they were kept.
 
     Raises:
         InputError: the kept file is damaged.
@@ -182,7 +203,8 @@ def expected_outputs(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
                 return evaluate.get_groundtruth(benchmark.tasks, benchmark.dataset_hash, tasks_not_none)
             partial.unlink(missing_ok=True)
             with staged_file(kept, partial, keep=benchmark.subset is None):
-                return evaluate.get_groundtruth(benchmark.tasks, partial.stem, tasks_not_none)
+                tasks = _ToldTasks(benchmark.tasks, progress)
+                return evaluate.get_groundtruth(tasks, partial.stem, tasks_not_none)
     except (EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{kept}, EvalPlus's cache of expected outputs, is damaged; remove it") from error
     except OSError as error:

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
+from dylora_moe.hub_export.repo.gate_files import size_with_gate
 from dylora_moe.hub_export.repo.repo_config import load_config
 from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.hub_export.sources.hub_and_folders import open_source_folder
+from dylora_moe.hub_export.staging import check_room
 from dylora_moe.hub_export.variant import check_output_of_variant, write_with_gate
 
+from ..progress import Progress, told
 from ..sampling.loading import FoundModel, LoadedModel
 from ..texts.encoding import part_length
 from ..texts.reading import Text
@@ -49,9 +52,6 @@ ROUTER_FIELDS = (
     "router_aux_loss_coef",
 )
 MOST, LEAST = 0.95, 0.01  # shares of tokens beyond which a gate has collapsed
-
-# Called with what is being done, and how much of it.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -137,20 +137,22 @@ def fit_router(
     _check_input(config, chosen)
     repo_files(source, follow_links=True)
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
+    check_room(Path(output_dir), size_with_gate(source, config.weights_layout))
+    model = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf")
+    check_base_model(model)
     found = read_texts(paths, config, all_name_experts=chosen.targets == "texts")
     described = describe_texts(paths)
     processes = Processes(chosen.mixed_precision)
     tell = progress or (lambda what, done, total: None)
-    tell("loading the model", 0, 0)
-    folder = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf")
-    loaded = folder.load(dtype=chosen.dtype, device=processes.device)
+    with told(tell, "loading the model"):
+        loaded = model.load(dtype=chosen.dtype, device=processes.device)
     result = _fit(loaded, found, chosen, processes, tell, tell_epoch)
     result.repo, result.output_dir = source.path, Path(output_dir).resolve()
     if processes.is_main:
-        tell("writing the repo", 0, 0)
         warn_of_collapse(result, chosen)
         warn_of_loss(result, chosen)
-        _write(source, loaded.model, result, chosen, described)
+        with told(tell, "writing the repo"):
+            _write(source, loaded.model, result, chosen, described)
     processes.wait()
     return result
 
@@ -171,8 +173,8 @@ def _fit(
     def measured(*strategies: str) -> dict[str, float]:
         if not split.held_out:
             return {}
-        tell("measuring held-out texts", 0, 0)
-        return mean_losses(model, loaded.tokenizer, split.held_out, strategies, options, processes)
+        with told(tell, "measuring held-out texts"):
+            return mean_losses(model, loaded.tokenizer, split.held_out, strategies, options, processes)
 
     before = measured("router") if config.has_router else {}
     add_gate(model, options)
@@ -205,6 +207,18 @@ def _fit(
         shares=dict(zip(config.expert_names, used.shares, strict=True)),
         entropy=used.entropy,
     )
+
+
+def check_base_model(model: FoundModel) -> None:
+    """Check that the base model of a repo that does not hold it can be had.
+
+    Raises:
+        InputError: it cannot; says how to write the repo with another.
+    """
+    try:
+        model.check_base_model()
+    except InputError as error:
+        raise InputError(f"{error} of `dylora-moe export {model.source}`, and use what it writes") from error
 
 
 def _check_input(config: Any, options: FitRouterOptions) -> None:

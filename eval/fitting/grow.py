@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,28 +21,29 @@ import torch
 
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
 from dylora_moe.hub_export.exporter import export
+from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.readers.open_source import open_source
 from dylora_moe.hub_export.repo.repo_config import load_config
+from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.hub_export.repo.writer import finest_dtype
 from dylora_moe.hub_export.sources.hub_and_folders import open_source_folder
+from dylora_moe.hub_export.sources.source_folder import SourceFolder
+from dylora_moe.hub_export.staging import check_room
 from dylora_moe.hub_export.tensors.mixture import Router, is_expert_name
 from dylora_moe.hub_export.variant import check_output_of_variant
 
+from ..progress import Progress, told
 from ..sampling.loading import FoundModel
 from ..texts.encoding import part_length
 from ..texts.loss import measure_loss
 from ..texts.reading import Text, Texts
 from ..texts.text_losses import text_losses
 from .expert_training import gate_confidence, train_new_expert
-from .fit_router import fit_router
+from .fit_router import check_base_model, fit_router
 from .grow_options import GrowOptions
 from .novelty import Novelty, novelty_of
 from .reservoir import check_reservoir, keep_some, write_texts
 from .training_texts import PART_LENGTH, split_texts
-
-
-# Called with what is being done, and how much of it.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -127,23 +128,25 @@ def grow(
     chosen = GrowOptions.of(options)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a mixture grows in one process; start `grow` without `accelerate launch`")
+    check_packages("scipy")
     tell = progress or (lambda what, done, total: None)
     source = open_source_folder(repo)
     config = load_config(source)
     if not config.num_experts:
         raise InputError(f"{source.path} has no experts yet; export the first one")
     check_output_of_variant(source, Path(output_dir), chosen.overwrite)
+    _check_room(source, config, Path(output_dir))
+    model = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf")
+    check_base_model(model)
     if chosen.reservoir is not None:
         check_reservoir(Path(chosen.reservoir), [source.path, Path(output_dir)])
     chosen = replace(chosen, max_length=part_length(config, chosen.max_length, PART_LENGTH))
     shares = _read(texts, chosen)
     name = _expert_name(shares, chosen, config)
-    tell("loading the model", 0, 0)
-    loaded = FoundModel(str(repo), source.path.name, source.path, "exported repo", "hf").load(
-        dtype=chosen.dtype
-    )
-    tell("comparing new texts with old ones", 0, 0)
-    novelty = _compare(loaded, shares, chosen)
+    with told(tell, "loading the model"):
+        loaded = model.load(dtype=chosen.dtype)
+    with told(tell, "comparing new texts with old ones"):
+        novelty = _compare(loaded, shares, chosen)
     if not novelty.is_new and not chosen.force:
         raise InputError(
             f"the texts are not new to {source.path}: {novelty.sentence()}. No expert is warranted; --force adds one, and "
@@ -162,15 +165,24 @@ def grow(
             partial(tell, f"training expert {name}"),
         )
         del loaded
-        tell("appending the expert", 0, 0)
         sources = [str(source.path), str(folder / "experts" / name)]
         _write(sources, folder, Path(output_dir), shares, chosen, config, tell)
-        tell("measuring held-out texts", 0, 0)
-        groups = _forgetting(source.path, Path(output_dir), folder, shares, config.num_experts, chosen)
+        with told(tell, "measuring what was forgotten"):
+            groups = _forgetting(source.path, Path(output_dir), folder, shares, config.num_experts, chosen)
     if chosen.reservoir is not None:
         everything = [*shares.old, *shares.old_held_out, *shares.new, *shares.new_held_out]
         write_texts(Path(chosen.reservoir), keep_some(everything, chosen.reservoir_size, chosen.seed))
     return GrowResult(Path(output_dir).resolve(), source.path, name, novelty, groups)
+
+
+def _check_room(source: SourceFolder, config: Any, output_dir: Path) -> None:
+    """Check that there is room for copies of the repo's weights: with a gate, there is one before it is fitted."""
+    names = repo_files(source, follow_links=True).weights()
+    weights = sum((source / name).stat().st_size for name in names)
+    check_room(output_dir, weights)
+    if not config.routes_by_layer:
+        temporary = Path(tempfile.gettempdir())
+        check_room(temporary, weights, "name another folder in TMPDIR", "a copy of the weights takes")
 
 
 def _read(texts: str | Path | Sequence[str | Path], options: GrowOptions) -> _Shares:
@@ -244,12 +256,13 @@ def _write(
     """Write the repo with the new expert, and with a gate that is fitted to texts of all groups."""
     layout = config.weights_layout
     if config.routes_by_layer:
-        export(sources, output_dir, layout=layout, overwrite=options.overwrite)
+        with told(tell, "appending the expert"):
+            export(sources, output_dir, layout=layout, overwrite=options.overwrite)
         return
     mixture, grown = open_source(sources), folder / "grown"
     if mixture.router is not None:
         mixture.router = _with_new_row(mixture.router)
-    with warnings.catch_warnings():
+    with told(tell, "appending the expert"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DyloraMoeWarning)  # of a router that is yet to come
         export(mixture, grown, layout=layout, routing_strategy="uniform")
     texts = folder / "texts.jsonl"

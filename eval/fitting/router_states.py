@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from dylora_moe.hub_export.staging import check_room
 
 from ..texts.encoding import EncodedText, batches, collate
 from ..texts.text_losses import token_losses
@@ -55,6 +58,9 @@ class RouterStates:
         with_best: whether to keep only positions whose next token counts, and to find the best expert of each.
         progress: is told how many of this process's texts are read, and how many there are.
 
+    Raises:
+        FailureError: the temporary folder's disk has no room for the rows.
+
     Attributes:
         rows: hidden states `[rows, hidden_size]`, in the dtype that the model computes them in.
         places: by number of a text, its rows.
@@ -77,6 +83,14 @@ class RouterStates:
         self._kept = KeptRows(model.config.hidden_size)
         self.places: dict[int, slice] = {}
         own = processes.own(self.texts)
+        num_rows = sum(len(self.positions(self.texts[number])) for number in own)
+        num_bytes = num_rows * model.config.hidden_size * model.dtype.itemsize
+        check_room(
+            Path(tempfile.gettempdir()),
+            num_bytes,
+            "name another folder in TMPDIR",
+            "what the gate reads takes",
+        )
         numbers = {id(self.texts[number]): number for number in own}
         best: list[tuple[torch.Tensor, torch.Tensor]] = []
         for batch in batches((self.texts[number] for number in own), batch_tokens):

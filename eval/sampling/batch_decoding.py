@@ -63,6 +63,8 @@ MAX_NEW_TOKENS, LAST_POSITION = "max_new_tokens", "last_position"
 
 # Called with a finished row, its new tokens, the end-of-sequence token among them, and why it ended.
 Finished = Callable[[Row, list[int], str], None]
+# Called with the number of new tokens of a step, over all rows.
+Stepped = Callable[[int], None]
 
 
 def decode_rows(
@@ -74,6 +76,7 @@ def decode_rows(
     stop_strings: Sequence[str],
     batch_size: int,
     seed: int = 0,
+    stepped: Stepped | None = None,
     **arguments: Any,
 ) -> int:
     """Generate for every row, batch by batch, and report each when it is done; return the last batch size.
@@ -86,6 +89,7 @@ def decode_rows(
             config.
         seed: of sampling. Each row draws from a generator of its own, made from (seed, task, sample), so that
             batches, processes and interruptions change nothing.
+        stepped: is told after every step how many tokens it gave.
         arguments: of `model.generate`, the same for all rows.
 
     Raises:
@@ -115,7 +119,7 @@ def decode_rows(
 
         too_large = False
         try:
-            _decode_batch(model, tokenizer, batch, note, stops, room, seed, arguments)
+            _decode_batch(model, tokenizer, batch, note, stepped, stops, room, seed, arguments)
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -199,6 +203,7 @@ def _decode_batch(
     tokenizer: Any,
     rows: list[Row],
     finished: Finished,
+    stepped: Stepped | None,
     stops: StopStrings,
     room: dict[tuple[str, int], float],
     seed: int,
@@ -215,7 +220,7 @@ def _decode_batch(
         arguments = {**arguments, "expert_ids": torch.tensor([row.expert_id for row in rows])}
     generators = [row_generator(seed, row) for row in rows]
     rooms = [room[row.task_id, row.sample] for row in rows]
-    loop = _Loop(rows, finished, stops, generators, rooms)
+    loop = _Loop(rows, finished, stops, generators, rooms, stepped)
     model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
@@ -249,9 +254,11 @@ class _Loop:
         stop_strings: StopStrings,
         generators: list[np.random.Generator],
         room: list[float],
+        stepped: Stepped | None = None,
     ):
         self.rows = list(rows)
         self.finished = finished
+        self.stepped = stepped or (lambda num_tokens: None)
         self.stop_strings = stop_strings
         self.generators = generators
         self.room = room  # new tokens that each row has positions for
@@ -325,6 +332,7 @@ class _Loop:
 
     def _take(self, tokens: list[int], end: set[int], max_new_tokens: int) -> None:
         """Give every row that goes on its new token, and tell those that are done with it."""
+        self.stepped(len(self.going_on))
         going_on = []
         for place in self.going_on:
             new_tokens = self.new_tokens[place]

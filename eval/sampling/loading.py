@@ -28,7 +28,7 @@ from dylora_moe.hub_export.checking.own_code import (
 )
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError, few, one_line
 from dylora_moe.hub_export.foundation.quantised import check_needs_no_kernels
-from dylora_moe.hub_export.foundation.reference import not_loaded, resolve_foundation
+from dylora_moe.hub_export.foundation.reference import check_can_be_had, not_loaded, resolve_foundation
 from dylora_moe.hub_export.readers import exported_repo, merged_model, training_run
 from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
@@ -42,6 +42,7 @@ from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
 from ..options import NO_MODEL, check_backend, known_dtype
+from .devices import warn_of_slow_dtype
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
@@ -179,6 +180,16 @@ class FoundModel:
             foundation = resolve_foundation(foundation, None, None)
         check_mixture_size(folder, config, foundation)
 
+    def check_base_model(self) -> None:
+        """Check that the foundation of a mixture that does not hold it can be had; nothing large is fetched.
+
+        Raises:
+            InputError: it cannot; names it, and says what to do.
+        """
+        if self.is_mixture and self.config.weights_layout == "adapter":
+            named = repo_config.foundation_of(self.folder, self.config)
+            check_can_be_had(resolve_foundation(named, None, None))
+
     def check_files(self) -> None:
         """Check what can be without loading: a trusted repo's own code may do anything with its files.
 
@@ -215,9 +226,11 @@ class FoundModel:
         from dylora_moe.modeling.configuration_dylora_moe import read_config
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
+        dtype = known_dtype(dtype)
+        warn_of_slow_dtype(dtype)
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
-        arguments: dict[str, Any] = {"dtype": getattr(torch, known_dtype(dtype))}
+        arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
         for name, value in (("device_map", device_map), ("attn_implementation", attn_implementation)):
             if value is not None:
                 arguments[name] = value

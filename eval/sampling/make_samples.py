@@ -6,7 +6,6 @@ The processes of `accelerate launch` share the missing samples; the main one wri
 from __future__ import annotations
 
 import shutil
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from .batch_decoding import LAST_POSITION, Row
 from .loading import FoundModel
 from .run_record import LOCKS, Run, file_sha256, read_runs, write_run
 from .sample_journal import SampleJournal, Samples
+from .speed import SpeedMeter, peak_memory
 
 
 # Called with the number of samples that are done, and of all.
@@ -44,6 +44,7 @@ def make_samples(
     overwrite: bool = False,
     state: Any = None,
     progress: Progress | None = None,
+    tell_speed: Callable[[float, float], None] | None = None,
     sanitize: Callable[..., list[str]] = sanitize_programs,
 ) -> Run:
     """Generate what is missing of a run's samples, and write EvalPlus's files and the record.
@@ -53,6 +54,7 @@ def make_samples(
         model: where the samples come from; `load` loads it, and is not called when nothing is missing.
         overwrite: throw away what another run left under the same name, instead of refusing.
         state: accelerate's `PartialState` where several processes share the work.
+        tell_speed: is told tokens a second and the seconds that are left, of this process.
         sanitize: `sanitize_programs`, with its `workers` and `progress`.
 
     Returns:
@@ -65,7 +67,18 @@ def make_samples(
     process, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     with _alone(run, process):
         return _make(
-            run, benchmark, model, load, batch_size, overwrite, state, process, processes, progress, sanitize
+            run,
+            benchmark,
+            model,
+            load,
+            batch_size,
+            overwrite,
+            state,
+            process,
+            processes,
+            progress,
+            tell_speed,
+            sanitize,
         )
 
 
@@ -80,6 +93,7 @@ def _make(
     process: int,
     processes: int,
     progress: Progress | None,
+    tell_speed: Callable[[float, float], None] | None,
     sanitize: Callable[..., list[str]],
 ) -> Run:
     from ..evalplus_bridge.decoder import ask
@@ -104,16 +118,17 @@ def _make(
     there = journal.read()
     rows = _missing(run, questions, there)[process::processes]
     _wait(state)  # no process adds a sample before all have seen which are missing
-    seconds = 0.0
+    meter = None
     if rows:
         decode = load()
-        started = time.monotonic()
+        meter = SpeedMeter(len(rows), run.max_new_tokens, tell_speed)
         journal.begin()
         done = count(len(there) + 1)
         tell(len(there), len(there) + len(rows))
 
         def finished(row: Row, tokens: list[int], stop: str) -> None:
             journal.add(row.task_id, row.sample, tokens, stop)
+            meter.finished += 1
             tell(next(done), len(there) + len(rows))
 
         decode(
@@ -122,16 +137,26 @@ def _make(
             stop_strings=stop_strings,
             batch_size=batch_size,
             seed=run.seed or 0,
+            stepped=meter.add,
             **questions[0].generation,
             **({"routing_strategy": run.routing_strategy} if model.is_mixture else {}),
         )
-        seconds = time.monotonic() - started
-    recorded.seconds = None if there else seconds
     _wait(state)
     if process == 0:
+        if meter is not None and not there:
+            _record_speed(recorded, meter, journal.read())
         _finish(recorded, benchmark, tokenizer, journal, sanitize, decoder)
     _wait(state)
     return recorded if process == 0 else _recorded(run)
+
+
+def _record_speed(recorded: Run, meter: SpeedMeter, samples: Samples) -> None:
+    """Record what all processes together did, of samples that were made without an interruption."""
+    recorded.seconds = meter.seconds()
+    tokens = sum(len(sample.tokens) for sample in samples.values())
+    recorded.tokens_per_second = round(tokens / recorded.seconds, 2)
+    if recorded.backend != "vllm":  # whose engine takes what it may
+        recorded.peak_memory = peak_memory()
 
 
 @contextmanager

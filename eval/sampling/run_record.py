@@ -9,6 +9,7 @@ file of the folder, and all other paths are derived from that name; and `open_re
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,7 +41,7 @@ KEPT_FILES = (
     "loss.csv",
     ".*.tmp",
 )
-KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures")
+KEPT_FOLDERS = (LOCKS, "humaneval", "mbpp", "figures", "eee")
 
 # Fields that decide what the samples are: two runs that share a samples file must agree in all of them.
 DECISIVE = (
@@ -87,6 +88,9 @@ class Run:
         task_ids: the tasks, in EvalPlus's order; `subset` says in words which these are, None for all.
         scores: "pass@1", "plus_pass@1" and so on, fractions.
         seconds: of generation, without loading; None where it was interrupted.
+        tokens_per_second: new tokens of all samples over these seconds; likewise.
+        peak_memory: bytes, the most that the first process had at once while it generated: allocated on its GPUs,
+            or without one resident; None under vLLM, and where it was interrupted.
         stops: how many samples ended for which reason: "end_of_sequence", "stop_string", "max_new_tokens", or
             "last_position" of a model whose positions end. Empty for samples of an older version.
     """
@@ -121,6 +125,8 @@ class Run:
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory: int | None = None
     stops: dict[str, int] = field(default_factory=dict)
     samples_sha256: str | None = None
     raw_samples_sha256: str | None = None
@@ -202,6 +208,19 @@ def open_results(folder: str | Path) -> SourceFolder:
             for inner in opened.folder(name).names():
                 opened / f"{name}/{inner}"
     return opened
+
+
+def check_results_folder(folder: Path) -> None:
+    """Check that results can be written to a folder that may not be there yet.
+
+    Raises:
+        InputError: they cannot; nothing was touched.
+    """
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"-o {folder} cannot be written to: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"-o {folder} cannot be written to")
 
 
 def read_runs(folder: str | Path) -> list[Run]:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from dylora_moe.hub_export.errors import DyloraMoeWarning, FailureError, InputError, one_line
 from dylora_moe.hub_export.extras import check_packages
 
-from .batch_decoding import Finished, Row, row_seed, why_ended
+from .batch_decoding import Finished, Row, Stepped, row_seed, why_ended
 from .loading import FoundModel
 from .stop_strings import StopStrings
 
@@ -160,6 +160,7 @@ class VllmDecoder:
         max_new_tokens: int,
         routing_strategy: str | None = None,
         batch_size: int | None = None,
+        stepped: Stepped | None = None,
         **sampling: Any,
     ) -> None:
         """Generate for every row, and report each as soon as it is done.
@@ -167,6 +168,7 @@ class VllmDecoder:
         Args:
             routing_strategy: of a mixture.
             batch_size: the engine's, see `vllm_decoder`.
+            stepped: is told how many tokens the engine gave.
             sampling: `do_sample`, and if so `temperature` and `top_p`.
 
         Raises:
@@ -186,6 +188,8 @@ class VllmDecoder:
                 if output.request_id not in going_on:
                     continue  # it was ended here, and the engine had begun a further step
                 row, tokens = going_on[output.request_id]
+                if stepped is not None:
+                    stepped(len(output.outputs[0].token_ids))
                 stop = self._take(row, tokens, output.outputs[0].token_ids, stops, max_new_tokens)
                 if stop is not None:
                     del going_on[output.request_id]

@@ -35,7 +35,7 @@ from .sandbox import find_bubblewrap
 SUFFIX = ".jsonl"
 TIME_VARIABLE = "EVALPLUS_TIMEOUT_PER_TASK"
 
-# Called with the number of samples scored, and of all.
+# Called with the number of samples scored, or of tasks whose outputs are there, and of all.
 Progress = Callable[[int, int], None]
 
 
@@ -49,6 +49,7 @@ def score_samples(
     parallel: int | None = None,
     sandbox: bool = False,
     progress: Progress | None = None,
+    tell_expected: Progress | None = None,
 ) -> Path:
     """Score an EvalPlus samples file, and write `<samples>_eval_results.json` beside it atomically.
 
@@ -66,6 +67,8 @@ def score_samples(
         mini: the set with few plus inputs; `base_only`: without plus inputs.
         parallel: how many programs run at the same time; half the cores unless given.
         sandbox: run them inside bubblewrap.
+        progress: is told how many samples are scored.
+        tell_expected: is told how many tasks' expected outputs are computed, where these are not kept from before.
 
     Returns:
         The result file.
@@ -81,7 +84,7 @@ def score_samples(
     whole = load_benchmark(dataset, mini=mini)
     benchmark = _part(whole, task_ids)
     programs = _read_samples(samples, benchmark)
-    expected = expected_outputs(benchmark)
+    expected = expected_outputs(benchmark, tell_expected)
     # One object a task, which a checking process then gets only once.
     tasks = {
         task_id: Task(benchmark.name, problem, expected[task_id], base_only)
@@ -89,6 +92,8 @@ def score_samples(
     }
     checks = [Check(tasks[task_id], program) for task_id in tasks for program in programs[task_id]]
     workers = parallel or max(1, cpu_count() // 2)
+    if progress is not None:
+        progress(0, len(checks))
     found = run_checks(checks, workers=workers, sandbox=sandbox, progress=progress)
     verdicts = iter(found)
     content: dict[str, Any] = {

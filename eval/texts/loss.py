@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,19 @@ from typing import Any
 from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.extras import check_packages
 from dylora_moe.hub_export.staging import staged_file, write_atomically
 
 from ..analysis.files import LOSS_FILE, LOSS_TABLE_FILE, LOSS_VERSION
 from ..options import LossOptions
+from ..progress import Progress, told
 from ..report.loss_tables import losses_of_groups
+from ..sampling.devices import check_device_map
 from ..sampling.loading import FoundModel, find_model
+from ..sampling.run_record import check_results_folder
 from .loss_figures import figures
 from .reading import Text, Texts
 from .text_losses import TextLosses, refuse_turns, text_losses
-
-
-# Called with what is being done, and how much of it.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def measure_loss(
     chosen = LossOptions.of(options, measure_loss)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("the loss is measured in one process; pass --device_map auto to use several GPUs")
+    check_packages("scipy")
+    check_device_map(chosen.device_map)
     source = Texts(texts)
     found = find_model(model, **chosen.of_source)
     measured = _strategies(found, strategies)
@@ -89,12 +91,14 @@ def measure_loss(
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _check_folder(folder, found)
+    found.check_base_model()
     # All lines are read once before the model is, so that a bad one costs no time.
     num_texts = sum(1 for _ in _first(source, chosen.max_texts))
-    if progress is not None:
-        progress(f"loading {found.label}", 0, 0)
-    loaded = found.load(dtype=chosen.dtype, device=PartialState().device, device_map=chosen.device_map)
+    with told(progress, f"loading {found.label}"):
+        loaded = found.load(dtype=chosen.dtype, device=PartialState().device, device_map=chosen.device_map)
     what = f"loss of {num_texts} texts under {len(measured)} strategies"
+    if progress is not None:
+        progress(what, 0, num_texts)
     losses = text_losses(
         loaded.model,
         loaded.tokenizer,
@@ -150,9 +154,7 @@ def _first(texts: Iterable[Text], most: int | None) -> Iterator[Text]:
 def _check_folder(folder: Path, model: FoundModel) -> None:
     if folder.resolve() in (model.folder.resolve(), Path(model.source).resolve()):
         raise InputError(f"-o {folder} is the model's own folder; choose another, it may lie in it")
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"-o {folder} cannot be written to")
+    check_results_folder(folder)
 
 
 def _write(folder: Path, summary: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from ..sources.hub_and_folders import is_hub_id
 from ..sources.json_files import check_model_config
 from ..sources.source_folder import SourceFolder, exists, is_forbidden, open_folder
 from ..tensors.mixture import AdaptedLayer, Expert, FoundationReference, Router
-from ..tensors.weight_files import has_all_weights
+from ..tensors.weight_files import has_all_weights, weight_files
 from .layer_names import ADAPTABLE, why_missing
 from .stacked_experts import has_exchanged_sizes, shape_in
 
@@ -167,6 +167,37 @@ def load_foundation_config(reference: FoundationReference) -> Any:
     raise InputError(
         f"{reference.name} is itself an exported mixture; pass the plain base model with --base_model"
     )
+
+
+def check_can_be_had(reference: FoundationReference) -> None:
+    """Check that a foundation is there, or can be fetched, without fetching its weights.
+
+    Raises:
+        InputError: it is not; names it, says why, and what to do.
+    """
+    load_foundation_config(reference)
+    folder = local_folder(reference)
+    if folder is None:
+        _ask_the_hub(reference)
+        return
+    try:
+        there = weight_files(folder) or folder.names("*.safetensors") or folder.names("*.bin")
+    except InputError as error:  # a shard is missing
+        raise InputError(f"{error}; pass another folder or Hub id with --base_model") from error
+    if not there:
+        raise InputError(not_loaded(reference, OSError(f"{folder} holds no weights")))
+
+
+def _ask_the_hub(reference: FoundationReference) -> None:
+    from huggingface_hub import HfApi, constants, errors
+
+    network_errors = getattr(errors, "HTTPError", OSError)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE")
+        HfApi().model_info(reference.name, revision=reference.revision)
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, network_errors) as error:
+        raise InputError(not_loaded(reference, error)) from error
 
 
 def load_foundation(reference: FoundationReference, dtype: torch.dtype | str = "auto") -> nn.Module:

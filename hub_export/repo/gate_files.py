@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..sources.source_folder import open_folder
+from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.stored_tensors import INDEX, StoredTensor, of_tensor, write_safetensors
 from ..tensors.weight_files import read_index, stored_tensors
 
@@ -34,6 +34,13 @@ def gate_holders(folder: Path, layout: str) -> list[str]:
     if places is None:
         return [ONE_FILE]
     return sorted({file for name, file in places.items() if _is_routers(name)}) or [max(places.values())]
+
+
+def size_with_gate(folder: SourceFolder, layout: str) -> int:
+    """Count the bytes of the weight files that `replace_gate` writes again, as they are now."""
+    return sum(
+        (folder / name).stat().st_size for name in gate_holders(folder.path, layout) if folder.has(name)
+    )
 
 
 def replace_gate(folder: Path, layout: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -90,4 +97,4 @@ def _write_index(folder: Path, places: dict[str, str]) -> None:
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
-__all__ = ["gate_holders", "replace_gate"]
+__all__ = ["gate_holders", "replace_gate", "size_with_gate"]

@@ -7,15 +7,19 @@ again. Names and notes in it may come from any file, so each is put in by `as_ma
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+
+from dylora_moe.version import __version__
 
 from ..errors import few
 from ..foundation.reference import is_local, open_foundation
@@ -23,6 +27,7 @@ from ..shown_text import LONGEST_IN_CARD, as_markdown, as_markdown_code, one_pri
 from ..sources.hub_and_folders import is_on_hub
 from ..sources.text_files import parse_yaml, read_text
 from ..tensors.mixture import Expert, FoundationReference, Mixture
+from .eval_results import DATASETS
 from .results import Score
 
 
@@ -42,15 +47,10 @@ TWO_PASSES = (
     "for every expert."
 )
 QUOTED = re.compile(r"""--model (?:'[^']*'|"[^"]*"|[^\s'"])+""")
-DATASETS = {  # on the Hub
-    "HumanEval": "openai/openai_humaneval",
-    "HumanEval+": "evalplus/humanevalplus",
-    "MBPP": "google-research-datasets/mbpp",
-    "MBPP+": "evalplus/mbppplus",
-}
 MOST_LIMITS = 20  # of a mixture; this package's readers state two or three
 # What a licence's link may be: an address, or a file of the repo.
 LINK = re.compile(r"https?://\S+|[\w./-]+", re.ASCII)
+TESTED_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 TAGS = ["dylora-moe", "lora", "mixture-of-experts", "custom_code"]
 
 
@@ -63,6 +63,7 @@ def model_card(
     num_foundation_parameters: int | None = None,
     licence: Licence | None = None,
     results: Sequence[Score] = (),
+    checked: str | None = None,
 ) -> str:
     """Write the text of README.md.
 
@@ -74,6 +75,8 @@ def model_card(
         num_foundation_parameters: the experts' sizes are given as shares of it; None where it is not known.
         licence: the foundation's, as its own card states it; None where it does not, or cannot be had.
         results: scores to state, in the text and for the Hub's leaderboards.
+        checked: what the export compares with the source before the repo appears, such as "tensors and logits"; None
+            where it does not.
     """
     data = _metadata(name, config, licence, results)
     body = [
@@ -83,7 +86,7 @@ def model_card(
     ]
     body += [_router(config), _strategies(config, routing_strategy), _loading(name), _scoring(name)]
     body += [_results(results)] if results else []
-    body += [_limits(config, mixture)]
+    body += [_versions(checked), _limits(config, mixture)]
     fields = json.dumps(data.to_dict(), sort_keys=True).replace("--", "-\\u002d")  # no end of a comment
     record = f"<!-- metadata that was generated, too: {fields} -->"
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", BEGIN, record, *body, END]) + "\n"
@@ -382,6 +385,18 @@ def _results(results: Sequence[Score]) -> str:
         for result in results
     ]
     return "\n".join(rows)
+
+
+def _versions(checked: str | None) -> str:
+    """Write the versions under which the repo was exported, and whether it was checked under them."""
+    title, said = "Written with", "The repo was not compared with its source (`--no_verify`)."
+    if checked is not None:
+        title = "Tested with"
+        said = f"The export compared this repo's {checked} with those of its source under these versions."
+    versions = {"Python": platform.python_version(), "dylora-moe": __version__}
+    versions |= {name: metadata.version(name) for name in TESTED_PACKAGES}
+    rows = [f"| {name} | {as_markdown(version)} |" for name, version in versions.items()]
+    return "\n".join([f"## {title}", "", said, "", "| | version |", "|---|---|", *rows])
 
 
 def _limits(config: Any, mixture: Mixture) -> str:

@@ -16,6 +16,9 @@ from ..errors import InputError, few
 from ..sources.source_folder import SourceFolder, open_folder
 from ..tensors.weight_files import read_index
 from .checksums import FILE as CHECKSUMS
+from .eval_results import FILE as EVAL_RESULTS
+from .eval_results import GENERATED as GENERATED_RESULTS
+from .eval_results import eval_results_in
 from .repo_config import check_is_exported_repo, is_exported_repo
 
 
@@ -151,15 +154,18 @@ def may_be_stale(path: str) -> bool:
 
     Descriptions are not meant: a LICENSE or a README.md may have been put beside the export by hand.
     """
-    return any(pattern.fullmatch(path) for pattern in (WEIGHTS, CODE)) or is_tokenizer_file(path)
+    return any(
+        pattern.fullmatch(path) for pattern in (WEIGHTS, CODE, GENERATED_RESULTS)
+    ) or is_tokenizer_file(path)
 
 
 def _optional(folder: SourceFolder) -> set[str]:
-    """List descriptions and the tokenizer's files, as far as there are any."""
+    """List descriptions, results and the tokenizer's files, as far as there are any."""
     names = folder.names()
     if not folder.is_link(TEMPLATE_FOLDER) and folder.has_folder(TEMPLATE_FOLDER):
         names += [f"{TEMPLATE_FOLDER}/{name}" for name in folder.folder(TEMPLATE_FOLDER).names()]
-    return {name for name in names if name in DESCRIPTIONS or is_tokenizer_file(name)}
+    described = {name for name in names if name in DESCRIPTIONS or is_tokenizer_file(name)}
+    return described | set(eval_results_in(folder))
 
 
 def needed_weights(folder: SourceFolder, config: dict[str, Any]) -> set[str]:
@@ -273,7 +279,11 @@ def foreign_files(folder: Path) -> list[str]:
     try:
         others = repo_files(folder).left_out
     except InputError:  # not complete: known by names alone
-        others = [name for name in _all_names(open_folder(folder)) if name not in DESCRIPTIONS]
+        others = [
+            name
+            for name in _all_names(open_folder(folder))
+            if name not in DESCRIPTIONS and not EVAL_RESULTS.fullmatch(name)
+        ]
     return [name for name in others if not LEFT_BY_TOOLS.fullmatch(name) and not may_be_stale(name)]
 
 

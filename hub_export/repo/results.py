@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..sources.json_files import read_json
 PASS = "pass"
 # Bytes. It holds every program: 200 samples of each task of MBPP are 100 MB.
 MOST_RESULTS = 256 * 1024**2
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}(?!\d)", re.ASCII)
 BENCHMARKS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
 
 
@@ -32,12 +34,13 @@ class TaskResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """A strategy's pass@1 on a benchmark, a fraction."""
+    """A strategy's pass@1 on a benchmark, a fraction; `date` is the day on which it was scored, if that is known."""
 
     routing_strategy: str
     benchmark: str
     value: float
     num_tasks: int
+    date: str | None = None
 
 
 def read_results(path: str | Path) -> dict[str, TaskResult]:
@@ -46,10 +49,20 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
     Raises:
         InputError: it is not one, or holds no task.
     """
-    tasks = read_json(Path(path), most_bytes=MOST_RESULTS).get("eval")
+    return _tasks(read_json(Path(path), most_bytes=MOST_RESULTS), path)
+
+
+def _tasks(content: Mapping[str, Any], path: str | Path) -> dict[str, TaskResult]:
+    tasks = content.get("eval")
     if not isinstance(tasks, dict) or not tasks:
         raise InputError(f"{path} is not a result file of EvalPlus: it has no entry 'eval' with tasks")
     return {task_id: _task_result(samples, task_id, path) for task_id, samples in tasks.items()}
+
+
+def _day(content: Mapping[str, Any]) -> str | None:
+    """Give the day on which EvalPlus scored, as YYYY-MM-DD; its hour is of an unknown time zone."""
+    match = DAY.match(str(content.get("date")))
+    return None if match is None else match[0]
 
 
 def pass_at_1(results: Iterable[TaskResult], *, plus: bool = False) -> float:
@@ -77,15 +90,17 @@ def read_scores(entries: Sequence[str]) -> list[Score]:
             raise InputError(
                 f"--results takes STRATEGY=FILE, for instance router=samples_eval_results.json; got {entry}"
             )
-        results = read_results(name)
+        content = read_json(Path(name), most_bytes=MOST_RESULTS)
+        results, day = _tasks(content, name), _day(content)
         first_task = next(iter(results))
         benchmark = BENCHMARKS.get(first_task.partition("/")[0])
         if benchmark is None:
             raise InputError(f"{name} is about {first_task}, which is neither HumanEval nor MBPP")
         tasks = list(results.values())
-        scores.append(Score(strategy, benchmark, pass_at_1(tasks), len(tasks)))
+        scores.append(Score(strategy, benchmark, pass_at_1(tasks), len(tasks), day))
         if all(result.plus is not None for result in tasks):
-            scores.append(Score(strategy, f"{benchmark}+", pass_at_1(tasks, plus=True), len(tasks)))
+            plus = pass_at_1(tasks, plus=True)
+            scores.append(Score(strategy, f"{benchmark}+", plus, len(tasks), day))
     return scores
 
 

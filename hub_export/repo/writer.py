@@ -46,6 +46,24 @@ def write_full(
             cannot hold what is converted to it.
         OSError: the disk is full, or the file system refuses.
     """
+    write_shards(folder, _all_tensors(mixture, config, foundation, dtype), max_shard_size)
+
+
+def size_of_weights(
+    mixture: Mixture, config: Any, foundation: dict[str, StoredTensor], dtype: torch.dtype | None
+) -> int:
+    """Count the bytes of the weights that `write_full` writes; without a foundation's, those of `write_adapter`.
+
+    Raises:
+        InputError: an expert is not stored as floats.
+    """
+    return sum(tensor.num_bytes for tensor in _all_tensors(mixture, config, foundation, dtype).values())
+
+
+def _all_tensors(
+    mixture: Mixture, config: Any, foundation: dict[str, StoredTensor], dtype: torch.dtype | None
+) -> dict[str, StoredTensor]:
+    """Give everything that layout `full` holds, by its names there; the numbers stay on the disk."""
     from dylora_moe.modeling.experts_dylora_moe import in_base_layer
 
     wrapped = config.wrapped_modules()
@@ -56,7 +74,7 @@ def write_full(
     tensors.update(_stacks(mixture, config, dtype or finest_dtype(mixture)))
     for name, tensor in _router_tensors(mixture, dtype or finest_dtype(mixture)).items():
         tensors[f"{mixture.router.prefix}{name}"] = tensor
-    write_shards(folder, tensors, max_shard_size)
+    return tensors
 
 
 def write_adapter(

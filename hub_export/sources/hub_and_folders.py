@@ -19,6 +19,25 @@ NAMES = ("optimizer.*", "training_args.bin", "rng_state*.pth", "scheduler.pt", "
 NEVER_NEEDED = [pattern for name in NAMES for pattern in (name, f"*/{name}")]
 
 
+def check_source(source: str | Path) -> None:
+    """Check what can be told of a source at once: its folder, the form of its name, or that W&B can be asked.
+
+    Raises:
+        InputError: there is no such folder and it is no Hub id, or an artifact cannot be had without SDK or API key.
+    """
+    text = str(source)
+    if exists(text):
+        return
+    if text.startswith(ARTIFACT):
+        from .wandb_artifacts import check_credentials, parse_name, wandb_errors
+
+        parse_name(text, version=True)
+        with wandb_errors(text):
+            check_credentials()
+    elif not is_hub_id(text):
+        raise InputError(NOT_ALLOWED.format(text) if is_forbidden(text) else f"{text} does not exist")
+
+
 def open_source_folder(source: str | Path, revision: str | None = None) -> SourceFolder:
     """Open the folder behind a source.
 
@@ -28,6 +47,7 @@ def open_source_folder(source: str | Path, revision: str | None = None) -> Sourc
     Raises:
         InputError: there is no such folder, nor a Hub repo or artifact of that name that can be had.
     """
+    check_source(source)
     text = str(source)
     if exists(text):
         if revision is not None:
@@ -42,19 +62,7 @@ def open_source_folder(source: str | Path, revision: str | None = None) -> Sourc
             raise InputError(f"--revision is for repos on the Hub; {text} states its version after the colon")
         artifact = text.removeprefix(ARTIFACT)
         return open_folder(download_artifact(artifact), artifact.rsplit("/", 1)[-1].partition(":")[0])
-    check_place(text)
     return open_folder(_download(text, revision), text.rsplit("/", 1)[-1])
-
-
-def check_place(source: str | Path) -> None:
-    """Check, without reading or fetching, that a source is a folder or has the form of what can be fetched.
-
-    Raises:
-        InputError: it is neither.
-    """
-    text = str(source)
-    if not exists(text) and not text.startswith(ARTIFACT) and not is_hub_id(text):
-        raise InputError(NOT_ALLOWED.format(text) if is_forbidden(text) else f"{text} does not exist")
 
 
 def open_source_folders(sources: str | Path | list[str | Path], options: SourceOptions) -> list[SourceFolder]:
@@ -67,6 +75,8 @@ def open_source_folders(sources: str | Path | list[str | Path], options: SourceO
         sources = [sources]
     if not sources:
         raise InputError("no source given")
+    for source in sources:  # before the first is fetched
+        check_source(source)
     first, *others = sources
     folders = [open_source_folder(first, options.revision), *map(open_source_folder, others)]
     paths = [folder.path.resolve() for folder in folders]

@@ -205,15 +205,25 @@ def _check_folder_settings(path: Path, wandb: Any) -> None:
         )
 
 
-def connect(token: str | None = None) -> Any:
-    """Make a `wandb.Api` whose credentials were accepted. Call it inside `wandb_errors`.
+def check_credentials(token: str | None = None) -> Any:
+    """Import wandb, and check that there is an API key, without asking W&B about it.
 
     Raises:
-        InputError: there is no API key, where the SDK itself would ask for one.
+        InputError: as `sdk`, or there is no API key, where the SDK itself would ask for one.
     """
     wandb = sdk()
     if not token and not _has_credentials(wandb):
         raise InputError(f"no W&B API key on this machine; {LOGIN}")
+    return wandb
+
+
+def connect(token: str | None = None) -> Any:
+    """Make a `wandb.Api` whose credentials were accepted. Call it inside `wandb_errors`.
+
+    Raises:
+        InputError: as `check_credentials`.
+    """
+    wandb = check_credentials(token)
     return wandb.Api(**({"api_key": token} if token else {}))
 
 

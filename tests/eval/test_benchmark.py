@@ -207,5 +207,5 @@ def test_results_may_lie_in_the_models_folder_but_not_be_it(repo, tmp_path, monk
 def test_what_cannot_be_a_folder_is_said_before_anything_long(repo, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(FoundModel, "load", None)
-    with pytest.raises(InputError, match=r"-o .*file cannot be made"):
+    with pytest.raises(InputError, match=r"-o .*file cannot be written to: .*file is no folder"):
         benchmark(repo, output_dir=tmp_path / "file", **SMALL)

@@ -365,7 +365,7 @@ class Made:
         self.calls.append(("find_model", source, where))
         return self.found
 
-    def benchmark(self, models, *, benchmarks, strategies, output_dir, progress, **options):
+    def benchmark(self, models, *, benchmarks, strategies, output_dir, progress, tell_speed, **options):
         self.calls.append(("benchmark", models, benchmarks, strategies, options))
         there = {run.routing_strategy: run for run in read_runs(output_dir) if run.has_results}
         runs = [
@@ -374,7 +374,7 @@ class Made:
         progress("making", 1, 1)
         return SimpleNamespace(runs=runs)
 
-    def routing_analysis(self, model, *, dataset, output_dir, samples, progress, **options):
+    def routing_analysis(self, model, *, dataset, output_dir, samples, progress, tell_speed, **options):
         self.calls.append(("routing_analysis", model, dataset, options))
         run = next(run for run in read_runs(output_dir) if run.samples == samples)
         progress("tracing", 1, 1)

@@ -161,7 +161,7 @@ def test_a_benchmark_that_is_interrupted_while_sanitizing_loses_nothing(tmp_path
     resumed = benchmark(
         model, output_dir=tmp_path / "broken", progress=lambda *what: said.append(what), **options
     ).runs[0]
-    assert [done for _, done, _ in said] == [2, 3, 4]
+    assert [done for what, done, _ in said if what.startswith("sanitizing")] == [2, 3, 4]
     assert resumed.samples_path.read_bytes() == whole.samples_path.read_bytes()
     assert resumed.raw_samples_path.read_bytes() == whole.raw_samples_path.read_bytes()
     assert not list((tmp_path / "broken").rglob("*partial*"))

@@ -206,7 +206,7 @@ def test_what_else_cannot_be_scored_is_named(tmp_path, monkeypatch):
 def test_a_missing_bubblewrap_is_named_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="needs bubblewrap, and there is no bwrap here; install it"):
-        benchmark(tmp_path / "no model", sandbox=True, output_dir=tmp_path / "out")
+        benchmark(tmp_path, sandbox=True, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -326,13 +326,13 @@ def test_reference_solutions_pass_and_a_broken_one_alone_does_not(dataset, tmp_p
     if REAL[dataset] is None:
         pytest.skip(f"{dataset.upper()}_OVERRIDE_PATH does not name the data")
 
-    def patient(benchmark):
+    def patient(benchmark, progress=None):
         """EvalPlus's limits go by the clock: ten times of what they are, against a busy machine.
 
         Its limit of 60 seconds for all inputs stays, and Mbpp/599 needs it: not for a machine with three
         times its load.
         """
-        outputs = expected_outputs(benchmark)
+        outputs = expected_outputs(benchmark, progress)
         for output in outputs.values():
             for kind in ("base_time", "plus_time"):
                 output[kind] = [10 * max(seconds, 0.25) for seconds in output[kind]]

@@ -1,13 +1,16 @@
 """The evaluating commands' own spellings: options with several values, and those of the old benchmark
 script."""
 
+import json
 import os
 
 import pytest
 import typer
+from helpers_report import leave_folder
 
 from dylora_moe import cli
 from dylora_moe.cli_eval import spread
+from dylora_moe.eval.sampling.run_record import read_runs
 from dylora_moe.hub_export.errors import DyloraMoeWarning, InputError
 
 
@@ -98,6 +101,7 @@ def test_old_options_without_a_like_say_what_to_use():
         (["benchmark", "--model", "m", "--peft_moe_routing", "router"], "use --routing_strategy"),
         (["expert-analysis", "--model", "a", "b"], "takes one model"),
         (["benchmark", "--model", "m", "--n_samples", "3"], "--temperature"),
+        (["benchmark", "--model", "m", "--format", "csv"], "--format csv is not known; it can be eee"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, problems):
@@ -106,3 +110,29 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, pro
     assert ended.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert message in line
+
+
+def test_records_are_written_beside_the_report_and_cost_no_table(problems, tmp_path, monkeypatch, capsys):
+    from dylora_moe.eval import benchmark
+
+    leave_folder(tmp_path, limit=3)
+    results = benchmark.BenchmarkResult(tmp_path, read_runs(tmp_path))
+    monkeypatch.setattr(benchmark, "benchmark", lambda *arguments, **options: results)
+    monkeypatch.setattr("dylora_moe.eval.report.page.write_report", lambda folder: folder / "report.html")
+    command = ["benchmark", "--model", "m", "-o", str(tmp_path), "--format", "eee"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--json"])
+    assert ended.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["records"] == str(tmp_path / "eee")
+    assert len(list((tmp_path / "eee").rglob("*.json"))) == len(printed["runs"]) == len(results.runs)
+
+    def fail(folder):
+        raise InputError("no records today")
+
+    monkeypatch.setattr("dylora_moe.eval.sharing.every_eval_ever.write_records", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    shown = capsys.readouterr()
+    assert ended.value.code == 1 and "no records today" in shown.err
+    assert "single:0" in shown.out and "report: " in shown.out and "records: " not in shown.out

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from helpers_cli import run
 from helpers_report import leave_folder
 
 from dylora_moe import cli
@@ -116,9 +117,51 @@ def test_a_figure_that_cannot_be_drawn_loses_nothing_else(analysed, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         cli.main(["expert-analysis", "-o", str(folder)])
     said = capsys.readouterr()
-    assert ended.value.code == 1 and "no font" in said.err
+    assert ended.value.code == 1
+    error = said.err.splitlines()[-1]
+    assert error.startswith(
+        "error: the report cannot be made (RuntimeError: no font); the results are kept in"
+    )
     assert summary["verdict"]["text"] in " ".join(said.out.split())
     assert (folder / report.REPORT_FILE).is_file() and (folder / "figures" / "scores.csv").is_file()
+
+
+def test_all_that_fails_at_the_end_is_said_after_the_table(analysed, monkeypatch, capsys):
+    """A key that W&B no longer accepts is bad input at the beginning, and a failure at the end."""
+
+    def fail(kind, text):
+        raise kind(text)
+
+    folder, summary = analysed
+    monkeypatch.setattr(report, "render", lambda *_: fail(RuntimeError, "no template"))
+    monkeypatch.setattr(wandb_tables, "check_wandb", lambda project: (None, project))
+    monkeypatch.setattr(wandb_tables, "log_to_wandb", lambda *_: fail(InputError, "W&B does not accept it"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["expert-analysis", "-o", str(folder), "--wandb_project", "routers"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and summary["verdict"]["text"] in " ".join(said.out.split())
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error")]
+    assert (
+        "report cannot be made (RuntimeError: no template); the tables cannot be logged to routers (W&B"
+        in error
+    )
+    assert f"the results are kept in {folder}" in error
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_scores_are_shown_though_the_analysis_fails(as_json, tmp_path, problems, monkeypatch):
+    def scored_and_out_of_memory(*_, output_dir, **__):
+        leave_folder(output_dir)
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(analysis, "expert_analysis", scored_and_out_of_memory)
+    folder = tmp_path / "out"
+    code, said = run("expert-analysis", "-o", folder, *(["--json"] if as_json else []), errors_alone=as_json)
+    assert code == 1 and "uniform" in said and "pass@1" in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert error.startswith(f"error: RuntimeError: CUDA out of memory; the scores are kept in {folder}")
+    code, said = run("expert-analysis", "-o", folder)  # all of it was there before
+    assert code == 1 and "pass@1" not in said and "kept" not in said
 
 
 def test_json_is_printed_though_wandb_fails_at_the_end(analysed, monkeypatch, capsys):

@@ -271,6 +271,14 @@ MISTAKES = [
         "Invalid value for --peft_moe_routing: use --routing_strategy",
     ),
     (
+        "benchmark --model {repo} --device_map gpu -o {out}",
+        "--device_map is 'gpu', which is no device; there are auto, balanced, balanced_low_0, sequential, cpu, cuda:0 and so on",
+    ),
+    (
+        "benchmark --model {repo} --format ee -o {out}",
+        "--format ee is not known; it can be eee (Every Eval Ever)",
+    ),
+    (
         "benchmark --model {repo} --dtype int8 -o {out}",
         "--dtype is 'int8'; there are bfloat16, float16, float32, float64",
     ),
@@ -278,7 +286,7 @@ MISTAKES = [
         "benchmark --model {repo} --wandb_project a/b/c -o {out}",
         "--wandb_project is 'a/b/c'; it has the form PROJECT or ENTITY/PROJECT",
     ),
-    ("benchmark --model {repo} -o {texts}", "-o {texts} cannot be made: [Errno 17] File exists: '{texts}'"),
+    ("benchmark --model {repo} -o {texts}", "-o {texts} cannot be written to: {texts} is no folder"),
     (
         "benchmark {repo}",
         "Got unexpected extra argument(s) ({repo}); models are named with --model ('dylora-moe benchmark --help' shows what is understood)",

@@ -11,7 +11,7 @@ import torch
 from helpers_checkpoints import change_json, save_adapter, save_final_checkpoint, save_foundation
 from safetensors.torch import load_file, save_file
 
-from dylora_moe import cli, cli_common, cli_eval
+from dylora_moe import cli, cli_common, cli_progress
 from dylora_moe.cli_common import PlainConsole, plain_logging
 from dylora_moe.eval.report.report_table import ReportTable
 from dylora_moe.hub_export import export, verify
@@ -120,9 +120,9 @@ def test_what_python_writes_by_itself_is_printable():
 def test_bars_and_tables_are_filtered_on_a_terminal(monkeypatch):
     file = io.StringIO()
     console = PlainConsole(file=file, force_terminal=True, width=200)
-    for module in (cli_common, cli_eval):
+    for module in (cli_common, cli_progress):
         monkeypatch.setattr(module, "err", console)
-    with cli_eval.steps() as tell:
+    with cli_progress.steps() as tell:
         tell(f"[bold]{HOSTILE}", 1, 2)
     with cli_common.progress() as tell:
         tell(HOSTILE)

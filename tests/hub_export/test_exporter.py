@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from helpers_checkpoints import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from dylora_moe.hub_export import FailureError, InputError, export, exporter, merge
+from dylora_moe.hub_export import FailureError, InputError, export, exporter, merge, staging
 from dylora_moe.hub_export.sources.json_files import read_json
 from dylora_moe.modeling import DyloraMoeForCausalLM
 
@@ -252,6 +253,25 @@ def test_a_full_disk_is_one_line(tmp_path, checkpoint, repo, monkeypatch):
     with pytest.raises(FailureError, match="no space left on the disk"):
         export(checkpoint, repo, overwrite=True)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["full", "adapter"])
+def test_what_does_not_fit_the_disk_is_not_begun(layout, tmp_path, checkpoint, monkeypatch):
+    """The weights are known to the byte; their files have a header besides."""
+    asked = []
+    monkeypatch.setattr(exporter, "check_room", lambda place, num_bytes: asked.append(num_bytes))
+    repo = export(checkpoint, tmp_path / "out", layout=layout, verify=False).output_dir
+    files = list(repo.rglob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+    assert asked == [sum(path.stat().st_size for path in files) - headers]
+    monkeypatch.undo()
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: SimpleNamespace(free=asked[0] - 1))
+    monkeypatch.setattr(exporter, "_write", None)
+    with pytest.raises(
+        FailureError, match=r"no takes .* MB, and the disk has room for .* choose another folder"
+    ):
+        export(checkpoint, tmp_path / "no", layout=layout, verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 KILLED = """

@@ -86,6 +86,10 @@ def repo(tmp_path_factory):
     model.config.base_model_name_or_path = "guild/foundation"
     model.save_pretrained(folder, layout="adapter")
     save_tokenizer(folder)
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "mine.yaml").write_text(
+        "- dataset: {id: org/set, task_id: set}\n  value: 1\n"
+    )
     assert model.config.base_config.vocab_size == VOCABULARY
     return folder
 

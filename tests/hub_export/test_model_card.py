@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+from importlib import metadata
 
 import pytest
 import yaml
@@ -13,12 +15,16 @@ from helpers_checkpoints import (
     save_final_checkpoint,
     save_foundation,
 )
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 
-from dylora_moe.hub_export import InputError, export, make_variant, merge
+from dylora_moe.hub_export import InputError, export, make_variant, merge, verify
+from dylora_moe.hub_export.repo.checksums import differing_files
 from dylora_moe.hub_export.repo.model_card import BEGIN, END, restate
+from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.hub_export.shown_text import as_markdown, as_markdown_code
+from dylora_moe.hub_export.sources.source_folder import open_folder
+from dylora_moe.version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def test_a_foundation_on_the_hub_is_named(tmp_path, foundation):
     assert "is not part of this repo" in card.text and "share of the base model" not in card.text
 
 
-def evalplus_results(path, passed, tasks=4):
+def evalplus_results(path, passed, tasks=4, date="today"):
     status = {True: "pass", False: "fail"}
     entries = {
         f"HumanEval/{task}": [
@@ -75,7 +81,7 @@ def evalplus_results(path, passed, tasks=4):
         ]
         for task in range(tasks)
     }
-    path.write_text(json.dumps({"date": "today", "hash": "0", "eval": entries}))
+    path.write_text(json.dumps({"date": date, "hash": "0", "eval": entries}))
     return path
 
 
@@ -94,6 +100,68 @@ def test_results_become_a_model_index(tmp_path, licensed):
         ("pass@1 (single:0, 4 tasks)", "HumanEval+"): 0.25,
     }
     assert "| HumanEval+ | `uniform` | 50.0% | 4 |" in card.text
+
+
+def hub_results(repo) -> dict[str, list[EvalResultEntry]]:
+    """The entries of each file of `.eval_results`, as huggingface_hub reads them."""
+    return {
+        path.name: parse_eval_result_entries(yaml.safe_load(path.read_text()))
+        for path in sorted((repo / ".eval_results").glob("*"))
+    }
+
+
+def test_results_are_written_as_the_hub_reads_them_and_a_persons_own_stay(tmp_path, licensed):
+    results = [
+        f"{strategy}={evalplus_results(tmp_path / f'{index}_eval_results.json', 3 - index, date=date)}"
+        for index, (strategy, date) in enumerate(
+            (("uniform", "2026-11-30 23:22"), ("single:stabilised", "today"))
+        )
+    ]
+    repo = export(licensed, tmp_path / "repo", results=results, verify=False).output_dir
+    found = hub_results(repo)
+    assert {name: (entry.dataset_id, entry.task_id, entry.value) for name, [entry] in found.items()} == {
+        "dylora-moe_humaneval_uniform.yaml": ("openai/openai_humaneval", "humaneval", 0.75),
+        "dylora-moe_humanevalplus_uniform.yaml": ("evalplus/humanevalplus", "humanevalplus", 0.5),
+        "dylora-moe_humaneval_single-stabilised.yaml": ("openai/openai_humaneval", "humaneval", 0.5),
+        "dylora-moe_humanevalplus_single-stabilised.yaml": ("evalplus/humanevalplus", "humanevalplus", 0.25),
+    }
+    (routed,), (single,) = (
+        found[f"dylora-moe_humaneval_{name}.yaml"] for name in ("uniform", "single-stabilised")
+    )
+    assert routed.date == "2026-11-30" and single.date is None
+    assert single.notes.endswith("routing_strategy single:stabilised; 4 tasks, where the whole set has 164")
+    whole = tmp_path / "whole_eval_results.json"
+    export(licensed, tmp_path / "all", results=[f"base={evalplus_results(whole, 82, 164)}"], verify=False)
+    (entry,) = hub_results(tmp_path / "all")["dylora-moe_humaneval_base.yaml"]
+    assert entry.value == 0.5 and entry.notes.endswith("routing_strategy base; 164 tasks")
+    assert verify(repo).findings[-1].what != "other files" and not differing_files(open_folder(repo))
+
+    make_variant(repo, routing_strategy="base", output_dir=tmp_path / "variant")
+    assert hub_results(tmp_path / "variant") == found
+    (repo / ".eval_results" / "gsm8k.yaml").write_text(
+        "- dataset: {id: openai/gsm8k, task_id: gsm8k}\n  value: 1\n"
+    )
+    assert ".eval_results/gsm8k.yaml" in repo_files(repo).files
+    export(licensed, repo, overwrite=True, results=results[:1], verify=False)
+    kept = hub_results(repo)
+    assert sorted(kept) == sorted(["gsm8k.yaml", *(name for name in found if name.endswith("uniform.yaml"))])
+    export(licensed, repo, overwrite=True, verify=False)
+    assert sorted(hub_results(repo)) == ["gsm8k.yaml"]
+    (repo / ".eval_results" / "mine.txt").write_text("no result")
+    with pytest.raises(InputError, match=r"\.eval_results/mine\.txt"):
+        export(licensed, repo, overwrite=True, verify=False)
+
+
+def test_the_card_says_which_versions_it_was_tested_with(tmp_path, repo, licensed):
+    export(licensed, tmp_path / "not", verify=False)
+    tested, written = card_of(repo).text, card_of(tmp_path / "not").text
+    assert "## Tested with\n\nThe export compared this repo's tensors and logits with" in tested
+    assert (
+        "## Written with" in written and "not compared with its source" in written and "Tested" not in written
+    )
+    for name in ("torch", "transformers", "peft", "safetensors"):
+        assert f"| {name} | {as_markdown(metadata.version(name))} |" in tested
+    assert f"| dylora-moe | {as_markdown(__version__)} |" in tested and "| Python | 3" in tested
 
 
 @pytest.mark.parametrize("entry", ["router", "=x.json", "router={}/missing.json", "router={}/other.json"])
@@ -151,6 +219,10 @@ def commands_of(text: str) -> tuple[list[str], list[str]]:
     """The name of the model in the card's command, and in its Python, as a shell and Python read them."""
     (command,) = re.findall(r"^evalplus\.evaluate .*$", text, flags=re.MULTILINE)
     words = shlex.split(command)
+    script = f'evalplus.evaluate() {{ printf "%s\\0" "$@"; }}; {command}'  # a function of that name prints its words
+    subprocess.run(["bash", "-n", "-c", command], check=True)
+    shown = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout
+    assert shown.split("\0")[:-1] == words[1:]
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     loaded = [call.args[0].value for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]

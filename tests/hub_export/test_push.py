@@ -200,6 +200,13 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     (folder / "LICENSE").symlink_to(outside / "secret.txt")
     (folder / "experts" / "more").symlink_to(outside)
     linked = shutil.copytree(folders / "full", tmp_path / "linked")
+    results = [
+        f".eval_results/{name}.yaml" for name in ("dylora-moe_mbpp_base", "dylora-moe_gone", "mine", "theirs")
+    ]
+    (folder / ".eval_results").mkdir()
+    for name in results[0::2]:
+        (folder / name).write_text("- dataset: {id: org/set, task_id: set}\n  value: 0.5\n")
+    (folder / ".eval_results" / "notes.txt").write_text("secret")
     (linked / "model.safetensors").unlink()
     (linked / "model.safetensors").symlink_to(folders / "full" / "model.safetensors")
     repo = hub.repos.setdefault("guild/kept", type(hub.repos["guild/mixture"])())
@@ -214,8 +221,9 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
         ),
         b"x",
     )
+    by_hand[results[3]] = b"x"
     old = dict.fromkeys(
-        ("experts/gone/adapter_model.safetensors", "old_dylora_moe.py", "model.safetensors"), b"x"
+        (results[1], "experts/gone/adapter_model.safetensors", "old_dylora_moe.py", "model.safetensors"), b"x"
     )
     repo.commit("main", "before", {**by_hand, **old})
     actions = [
@@ -224,7 +232,8 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     ]
     answer, refused = push(hub, tmp_path / "home", actions)
     files = hub.repos["guild/kept"].branches["main"].files
-    assert set(files) == names(folders / "adapter") | set(by_hand)
+    assert set(files) == names(folders / "adapter") | set(by_hand) | set(results[0::2])
+    assert files[results[0]] == (folder / results[0]).read_bytes() and files[results[3]] == b"x"
     assert not any(b"secret" in data for data in files.values())
     assert set(answer["result"]["deleted"]) == set(old)
     told = [note for note in answer["result"]["notes"] if "loaders open such files" in note]
@@ -233,6 +242,7 @@ def test_what_is_no_part_of_a_repo_stays_here_and_what_people_put_on_the_hub_sta
     left_here = [
         ".cache/",
         ".env",
+        ".eval_results/notes.txt",
         "LICENSE",
         "__pycache__/",
         "credentials.json",
@@ -254,12 +264,18 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, folders, 
     hub.repos["guild/llama"].commit("main", "llama", {"config.json": b'{"model_type": "llama"}'})
     hub.repos["guild/mixture"].tags["v1"] = hub.repos["guild/mixture"].branches["main"]
     full = folders / "full"
-    card = shutil.copytree(full, tmp_path / "card")
+    card, results = (shutil.copytree(full, tmp_path / name) for name in ("card", "results"))
+    (results / ".eval_results").mkdir()
+    (results / ".eval_results" / "mine.yaml").write_text("- dataset: {id: org/set}\n  value: 1\n")
     (card / "README.md").write_text("---\ntags: [\n---\n\n# A mixture\n")
     cases = [
         ({"repo": card, "hub_id": "guild/x"}, "README.md: the metadata"),
+        ({"repo": results, "hub_id": "guild/x"}, "mine.yaml is no list of results"),
         ({"repo": full, "hub_id": "guild/mixture", "revision": "v1"}, "is a tag of guild/mixture"),
-        ({"repo": folders / "local_full", "hub_id": "guild/x"}, "a folder of this machine"),
+        (
+            {"repo": folders / "local_full", "hub_id": "guild/x"},
+            "If it is not there yet: hf upload org/name /home/somebody/foundation",
+        ),
         ({"repo": folders / "local_adapter", "hub_id": "guild/x"}, "--base_model"),
         (
             {"repo": folders / "local_expert", "hub_id": "guild/x"},

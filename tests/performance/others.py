@@ -38,7 +38,6 @@ KINDS = {
     "Cohere": ("CohereConfig", {}),
     "Cohere 2 (sliding window)": ("Cohere2Config", {"sliding_window": 128}),
     "GLM-4": ("Glm4Config", {"head_dim": 128}),
-    "SmolLM3": ("SmolLM3Config", {}),
     "Qwen3-MoE": ("Qwen3MoeConfig", MOE),
 }
 
