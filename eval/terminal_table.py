@@ -59,8 +59,13 @@ def _columns(
     first_figure = min(differing or numbers, default=len(columns))
     before = [column for column in same if column < first_figure]
     left_out = before if _widths(headings, rows, [c for c in columns if c not in before], width) else same
-    constants = "; ".join(f"{headings[column]} {rows[0][column]}".strip() for column in left_out)
+    constants = "; ".join(_said(headings[column], rows[0][column]) for column in left_out)
     return [column for column in columns if column not in left_out], constants
+
+
+def _said(heading: str, text: str) -> str:
+    """Say a value with its heading, once: `tasks 24`, and `tasks 0 to 3` as it is."""
+    return text if text.startswith(heading) else f"{heading} {text}"
 
 
 def _print_grid(

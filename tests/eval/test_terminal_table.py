@@ -69,10 +69,10 @@ def test_a_table_that_fits_is_a_grid_of_every_column():
 
 
 def test_what_is_the_same_in_every_row_is_said_once_where_the_table_would_not_fit():
-    rows = [["a-long-name", f"single:{index}", "24", f"{index}.0%"] for index in range(3)]
-    console = terminal(40)
+    rows = [["a-long-name", f"single:{index}", "tasks 0 to 3", f"{index}.0%"] for index in range(3)]
+    console = terminal(44)
     print_table(console, ("model", "strategy", "tasks", "pass@1"), rows, title="scores", numbers=[3])
-    assert shown(console).startswith("scores (model a-long-name; tasks 24)\n")
+    assert shown(console).startswith("scores (model a-long-name; tasks 0 to 3)\n")
     assert shown(console).count("a-long-name") == 1
     assert words(shown(console)).count("strategy") == 1
 
