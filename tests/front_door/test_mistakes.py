@@ -15,8 +15,8 @@ from dylora_moe.hub_export import export
 # What is typed, and what follows "error: ". Names in braces are folders and files of `places`.
 MISTAKES = [
     (
-        "exprot x",
-        "No such command 'exprot'. Did you mean 'export'? ('dylora-moe --help' shows what is understood)",
+        "verfy x",
+        "No such command 'verfy'. Did you mean 'verify'? ('dylora-moe --help' shows what is understood)",
     ),
     (
         "expert-anlysis",
