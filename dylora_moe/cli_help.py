@@ -17,79 +17,66 @@ OTHERS = "General"
 # group itself (`rich_help_panel`).
 GROUPS = {
     "Model": (
-        *("model", "wandb_artifact", "adapter_path", "against", "expert", "base_model", "base_revision"),
-        *("revision", "subfolder", "expert_names", "lora_alpha", "subtract", "tokenizer", "backend", "dtype"),
-        *("device_map", "tensor_parallel_size", "attn_implementation", "trust_remote_code"),
+        "model wandb_artifact adapter_path against expert base_model base_revision revision subfolder expert_names "
+        "lora_alpha subtract tokenizer backend dtype device_map tensor_parallel_size attn_implementation "
+        "trust_remote_code"
     ),
     "Strategy and router": (
-        *("routing_strategy", "router_mode", "router_input", "router", "router_prompts"),
-        *("num_experts_per_tok", "router_temperature", "router_aux_loss_coef"),
+        "routing_strategy router_mode router_input router router_prompts num_experts_per_tok router_temperature "
+        "router_aux_loss_coef"
     ),
-    "Texts": (
-        *("texts", "old_texts", "reservoir", "reservoir_size", "novelty", "force", "validation", "max_texts"),
-        "max_length",
-    ),
+    "Texts": "texts old_texts reservoir reservoir_size novelty force validation max_texts max_length",
     "Training": (
-        *(
-            "expert_name",
-            "r",
-            "objective",
-            "targets",
-            "init",
-            "learning_rate",
-            "weight_decay",
-            "warmup_ratio",
-        ),
-        *("lr_scheduler_type", "epochs", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-        *("batch_tokens", "patience", "mixed_precision"),
+        "expert_name r objective targets init learning_rate weight_decay warmup_ratio lr_scheduler_type epochs "
+        "num_train_epochs max_steps per_device_train_batch_size batch_tokens patience mixed_precision"
     ),
     "Sampling": (
-        *("benchmarks", "id_range", "limit", "mini", "n_samples", "temperature", "greedy", "seed"),
-        *("batch_size", "max_new_tokens", "force_base_prompt"),
+        "benchmarks id_range limit mini n_samples temperature greedy seed batch_size max_new_tokens force_base_prompt"
     ),
-    "Scoring": ("base_only", "parallel", "sandbox"),
+    "Scoring": "base_only parallel sandbox",
     "Output": (
-        *("output_dir", "layout", "max_shard_size", "results", "private", "aliases", "wandb_project"),
-        *("record_format", "overwrite", "no_verify", "as_json"),
+        "output_dir layout max_shard_size results private aliases wandb_project record_format overwrite no_verify "
+        "as_json"
     ),
 }
-GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}
 LONGEST_NAME = 30  # with its value; the help of a longer one begins in the next line
+
+
+class Formatter(typer.Context.formatter_class):
+    """Wraps at spaces: neither a long word nor one with a hyphen or two is cut."""
+
+    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+        start = f"{prefix or 'Usage: '}{prog} "
+        self.write("\n".join(wrapped(args, self.width, start, " " * len(start))) + "\n")
+
+    def write_text(self, text: str) -> None:
+        indent = " " * self.current_indent
+        paragraphs = text.split("\n\n")
+        self.write("\n\n".join("\n".join(wrapped(part, self.width, indent, indent)) for part in paragraphs))
+        self.write("\n")
+
+    def write_dl(self, rows: Any, col_max: int = LONGEST_NAME, col_spacing: int = 2) -> None:
+        rows = list(rows)
+        self.write_columns(rows, min(max(len(first) for first, _ in rows), col_max) + col_spacing)
+
+    def write_columns(self, rows: list[tuple[str, str]], width: int) -> None:
+        """Write names, and what they mean in a column that begins `width` behind them."""
+        margin = " " * self.current_indent
+        for first, second in rows:
+            lines = wrapped(second, self.width - len(margin) - width) or [""]
+            if len(first) > width - 2:
+                self.write(f"{margin}{first}\n")
+                first = ""
+            for line in lines:
+                self.write(f"{margin}{first:<{width}}{line}".rstrip() + "\n")
+                first = ""
 
 
 class Context(typer.Context):
     """A context whose help is wrapped between words alone."""
 
-    class formatter_class(typer.Context.formatter_class):
-        """Wraps at spaces: neither a long word nor one with a hyphen or two is cut."""
-
-        def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
-            start = f"{prefix or 'Usage: '}{prog} "
-            self.write("\n".join(wrapped(args, self.width, start, " " * len(start))) + "\n")
-
-        def write_text(self, text: str) -> None:
-            indent = " " * self.current_indent
-            paragraphs = text.split("\n\n")
-            self.write(
-                "\n\n".join("\n".join(wrapped(part, self.width, indent, indent)) for part in paragraphs)
-            )
-            self.write("\n")
-
-        def write_dl(self, rows: Any, col_max: int = LONGEST_NAME, col_spacing: int = 2) -> None:
-            rows = list(rows)
-            self.write_columns(rows, min(max(len(first) for first, _ in rows), col_max) + col_spacing)
-
-        def write_columns(self, rows: list[tuple[str, str]], width: int) -> None:
-            """Write names, and what they mean in a column that begins `width` behind them."""
-            margin = " " * self.current_indent
-            for first, second in rows:
-                lines = wrapped(second, self.width - len(margin) - width) or [""]
-                if len(first) > width - 2:
-                    self.write(f"{margin}{first}\n")
-                    first = ""
-                for line in lines:
-                    self.write(f"{margin}{first:<{width}}{line}".rstrip() + "\n")
-                    first = ""
+    formatter_class = Formatter
 
 
 class Command(TyperCommand):
@@ -172,8 +159,7 @@ def _write_sections(formatter: Any, sections: dict[str, list[tuple[str, str]]]) 
 def _write_example(formatter: Any, example: str | None) -> None:
     if example:
         with formatter.section("Example"):
-            for line in example.splitlines():
-                formatter.write(f"{' ' * formatter.current_indent}{line}\n")
+            formatter.write(f"{' ' * formatter.current_indent}{example}\n")
 
 
 __all__ = ["GROUPS", "OTHERS", "Command", "Group", "command", "group_of"]

@@ -62,7 +62,7 @@ def test_every_option_is_in_a_group(page_of, path):
 
 def test_every_name_of_a_group_is_an_options():
     there = {param.name for command in COMMANDS.values() for param in command.params}
-    assert {name for names in GROUPS.values() for name in names} <= there
+    assert {name for names in GROUPS.values() for name in names.split()} <= there
 
 
 @each_page
