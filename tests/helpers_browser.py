@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+from importlib.resources import files
 from pathlib import Path
 
 
@@ -88,9 +89,18 @@ class Browser:
         assert "error" not in found, found
         return found["result"]
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, fragment: str = "") -> None:
+        if fragment:
+            self._go("about:blank")  # else the page that is there is not loaded again
+        self._go(path.resolve().as_uri() + fragment)
+        # Once it is laid out and drawn, what observes sizes has seen them.
+        self.evaluate(
+            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => 0)"
+        )
+
+    def _go(self, url: str) -> None:
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=url)
         end = time.monotonic() + SECONDS
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             assert time.monotonic() < end, "the page does not load"
@@ -118,10 +128,31 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", **what)
         self.call("Input.dispatchKeyEvent", type="keyUp", **what)
 
-    def emulate(self, **features: str) -> None:
-        """Media features, `prefers-color-scheme` written with `_`."""
+    def emulate(self, media: str = "", **features: str) -> None:
+        """A medium, `print` or the screen, and its features, `prefers-color-scheme` written with `_`."""
         named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        self.call("Emulation.setEmulatedMedia", features=named)
+        self.call("Emulation.setEmulatedMedia", media=media, features=named)
+
+    def resize(self, width: int, height: int = 1000) -> None:
+        """Lay the page out for a window of this size, or with width 0 for the browser's own."""
+        phone = 0 < width < 500
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height if width else 0,
+            deviceScaleFactor=1,
+            mobile=phone,
+        )
+
+    def violations(self) -> list[str]:
+        """What axe-core, as a package of the test extra brings it, finds wrong with the page for readers."""
+        script = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+        self.evaluate(script + "; 0")
+        found = self.evaluate(
+            "axe.run(document, { resultTypes: ['violations'] }).then(({ violations }) =>"
+            " violations.map((rule) => `${rule.id}: ${rule.nodes.map((node) => node.html.slice(0, 120)).join(' ')}`))"
+        )
+        return found
 
     def requests(self) -> list[str]:
         """Every address that was asked for."""

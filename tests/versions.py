@@ -19,7 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("eval", "wandb")
 FIRST = {"transformers>=5.10": "transformers==5.10.1"}  # whose first release of the range has another name
-TOOLS = ("build", "hypothesis", "parameterized", "pytest", "pytest-xdist")  # of the tests: any version
+TOOLS = (
+    "axe-playwright-python",
+    "build",
+    "hypothesis",
+    "parameterized",
+    "pytest",
+    "pytest-xdist",
+)  # of the tests: any version
 PROCESSES = ("-n", "auto", "--dist", "loadfile")
 # By the folder of `tests/`, what is there for the sake of other packages: transformers' models and caches, PEFT's
 # adapters, the Hub, W&B, EvalPlus, the report's figures and the command line.

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 8  # for experts, on a terminal
 KINDS = {"base": "base tests", "plus": "base and plus tests"}
+# Sign and headline of every verdict, of an expert analysis and of a loss.
+VERDICTS = {
+    "helps": ("▲", "The router helps"),
+    "hurts": ("▼", "The router hurts"),
+    "no evidence": ("■", "No evidence that the router helps or hurts"),
+}
 
 
 def expert_tables(experts: dict[str, Any], most_experts: int | None = None) -> list[ReportTable]:
@@ -55,6 +61,29 @@ def describe_experts(experts: dict[str, Any]) -> str:
     """Say in a line what was analysed."""
     sampling = sampling_label(experts["n_samples"], experts["temperature"])
     return f"{analysis_label(experts)}, {sampling}; {KINDS[experts['headline_tests']]}"
+
+
+def verdict_headline(measured: dict[str, Any]) -> str | None:
+    """Return sign and headline of the verdict of an expert analysis or a loss, or None if there is none."""
+    verdict = measured["verdict"]
+    if verdict is None or verdict["router"] is None:
+        return None
+    return " ".join(VERDICTS[verdict["router"]])
+
+
+def verdict_line(experts: dict[str, Any]) -> str | None:
+    """Say the verdict of an expert analysis in a line, with the difference that it rests on."""
+    headline = verdict_headline(experts)
+    if headline is None:
+        return None
+    figures = experts["tests"][experts["headline_tests"]]
+    best = figures["best_single"]["strategy"]
+    row = next(row for row in figures["comparisons"] if row["second"] == best)
+    low, high = row["interval"]
+    return (
+        f"{headline}: {100 * row['difference']:+.1f} points against the best single expert "
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    )
 
 
 def _strategies(experts: dict[str, Any]) -> ReportTable:
@@ -156,7 +185,7 @@ def _gain(figures: dict[str, Any]) -> ReportTable:
         ["oracle: the best expert of every task", gain["oracle"]["pass@1"], 1.0 if defined else None],
         [best_name, best["pass@1"], 0.0 if defined else None],
     ]
-    for row in gain["reached"]:
+    for row in sorted(gain["reached"], key=lambda row: row["pass@1"], reverse=True):
         name = "mean of the experts alone" if row["strategy"] == "mean_single" else row["strategy"]
         rows.append([name, row["pass@1"], row["share"]])
     return ReportTable(
@@ -196,4 +225,11 @@ def _comparisons(figures: dict[str, Any], names: list[str]) -> ReportTable:
     )
 
 
-__all__ = ["describe_experts", "expert_tables", "print_expert_analysis"]
+__all__ = [
+    "VERDICTS",
+    "describe_experts",
+    "expert_tables",
+    "print_expert_analysis",
+    "verdict_headline",
+    "verdict_line",
+]

@@ -3,11 +3,13 @@
     figures/<name>.png, .csv, .json    for every table
     overview.png                       scores, categories and one task's code
 
-Drawn by matplotlib without a display.
+Every picture says of itself which model it is of, on what, and what the router is worth, as pictures are sent around
+alone: below its drawing, and as the file's description. Drawn by matplotlib without a display.
 """
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from .code_picture import MUTED, code_height, draw_code
 from .content import ReportContent
-from .palette import INK, SCALE, STRONGEST, expert_color, hatch
+from .expert_tables import describe_experts, verdict_headline, verdict_line
+from .loss_tables import describe_loss
+from .palette import INK, MEASURE, STRONGEST, hatch, measure_color
 from .report_table import ReportTable
 from .routed_code import RoutedCode, example
-from .run_labels import one_line_names
+from .routing_tables import describe_routing
+from .run_labels import MARKED, describe_runs, one_line_names
 
 
 if TYPE_CHECKING:
@@ -34,6 +39,8 @@ ROW_HEIGHT = 0.3  # inches
 CHARACTER_WIDTH = 0.065  # inches, of a row's name
 MOST_LABELS = 60
 MOST_SLANTED = 16
+MOST_CAPTION_LINES = 3
+TITLE_HEIGHT = 0.4  # inches, of a line
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
@@ -71,10 +78,28 @@ def write_figures(content: ReportContent, tables: dict[str, ReportTable]) -> lis
         for name, table in tables.items():
             if name not in (*DRAWINGS, "routed_code"):
                 continue
-            figure = _figure_of_code(code) if name == "routed_code" else _figure(table)
-            written.append(_save(figure, folder / f"{name}.png"))
-        written.append(_save(_overview(tables, code), content.folder / OVERVIEW))
+            text = caption(content, name)
+            figure = _figure_of_code(code, text) if name == "routed_code" else _figure(table, text)
+            written.append(_save(figure, folder / f"{name}.png", text))
+        text = caption(content, "scores")
+        written.append(_save(_overview(tables, code, text), content.folder / OVERVIEW, text))
     return written
+
+
+def caption(content: ReportContent, name: str) -> str:
+    """Say in a line which model and tasks a picture is of, and in a second one what the router is worth there."""
+    verdict = None if content.experts is None else verdict_line(content.experts)
+    if name.startswith("loss"):
+        what, verdict = describe_loss(content.loss), verdict_headline(content.loss)
+    elif name == "scores" and content.runs:
+        what = describe_runs(content.runs)
+    elif content.routing is not None and name.startswith(("routing", "gate", "routed")):
+        what = describe_routing(content.routing)
+    elif content.experts is not None:
+        what = describe_experts(content.experts)
+    else:
+        what = describe_routing(content.routing)
+    return what if verdict is None else f"{what}\n{verdict}"
 
 
 @contextmanager
@@ -86,9 +111,9 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path, text: str) -> Path:
     # No date or version in it: the same data give the same file.
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None, "Description": text})
     return path
 
 
@@ -101,7 +126,18 @@ def _new(width: float, height: float) -> Any:
     return figure
 
 
-def _figure(table: ReportTable) -> Any:
+def _new_with_caption(width: float, height: float, text: str) -> tuple[Any, Any]:
+    """Make a figure with the text below, and return it and the part of it to draw in, which has this size."""
+    letters = int(width / 0.062)
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, letters)[:MOST_CAPTION_LINES]]
+    room = 0.16 * len(lines) + 0.08
+    figure = _new(width, height + room)
+    drawing, below = figure.subfigures(2, 1, height_ratios=[height, room])
+    below.text(0.06 / width, 0.05 / room, "\n".join(lines), fontsize=7.5, color=INK["light"], va="bottom")
+    return figure, drawing
+
+
+def _figure(table: ReportTable, text: str = "") -> Any:
     draw = DRAWINGS[table.name]
     rows = 8 if draw is _draw_confidence else min(len(table.rows), MOST_LABELS)
     height = 1.2 + ROW_HEIGHT * max(rows, 4) * (2 if draw is _draw_pairs else 1)
@@ -113,13 +149,16 @@ def _figure(table: ReportTable) -> Any:
         names = _short_names(table.columns[start:end])
         height += {0: 0.0, 35: 0.05, 90: 0.08}[_slant(names)] * max(map(len, names))
         width = max(width, 2.5 + 0.19 * len(names))
-    figure = _new(width, height)
-    draw(figure.add_subplot(), table)
+    figure, drawing = _new_with_caption(width, height, text)
+    draw(drawing.add_subplot(), table)
     return figure
 
 
-def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
-    """The scores, what each expert is good at or given, and one task's code: as much of it as there is."""
+def _overview(tables: dict[str, ReportTable], code: RoutedCode | None, text: str) -> Any:
+    """Draw the scores, what each expert is good at or given, and one task's code, as much of it as there is.
+
+    The verdict is its title.
+    """
     heat = next(
         (tables[name] for name in ("routing_categories", "expert_categories") if name in tables), None
     )
@@ -131,8 +170,12 @@ def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
     )
     if code is not None:
         heights.append(code_height(code, width))
-    figure = _new(width, sum(heights))
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    what, _, verdict = text.partition("\n")
+    title = "\n".join(textwrap.wrap(verdict or what, int(width / 0.118)))
+    room = TITLE_HEIGHT * len(title.splitlines())
+    figure, drawing = _new_with_caption(width, sum(heights) + room, what)
+    drawing.suptitle(title, x=0.06 / width, ha="left", fontsize=14, fontweight="bold")
+    parts = drawing.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if upper:
         for axes, table in zip(parts[0].subplots(1, len(upper), squeeze=False)[0], upper, strict=True):
             DRAWINGS[table.name](axes, _first(table, 20))
@@ -182,6 +225,7 @@ def _draw_scores(axes: Axes, table: ReportTable) -> None:
     """A point with its interval for pass@1 of the base tests, and one of base and plus tests."""
     records = table.records()
     _rows(axes, _score_names(table))
+    _mark(axes, [record["routing strategy"] for record in records])
     measures = [("pass@1", "base tests", "o", -0.14), ("plus_pass@1", "base and plus tests", "D", 0.14)]
     for index, (name, label, marker, shift) in enumerate(measures):
         points = [
@@ -190,11 +234,20 @@ def _draw_scores(axes: Axes, table: ReportTable) -> None:
             if record.get(name) is not None
         ]
         if points:
-            _intervals(axes, points, label=label, marker=marker, color=expert_color(index))
+            _intervals(axes, points, label=label, marker=marker, color=measure_color(index))
     axes.set_xlim(0, 1)
     _share_axis(axes, "pass@1 with 95 % interval")
     axes.set_title(table.title.replace("pass@k", "pass@1"))
     _legend(axes)
+
+
+def _mark(axes: Axes, strategies: list[str]) -> None:
+    """Set the rows of the router and of `best` in bold."""
+    for label, strategy in zip(
+        axes.get_yticklabels(), strategies, strict=False
+    ):  # without labels, if very many
+        if strategy in MARKED:
+            label.set_fontweight("bold")
 
 
 def _intervals(axes: Axes, points: list[tuple], **how: Any) -> None:
@@ -211,7 +264,7 @@ def _intervals(axes: Axes, points: list[tuple], **how: Any) -> None:
 def _draw_comparisons(axes: Axes, table: ReportTable) -> None:
     _rows(axes, [row[0] for row in table.rows])
     _intervals(
-        axes, [(place, *row[1:4]) for place, row in enumerate(table.rows)], marker="o", color=expert_color(0)
+        axes, [(place, *row[1:4]) for place, row in enumerate(table.rows)], marker="o", color=measure_color()
     )
     axes.axvline(0, color=MUTED, linewidth=1, linestyle="--")
     _share_axis(axes, "pass@1 of the router minus that of the other, 95 % interval")
@@ -221,11 +274,12 @@ def _draw_comparisons(axes: Axes, table: ReportTable) -> None:
 def _draw_loss(axes: Axes, table: ReportTable) -> None:
     """A point with its interval for every strategy and oracle."""
     _rows(axes, [row[0] for row in table.rows])
+    _mark(axes, [row[0] for row in table.rows])
     points = [
         (place, row[1], *(row[1] if end is None else end for end in row[2:4]))
         for place, row in enumerate(table.rows)
     ]
-    _intervals(axes, points, marker="o", color=expert_color(0))
+    _intervals(axes, points, marker="o", color=measure_color())
     axes.set_xlabel(table.columns[1])
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.7)
     axes.set_title(table.title)
@@ -233,7 +287,8 @@ def _draw_loss(axes: Axes, table: ReportTable) -> None:
 
 def _draw_gain(axes: Axes, table: ReportTable) -> None:
     places = _rows(axes, [row[0] for row in table.rows])
-    axes.barh(places, [row[1] for row in table.rows], height=0.55, color=expert_color(0))
+    _mark(axes, [row[0] for row in table.rows])
+    axes.barh(places, [row[1] for row in table.rows], height=0.55, color=measure_color())
     for value, label in ((table.rows[1][1], "best single"), (table.rows[0][1], "oracle")):
         axes.axvline(value, color=MUTED, linewidth=1, linestyle="--")
         axes.annotate(
@@ -260,7 +315,7 @@ def _draw_pairs(axes: Axes, table: ReportTable) -> None:
     for index, name in enumerate(wanted):
         places = [place - 0.4 + height * (index + 0.5) for place in range(len(records))]
         values = [record[name] or 0 for record in records]
-        look = {"color": expert_color(index), "hatch": hatch(index), "edgecolor": "white", "linewidth": 0}
+        look = {"color": measure_color(index), "hatch": hatch(index), "edgecolor": "white", "linewidth": 0}
         axes.barh(places, values, height=height * 0.92, label=name, **look)
     if table.name == "routing_load":
         axes.axvline(1 / len(records), color=MUTED, linewidth=1, linestyle="--", label="all equal")
@@ -283,7 +338,7 @@ def _draw_confidence(axes: Axes, table: ReportTable) -> None:
         [row[2] for row in table.rows],
         width=(high - low) * 0.94,
         align="edge",
-        color=expert_color(0),
+        color=measure_color(),
     )
     axes.set_ylabel("tokens")
     axes.set_xlim(0, 1)
@@ -347,13 +402,13 @@ def _shades() -> Any:
     """From white to as dark as black text allows."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    darkest = [1 - STRONGEST["light"] * (1 - part) for part in to_rgb(SCALE["light"])]
+    darkest = [1 - STRONGEST["light"] * (1 - part) for part in to_rgb(MEASURE["light"])]
     return LinearSegmentedColormap.from_list("shades", [(1, 1, 1), darkest])
 
 
-def _figure_of_code(code: RoutedCode) -> Any:
-    figure = _new(9.0, code_height(code, 9.0))
-    draw_code(figure.add_subplot(), code, 9.0)
+def _figure_of_code(code: RoutedCode, text: str) -> Any:
+    figure, drawing = _new_with_caption(9.0, code_height(code, 9.0), text)
+    draw_code(drawing.add_subplot(), code, 9.0)
     return figure
 
 

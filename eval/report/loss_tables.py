@@ -68,11 +68,14 @@ def _losses(loss: dict[str, Any]) -> ReportTable:
     shown = loss["groups"] if 1 < len(loss["groups"]) <= MOST_GROUPS else []
     names = [f"{group['group']}: nats" for group in shown]
     rows = []
-    for place, row in enumerate(loss["all"]["strategies"]):
+    places = enumerate(loss["all"]["strategies"])
+    for place, row in sorted(
+        places, key=lambda found: (found[1]["strategy"] in ORACLES, found[1]["nats_per_token"])
+    ):
         label = ORACLES.get(row["strategy"]) or strategy_label(row["strategy"], loss["expert_names"])
         figures = [row["nats_per_token"], *_ends(row), row["bits_per_byte"], row["perplexity"]]
         rows.append([label, *figures, *(group["strategies"][place]["nats_per_token"] for group in shown)])
-    note = f"Over all texts, by tokens; lower is better. {100 * loss['confidence']:g} % intervals by bootstrap over texts."
+    note = f"Over all texts, by tokens; lower is better, and the best comes first. {100 * loss['confidence']:g} % intervals by bootstrap over texts."
     if any(row["strategy"] in ORACLES for row in loss["all"]["strategies"]):
         note += " Oracles choose among the experts alone, with hindsight."
     if any(row["strategy"] == "best" for row in loss["all"]["strategies"]):

@@ -1,4 +1,4 @@
-// What moves in the report: the theme, the filters, the heatmap of tasks and the panel of one task.
+// What moves in the report: the theme, wide tables, the filters, the heatmap of tasks and the panel of one task.
 // All text from data is set as text, never as markup.
 "use strict";
 
@@ -49,6 +49,30 @@ document.addEventListener("focusin", (event) => {
 });
 document.addEventListener("focusout", () => (tip.hidden = true));
 document.addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
+
+// A table that is wider than its place says so, and can be reached and scrolled by keys.
+for (const box of document.querySelectorAll(".scroll, .list")) {
+  const hint = element("p", { class: "hint" }, "Wider than its place: scroll sideways for more columns →");
+  box.closest(".scroll, .tasks").before(hint);
+  const sizes = new ResizeObserver(() => {
+    const overflows = box.scrollWidth > box.clientWidth + 1;
+    hint.hidden = !overflows;
+    if (overflows) box.tabIndex = 0;
+    else if (box.matches(".scroll")) box.removeAttribute("tabindex");
+  });
+  sizes.observe(box);
+  sizes.observe(box.querySelector("table"));
+}
+
+// On paper everything is open.
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open])")];
+  for (const closed of opened) closed.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const closed of opened) closed.open = false;
+});
 
 if (data.routing) startTasks(data.routing);
 
@@ -107,6 +131,9 @@ function startTasks(routing) {
     shown.sort(ORDERS[controls.order.value]);
     limit = PAGE;
     draw();
+    // The panel is of a task that the filters leave, with its neighbours among these.
+    if (shown.length === 0) close();
+    else select(shown.includes(current) ? current : shown[0]);
   }
 
   function draw() {
@@ -119,19 +146,19 @@ function startTasks(routing) {
   }
 
   function row(task) {
-    const open = element("button", { class: "link", type: "button" }, task.id);
-    open.addEventListener("click", () => select(task, true));
+    const open = element("a", { class: "link", href: address(task) }, task.id);
+    open.addEventListener("click", () => choose(task, true));
     const made = element("tr", { class: task === current ? "current" : "" }, element("th", { scope: "row" }, open));
     made.dataset.task = task.id;
     experts.forEach((_, index) => made.append(cell(task, index)));
+    const sure = task.gate_confidence === null ? "-" : percent(task.gate_confidence);
+    made.append(element("td", {}, sure), element("td", {}, task.switches === null ? "-" : task.switches.toFixed(0)));
     if (routing.tests) {
       const passed = task.passed;
       const mark = passed === null ? "-" : passed === 1 ? "✓" : passed === 0 ? "✗" : percent(passed);
       const kind = passed === null ? "" : passed > 0 ? "pass" : "fail";
-      made.append(element("td", { class: kind, "aria-label": `router ${verdict(passed)}` }, mark));
+      made.append(element("td", { class: `pinned pin-0 router ${kind}`, "aria-label": `router ${verdict(passed)}` }, mark));
     }
-    const sure = task.gate_confidence === null ? "-" : percent(task.gate_confidence);
-    made.append(element("td", {}, sure), element("td", {}, task.switches === null ? "-" : task.switches.toFixed(0)));
     return made;
   }
 
@@ -146,7 +173,7 @@ function startTasks(routing) {
     lines.push(`alone: ${verdict(alone)}`, `router: ${verdict(task.passed)}`);
     made.dataset.tip = lines.join("\n");
     made.setAttribute("aria-label", lines.join(", "));
-    made.addEventListener("click", () => select(task, false));
+    made.addEventListener("click", () => choose(task, false));
     return made;
   }
 
@@ -156,7 +183,7 @@ function startTasks(routing) {
     if (!here) return;
     const line = here.parentElement;
     if (event.key === "Enter") {
-      select(tasks.find((task) => task.id === line.dataset.task), false);
+      choose(tasks.find((task) => task.id === line.dataset.task), false);
       return;
     }
     const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
@@ -170,22 +197,63 @@ function startTasks(routing) {
     next.focus();
   });
 
-  function select(task, focus) {
+  function select(task) {
     current = task;
+    const place = shown.indexOf(task);
+    if (place >= limit) {
+      limit = PAGE * Math.ceil((place + 1) / PAGE);
+      draw();
+    }
     for (const line of rows.children) line.classList.toggle("current", line.dataset.task === task.id);
     panel.replaceChildren(...content(task));
     panel.scrollTop = 0;
-    if (focus) panel.focus({ preventScroll: window.innerWidth > 1000 });
+  }
+
+  // As a reader does: the address then leads to the task.
+  function choose(task, focus) {
+    select(task);
+    reveal(task);
+    history.replaceState(null, "", address(task));
+    if (focus) panel.focus({ preventScroll: isWide() });
+  }
+
+  // Scroll the list alone, where the task's row is not in view.
+  function reveal(task) {
+    const list = byId("task-list");
+    const outer = list.getBoundingClientRect();
+    const inner = rows.children[shown.indexOf(task)].getBoundingClientRect();
+    const heading = list.querySelector("thead").offsetHeight;
+    if (inner.top < outer.top + heading || inner.bottom > outer.bottom) {
+      list.scrollTop += inner.top - outer.top - outer.height / 2;
+    }
+  }
+
+  function close() {
+    current = null;
+    panel.replaceChildren(element("p", { class: "muted" }, "No task fits these filters."));
+  }
+
+  // Of a link to a task: `#` and its id. The sections' names have neither slash nor capital.
+  const address = (task) => `#${encodeURI(task.id).replaceAll("#", "%23")}`;
+  const isWide = () => window.innerWidth > 1000;
+
+  function follow() {
+    const task = tasks.find((other) => address(other) === location.hash);
+    if (!task || task === current) return;
+    if (!shown.includes(task)) reset();
+    select(task);
+    reveal(task);
+    (isWide() ? byId("tasks") : panel).scrollIntoView({ behavior: "instant" });
   }
 
   function content(task) {
     const place = shown.indexOf(task);
     const step = (by, text) => {
       const button = element("button", { type: "button", disabled: !shown[place + by] }, text);
-      button.addEventListener("click", () => select(shown[place + by], false));
+      button.addEventListener("click", () => choose(shown[place + by], false));
       return button;
     };
-    const heading = element("h3", {}, task.id);
+    const heading = element("h3", {}, element("a", { class: "link", href: address(task), title: "A link to this task" }, task.id));
     const facts = element("dl");
     const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
     fact("categories", task.categories.map((index) => routing.categories[index]).join(", "));
@@ -271,20 +339,25 @@ function startTasks(routing) {
     limit += PAGE;
     draw();
   });
-  byId("reset").addEventListener("click", () => {
+  function reset() {
     for (const control of Object.values(controls)) if (control) control.value = "";
     filter();
-  });
+  }
+  byId("reset").addEventListener("click", reset);
   // The heatmaps of categories lead here.
-  for (const button of document.querySelectorAll("button[data-category]")) {
-    button.addEventListener("click", () => {
-      const index = routing.categories.indexOf(button.dataset.category);
+  for (const link of document.querySelectorAll("a[data-category]")) {
+    link.addEventListener("click", () => {
+      const index = routing.categories.indexOf(link.dataset.category);
       controls.category.value = index < 0 ? "" : String(index);
       filter();
-      byId("tasks").scrollIntoView();
       controls.category.focus({ preventScroll: true });
     });
   }
+  window.addEventListener("beforeprint", () => {
+    limit = Infinity;
+    draw();
+  });
   filter();
-  if (shown.length) select(shown[0], false);
+  follow();
+  window.addEventListener("hashchange", follow);
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,22 @@ from dylora_moe.version import __version__
 
 from ..sampling.run_record import Run
 from .content import ReportContent, read_folder
-from .expert_tables import describe_experts
+from .expert_tables import VERDICTS, describe_experts
 from .figures import write_figures
 from .loss_tables import describe_loss
-from .palette import INK, PAGE, SCALE, STRONGEST, UNDERLINES, channels, expert_colors, underline
+from .palette import INK, MEASURE, PAGE, STRONGEST, UNDERLINES, channels, expert_colors, underline
 from .report_table import ReportTable
 from .routed_code import RoutedCode, routed_code, shows_gate
 from .routing_tables import describe_routing, why_no_agreement
-from .run_labels import benchmark_label, one_line_names, sampling_label
+from .run_labels import (
+    LABEL_COLUMNS,
+    MARKED,
+    data_of_runs,
+    first_of,
+    one_line_names,
+    run_facts,
+    run_labels,
+)
 from .tables import report_tables, score_groups
 
 
@@ -37,61 +46,20 @@ SHADES = 20
 STRENGTHS = 10
 WEAKEST = 0.2  # a token's colour is never fainter than this share of the strongest
 
-VERDICTS = {
-    "helps": ("▲", "The router helps"),
-    "hurts": ("▼", "The router hurts"),
-    "no evidence": ("■", "No evidence that the router helps or hurts"),
-}
 THEMES = {
     "light": {
         "muted": "#5c6268",
         "line": "#dfe2e6",
         "card": "#f6f7f9",
-        "hover": "#eef3f8",
-        "accent": "#0b62a0",
-        "good": "#00704f",
-        "bad": "#b04a00",
-        "warn": "#e69f00",
+        "hover": "#eceef1",
     },
     "dark": {
         "muted": "#a4abb3",
         "line": "#33383f",
         "card": "#1e2126",
-        "hover": "#232a33",
-        "accent": "#6fc0f0",
-        "good": "#3ecf9f",
-        "bad": "#f59a5b",
-        "warn": "#e69f00",
+        "hover": "#2a2e34",
     },
 }
-RECORDED = (
-    "model",
-    "model_format",
-    "model_revision",
-    "model_sha256",
-    "base_model",
-    "backend",
-    "routing_strategy",
-    "benchmark",
-    "mini",
-    "subset",
-    "dataset_hash",
-    "dataset_file",
-    "n_samples",
-    "temperature",
-    "top_p",
-    "seed",
-    "max_new_tokens",
-    "dtype",
-    "attn_implementation",
-    "force_base_prompt",
-    "batch_size",
-    "device",
-    "seconds",
-    "samples",
-    "samples_sha256",
-    "results",
-)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -127,7 +95,7 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "breakable": breakable}
     script = (here / SCRIPT).read_text(encoding="utf-8")
     style = (here / STYLE).read_text(encoding="utf-8") + colors()
     panels, cut_note = _panels(content, most)
@@ -151,7 +119,8 @@ def render(content: ReportContent, tables: dict[str, ReportTable], most: int = M
             "verdict": _verdict(content.loss),
             "text": (content.loss["verdict"] or {"text": ""})["text"],
         },
-        runs=_runs(content.runs, tables),
+        runs=_runs(content.runs),
+        marked=MARKED,
         num_colors=len(expert_colors()),
         num_lines=len(UNDERLINES),
         style=Markup(style),
@@ -184,16 +153,25 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{share:.{digits}%}"
 
 
+def breakable(name: str) -> Any:
+    """Let a long name go on in the next line behind its underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
+
+
 def colors() -> str:
     """Write style rules for both themes: the shades of heatmaps, and every expert's colour and line."""
     light, dark = (_theme(name) for name in ("light", "dark"))
     rules = [
         f":root {{ {light} color-scheme: light; }}",
-        f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme='light']) {{ {dark} color-scheme: dark; }} }}",
-        f":root[data-theme='dark'] {{ {dark} color-scheme: dark; }}",
+        f"@media screen and (prefers-color-scheme: dark) {{ :root:not([data-theme='light']) {{ {dark} "
+        "color-scheme: dark; } }",
+        f"@media screen {{ :root[data-theme='dark'] {{ {dark} color-scheme: dark; }} }}",  # paper is white
     ]
     rules += [
-        f".heat-{shade} {{ background: rgb(var(--scale) / calc(var(--strongest) * {shade / SHADES:g})); }}"
+        f".heat-{shade} {{ background: color-mix(in srgb, var(--measure) calc(var(--strongest) * {100 * shade / SHADES:g}%), "
+        "var(--page)); }"
         for shade in range(SHADES + 1)
     ]
     rules += [
@@ -211,11 +189,12 @@ def colors() -> str:
 
 
 def _theme(name: str) -> str:
-    variables = {"page": PAGE[name], "ink": INK[name], **THEMES[name], "strongest": f"{STRONGEST[name]:g}"}
-    parts = {"scale": SCALE[name]} | {
-        f"expert-{index}": color for index, color in enumerate(expert_colors(name))
+    variables = {"page": PAGE[name], "ink": INK[name], "measure": MEASURE[name], **THEMES[name]}
+    variables["strongest"] = f"{STRONGEST[name]:g}"
+    variables |= {
+        f"expert-{index}": " ".join(map(str, channels(color)))
+        for index, color in enumerate(expert_colors(name))
     }
-    variables |= {variable: " ".join(map(str, channels(color))) for variable, color in parts.items()}
     return " ".join(f"--{variable}: {value};" for variable, value in variables.items())
 
 
@@ -224,19 +203,11 @@ def _title(content: ReportContent) -> str:
     labels += [
         analysis["model_label"] for analysis in (content.experts, content.routing) if analysis is not None
     ]
-    labels = list(dict.fromkeys(labels))
-    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+    return first_of(labels)
 
 
 def _subtitle(content: ReportContent) -> str:
-    parts = []
-    for run in content.runs:
-        tasks = run.subset or f"{len(run.task_ids)} tasks"
-        sampling = sampling_label(run.n_samples, run.temperature)
-        parts.append(
-            f"{benchmark_label(run.benchmark, run.mini, run.dataset_file)}, {tasks}, {sampling}, {run.dtype}"
-        )
-    return "; ".join(dict.fromkeys(parts)) or "Analysis of a mixture of LoRA experts"
+    return data_of_runs(content.runs) or "Analysis of a mixture of LoRA experts"
 
 
 def _verdict(measured: dict[str, Any]) -> dict[str, str] | None:
@@ -260,6 +231,7 @@ def _routing(routing: dict[str, Any], cut_note: str) -> dict[str, Any]:
         "has_experts": any(task["experts_passed"] is not None for task in routing["tasks"]),
         "no_agreement": why_no_agreement(routing),
         "highest": max(1, *routing["gate_confidence_histogram"]),
+        "most_weight": _most_weight(routing),
         "cut_note": cut_note,
         "how_to_read": (
             "Shades are an expert's mean weight over a task's completion; ✓ in a shade: that expert alone solves the task. "
@@ -267,6 +239,13 @@ def _routing(routing: dict[str, Any], cut_note: str) -> dict[str, Any]:
             f"stronger with {opacity}; a small number says where the expert changes."
         ),
     }
+
+
+def _most_weight(routing: dict[str, Any]) -> float:
+    """Return where the scale of the experts' mean weights ends: at the tenth above the largest of them."""
+    found = routing["tokens"]["completion"]
+    largest = max(found["expert_shares"]) if found else 1.0
+    return max(1, math.ceil(10 * largest)) / 10
 
 
 def _facts(routing: dict[str, Any]) -> list[dict[str, str]]:
@@ -353,18 +332,10 @@ def _panel(code: RoutedCode, num_prompt_tokens: int) -> dict[str, Any]:
     }
 
 
-def _runs(runs: list[Run], tables: dict[str, ReportTable]) -> list[dict[str, Any]]:
-    if not runs:
-        return []
-    names = one_line_names(tables["scores"].records(), always=("model", "routing strategy", "benchmark"))
-    return [_run(run, name) for run, name in zip(runs, names, strict=True)]
-
-
-def _run(run: Run, name: str) -> dict[str, Any]:
-    fields = [(field.replace("_", " "), getattr(run, field)) for field in RECORDED]
-    fields += [("experts", ", ".join(run.expert_names) or None)]
-    fields += [("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items()) or None)]
-    return {"name": name, "fields": [(field, value) for field, value in fields if value not in (None, "")]}
+def _runs(runs: list[Run]) -> list[dict[str, Any]]:
+    labels = [dict(zip(LABEL_COLUMNS, label.cells(), strict=True)) for label in run_labels(runs)]
+    names = one_line_names(labels, always=("model", "routing strategy", "benchmark"))
+    return [{"name": name, "facts": run_facts(run)} for run, name in zip(runs, names, strict=True)]
 
 
 __all__ = ["render", "write_report"]

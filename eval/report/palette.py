@@ -1,6 +1,8 @@
-"""The colours of reports and figures, which the colour-blind can distinguish, and a scale for heatmaps.
+"""The colours of reports and figures, which the colour-blind can distinguish.
 
-Colour is never alone: an expert also has a number and a way of underlining, a shade stands beside its figure.
+One colour has one meaning: the experts' are theirs, violet is for what was measured (shades, bars, intervals), and
+the rest is ink on paper. Colour is never alone: an expert also has a number and a way of underlining, a shade stands
+beside its figure.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ LAST_COLOR = {"light": "#555555", "dark": "#d0d0d0"}
 UNDERLINES = ("solid", "dashed", "dotted", "double", "wavy")
 HATCHES = ("", "//", "..", "xx", "--")
 
-SCALE = {"light": "#0072b2", "dark": "#56b4e9"}  # of heatmaps: from the background to nearly this
+# Of bars and intervals; shades go from the background to nearly this.
+MEASURE = {"light": "#7a3fc0", "dark": "#a98bff"}
+TINTS = (1.0, 0.62, 0.36)  # of it, where a figure has several measures
 PAGE = {"light": "#ffffff", "dark": "#16181c"}
 INK = {"light": "#1a1c1f", "dark": "#eceef1"}
 # The strongest shade that text on it is still easily read on.
@@ -28,6 +32,13 @@ def expert_colors(theme: str = "light") -> list[str]:
 def expert_color(index: int, theme: str = "light") -> str:
     colors = expert_colors(theme)
     return colors[index % len(colors)]
+
+
+def measure_color(index: int = 0) -> str:
+    """Choose the colour of a figure's measure: violet for the first, and lighter ones for two more."""
+    tint = TINTS[index % len(TINTS)]
+    mixed = (round(255 - tint * (255 - channel)) for channel in channels(MEASURE["light"]))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
 def underline(index: int) -> str:
@@ -45,4 +56,4 @@ def channels(color: str) -> tuple[int, int, int]:
     return tuple(int(color[place : place + 2], 16) for place in (1, 3, 5))
 
 
-__all__ = ["channels", "expert_color", "expert_colors", "hatch", "underline"]
+__all__ = ["channels", "expert_color", "expert_colors", "hatch", "measure_color", "underline"]

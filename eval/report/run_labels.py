@@ -1,6 +1,6 @@
-"""The labels of a folder's runs in tables, figures and pages; no two runs have the same.
+"""The labels of a folder's runs in tables, figures and pages, no two of them the same; and how each was run, in words.
 
-What distinguishes a run is shown only where runs differ in it.
+What distinguishes a run is in its label only where runs differ in it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from ..sampling.run_record import Run
 NAMES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 SEVERAL_CATEGORIES = "A task may have several categories."
 HASH_DIGITS = 8
-# Of the table of scores, what says which run a row is of, in the order of a name in one line.
+# Of the table of scores, the columns that say which run a row is of, in the order of `RunLabel` ...
+LABEL_COLUMNS = ("model", "routing strategy", "benchmark", "tasks", "samples a task", "settings")
+# ... and of a name in one line.
 COLUMNS = ("routing strategy", "model", "benchmark", "tasks", "samples a task", "settings")
+MOST_MODELS = 3  # that a title names
+MARKED = ("router", "best")  # the strategies by which the gate chooses, which readers look for
 
 # Fields of a run and their words, by the part of the label that they belong to. Those of `MODEL` are shown
 # where they distinguish models of one name, those of `DATA` benchmarks of one name, those of `SETTINGS` where
@@ -28,6 +32,9 @@ MODEL: dict[str, Callable[[Any], str]] = {
     "model_sha256": lambda digest: f"files {digest[:HASH_DIGITS]}" if digest else "",
 }
 DATA: dict[str, Callable[[Any], str]] = {
+    "dataset_file": lambda file: f"file {file}" if file else "",
+    "benchmark": lambda benchmark: f"in the format of {NAMES[benchmark]}",
+    "mini": lambda mini: "mini" if mini else "",
     "dataset_hash": lambda digest: f"data {digest[:HASH_DIGITS]}",
 }
 SETTINGS: dict[str, Callable[[Any], str]] = {
@@ -64,7 +71,7 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
         RunLabel(
             model=run.model_label,
             strategy=strategy_label(run.routing_strategy or "base", run.expert_names),
-            benchmark=benchmark_label(run.benchmark, run.mini, run.dataset_file),
+            benchmark=benchmark_label(run.benchmark, run.mini, run.dataset_file, len(run.task_ids)),
             tasks=str(len(run.task_ids)) if run.subset is None else run.subset,
             samples=run.n_samples,
             settings="",
@@ -78,12 +85,17 @@ def run_labels(runs: Sequence[Run]) -> list[RunLabel]:
     shown = [name for name in SETTINGS if _differs(runs, name)]
     for run, label in zip(runs, labels, strict=True):
         label.settings = ", ".join(filter(None, (SETTINGS[name](getattr(run, name)) for name in shown)))
-    cells = [label.cells() for label in labels]
-    for run, label in zip(runs, labels, strict=True):
-        if cells.count(label.cells()) > 1:  # nothing above says how they differ; their files' names do
+    seen = [_as_seen(label) for label in labels]
+    for run, label, text in zip(runs, labels, seen, strict=True):
+        if seen.count(text) > 1:  # nothing above says how they differ; their files' names do
             mark = sha256(run.samples.encode()).hexdigest()[:HASH_DIGITS]
             label.settings = ", ".join(filter(None, (label.settings, f"run {mark}")))
     return labels
+
+
+def _as_seen(label: RunLabel) -> str:
+    """Return the label's text as pages show it: one space for any white space."""
+    return " ".join("\n".join(map(str, label.cells())).split())
 
 
 def _distinguished(
@@ -126,10 +138,18 @@ def expert_label(index: int, expert_names: Sequence[str]) -> str:
     return f"{index} {expert_names[index]}"
 
 
-def benchmark_label(benchmark: str, mini: bool = False, dataset_file: str | None = None) -> str:
-    """Name a data set; one that was read from a file of the user's own by that file's name, too."""
-    whole = NAMES[benchmark] + (" mini" if mini else "")
-    return whole if dataset_file is None else f"{whole} (file {dataset_file})"
+def benchmark_label(benchmark: str, mini: bool, dataset_file: str | None, num_tasks: int) -> str:
+    """Name a data set. Problems from the user's own file are no benchmark, and do not have its name."""
+    if dataset_file is not None:
+        return f"own problems ({num_tasks})"
+    return NAMES[benchmark] + (" mini" if mini else "")
+
+
+def data_label(benchmark: str, tasks: str) -> str:
+    """Join the label of a data set and of its tasks, a number of which is not said twice."""
+    if f"({tasks})" in benchmark:
+        return benchmark
+    return f"{benchmark}, {tasks} tasks" if tasks.isdecimal() else f"{benchmark}, {tasks}"
 
 
 def sampling_label(n_samples: int, temperature: float) -> str:
@@ -138,9 +158,94 @@ def sampling_label(n_samples: int, temperature: float) -> str:
 
 def analysis_label(summary: dict[str, Any]) -> str:
     """Say in a line what an analysis is of: model, benchmark and tasks."""
-    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary.get("dataset_file"))
-    tasks = summary["subset"] or f"all {summary['num_tasks']} tasks"
-    return f"{summary['model_label']} on {benchmark}, {tasks}"
+    count = summary["num_tasks"]
+    benchmark = benchmark_label(summary["benchmark"], summary["mini"], summary.get("dataset_file"), count)
+    if summary["subset"] is not None or summary.get("dataset_file") is None:
+        benchmark += f", {summary['subset'] or f'all {count} tasks'}"
+    return f"{summary['model_label']} on {benchmark}"
+
+
+def describe_runs(runs: Sequence[Run]) -> str:
+    """Say in a line which models' runs these are, and on what."""
+    return f"{first_of([run.model_label for run in runs])} on {data_of_runs(runs)}"
+
+
+def data_of_runs(runs: Sequence[Run]) -> str:
+    """Say what runs are on: data, tasks, sampling and dtype, each combination once."""
+    parts = []
+    for run in runs:
+        benchmark = benchmark_label(run.benchmark, run.mini, run.dataset_file, len(run.task_ids))
+        sampling = sampling_label(run.n_samples, run.temperature)
+        parts.append(
+            f"{data_label(benchmark, run.subset or str(len(run.task_ids)))}, {sampling}, {run.dtype}"
+        )
+    return "; ".join(dict.fromkeys(parts))
+
+
+def first_of(labels: Sequence[str], most: int = MOST_MODELS) -> str:
+    """Name the first of some models, and say how many more there are."""
+    labels = list(dict.fromkeys(labels))
+    return ", ".join(labels[:most]) + (f" and {len(labels) - most} more" if len(labels) > most else "")
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """Say in words how a run was made; what is not known of it is left out."""
+    own_file = run.dataset_file and f"own file {run.dataset_file}, in the format of {NAMES[run.benchmark]}"
+    attention = run.attn_implementation and f"{run.attn_implementation} attention"
+    facts = {
+        "model": run.model,
+        "format": run.model_format,
+        "commit": run.model_revision,
+        "its files (SHA-256)": run.model_sha256,
+        "base model": run.base_model,
+        "experts": ", ".join(run.expert_names),
+        "routing strategy": run.routing_strategy,
+        "problems": own_file or benchmark_label(run.benchmark, run.mini, None, 0),
+        "tasks": run.subset or f"all {len(run.task_ids)}",
+        "hash of the problems": run.dataset_hash,
+        "sampling": _sampling(run),
+        "length": f"at most {run.max_new_tokens:,} new tokens a sample",
+        "ends of samples": ", ".join(
+            f"{name.replace('_', ' ')} {count:,}" for name, count in run.stops.items()
+        ),
+        "prompts": "without a chat template"
+        if run.force_base_prompt
+        else "in the model's chat template, if it has one",
+        "computed by": ", ".join(filter(None, (run.backend, run.dtype, attention))),
+        "batch size": run.batch_size and f"{run.batch_size:,}",
+        "device": run.device,
+        "time to generate": None if run.seconds is None else duration(run.seconds),
+        "speed": run.tokens_per_second and f"{run.tokens_per_second:,.1f} tokens a second",
+        "most memory": run.peak_memory and f"{run.peak_memory / 2**30:.1f} GiB",
+        "samples": run.samples,
+        "samples (SHA-256)": run.samples_sha256,
+        "results": run.results,
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _sampling(run: Run) -> str:
+    drawn = [
+        f"top_p {run.top_p:g}" if run.top_p is not None else "",
+        f"seed {run.seed}" if run.seed is not None else "",
+    ]
+    return ", ".join(filter(None, (sampling_label(run.n_samples, run.temperature), *drawn)))
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the two largest of its units."""
+    if seconds < 10:
+        return f"{seconds:.1f} seconds"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{_count(hours, 'hour')} {_count(minutes, 'minute')}"
+    return f"{_count(minutes, 'minute')} {_count(rest, 'second')}" if minutes else _count(rest, "second")
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'s' if number != 1 else ''}"
 
 
 def one_line_names(
@@ -159,11 +264,19 @@ def one_line_names(
 
 
 __all__ = [
+    "LABEL_COLUMNS",
+    "MARKED",
     "RunLabel",
     "analysis_label",
     "benchmark_label",
+    "data_label",
+    "data_of_runs",
+    "describe_runs",
+    "duration",
     "expert_label",
+    "first_of",
     "one_line_names",
+    "run_facts",
     "run_labels",
     "sampling_label",
     "strategy_label",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 
 from ..analysis.statistics import interval
 from ..sampling.run_record import Run
@@ -19,7 +18,7 @@ from .expert_tables import expert_tables
 from .loss_tables import loss_tables
 from .report_table import ReportTable
 from .routing_tables import routing_tables
-from .run_labels import run_labels
+from .run_labels import LABEL_COLUMNS, data_label, run_labels
 
 
 # What the runs of one group of the page's scores have in common.
@@ -45,7 +44,7 @@ def scores(runs: Sequence[Run], others: Sequence[Run] = ()) -> ReportTable:
         others: what else the folder holds; the table's runs are told from these, too.
     """
     measured = sorted({name for run in runs for name in run.scores}, key=_order)
-    columns = ["model", "routing strategy", "benchmark", "tasks", "samples a task", "settings"]
+    columns = list(LABEL_COLUMNS)
     for name in measured:
         columns += [name, f"{name} low", f"{name} high"]
     shown = {run.samples for run in runs}
@@ -59,21 +58,37 @@ def scores(runs: Sequence[Run], others: Sequence[Run] = ()) -> ReportTable:
         rows.append(row)
     note = (
         "Shares of tasks, with 95 % intervals over tasks. pass counts the samples that pass the base tests, plus_pass (+) "
-        "those that pass the base and the plus tests. Settings are those in which these runs differ."
+        "those that pass the base and the plus tests. The best comes first, by the strictest tests that were run. Settings "
+        "are those in which these runs differ."
     )
-    return ReportTable("scores", "pass@k by routing strategy", columns, rows, note)
+    return by_score(ReportTable("scores", "pass@k by routing strategy", columns, rows, note))
+
+
+def by_score(table: ReportTable) -> ReportTable:
+    """Sort the scores: groups as they come, and in each the best run first, by the strictest pass@1."""
+    groups: dict[tuple, list] = {}
+    for row, record in zip(table.rows, table.records(), strict=True):
+        found = (record.get(name) for name in ("plus_pass@1", "pass@1"))
+        score = tuple(-1.0 if value is None else value for value in found)
+        groups.setdefault(_group(record), []).append((score, row))
+    rows = [
+        row for rows in groups.values() for _, row in sorted(rows, key=lambda found: found[0], reverse=True)
+    ]
+    return replace(table, rows=rows)
+
+
+def _group(record: dict) -> tuple:
+    return tuple(record[name] for name in GROUP)
 
 
 def score_groups(table: ReportTable) -> list[ReportTable]:
     """Split the scores by model, benchmark and settings, each group with the measures that it has."""
     measures = [name for name in table.columns if "pass@" in name and not name.endswith((" low", " high"))]
-
-    def key(record: dict) -> tuple:
-        return tuple(record[name] for name in GROUP)
-
+    members: dict[tuple, list[dict]] = {}
+    for record in table.records():
+        members.setdefault(_group(record), []).append(record)
     groups = []
-    for shared, records in groupby(sorted(table.records(), key=key), key=key):
-        records = list(records)
+    for shared, records in members.items():
         columns = ["routing strategy"]
         for name in measures:
             if any(record[name] is not None for record in records):
@@ -84,9 +99,7 @@ def score_groups(table: ReportTable) -> list[ReportTable]:
 
 
 def _caption(model: str, benchmark: str, tasks: str, samples: int, settings: str) -> str:
-    caption = f"{model} on {benchmark}, {tasks}"
-    if tasks.isdecimal():
-        caption += " tasks"
+    caption = f"{model} on {data_label(benchmark, tasks)}"
     caption += ", one sample a task" if samples == 1 else f", {samples} samples a task"
     return f"{caption}, {settings}" if settings else caption
 

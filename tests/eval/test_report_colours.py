@@ -1,6 +1,8 @@
 """The report's colours: experts are told apart by the colour-blind, and text is legible on every ground."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,9 +82,23 @@ def contrast(first, second) -> float:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_is_legible_on_every_ground(theme):
     ink = palette.channels(palette.INK[theme])
-    for color in [*palette.expert_colors(theme), palette.SCALE[theme]]:
+    for color in [*palette.expert_colors(theme), palette.MEASURE[theme]]:
         for strength in np.linspace(0, 1, 11):
             assert contrast(ink, over(color, theme, strength)) > 4.5, (color, strength)
     page = palette.channels(palette.PAGE[theme])
-    for name in ("muted", "accent", "good", "bad"):
-        assert contrast(palette.channels(report.THEMES[theme][name]), page) > 4.5, name
+    for color in (report.THEMES[theme]["muted"], palette.MEASURE[theme]):
+        assert contrast(palette.channels(color), page) > 4.5, color
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_one_colour_has_one_meaning(theme):
+    """What was measured has none of the experts' colours, and all else is a shade of grey."""
+    for vision, least in zip(COLOR_VISION, (40, 12, 12, 12), strict=True):
+        measure = lab(palette.channels(palette.MEASURE[theme]), COLOR_VISION[vision])
+        for color in palette.expert_colors(theme):
+            seen = lab(palette.channels(color), COLOR_VISION[vision])
+            assert np.linalg.norm(measure - seen) > least, (vision, color)
+    for name, color in [*report.THEMES[theme].items(), ("ink", palette.INK[theme])]:
+        assert np.ptp(palette.channels(color)) <= 15, name
+    style = Path(report.__file__).with_name(report.STYLE).read_text()
+    assert not re.search(r": #|rgba?\(\d", style)  # no colour but these

@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers_report import Page, leave_folder
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 from PIL import Image
 
 from dylora_moe.eval.analysis.statistics import interval
 from dylora_moe.eval.report import page as report
 from dylora_moe.eval.report.content import read_folder
-from dylora_moe.eval.report.figures import HEAT_COLUMNS, heat_span
+from dylora_moe.eval.report.figures import HEAT_COLUMNS, _figure, _overview, _style, caption, heat_span
 from dylora_moe.eval.report.page import render, write_report
 from dylora_moe.eval.report.report_table import ReportTable
 from dylora_moe.eval.report.routed_code import RoutedCode, RoutedToken
@@ -43,6 +45,45 @@ def test_every_picture_has_its_data_beside_it(made):
     for path in [*figures.glob("*.png"), made / "overview.png"]:
         picture = np.asarray(Image.open(path).convert("L"))
         assert min(picture.shape) > 150 and 0.005 < (picture < 200).mean() < 0.9, path
+
+
+def test_every_picture_says_what_it_is_of_and_what_the_router_is_worth(made):
+    content = read_folder(made)
+    figures = content.experts["tests"][content.experts["headline_tests"]]
+    row = next(row for row in figures["comparisons"] if row["second"] == figures["best_single"]["strategy"])
+    for path in [*(made / "figures").glob("*.png"), made / "overview.png"]:
+        what, verdict = Image.open(path).text["Description"].splitlines()
+        assert what.startswith("demo-mixture on HumanEval, ") and re.search(r"\b24 tasks\b", what), path
+        assert verdict.startswith(
+            f"▲ The router helps: {100 * row['difference']:+.1f} points against the best"
+        )
+
+
+def test_what_a_picture_says_of_itself_stands_below_its_drawing(made):
+    content = read_folder(made)
+    tables, text = report_tables(content), caption(content, "scores")
+    with _style():
+        for figure in (_figure(tables["scores"], text), _overview(tables, None, text)):
+            figure.draw_without_rendering()
+            found = [
+                one for one in figure.findobj(Text) if one.get_text() and "router helps" in one.get_text()
+            ]
+            assert len(found) == 1
+            boxes = [one.get_window_extent() for one in figure.findobj(Text) if one.get_text().strip()]
+            boxes += [legend.get_window_extent() for legend in figure.findobj(Legend)]
+            mine = found[0].get_window_extent()
+            assert sum(mine.overlaps(box) for box in boxes) == 1  # itself
+            assert mine.x0 >= 0 and mine.y0 >= 0 and mine.x1 <= figure.bbox.width
+
+
+def test_the_rows_of_the_routers_strategies_are_bold_and_the_best_come_first(made):
+    table = report_tables(read_folder(made))["scores"]
+    scores = [(record["plus_pass@1"], record["pass@1"]) for record in table.records()]
+    assert scores == sorted(scores, reverse=True)
+    with _style():
+        (axes,) = _figure(table).axes
+        bold = {label.get_text() for label in axes.get_yticklabels() if label.get_fontweight() == "bold"}
+    assert bold == {"router", "best"}
 
 
 def test_shares_are_found_by_the_names_of_their_columns(made):

@@ -57,6 +57,8 @@ def test_a_folder_with_a_loss(folder, repo, tmp_path):
     assert without["verdict"]["router"] is None and without["verdict"]["text"] in rendered(folder).text
     content = read_folder(folder)
     tables = {name: table for name, table in report_tables(content).items() if name.startswith("loss")}
+    losses = [row[1] for row in tables["loss"].rows if not row[0].startswith("oracle")]
+    assert losses == sorted(losses) and tables["loss"].rows[-1][0].startswith("oracle")
     written = {path.name for path in write_figures(content, tables)}
     assert {"loss.csv", "loss.json", "loss.png", "loss_groups.csv"} <= written
 

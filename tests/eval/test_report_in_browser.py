@@ -144,14 +144,14 @@ def read_categories(page) -> list[dict]:
 
 
 def test_a_category_of_the_heatmap_leads_to_its_tasks(page, tasks):
-    click(page, "#routing_categories button[data-category='strings']")
+    click(page, "#routing_categories a[data-category='strings']")
     assert shown(page) == [task["task_id"] for task in tasks if "strings" in task["categories"]]
-    click(page, "#expert_categories button[data-category='numbers']")
+    click(page, "#expert_categories a[data-category='numbers']")
     assert shown(page) == [task["task_id"] for task in tasks if "numbers" in task["categories"]]
 
 
 def open_task(page, task_id: str) -> None:
-    click(page, f"#task-rows tr[data-task='{task_id}'] button")
+    click(page, f"#task-rows tr[data-task='{task_id}'] a")
     assert text(page, "#panel h3") == task_id
 
 

@@ -93,6 +93,8 @@ class Bars(HTMLParser):
         attributes = dict(attributes)
         if tag == "table":
             self.inside = attributes.get("id") == self.table
+        if tag == "tfoot":  # the scale
+            self.inside = False
         if self.inside and tag == "tr":
             self.rows.append(([], [], []))
         if self.inside and tag == "rect":
@@ -140,9 +142,16 @@ def test_where_no_share_is_defined_there_is_no_bar(folder):
 
 
 def test_the_bar_beside_an_experts_weight_is_as_long_as_the_weight(made):
-    (_, *rows) = Bars((made / "report.html").read_text(encoding="utf-8"), "routing_load").rows
-    for texts, ((start, length),), _ in rows:
-        assert start == 0 and f"{length / 140:.1%}" == texts[2]
+    """On a scale that ends at the tenth above the largest weight, and whose end is said."""
+    page = (made / "report.html").read_text(encoding="utf-8")
+    (_, *rows) = Bars(page, "routing_load").rows
+    weights = [row[2] for row in report_tables(read_folder(made))["routing_load"].rows]
+    end = next(tenth / 10 for tenth in range(1, 11) if tenth / 10 >= max(weights))
+    for texts, ((start, length),), (even,) in rows:
+        assert start == 0 and f"{end * length / 140:.1%}" == texts[2]
+        assert even == pytest.approx(140 / len(rows) / end)
+    table = page.split('id="routing_load"')[1].split("</table>")[0]
+    assert re.findall(r">(\d+%)<", table.split("<tfoot>")[1]) == ["0%", f"{end:.0%}"]
 
 
 def test_scores_and_verdict_are_on_the_page(made, page):

@@ -142,14 +142,14 @@ def test_what_runs_do_not_differ_in_is_not_shown():
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "variable", "label"),
+    ("name", "module", "variable"),
     [
-        ("humaneval", humaneval, "HUMANEVAL_OVERRIDE_PATH", "HumanEval (file own tasks.jsonl)"),
-        ("mbpp", mbpp, "MBPP_OVERRIDE_PATH", "MBPP (file own tasks.jsonl)"),
+        ("humaneval", humaneval, "HUMANEVAL_OVERRIDE_PATH"),
+        ("mbpp", mbpp, "MBPP_OVERRIDE_PATH"),
     ],
 )
-def test_a_file_of_ones_own_is_not_titled_as_the_benchmark_alone(
-    name, module, variable, label, problems_file, tmp_path, monkeypatch
+def test_a_file_of_ones_own_does_not_have_the_benchmarks_name(
+    name, module, variable, problems_file, tmp_path, monkeypatch
 ):
     path = tmp_path / "own tasks.jsonl"
     path.write_bytes(problems_file.read_bytes())
@@ -158,7 +158,27 @@ def test_a_file_of_ones_own_is_not_titled_as_the_benchmark_alone(
     samples = f"{name}/own.jsonl"
     run = leave_run(tmp_path, samples=samples, benchmark=name, dataset_file=data.file, task_ids=data.task_ids)
     page = (write_report(run.folder)).read_text()
-    assert f"{label}, 24 tasks, greedy" in page and f"on {label}, 24 tasks" in page
+    assert "own problems (24), greedy" in page and "demo on own problems (24), one sample a task" in page
+    assert "own file own tasks.jsonl, in the format of " in page
+    assert page.count("HumanEval") + page.count("MBPP") == page.count("in the format of ") == 1
+    with open(run.folder / "figures" / "scores.csv", newline="") as file:
+        (row,) = list(csv.DictReader(file))
+    assert row["benchmark"] == "own problems (24)"
+
+
+def test_several_files_of_ones_own_are_told_apart():
+    first = made(dataset_file="a.jsonl")
+    others = [
+        replace(first, samples="2", dataset_file="b.jsonl", dataset_hash="1" * 32),
+        replace(first, samples="3", benchmark="mbpp", dataset_hash="2" * 32),
+        replace(first, samples="4", task_ids=["HumanEval/1"], subset="tasks 1 to 1, 1 of 2"),
+    ]
+    assert [label.benchmark for label in run_labels([first, *others])] == [
+        "own problems (2) (file a.jsonl, in the format of HumanEval)",
+        "own problems (2) (file b.jsonl, in the format of HumanEval)",
+        "own problems (2) (file a.jsonl, in the format of MBPP)",
+        "own problems (1)",
+    ]
 
 
 class Captions(HTMLParser):
@@ -168,12 +188,12 @@ class Captions(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self.inside = tag in ("caption", "summary")
-        if self.inside:
+        if tag in ("caption", "summary"):
+            self.inside = True
             self.found.append("")
 
     def handle_endtag(self, tag):
-        self.inside = False
+        self.inside = self.inside and tag not in ("caption", "summary")
 
     def handle_data(self, data):
         if self.inside:
