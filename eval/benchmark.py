@@ -59,6 +59,7 @@ def benchmark(
     strategies: str | Sequence[str] | None = None,
     output_dir: str | Path = DEFAULT_FOLDER,
     score: bool = True,
+    keep_model: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> BenchmarkResult:
@@ -70,6 +71,8 @@ def benchmark(
         models: sources; None where `adapter_path` and `base_model` say it all.
         strategies: routing strategies, of mixtures; each one's own default unless given.
         score: whether to score; otherwise only samples are made.
+        keep_model: whether the last model stays in memory for the next call (not vLLM's); `forget_model`
+            frees it.
         options: see `BenchmarkOptions`.
 
     Raises:
@@ -107,7 +110,7 @@ def benchmark(
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
-        result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, progress)
+        result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, keep_model, progress)
     if score and state.is_main_process:
         result.runs = [_score(run, chosen, progress) for run in result.runs]
     return result
@@ -159,6 +162,7 @@ def _runs_of(
     folder: Path,
     options: BenchmarkOptions,
     state: Any,
+    keep_model: bool,
     progress: Progress | None,
 ) -> Iterator[Run]:
     """Make the samples of one model, which is loaded when the first of them is missing."""
@@ -172,7 +176,8 @@ def _runs_of(
                 tokenizer = model.load_tokenizer()
                 decode = loaded.enter_context(_by_vllm(model, tokenizer, strategies, sets, options)).decode
             else:
-                found = model.load(
+                load_model = model.load_once if keep_model else model.load
+                found = load_model(
                     dtype=options.dtype,
                     device=state.device,
                     device_map=options.device_map,

@@ -42,6 +42,7 @@ from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
 from ..options import check_dtype
+from .last_model import forget_model, kept_model
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
 
 
@@ -201,7 +202,7 @@ class FoundModel:
         device_map: Any = None,
         attn_implementation: str | None = None,
     ) -> LoadedModel:
-        """Load the model with its weights.
+        """Load the model with its weights, in the place of one that `load_once` keeps.
 
         Args:
             dtype: one of `options.DTYPES`.
@@ -217,6 +218,7 @@ class FoundModel:
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
         check_dtype(dtype)
+        forget_model()
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
         arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -252,6 +254,12 @@ class FoundModel:
         if device is not None and device_map is None:
             model = model.to(device)
         return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)
+
+    def load_once(self, **options: Any) -> LoadedModel:
+        """Load the model as `load` does and keep it; return it if the same files with the same options are kept."""
+        given = tuple(f"{name}={value!r}" for name, value in sorted(options.items()))
+        key = (self.folder.resolve(), self.sha256, self.trust_remote_code, given)
+        return kept_model(key, lambda: self.load(**options))
 
 
 def find_model(
