@@ -9,10 +9,10 @@ Works with EvalPlus 0.3.1 and with its main branch, where `make_model` takes fur
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class PeftMoEDecoder(PromptDecoder):
         if loaded.is_mixture:
             loaded.model.generation_config.routing_strategy = strategy
         # A generation config's stop strings need it, and EvalPlus 0.3.1 passes none.
-        loaded.model.generate = functools.partial(loaded.model.generate, tokenizer=loaded.tokenizer)
+        loaded.model.generate = partial(loaded.model.generate, tokenizer=loaded.tokenizer)
         super().__init__(
             name or found.source,
             dataset,
@@ -217,7 +217,11 @@ def register() -> None:
     """
     for module, name, wrap in (
         (provider, "make_model", lambda stock: _with_backend(stock, _decoder_maker(stock))),
-        (evalplus_codegen, "run_codegen", lambda stock: _with_backend(stock, run_codegen)),
+        (
+            evalplus_codegen,
+            "run_codegen",
+            lambda stock: _with_backend(stock, partial(run_codegen, backend=BACKEND)),
+        ),
         (evalplus_evaluate, "evaluate", _with_scores),
     ):
         stock = getattr(module, name)
@@ -239,13 +243,12 @@ def _with_backend(stock: Callable, ours: Callable) -> Callable:
     """Wrap EvalPlus's function, so that calls with `backend="peft_moe"` go to `ours`."""
     names = parameter_names(stock)
 
-    @functools.wraps(stock)
+    @wraps(stock)
     def either(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.get("backend") != BACKEND:
             return stock(*args, **kwargs)
-        del given["backend"]
-        return ours(**given)
+        return ours(**{name: value for name, value in given.items() if name != "backend"})
 
     return either
 
@@ -257,7 +260,7 @@ def _with_scores(stock: Callable) -> Callable:
     """
     stocks, own = parameter_names(stock), parameter_names(evaluate, score_samples)
 
-    @functools.wraps(stock)
+    @wraps(stock)
     def either(*args: Any, **kwargs: Any) -> dict[str, float] | None:
         given = {**dict(zip(stocks, args, strict=False)), **kwargs}
         of_codegen = {name: given.pop(name) for name in list(given) if name not in (*stocks, *own)}

@@ -137,11 +137,13 @@ def test_only_the_last_model_is_kept(checkpoint, own_cache, bare, tmp_path, load
     for change in ({"dtype": "bfloat16"}, {"attn_implementation": "sdpa"}):
         run_codegen(model=bare, root=tmp_path / next(iter(change)), **{**options, **change})
     assert len(loads) == 4
-    change_json(bare.parent / "foundation" / "config.json", rms_norm_eps=0.125)
-    run_codegen(model=bare, root=tmp_path / "third", **options)
-    assert len(loads) == 5 and loads[4]().config.base_config.rms_norm_eps == 0.125
+    repo = loading.find_model(bare).folder  # changed where it is
+    for penalty in (1.25, 1.5):
+        change_json(repo / "generation_config.json", repetition_penalty=penalty)
+        run_codegen(model=repo, root=tmp_path / str(penalty), **options)
+        assert loads[-1]().generation_config.repetition_penalty == penalty
     benchmark(bare, strategies="base", output_dir=tmp_path / "fourth", score=False, **SMALL)
-    assert len(loads) == 6 and not any(reference() for reference in loads)
+    assert len(loads) == 7 and not any(reference() for reference in loads)
 
 
 def test_adapters_on_a_foundation(checkpoint, tmp_path):
@@ -360,9 +362,11 @@ def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, regist
         evalplus.provider.make_model(str(tmp_path / "nothing"), "hf", "humaneval")
 
 
-def test_the_python_that_people_copy(checkpoint, own_cache, tmp_path, registered, monkeypatch):
+@pytest.mark.parametrize("exported", [False, True], ids=["checkpoint", "repo"])
+def test_the_python_that_people_copy(checkpoint, own_cache, tmp_path, registered, monkeypatch, exported):
     """As one writes it, in a folder that holds `trained_model`."""
-    shutil.copytree(checkpoint, tmp_path / "trained_model")
+    copy = loading.find_model(checkpoint).folder if exported else checkpoint
+    shutil.copytree(copy, tmp_path / "trained_model")
     shutil.copytree(checkpoint.parent / "foundation", tmp_path / "base_model")
     monkeypatch.chdir(tmp_path)
 
@@ -372,7 +376,7 @@ def test_the_python_that_people_copy(checkpoint, own_cache, tmp_path, registered
     samples = run_codegen(
         model="./trained_model",
         backend="peft_moe",
-        base_model="./base_model",
+        **({} if exported else {"base_model": "./base_model"}),
         dataset="humaneval",
         routing_strategy="router",
         dtype="float32",
