@@ -21,6 +21,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers_checkpoints import change_json, save_adapters, snapshot
+from helpers_readme import ROOT, section
 from helpers_text import save_text_checkpoint
 from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
@@ -394,6 +395,19 @@ def test_the_python_that_people_copy(checkpoint, own_cache, tmp_path, registered
         evaluate("humaneval", samples, test_details=True)
     with pytest.raises(InputError, match="leave out task_ids and mini: the record of"):
         evaluate("humaneval", samples, mini=True)
+
+
+def test_the_loop_of_the_page_on_evaluation(
+    checkpoint, own_cache, tmp_path, registered, loads, monkeypatch, capsys
+):
+    shutil.copytree(checkpoint.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint").rename(tmp_path / "trained_model")
+    monkeypatch.chdir(tmp_path)
+    ((_, block),) = section(ROOT / "docs" / "evaluation.md", "In Python")
+    few = block.replace("routing_strategy=strategy", "routing_strategy=strategy, limit=2, max_new_tokens=8")
+    exec(compile(few, "evaluation.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["router", "best", "single:0"] and len(loads) == 1
 
 
 def test_evaluate_makes_the_samples_first_where_it_is_told_how(checkpoint, tmp_path, registered):
