@@ -32,7 +32,6 @@ OVERVIEW = "overview.png"
 DPI = 144
 ROW_HEIGHT = 0.3  # inches
 CHARACTER_WIDTH = 0.065  # inches, of a row's name
-HEADLINE_SIZE, VALUE_SIZE = 19, 13
 MOST_LABELS = 60
 MOST_SLANTED = 16
 STYLE = {
@@ -74,7 +73,7 @@ def write_figures(content: ReportContent, tables: dict[str, ReportTable]) -> lis
                 continue
             figure = _figure_of_code(code) if name == "routed_code" else _figure(table)
             written.append(_save(figure, folder / f"{name}.png"))
-        written.append(_save(_overview(content, tables, code), content.folder / OVERVIEW))
+        written.append(_save(_overview(tables, code), content.folder / OVERVIEW))
     return written
 
 
@@ -119,8 +118,8 @@ def _figure(table: ReportTable) -> Any:
     return figure
 
 
-def _overview(content: ReportContent, tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
-    """The verdict, the scores, what each expert is good at or given, and one task's code: as much as there is."""
+def _overview(tables: dict[str, ReportTable], code: RoutedCode | None) -> Any:
+    """The scores, what each expert is good at or given, and one task's code: as much of it as there is."""
     heat = next(
         (tables[name] for name in ("routing_categories", "expert_categories") if name in tables), None
     )
@@ -137,34 +136,9 @@ def _overview(content: ReportContent, tables: dict[str, ReportTable], code: Rout
     if upper:
         for axes, table in zip(parts[0].subplots(1, len(upper), squeeze=False)[0], upper, strict=True):
             DRAWINGS[table.name](axes, _first(table, 20))
-            if table.name == "scores":
-                _write_values(axes, _first(table, 20))
     if code is not None:
         draw_code(parts[-1].add_subplot(), code, width)
-    headline = None if content.experts is None else _headline(content.experts)
-    if headline is not None:
-        figure.suptitle(headline, x=0.005, ha="left", fontsize=HEADLINE_SIZE, fontweight="bold")
     return figure
-
-
-def _headline(experts: dict[str, Any]) -> str | None:
-    """Say in a line whether the router helps, by the two scores that decide it; None without a verdict."""
-    if experts["verdict"] is None:
-        return None
-    figures = experts["tests"][experts["headline_tests"]]
-    router = next(row["pass@1"] for row in figures["strategies"] if row["strategy"] == "router")
-    finding = experts["verdict"]["text"].partition(":")[0]
-    return f"{finding}: pass@1 {router:.1%}, best single expert {figures['best_single']['pass@1']:.1%}"
-
-
-def _write_values(axes: Axes, table: ReportTable) -> None:
-    """Write each row's score on the right, of the stricter tests that it has."""
-    for place, record in enumerate(table.records()):
-        value = record["pass@1"] if record.get("plus_pass@1") is None else record["plus_pass@1"]
-        where = {"xy": (1, place), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(
-            f"{value:.1%}", xytext=(8, 0), va="center", fontsize=VALUE_SIZE, fontweight="bold", **where
-        )
 
 
 def _score_width(table: ReportTable) -> float:

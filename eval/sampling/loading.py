@@ -42,8 +42,8 @@ from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
 from ..options import check_dtype
-from .last_model import forget_model, kept_model
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
+from .model_in_memory import forget_model, kept_model
 
 
 BACKENDS = ("hf", "peft_moe", "vllm")
@@ -218,7 +218,6 @@ class FoundModel:
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
         check_dtype(dtype)
-        forget_model()
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
         arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -226,6 +225,7 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
+            forget_model()
             self.check_files()
             if not self.trust_remote_code and not self.is_mixture:
                 arguments["config"] = read_config(str(self.folder))
