@@ -20,15 +20,15 @@ demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
 
 # The README's picture, drawn from what `make demo` leaves, and from its experts under their names.
-PICTURED := demo_output/pictured
+THREE_EXPERTS := demo_output/three-experts
 
 pictures: demo
-	$(BIN)/dylora-moe export demo_output/checkpoint --expert_names strings,numbers,lists --overwrite -o $(PICTURED)
+	$(BIN)/dylora-moe export demo_output/checkpoint --expert_names strings,numbers,lists --overwrite -o $(THREE_EXPERTS)
 	HUMANEVAL_OVERRIDE_PATH=demo_output/problems.jsonl $(BIN)/dylora-moe routing-analysis \
-		--model $(PICTURED) --max_new_tokens 128 -o $(PICTURED)_results
+		--model $(THREE_EXPERTS) --max_new_tokens 128 -o $(THREE_EXPERTS)_results
 	HUMANEVAL_OVERRIDE_PATH=demo_output/problems.jsonl $(BIN)/dylora-moe expert-analysis \
-		--model $(PICTURED) --max_new_tokens 128 -o $(PICTURED)_results
-	cp $(PICTURED)_results/overview.png docs/images/demo_report.png
+		--model $(THREE_EXPERTS) --max_new_tokens 128 -o $(THREE_EXPERTS)_results
+	cp $(THREE_EXPERTS)_results/overview.png docs/images/demo_report.png
 
 # The README's paths in a fresh clone in .walk, command by command, with their times: 20 minutes.
 walk: $(INSTALLED)
