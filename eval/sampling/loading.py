@@ -44,6 +44,7 @@ from dylora_moe.version import __version__
 from ..options import NO_MODEL, check_backend, known_dtype
 from .devices import warn_of_slow_dtype
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
+from .model_in_memory import forget_model, kept_model
 
 
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
@@ -211,7 +212,7 @@ class FoundModel:
         device_map: Any = None,
         attn_implementation: str | None = None,
     ) -> LoadedModel:
-        """Load the model with its weights.
+        """Load the model with its weights, in the place of one that `load_once` keeps.
 
         Args:
             dtype: one of `options.DTYPES`.
@@ -235,6 +236,7 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
+            forget_model()
             self.check_files()
             if not self.trust_remote_code and not self.is_mixture:
                 arguments["config"] = read_config(str(self.folder))
@@ -263,6 +265,12 @@ class FoundModel:
         if device is not None and device_map is None:
             model = model.to(device)
         return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)
+
+    def load_once(self, **options: Any) -> LoadedModel:
+        """Load the model as `load` does and keep it; return it if the same files with the same options are kept."""
+        given = tuple(f"{name}={value!r}" for name, value in sorted(options.items()))
+        key = (self.folder.resolve(), self.sha256, self.trust_remote_code, given)
+        return kept_model(key, lambda: self.load(**options))
 
 
 def find_model(
