@@ -14,10 +14,25 @@ NEWEST_PYTHON ?= python3.13
 
 RUNS ?= 1000000
 
-.PHONY: demo test fuzz test-slow test-clients test-versions test-vllm test-vllm-slow lint format clean
+.PHONY: demo pictures walk test fuzz test-slow test-clients test-versions test-vllm test-vllm-slow lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe demo --output_dir demo_output
+
+# The README's picture, drawn from what `make demo` leaves, and from its experts under their names.
+THREE_EXPERTS := demo_output/three-experts
+
+pictures: demo
+	$(BIN)/dylora-moe export demo_output/checkpoint --expert_names strings,numbers,lists --overwrite -o $(THREE_EXPERTS)
+	HUMANEVAL_OVERRIDE_PATH=demo_output/problems.jsonl $(BIN)/dylora-moe routing-analysis \
+		--model $(THREE_EXPERTS) --max_new_tokens 128 -o $(THREE_EXPERTS)_results
+	HUMANEVAL_OVERRIDE_PATH=demo_output/problems.jsonl $(BIN)/dylora-moe expert-analysis \
+		--model $(THREE_EXPERTS) --max_new_tokens 128 -o $(THREE_EXPERTS)_results
+	cp $(THREE_EXPERTS)_results/overview.png docs/images/demo_report.png
+
+# The README's paths in a fresh clone in .walk, command by command, with their times: 20 minutes.
+walk: $(INSTALLED)
+	$(BIN)/python tests/front_door/walk_readme.py .walk
 
 # A process for each core, each with one thread: the models are too small for more. Files in the order of their names,
 # which begins with the longest tests.
@@ -80,4 +95,4 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt tests/serving/vllm_name/p
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .versions .fuzz demo_output build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .versions .fuzz .walk demo_output build dist *.egg-info

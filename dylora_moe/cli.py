@@ -14,25 +14,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from dylora_moe import __version__, cli_eval, cli_explore, cli_routers, cli_sharing
 from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
     Overwrite,
+    check_places,
+    chosen_from,
     err,
     given,
     out,
     plain_logging,
     print_json,
     print_lines,
+    print_next,
     progress,
     size,
     span,
     takes_options_of,
 )
-from dylora_moe.hub_export.repo.options import ExportOptions
+from dylora_moe.cli_help import Group, command
+from dylora_moe.eval.terminal_table import print_table
+from dylora_moe.hub_export.repo.choices import check_strategy
+from dylora_moe.hub_export.repo.options import DTYPES, ROUTER_MODES, ExportOptions
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 
 
@@ -44,8 +49,9 @@ UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ =
 app = typer.Typer(
     name="dylora-moe",
     help="Mixtures of LoRA experts as Hugging Face models.",
+    epilog="dylora-moe demo -o demo_output",
+    cls=Group,
     context_settings=CONTEXT_SETTINGS,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -78,19 +84,22 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("-V", "--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
 ) -> None:
     """Mixtures of LoRA experts as Hugging Face models: export, load, score and compare with stock tools."""
 
 
-@app.command()
+@command(app, example="dylora-moe demo -o demo_output")
 def demo(
     output_dir: Annotated[
         Path, typer.Option("-o", "--output_dir", help="Where everything is written.")
     ] = Path("demo_output"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of data and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of data and training.", rich_help_panel="Training")
+    ] = 0,
 ) -> None:
     """Train small experts on this machine, export them, and score every strategy with stock EvalPlus."""
     from dylora_moe.demo import run_demo
@@ -98,7 +107,7 @@ def demo(
     run_demo(output_dir, seed=seed)
 
 
-@app.command()
+@command(app, example="dylora-moe inspect training_run/best_model")
 @takes_options_of(SourceOptions)
 def inspect(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help=SOURCE)],
@@ -107,16 +116,18 @@ def inspect(
 ) -> None:
     """Show what a source holds: format and why, base model, experts, router, and what is missing."""
     with progress() as tell:
+        chosen = given(options, SourceOptions)
+        check_places(sources)
         from dylora_moe import hub_export
 
-        result = hub_export.inspect(sources, progress=tell, **given(options))
+        result = hub_export.inspect(sources, progress=tell, **chosen)
     if as_json:
         print_json(result.to_dict())
     else:
         _print_inspection(result)
 
 
-@app.command()
+@command(app, example="dylora-moe export loras/python loras/java -o my-moe --router arrow")
 @takes_options_of(ExportOptions, [name for name in ExportOptions.names() if name != "verify"])
 def export(
     sources: Annotated[
@@ -135,16 +146,21 @@ def export(
 ) -> None:
     """Write a source as a repo that stock transformers loads, and check it against the source."""
     with progress() as tell:
+        chosen = given(options, ExportOptions)
+        check_places(sources)
         from dylora_moe import hub_export
 
-        result = hub_export.export(sources, output_dir, progress=tell, verify=not no_verify, **given(options))
+        result = hub_export.export(sources, output_dir, progress=tell, verify=not no_verify, **chosen)
     if as_json:
-        print_json(result.to_dict())
-    else:
-        _print_export(result)
+        return print_json(result.to_dict())
+    _print_export(result)
+    print_next(
+        (["dylora-moe", "benchmark", "--model", str(output_dir)], "pass@1 of the default strategy"),
+        (["dylora-moe", "push", str(output_dir), "HUB_ID"], "share it"),
+    )
 
 
-@app.command()
+@command(app, example="dylora-moe variant my-moe --routing_strategy single:python -o my-moe-python")
 def variant(
     repo: Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")],
     output_dir: Annotated[Path, typer.Option("-o", "--output_dir", help="The variant's folder.")],
@@ -153,12 +169,18 @@ def variant(
     ] = None,
     router_mode: Annotated[
         str | None,
-        typer.Option("--router_mode", help="dense or sparse, as in training or in use alone; or auto."),
+        typer.Option(
+            "--router_mode",
+            help="dense or sparse, as in training or in use alone; or auto.",
+            **chosen_from(ROUTER_MODES),
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make a folder that shares a repo's weights and differs in its default strategy or router mode."""
+    if routing_strategy is not None:
+        check_strategy(routing_strategy)
     from dylora_moe import hub_export
 
     result = hub_export.make_variant(
@@ -178,7 +200,7 @@ def variant(
         )
 
 
-@app.command()
+@command(app, example="dylora-moe verify my-moe --against training_run/best_model")
 @takes_options_of(SourceOptions, ["subfolder", "revision"])
 @takes_options_of(ExportOptions, CHOSEN_IN_EXPORT, help="As given to export.")
 def verify(
@@ -196,6 +218,8 @@ def verify(
 ) -> None:
     """Check a repo's files, checksums, code and tokenizer, and compare it with its source."""
     with progress() as tell:
+        chosen = given(options, ExportOptions)
+        check_places([repo, *(against or ())])
         from dylora_moe import hub_export
 
         result = hub_export.verify(
@@ -203,7 +227,7 @@ def verify(
             progress=tell,
             against=against or None,
             trust_remote_code=trust_remote_code,
-            **given(options),
+            **chosen,
         )
     if as_json:
         print_json(result.to_dict())
@@ -213,9 +237,11 @@ def verify(
             print_lines(out, f"{marks[finding.passed]:<5}  {finding.what}: {finding.detail}", indent=" " * 7)
     if not result.passed:
         raise typer.Exit(1)
+    if not as_json:
+        _print_next_of_verify(repo, is_compared=bool(against))
 
 
-@app.command()
+@command(app, example="dylora-moe merge my-moe --expert python -o python-merged")
 def merge(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     expert: Annotated[str, typer.Option("--expert", help="The expert's name or number.")],
@@ -227,12 +253,18 @@ def merge(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; otherwise as the base model.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="What is stored; else as the base model. bf16, fp16, fp32 do, too.",
+            **chosen_from(DTYPES),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge one expert into the base model: an ordinary model that any server loads without custom code."""
     with progress() as tell:
+        check_places([repo])
         from dylora_moe import hub_export
 
         where = {"output_dir": output_dir, "base_model": base_model}
@@ -262,9 +294,8 @@ def _print_inspection(result: Any) -> None:
     revision = f" at revision {result.foundation.revision}" if result.foundation.revision else ""
     where = result.foundation.folder or "not on this machine"
     out.print(f"base model: {result.foundation.name or 'not named'}{revision} ({where})")
-    table = Table("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
-    for index, expert in enumerate(result.experts):
-        table.add_row(
+    rows = [
+        [
             str(index),
             expert.name,
             span(expert.rank),
@@ -274,9 +305,12 @@ def _print_inspection(result: Any) -> None:
             f"{expert.num_parameters:,}",
             size(expert.num_bytes),
             ", ".join(expert.dtypes),
-        )
-    if result.experts:
-        out.print(table)
+        ]
+        for index, expert in enumerate(result.experts)
+    ]
+    if rows:
+        headings = ("", "expert", "rank", "alpha", "layers", "modules", "parameters", "size", "dtype")
+        print_table(out, headings, rows)
     out.print(
         "router: " + (", ".join(f"{k} {v}" for k, v in result.router.items()) if result.router else "none")
     )
@@ -290,6 +324,17 @@ def _print_inspection(result: Any) -> None:
         out.print(f"note: {note}")
     for problem in result.missing:
         out.print(f"missing: {problem}")
+
+
+def _print_next_of_verify(repo: str, is_compared: bool) -> None:
+    """Say what may follow a repo that is as it should be."""
+    steps = [(["dylora-moe", "benchmark", "--model", repo], "pass@1 of the default strategy")]
+    if not is_compared:
+        compared = ["dylora-moe", "verify", repo, "--against", "SOURCE"]
+        steps.insert(0, (compared, "compare it with what it was made of"))
+    if Path(repo).exists():
+        steps.append((["dylora-moe", "push", repo, "HUB_ID"], "share it"))
+    print_next(*steps)
 
 
 def _print_export(result: Any) -> None:
@@ -341,7 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         with warnings.catch_warnings(), plain_logging():
             _quiet()
@@ -366,6 +411,9 @@ def _report(error: Exception) -> int:
         hint = ""
         if isinstance(error, UsageError) and error.ctx is not None:
             hint = f" ('{error.ctx.command_path} --help' shows what is understood)"
+            takes_model = any(param.name == "model" for param in error.ctx.command.params)
+            if takes_model and "unexpected extra argument" in error.format_message():
+                hint = f"; models are named with --model{hint}"
         err.print(f"error: {' '.join(error.format_message().split())}{hint}")
         return error.exit_code
     if isinstance(error, DyloraMoeError):

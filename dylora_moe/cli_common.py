@@ -7,8 +7,10 @@ import inspect
 import json
 import logging
 import math
+import os
+import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -17,7 +19,15 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from dylora_moe.hub_export.shown_text import LONGEST_LINE, one_printable_line, printable, shortened
+from dylora_moe.hub_export.shown_text import (
+    LONGEST_LINE,
+    NO_BREAK,
+    one_printable_line,
+    printable,
+    shortened,
+    wrapped,
+)
+from dylora_moe.hub_export.sources.hub_and_folders import check_source
 
 
 # option names are written with `_`, as config fields are; `-` is understood as well
@@ -36,6 +46,15 @@ class PlainConsole(Console):
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; on a terminal a long line is wrapped between words, and its other lines are indented."""
+        text = objects[0] if len(objects) == 1 else None
+        if not self.is_terminal or not isinstance(text, str) or "soft_wrap" in options:
+            super().print(*objects, **options)
+            return
+        for line in wrapped(one_printable_line(text), self.width, others=" " * 2) or [""]:
+            super().print(line, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Filter a line or a table's cell before its width is measured."""
         return super().render_str(one_printable_line(text), **options)
@@ -46,7 +65,8 @@ class PlainConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
 
 
-out = PlainConsole(width=None if sys.stdout.isatty() else 160)
+# A table in a file or a pipe has a width of its own, unless COLUMNS says another.
+out = PlainConsole(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160)
 err = PlainConsole(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -54,28 +74,39 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an exporte
 
 
 def takes_options_of(
-    holder: type, names: Collection[str] | None = None, help: str | None = None
+    holder: type,
+    names: Collection[str] | None = None,
+    help: str | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Give a command the fields of a dataclass as options, in place of its `**options`.
 
-    A field's annotation is `Annotated[type, help]`, and its name and default are the option's.
+    A field's annotation is `Annotated[type, help]` or, where values are to be chosen from, `Annotated[type, help,
+    choices]`; its name and default are the option's.
 
     Args:
         names: which fields; all unless given.
         help: of all of these options, in place of their own.
+        groups: of the help, by name; else as `cli_help` has them.
     """
     hints = get_type_hints(holder, include_extras=True)
     parameters = []
     for field in dataclasses.fields(holder):
         if names is not None and field.name not in names:
             continue
-        kind, text = get_args(hints[field.name])
+        kind, text, *choices = get_args(hints[field.name])
+        option = typer.Option(
+            f"--{field.name}",
+            help=help or text,
+            rich_help_panel=(groups or {}).get(field.name),
+            **chosen_from(*choices),
+        )
         parameters.append(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None if field.default is dataclasses.MISSING else field.default,
-                annotation=Annotated[kind, typer.Option(f"--{field.name}", help=help or text)],
+                annotation=Annotated[kind, option],
             )
         )
 
@@ -91,13 +122,27 @@ def takes_options_of(
     return with_options
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that have a value, as the package's functions take them."""
+def chosen_from(choices: Sequence[str | None] = ()) -> dict[str, Any]:
+    """Return what shows an option's values in the help and completes them in a shell."""
+    if not choices:
+        return {}
+    names = [choice for choice in choices if choice is not None]
+    return {"metavar": f"<{'|'.join(names)}>", "autocompletion": lambda: names}
+
+
+def given(options: dict[str, Any], holder: type | None = None) -> dict[str, Any]:
+    """Return the options that have a value, as the package's functions take them.
+
+    Args:
+        holder: a dataclass that checks its fields; so a wrong value is refused before anything long is imported.
+    """
     values = {name: value for name, value in options.items() if value is not None and value != []}
     if "lora_alpha" in values:
         values["lora_alpha"] = whole(values["lora_alpha"])
     if "expert_names" in values:
         values["expert_names"] = split(values["expert_names"])
+    if holder is not None:
+        holder(**values)
     return values
 
 
@@ -113,6 +158,16 @@ def whole(number: float | None) -> float | int | None:
 def split(names: list[str] | None) -> list[str] | None:
     """Split `a,b` into `a` and `b`: for names, never for paths, which may contain a comma."""
     return [part for name in names for part in name.split(",")] if names else None
+
+
+def check_places(sources: Sequence[str]) -> None:
+    """Refuse a folder that is not there before anything long is imported.
+
+    Raises:
+        InputError: one of them is no folder, and nothing that could be fetched.
+    """
+    for source in sources:
+        check_source(source)
 
 
 @contextmanager
@@ -148,6 +203,24 @@ def print_lines(console: Console, text: str, indent: str = "") -> None:
     first, *others = text.split("\n")
     for line in [first, *(f"{indent}{other}" for other in others)]:
         console.print(line)
+
+
+def print_next(*steps: tuple[list[str], str]) -> None:
+    """Say on stderr, beside the result, which commands may come next, ready to be copied.
+
+    Args:
+        steps: the words of a command, and what it does, which is left out where the line would be too long.
+    """
+    for number, (words, what) in enumerate(steps):
+        lead = "next: " if number == 0 else "      "
+        command = " ".join(shlex.quote(word).replace(" ", NO_BREAK) for word in words)
+        line = f"{lead}{command}  # {what}".replace(NO_BREAK, " ")
+        if not err.is_terminal or len(line) <= err.width:
+            err.print(line, soft_wrap=True)
+            continue
+        first, *others = wrapped(command, err.width - len(" \\"), lead, " " * 8)
+        for part in [first, *others]:
+            err.print(f"{part} \\" if others and part is not others[-1] else part, soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -7,19 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, err, given, out, print_json, takes_options_of
+from dylora_moe.cli_common import Json, check_places, err, given, out, print_json, takes_options_of
+from dylora_moe.cli_help import command
 from dylora_moe.cli_progress import is_main_process, steps
 from dylora_moe.eval.fitting.grow_options import GrowOptions
 from dylora_moe.eval.fitting.options import FitRouterOptions
+from dylora_moe.eval.terminal_table import print_table
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command("fit-router")(fit_router)
-    app.command()(grow)
+    fitted = "dylora-moe fit-router my-moe --texts texts.jsonl -o my-moe-routed"
+    command(app, "fit-router", example=fitted)(fit_router)
+    grown = "dylora-moe grow my-moe --texts new.jsonl --old_texts old.jsonl -o grown"
+    command(app, example=grown)(grow)
 
 
-@takes_options_of(FitRouterOptions)
+@takes_options_of(FitRouterOptions, groups={"seed": "Training"})
 def fit_router(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     texts: Annotated[
@@ -36,11 +40,13 @@ def fit_router(
     **options: Any,
 ) -> None:
     """Fit a repo's router to texts, with base model and experts frozen; writes a repo that differs in its gate."""
+    chosen = given(options, FitRouterOptions)
+    check_places([repo])
     with steps() as progress:
         from dylora_moe import eval as evaluation
 
         result = evaluation.fit_router(
-            repo, texts, output_dir=output_dir, progress=progress, tell_epoch=_print_epoch, **given(options)
+            repo, texts, output_dir=output_dir, progress=progress, tell_epoch=_print_epoch, **chosen
         )
     if not is_main_process():
         return
@@ -50,7 +56,7 @@ def fit_router(
         _print_result(result)
 
 
-@takes_options_of(GrowOptions)
+@takes_options_of(GrowOptions, groups={"seed": "Training", "lora_alpha": "Training"})
 def grow(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="An exported repo: a folder or a Hub id.")],
     texts: Annotated[
@@ -63,10 +69,12 @@ def grow(
     **options: Any,
 ) -> None:
     """Add an expert for texts that are new to a repo: train it, fit the router again, and say what was forgotten."""
+    chosen = given(options, GrowOptions)
+    check_places([repo])
     with steps() as progress:
         from dylora_moe import eval as evaluation
 
-        result = evaluation.grow(repo, texts, output_dir=output_dir, progress=progress, **given(options))
+        result = evaluation.grow(repo, texts, output_dir=output_dir, progress=progress, **chosen)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -74,18 +82,17 @@ def grow(
 
 
 def _print_growth(result: Any) -> None:
-    from rich.table import Table
-
     out.print(f"{result.output_dir}: with the new expert {result.expert}; {result.novelty.sentence()}")
-    table = Table("held-out texts", "before", "after", "change", "best old expert", result.expert)
+    rows = []
     for group in result.groups:
         figures = (group.before, group.after, group.change, group.best_old, group.new)
         before, after, change, best_old, new = figures
         name = f"{group.group} (new)" if group.is_new else group.group
-        table.add_row(
-            name, f"{before:.4f}", f"{after:.4f}", f"{change:+.1%}", f"{best_old:.4f}", f"{new:.4f}"
+        rows.append(
+            [name, f"{before:.4f}", f"{after:.4f}", f"{change:+.1%}", f"{best_old:.4f}", f"{new:.4f}"]
         )
-    out.print(table)
+    headings = ("held-out texts", "before", "after", "change", "best old expert", result.expert)
+    print_table(out, headings, rows, numbers=range(1, len(headings)))
     out.print("nats a token, under the router as it is served before and after, and under experts alone")
 
 
@@ -100,8 +107,6 @@ def _print_epoch(epoch: Any) -> None:
 
 
 def _print_result(result: Any) -> None:
-    from rich.table import Table
-
     out.print(
         f"{result.output_dir}: the gate fitted to {result.num_texts} texts, {result.steps} steps, that of step "
         f"{result.best_step} kept; default strategy: router"
@@ -110,11 +115,9 @@ def _print_result(result: Any) -> None:
     out.print(f"first at a token: {shares}; entropy of the weights {result.entropy:.2f} nats")
     if result.loss_after is None:
         return
-    table = Table(f"{result.num_held_out} held-out texts", "nats a token")
-    rows = {"router": result.loss_after, "before": result.loss_before, **result.losses}
-    for name, loss in rows.items():
-        table.add_row(name, f"{loss:.4f}")
-    out.print(table)
+    losses = {"router": result.loss_after, "before": result.loss_before, **result.losses}
+    rows = [[name, f"{loss:.4f}"] for name, loss in losses.items()]
+    print_table(out, (f"{result.num_held_out} held-out texts", "nats a token"), rows, numbers=[1])
 
 
 __all__ = ["add_commands"]

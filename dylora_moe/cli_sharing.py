@@ -12,13 +12,15 @@ from dylora_moe.cli_common import (
     CONTEXT_SETTINGS,
     Json,
     Overwrite,
+    chosen_from,
     given,
     out,
     print_json,
     progress,
     takes_options_of,
 )
-from dylora_moe.hub_export.repo.options import ExportOptions
+from dylora_moe.cli_help import Group, command
+from dylora_moe.hub_export.repo.options import LAYOUTS, ExportOptions
 
 
 Repo = Annotated[Path, typer.Argument(metavar="REPO", help="An exported repo.")]
@@ -28,13 +30,16 @@ def add_commands(app: typer.Typer) -> None:
     """Register `push` and the group `mirror`."""
     mirror = typer.Typer(
         help="To and from W&B artifacts.",
+        cls=Group,
+        epilog="dylora-moe mirror pull my-team/my-project/my-moe:latest -o my-moe",
         context_settings=CONTEXT_SETTINGS,
         rich_markup_mode=None,
-        no_args_is_help=True,
     )
-    app.command()(push)
-    mirror.command("push")(mirror_push)
-    mirror.command("pull")(mirror_pull)
+    command(app, example="dylora-moe push my-moe my-name/my-moe --private")(push)
+    pushed = "dylora-moe mirror push my-moe my-team/my-project/my-moe --alias best"
+    command(mirror, "push", example=pushed)(mirror_push)
+    pulled = "dylora-moe mirror pull my-team/my-project/my-moe:latest -o my-moe"
+    command(mirror, "pull", example=pulled)(mirror_pull)
     app.add_typer(mirror, name="mirror")
 
 
@@ -45,7 +50,8 @@ def push(
         bool, typer.Option("--private", help="Make it a private repo, or an existing one private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="A branch, made if it is not there.")
+        str | None,
+        typer.Option("--revision", help="A branch, made if it is not there.", rich_help_panel="Output"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -94,7 +100,10 @@ def mirror_pull(
     subfolder: Annotated[
         str | None, typer.Option("--subfolder", help="Which folder of the artifact.")
     ] = None,
-    layout: Annotated[str | None, typer.Option("--layout", help="full or adapter.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="adapter: the base model stays where it is.", **chosen_from(LAYOUTS)),
+    ] = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[
         bool, typer.Option("--no_verify", help="Leave out the check against the source.")
@@ -104,12 +113,13 @@ def mirror_pull(
 ) -> None:
     """Fetch a W&B artifact as a repo; what training left is exported on the way, with these options."""
     options |= {"layout": layout, "verify": False if no_verify else None}
+    chosen = given(options, ExportOptions)
     with progress() as tell:
         _quiet_sdk()
         from dylora_moe.hub_export.mirror import mirror_pull as fetch
 
         result = fetch(
-            artifact, output_dir, overwrite=overwrite, subfolder=subfolder, progress=tell, **given(options)
+            artifact, output_dir, overwrite=overwrite, subfolder=subfolder, progress=tell, **chosen
         )
     if as_json:
         return print_json(result.to_dict())

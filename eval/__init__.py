@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .fitting.grow import GrowResult, grow
     from .options import BenchmarkOptions
     from .peft_moe import PeftMoEDecoder, evaluate, register, run_codegen
+    from .sampling.model_in_memory import forget_model
     from .sampling.run_record import Run, read_runs
     from .texts.loss import LossMeasurement, measure_loss
 
@@ -34,6 +35,7 @@ _PLACES = {
     "Run": "sampling.run_record",
     "evaluate": "peft_moe",
     "fit_router": "fitting.fit_router",
+    "forget_model": "sampling.model_in_memory",
     "grow": "fitting.grow",
     "measure_loss": "texts.loss",
     "read_runs": "sampling.run_record",
@@ -65,6 +67,7 @@ __all__ = [
     "Run",
     "evaluate",
     "fit_router",
+    "forget_model",
     "grow",
     "measure_loss",
     "read_runs",

@@ -6,6 +6,12 @@ here is the order of the work.
 
 from __future__ import annotations
 
+from .front_door import run_command
+
+
+if __name__ == "__main__":  # before what takes long is imported, which `--help` can do without
+    run_command("benchmark")
+
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +30,6 @@ from dylora_moe.hub_export.staging import check_room
 
 from .evalplus_bridge.data import Benchmark, canonical_benchmark, load_benchmark
 from .evalplus_bridge.tokenizer_round_trip import warn_of_tokenizer
-from .front_door import run_command
 from .options import DEFAULT_FOLDER, BenchmarkOptions
 from .progress import Progress, TellSpeed, told
 from .sampling.batch_decoding import decode_rows
@@ -63,6 +68,7 @@ def benchmark(
     strategies: str | Sequence[str] | None = None,
     output_dir: str | Path = DEFAULT_FOLDER,
     score: bool = True,
+    keep_model: bool = False,
     progress: Progress | None = None,
     tell_speed: TellSpeed | None = None,
     **options: Any,
@@ -76,6 +82,8 @@ def benchmark(
         strategies: routing strategies, of mixtures; each one's own default unless given.
         score: whether to score; otherwise only samples are made.
         progress: is told what is being done, and how much of it; `tell_speed` how fast samples are made.
+        keep_model: whether the last model stays in memory for the next call (not vLLM's); `forget_model`
+            frees it.
         options: see `BenchmarkOptions`.
 
     Raises:
@@ -122,7 +130,9 @@ def benchmark(
     _check_folder(folder, found)
     result = BenchmarkResult(folder)
     for model, routing_strategies in plans:
-        result.runs += _runs_of(model, routing_strategies, sets, folder, chosen, state, progress, tell_speed)
+        result.runs += _runs_of(
+            model, routing_strategies, sets, folder, chosen, state, keep_model, progress, tell_speed
+        )
     if score and state.is_main_process:
         result.runs = [_score(run, chosen, progress) for run in result.runs]
     return result
@@ -191,6 +201,7 @@ def _runs_of(
     folder: Path,
     options: BenchmarkOptions,
     state: Any,
+    keep_model: bool,
     progress: Progress | None,
     tell_speed: TellSpeed | None,
 ) -> Iterator[Run]:
@@ -209,7 +220,8 @@ def _runs_of(
                 tokenizer = model.load_tokenizer()
                 decode = loaded.enter_context(_by_vllm(model, tokenizer, strategies, sets, options)).decode
             else:
-                found = model.load(
+                load_model = model.load_once if keep_model else model.load
+                found = load_model(
                     dtype=options.dtype,
                     device=state.device,
                     device_map=options.device_map,
@@ -395,6 +407,3 @@ def _versions(backend: str) -> dict[str, str]:
 
 
 __all__ = ["BenchmarkOptions", "BenchmarkResult", "benchmark", "score_run"]
-
-if __name__ == "__main__":
-    run_command("benchmark")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .analysis.expert_analysis import ExpertAnalysis, analyse, expert_analysis
 from .front_door import run_command
 
 
-__all__ = ["ExpertAnalysis", "analyse", "expert_analysis"]
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # before what takes long is imported, which `--help` can do without
     run_command("expert-analysis")
+
+from .analysis.expert_analysis import ExpertAnalysis, analyse, expert_analysis
+
+
+__all__ = ["ExpertAnalysis", "analyse", "expert_analysis"]

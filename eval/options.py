@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dylora_moe.hub_export.errors import InputError
+from dylora_moe.hub_export.repo.choices import long_dtype
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 
 
 DEFAULT_FOLDER = "evalplus_results"  # EvalPlus's own
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+BACKENDS = ("hf", "peft_moe", "vllm")
+NO_MODEL = "no model is given; name one with --model, --adapter_path or --wandb_artifact"
 LOWEST_TEMPERATURE = 1e-30  # logits of up to 3e8 can be divided by it
 LOWEST_OF_VLLM = 0.01  # what it makes of any lower temperature but 0
 # What says where a model is, and what its source does not say itself.
 OF_SOURCE = (*SourceOptions.names(), "adapter_path", "backend", "trust_remote_code")
 
 AdapterPath = Annotated[list[str] | None, "Adapter folders, an expert each; --model is then the base model."]
-Dtype = Annotated[str, "bfloat16, float16, float32 or float64."]
-DeviceMap = Annotated[str | None, "auto: spread over the GPUs."]
+Dtype = Annotated[str, "What is computed in; bf16, fp16 and fp32 are understood, too.", DTYPES]
+DeviceMap = Annotated[str | None, "auto: spread over the GPUs; or one device, such as cuda:1 or cpu."]
 TrustRemoteCode = Annotated[bool, "Run code that a model's repo brings."]
 
 
@@ -40,7 +43,7 @@ class BenchmarkOptions(SourceOptions):
 
     adapter_path: AdapterPath = None
     backend: Annotated[
-        str | None, "hf: what transformers loads; peft_moe: what is exported first; vllm: any."
+        str | None, "hf: what transformers loads; peft_moe: what is exported first; vllm: any.", BACKENDS
     ] = None
     n_samples: Annotated[int, "Samples a task."] = 1
     temperature: Annotated[float, "0: greedy."] = 0.0
@@ -50,7 +53,9 @@ class BenchmarkOptions(SourceOptions):
     max_new_tokens: Annotated[int, "A sample's length, in tokens."] = 768
     dtype: Dtype = "bfloat16"
     device_map: DeviceMap = None
-    attn_implementation: Annotated[str | None, "eager, sdpa or flash_attention_2."] = "eager"
+    attn_implementation: Annotated[
+        str | None, "These, or another that transformers has.", ("eager", "sdpa", "flash_attention_2")
+    ] = "eager"
     tensor_parallel_size: Annotated[int, "GPUs of one vLLM engine."] = 1
     id_range: Annotated[tuple[int, int] | None, "LOW HIGH: tasks from LOW up to but not with HIGH."] = None
     limit: Annotated[int | None, "The first so many tasks."] = None
@@ -70,7 +75,8 @@ class BenchmarkOptions(SourceOptions):
         counts = ("n_samples", "batch_size", "max_new_tokens", "parallel", "tensor_parallel_size")
         check_least(self, dict.fromkeys(counts, 1))
         check_temperature(self.temperature)
-        check_dtype(self.dtype)
+        check_backend(self.backend)
+        self.dtype = known_dtype(self.dtype)
         if self.n_samples > 1 and self.temperature == 0:
             raise InputError(
                 f"--n_samples {self.n_samples} at temperature 0 would make the same sample each time; pass --temperature"
@@ -128,7 +134,7 @@ class LossOptions(SourceOptions):
 
     def __post_init__(self) -> None:
         check_least(self, {"max_length": 2, "batch_tokens": 1, "max_texts": 1})
-        check_dtype(self.dtype)
+        self.dtype = known_dtype(self.dtype)
 
     @property
     def of_source(self) -> dict[str, Any]:
@@ -144,10 +150,22 @@ def check_least(options: Any, least_of: Mapping[str, int]) -> None:
             raise InputError(f"--{name} is {value}; it must be at least {least}")
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise InputError for a dtype that is none of `DTYPES`."""
-    if dtype not in DTYPES:
+def known_dtype(dtype: str) -> str:
+    """Return a dtype's full name, one of `DTYPES`: `bfloat16` for `bf16`.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    name = long_dtype(dtype)
+    if name not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}; there are {', '.join(DTYPES)}")
+    return name
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise InputError for a backend that is none of `BACKENDS`."""
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"--backend is {backend!r}; there are {', '.join(BACKENDS)}")
 
 
 def check_temperature(temperature: float) -> None:
@@ -166,12 +184,15 @@ def check_temperature(temperature: float) -> None:
 
 
 __all__ = [
+    "BACKENDS",
     "DEFAULT_FOLDER",
     "DTYPES",
+    "NO_MODEL",
     "OF_SOURCE",
     "BenchmarkOptions",
     "LossOptions",
-    "check_dtype",
+    "check_backend",
     "check_least",
     "check_temperature",
+    "known_dtype",
 ]

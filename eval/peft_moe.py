@@ -1,7 +1,7 @@
 """The backend `peft_moe`: mixtures of LoRA experts in EvalPlus's own commands and functions.
 
     PeftMoEDecoder          EvalPlus's `hf` decoder on any source, under a routing strategy; one prompt at a time
-    run_codegen, evaluate   as EvalPlus's functions of these names, in batches
+    run_codegen, evaluate   as EvalPlus's functions of these names, in batches; evaluate returns the scores
     register                adds the backend to the EvalPlus in this process
 
 Works with EvalPlus 0.3.1 and with its main branch, where `make_model` takes further arguments.
@@ -9,9 +9,10 @@ Works with EvalPlus 0.3.1 and with its main branch, where `make_model` takes fur
 
 from __future__ import annotations
 
-import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class PeftMoEDecoder(PromptDecoder):
         if loaded.is_mixture:
             loaded.model.generation_config.routing_strategy = strategy
         # A generation config's stop strings need it, and EvalPlus 0.3.1 passes none.
-        loaded.model.generate = functools.partial(loaded.model.generate, tokenizer=loaded.tokenizer)
+        loaded.model.generate = partial(loaded.model.generate, tokenizer=loaded.tokenizer)
         super().__init__(
             name or found.source,
             dataset,
@@ -133,6 +134,8 @@ def run_codegen(
 ) -> str:
     """Generate as EvalPlus's `run_codegen`, in batches; return the samples' path, which names the strategy.
 
+    The model stays in memory for the next call, which may ask for another strategy; `forget_model` frees it.
+
     Args:
         model: any source, see `PeftMoEDecoder`; or `wandb_artifact`, `entity/project/name:version`.
         root: where EvalPlus's folders are made.
@@ -159,6 +162,7 @@ def run_codegen(
         strategies=routing_strategy,
         output_dir=root,
         score=False,
+        keep_model=True,
         **{"overwrite": not resume, **({} if bs is None else {"batch_size": bs}), **options},
     )
     return str(result.runs[0].samples_path)
@@ -181,20 +185,23 @@ def evaluate(dataset: str, samples: str | Path, **options: Any) -> dict[str, flo
             version of it; no such option.
     """
     refuse_unknown(options, parameter_names(evaluate, score_samples))
-    samples = Path(samples)
-    recorded = find_run(read_runs(samples.parent.parent), samples=f"{samples.parent.name}/{samples.name}")
+    recorded = _record_of(samples)
     if recorded is not None and recorded.has_samples:
         _check_record(recorded, canonical_benchmark(dataset), options)
         return score_run(recorded, **options).scores
     return pass_at_k(score_samples(samples, canonical_benchmark(dataset), **options))
 
 
+def _record_of(samples: str | Path) -> Run | None:
+    samples = Path(samples)
+    return find_run(read_runs(samples.parent.parent), samples=f"{samples.parent.name}/{samples.name}")
+
+
 def _check_record(run: Run, dataset: str, options: dict[str, Any]) -> None:
     if run.benchmark != dataset:
         raise InputError(f"{run.samples_path} holds samples of {run.benchmark}, not of {dataset}")
-    known = [name for name in ("task_ids", "mini") if name in options]
-    if known:
-        raise InputError(f"leave out {' and '.join(known)}: the record of {run.samples_path} says it")
+    if "task_ids" in options or options.pop("mini", run.mini) != run.mini:
+        raise InputError(f"leave out task_ids and mini: the record of {run.samples_path} says them")
     if load_benchmark(dataset, mini=run.mini).dataset_hash != run.dataset_hash:
         raise InputError(
             f"{run.samples_path} was made for another version of {dataset} than is on this machine"
@@ -205,32 +212,80 @@ def register() -> None:
     """Let the EvalPlus in this process take `backend="peft_moe"`.
 
     `evalplus.provider.make_model` and `evalplus.codegen.run_codegen` then accept `base_model`,
-    `adapter_path`, `routing_strategy` and so on. Other backends go where they went. Calling it again changes
-    nothing.
+    `adapter_path`, `routing_strategy` and so on, and `evalplus.evaluate.evaluate` returns the scores of
+    samples that `run_codegen` made with this backend. Other calls go where they went. Calling it again
+    changes nothing.
+
+    Modules that imported one of these functions before get the new one, scripts and notebooks among them.
     """
-    make_model = _with_backend(provider.make_model, _decoder_maker(provider.make_model))
-    codegen = _with_backend(evalplus_codegen.run_codegen, run_codegen)
-    provider.make_model = evalplus_codegen.make_model = make_model
-    evalplus_codegen.run_codegen = evalplus_evaluate.run_codegen = codegen
+    for module, name, wrap in (
+        (provider, "make_model", lambda stock: _with_backend(stock, _decoder_maker(stock))),
+        (
+            evalplus_codegen,
+            "run_codegen",
+            lambda stock: _with_backend(stock, partial(run_codegen, backend=BACKEND)),
+        ),
+        (evalplus_evaluate, "evaluate", _with_scores),
+    ):
+        stock = getattr(module, name)
+        if not getattr(stock, "is_peft_moe", False):
+            ours = wrap(stock)
+            ours.is_peft_moe = True
+            _replace(stock, ours)
 
 
-def _with_backend(function: Any, ours: Any) -> Any:
+def _replace(stock: Callable, ours: Callable) -> None:
+    """Put `ours` in the place of EvalPlus's function in every module that has imported it, by whatever name."""
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is stock:
+                setattr(module, name, ours)
+
+
+def _with_backend(stock: Callable, ours: Callable) -> Callable:
     """Wrap EvalPlus's function, so that calls with `backend="peft_moe"` go to `ours`."""
-    if getattr(function, "is_peft_moe", False):
-        return function
+    names = parameter_names(stock)
 
-    names = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
+    @wraps(stock)
     def either(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.get("backend") != BACKEND:
-            return function(*args, **kwargs)
-        del given["backend"]
-        return ours(**given)
+            return stock(*args, **kwargs)
+        return ours(**{name: value for name, value in given.items() if name != "backend"})
 
-    either.is_peft_moe = True
     return either
+
+
+def _with_scores(stock: Callable) -> Callable:
+    """Wrap EvalPlus's `evaluate`, so that it scores and returns the scores of what `run_codegen` made.
+
+    Like EvalPlus's it makes the samples first where it gets the arguments of `run_codegen`.
+    """
+    stocks, own = parameter_names(stock), parameter_names(evaluate, score_samples)
+
+    @wraps(stock)
+    def either(*args: Any, **kwargs: Any) -> dict[str, float] | None:
+        given = {**dict(zip(stocks, args, strict=False)), **kwargs}
+        of_codegen = {name: given.pop(name) for name in list(given) if name not in (*stocks, *own)}
+        if of_codegen.get("backend") != BACKEND and (of_codegen or not _is_ours(given.get("samples"))):
+            return stock(*args, **kwargs)
+        for name in set(stocks).difference(own).intersection(given):
+            if given.pop(name) != inspect.signature(stock).parameters[name].default:
+                raise InputError(f"{name} cannot be used with backend {BACKEND}; leave it out")
+        if of_codegen:
+            mini = given.get("mini", False)
+            given["samples"] = evalplus_codegen.run_codegen(dataset=given["dataset"], mini=mini, **of_codegen)
+        return evaluate(**given)
+
+    return either
+
+
+def _is_ours(samples: Any) -> bool:
+    """Whether this backend made the samples: their name has it, and the record beside them."""
+    if not isinstance(samples, str | Path) or f"_{BACKEND}_" not in Path(samples).name:
+        return False
+    record = _record_of(samples)
+    return record is not None and record.backend == BACKEND
 
 
 def _decoder_maker(make_model: Callable) -> Callable[..., PeftMoEDecoder]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .analysis.routing_analysis import RoutingAnalysis, routing_analysis
 from .front_door import run_command
 
 
-__all__ = ["RoutingAnalysis", "routing_analysis"]
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # before what takes long is imported, which `--help` can do without
     run_command("routing-analysis")
+
+from .analysis.routing_analysis import RoutingAnalysis, routing_analysis
+
+
+__all__ = ["RoutingAnalysis", "routing_analysis"]

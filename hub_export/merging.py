@@ -17,6 +17,7 @@ from .checking.own_code import load_with_own_code
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
+from .repo.choices import long_dtype
 from .repo.model_card import foundation_licence
 from .repo.model_size import check_mixture_size
 from .repo.options import DTYPES, torch_dtype
@@ -81,6 +82,7 @@ def merge(
     from transformers import AutoModelForCausalLM
 
     tell = progress or (lambda message: None)
+    dtype = long_dtype(dtype)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is not known; it can be {', '.join(DTYPES)}")
     check_output(Path(output_dir), False, _is_replaceable)

@@ -9,10 +9,12 @@ or `printable`, so that no reader of files has to.
 from __future__ import annotations
 
 import re
+import textwrap
 
 
 LONGEST_LINE = 4000  # characters; the longest of this package's own lists of names are half of it
 LONGEST_IN_CARD = 300
+NO_BREAK = "\N{NO-BREAK SPACE}"  # a space at which `wrapped` does not break
 
 # What is Markdown or HTML anywhere in a line; underscores at a word's end; what begins a list or a rule.
 MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#]|(?<!\w)_+|_+(?!\w)|\A(?:[-+=]|\d+(?=[.)](?:\s|\Z)))")
@@ -47,6 +49,23 @@ def shortened(text: str, longest: int) -> str:
         return text
     head, tail = longest * 3 // 4, longest // 4
     return f"{text[:head]} […{len(text) - head - tail:,} characters…] {text[-tail:]}"
+
+
+def wrapped(text: str, width: int, first: str = "", others: str = "") -> list[str]:
+    """Break a text into lines at its spaces alone: a word is never cut, and has a line of its own if need be.
+
+    Args:
+        first, others: what the first line and the others begin with.
+    """
+    lines = textwrap.wrap(
+        text,
+        max(width, 1),
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(NO_BREAK, " ") for line in lines]
 
 
 def as_markdown(text: str) -> str:

@@ -21,15 +21,18 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if not unknown:
         return
-    nearest = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
-    named = []
-    for name in unknown:
-        near = nearest[name]
-        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    hints = [did_you_mean(name, known) for name in unknown]
+    named = [f"{name}{hint}" for name, hint in zip(unknown, hints, strict=True)]
     text = f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(named)}"
-    if not all(nearest.values()):
+    if not all(hints):
         text += f"; there are {', '.join(known)}"
     raise InputError(text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean router?)` for the known name that is nearest, or nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def parameter_names(*functions: Callable) -> list[str]:

@@ -3,6 +3,7 @@
 It says the shapes of every expert before any weight is read.
 """
 
+import difflib
 import sys
 from collections import Counter
 from copy import deepcopy
@@ -257,8 +258,10 @@ class DyloraMoeConfig(PreTrainedConfig):
                 f"Expert {expert} is out of range: this model has {self.num_experts} experts, "
                 f"0 to {self.num_experts - 1}: {', '.join(self.expert_names)}."
             )
+        near = difflib.get_close_matches(str(expert), self.expert_names, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"There is no expert named {expert!r}; this model has {', '.join(self.expert_names)}."
+            f"There is no expert named {expert!r}{hint}; this model has {', '.join(self.expert_names)}."
         )
 
     def rank_layouts(self) -> dict[str, tuple[tuple[int, float], ...]]:

@@ -6,6 +6,7 @@ class and decorate it with `@register`. One with a `run` of its own also needs s
 refused by `why_not`, both in `fast_decoding_dylora_moe`.
 """
 
+import difflib
 import math
 
 import torch
@@ -235,7 +236,8 @@ def resolve_routing_strategy(
     name, separator, argument = text.partition(":")
     strategy_class = ROUTING_STRATEGIES.get(name)
     if strategy_class is None:
-        problem = "is not known"
+        near = difflib.get_close_matches(name, ROUTING_STRATEGIES, n=1)
+        problem = f"is not known (did you mean {near[0]}?)" if near else "is not known"
     elif strategy_class.needs_router and not config.has_router:
         problem = f"needs a router, which this model does not have ({WAYS_TO_A_ROUTER})"
     elif config.num_experts == 0 and name != "base":

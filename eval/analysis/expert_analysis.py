@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.extras import check_packages
+from dylora_moe.hub_export.repo.choices import long_dtype
 from dylora_moe.hub_export.repo.results import TaskResult, read_results
 from dylora_moe.hub_export.staging import write_atomically
 
@@ -251,6 +252,8 @@ def _runs_in(folder: Path, benchmark_name: str, options: dict[str, Any]) -> dict
 def _unlike(run: Run, options: Mapping[str, Any]) -> list[str]:
     """Say in which of the given options a run differs."""
     given = {name: options[name] for name in SAME if options.get(name) is not None}
+    if "dtype" in given:
+        given["dtype"] = long_dtype(given["dtype"])
     if run.temperature == 0:
         given.pop("seed", None)  # nothing is drawn
     return [

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dylora_moe.hub_export.errors import FailureError, InputError
+from dylora_moe.hub_export.repo.choices import long_dtype
 
 
 LOG_FILE = "evalplus.log"
@@ -77,7 +78,16 @@ def run_stock_evalplus(
         model = Path(model).resolve()
         environment["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, "-m", "evalplus.evaluate", "--model", str(model), "--dataset", dataset]
-    command += ["--backend", "hf", "--greedy", "--trust_remote_code", "--dtype", dtype, "--root", str(root)]
+    command += [
+        "--backend",
+        "hf",
+        "--greedy",
+        "--trust_remote_code",
+        "--dtype",
+        long_dtype(dtype),
+        "--root",
+        str(root),
+    ]
     report = progress or (lambda answered: None)
     _run(
         [*command, *extra_arguments],

@@ -11,7 +11,7 @@ from typing import Annotated
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.unknown_options import NamedOptions
 
-from ..options import check_dtype, check_least
+from ..options import Dtype, check_least, known_dtype
 from .options import CHOICES
 
 
@@ -40,20 +40,20 @@ class GrowOptions(NamedOptions):
     learning_rate: Annotated[float, "Of the new expert, after the warm-up."] = 5e-4
     num_train_epochs: Annotated[float, "Passes of the new expert over the new texts."] = 3.0
     per_device_train_batch_size: Annotated[int, "Texts of an optimiser step, on each device."] = 4
-    objective: Annotated[str, "loss or oracle: how the gate is fitted afterwards; see `fit-router`."] = (
-        "oracle"
-    )
+    objective: Annotated[
+        str, "How the gate is fitted afterwards; see `fit-router`.", CHOICES["objective"]
+    ] = "oracle"
     batch_tokens: Annotated[int, "Tokens of an optimiser step of the gate."] = 512
     validation: Annotated[float, "Share of the texts of each group that is held out."] = 0.2
     max_length: Annotated[
         int | None, "Tokens of a text, else 512 or the model's positions; longer ones are cut into parts."
     ] = None
     seed: Annotated[int, "Of what is held out, of the training, and of the reservoir."] = 0
-    dtype: Annotated[str, "What is computed in."] = "float32"
+    dtype: Dtype = "float32"
     overwrite: Annotated[bool, "Replace an exported repo, atomically."] = False
 
     def __post_init__(self) -> None:
-        check_dtype(self.dtype)
+        self.dtype = known_dtype(self.dtype)
         if self.objective not in CHOICES["objective"]:
             raise InputError(
                 f"--objective is {self.objective!r}; there are {', '.join(CHOICES['objective'])}"

@@ -11,7 +11,7 @@ from typing import Annotated
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.unknown_options import NamedOptions
 
-from ..options import DTYPES, check_least
+from ..options import DTYPES, check_least, known_dtype
 
 
 CHOICES = {
@@ -21,7 +21,6 @@ CHOICES = {
     "router_input": ("base", "experts_sum", None),
     "lr_scheduler_type": ("linear", "cosine"),
     "mixed_precision": ("no", "bf16", None),
-    "dtype": DTYPES,
 }
 DEFAULT_EPOCHS = {"loss": 5, "oracle": 30}  # one of `oracle` costs no forward
 
@@ -37,17 +36,20 @@ class FitRouterOptions(NamedOptions):
     """
 
     objective: Annotated[
-        str, "oracle: to choose the expert that predicts a token best; loss: that of the dense mixture."
+        str,
+        "oracle: to choose the expert that predicts a token best; loss: that of the dense mixture.",
+        CHOICES["objective"],
     ] = "oracle"
     targets: Annotated[
         str,
         "Of oracle. tokens: each token's best expert, by what it is worth; texts: the one that a text names.",
+        CHOICES["targets"],
     ] = "tokens"
-    init: Annotated[str, "existing: the repo's gate, where it has one; zeros: all experts equal."] = (
-        "existing"
-    )
+    init: Annotated[
+        str, "existing: the repo's gate, where it has one; zeros: all experts equal.", CHOICES["init"]
+    ] = "existing"
     router_input: Annotated[
-        str | None, "base or experts_sum: what a new gate reads; else as the repo's, or base."
+        str | None, "What a new gate reads; else as the repo's, or base.", CHOICES["router_input"]
     ] = None
     router_aux_loss_coef: Annotated[
         float | None, "Of the balance loss, under loss; else as the repo says."
@@ -58,7 +60,7 @@ class FitRouterOptions(NamedOptions):
     ] = None
     weight_decay: Annotated[float, "Of AdamW."] = 0.01
     warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.1
-    lr_scheduler_type: Annotated[str, "linear or cosine: how it falls."] = "cosine"
+    lr_scheduler_type: Annotated[str, "How it falls.", CHOICES["lr_scheduler_type"]] = "cosine"
     epochs: Annotated[int | None, "Passes over the texts; else 30 of oracle, 5 of loss."] = None
     max_steps: Annotated[int | None, "Optimiser steps, instead of epochs."] = None
     batch_tokens: Annotated[int, "Tokens of an optimiser step, with padding, over all processes."] = 4096
@@ -68,11 +70,14 @@ class FitRouterOptions(NamedOptions):
     validation: Annotated[float, "Share of the texts that is held out; 0: none, and no early stopping."] = 0.1
     patience: Annotated[int, "Epochs without a better held-out loss before it stops."] = 3
     seed: Annotated[int, "Of the share that is held out, and of the order of texts."] = 0
-    dtype: Annotated[str, "Of base model and experts; the gate is float32."] = "float32"
-    mixed_precision: Annotated[str | None, "no, or bf16: autocast; else bf16 on a GPU that has it."] = None
+    dtype: Annotated[str, "Of base model and experts; the gate is float32.", DTYPES] = "float32"
+    mixed_precision: Annotated[
+        str | None, "bf16: autocast; else bf16 on a GPU that has it.", CHOICES["mixed_precision"]
+    ] = None
     overwrite: Annotated[bool, "Replace an exported repo, atomically."] = False
 
     def __post_init__(self) -> None:
+        self.dtype = known_dtype(self.dtype)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(choice for choice in choices if choice is not None)

@@ -179,9 +179,27 @@ def _overview(tables: dict[str, ReportTable], code: RoutedCode | None, text: str
     if upper:
         for axes, table in zip(parts[0].subplots(1, len(upper), squeeze=False)[0], upper, strict=True):
             DRAWINGS[table.name](axes, _first(table, 20))
+            if table.name == "scores":
+                _write_scores(axes, _first(table, 20))
     if code is not None:
         draw_code(parts[-1].add_subplot(), code, width)
     return figure
+
+
+def _write_scores(axes: Axes, table: ReportTable) -> None:
+    """Write each row's pass@1 beside it, of the stricter tests that it has, to be read from afar."""
+    for place, record in enumerate(table.records()):
+        values = [record[name] for name in ("plus_pass@1", "pass@1") if record.get(name) is not None]
+        if values:
+            axes.text(
+                1.02,
+                place,
+                f"{values[0]:.1%}",
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=13,
+                fontweight="bold",
+            )
 
 
 def _score_width(table: ReportTable) -> float:

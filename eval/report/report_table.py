@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dylora_moe.hub_export.shown_text import one_printable_line
+from ..terminal_table import print_table
 
 
 if TYPE_CHECKING:
@@ -113,23 +113,18 @@ class ReportTable:
 
     def print(self, console: Console) -> None:
         """Print the table on a terminal, with its note below."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=Text(one_printable_line(self.title), style="table.title"), title_justify="left")
         columns = self.shown_columns()
-        for column in columns:
-            is_text = all(isinstance(row[column.place], str) for row in self.rows)
-            table.add_column(
-                Text(one_printable_line(column.heading)),
-                justify="left" if is_text else "right",
-                overflow="fold",
-            )
+        rows = []
         for row in self.rows:
             cells = [self.cell(row, column) for column in columns]
-            texts = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells]
-            table.add_row(*(Text(one_printable_line(text)) for text in texts))
-        console.print(table)
+            rows.append([f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells])
+        numbers = [
+            place
+            for place, column in enumerate(columns)
+            if not all(isinstance(row[column.place], str) for row in self.rows)
+        ]
+        headings = [column.heading for column in columns]
+        print_table(console, headings, rows, title=self.title, numbers=numbers)
         if self.note:
             console.print(self.note, markup=False)
 

@@ -41,12 +41,12 @@ from dylora_moe.hub_export.tensors.mixture import Mixture
 from dylora_moe.hub_export.tokenizers import tokenizer_files
 from dylora_moe.version import __version__
 
-from ..options import check_dtype
+from ..options import NO_MODEL, check_backend, known_dtype
 from .devices import warn_of_slow_dtype
 from .model_identity import WEIGHTS, commit_in, digest, file_hashes, foundation_hashes, mixture_hashes
+from .model_in_memory import forget_model, kept_model
 
 
-BACKENDS = ("hf", "peft_moe", "vllm")
 CACHE_VARIABLE = "DYLORA_MOE_CACHE"
 LONGEST_LABEL = 120  # bytes
 
@@ -212,7 +212,7 @@ class FoundModel:
         device_map: Any = None,
         attn_implementation: str | None = None,
     ) -> LoadedModel:
-        """Load the model with its weights.
+        """Load the model with its weights, in the place of one that `load_once` keeps.
 
         Args:
             dtype: one of `options.DTYPES`.
@@ -227,7 +227,7 @@ class FoundModel:
         from dylora_moe.modeling.configuration_dylora_moe import read_config
         from dylora_moe.modeling.loading_dylora_moe import FoundationError, read_generation_config
 
-        check_dtype(dtype)
+        dtype = known_dtype(dtype)
         warn_of_slow_dtype(dtype)
         # A mixture runs this package's own code, and a repo's only for those who say so.
         ours = self.is_mixture and not self.trust_remote_code
@@ -236,6 +236,7 @@ class FoundModel:
             if value is not None:
                 arguments[name] = value
         try:
+            forget_model()
             self.check_files()
             if not self.trust_remote_code and not self.is_mixture:
                 arguments["config"] = read_config(str(self.folder))
@@ -265,6 +266,12 @@ class FoundModel:
             model = model.to(device)
         return LoadedModel(model.eval(), self.load_tokenizer(), self.label, self.expert_names)
 
+    def load_once(self, **options: Any) -> LoadedModel:
+        """Load the model as `load` does and keep it; return it if the same files with the same options are kept."""
+        given = tuple(f"{name}={value!r}" for name, value in sorted(options.items()))
+        key = (self.folder.resolve(), self.sha256, self.trust_remote_code, given)
+        return kept_model(key, lambda: self.load(**options))
+
 
 def find_model(
     source: str | Path | None = None,
@@ -286,8 +293,7 @@ def find_model(
     Raises:
         InputError: there is no such source, or it cannot be exported as it is.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise InputError(f"--backend is {backend!r}; there are {', '.join(BACKENDS)}")
+    check_backend(backend)
     chosen = SourceOptions.of(options)
     if adapter_path is not None:
         adapters = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
@@ -298,7 +304,7 @@ def find_model(
     elif source is not None:
         sources, given = [str(source)], str(source)
     else:
-        raise InputError("no model is given; name one with --model, --adapter_path or --wandb_artifact")
+        raise InputError(NO_MODEL)
     found = find_sources(sources, chosen)
     reader = found[0].detection.reader
     model = FoundModel(

@@ -70,8 +70,8 @@ def _read_one_format(sources: Sequence[FoundSource], options: ReadOptions) -> Mi
     for source in sources:
         if source.detection.reader is not first.reader:
             raise InputError(
-                f"the sources are of different formats: {sources[0].folder} is a {first.format}, "
-                f"{source.folder} a {source.detection.format}; export them apart"
+                f"the sources are of different formats: {sources[0].folder} ({first.format}) and "
+                f"{source.folder} ({source.detection.format}); export them apart"
             )
     folders = [source.folder for source in sources]
     try:

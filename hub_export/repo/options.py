@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import InputError
 from ..sources.source_options import ReadOptions
+from .choices import check_strategy, long_dtype
 
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("full", "adapter")
+# For the help; the config refuses any other. `none` is for `export` alone.
+ROUTER_MODES = ("auto", "dense", "sparse")
+ROUTER_INPUTS = ("base", "experts_sum", "none")
 
 
 @dataclass
@@ -26,18 +30,24 @@ class ExportOptions(ReadOptions):
     """
 
     base_revision: Annotated[str | None, "The base model's revision."] = None
-    layout: Annotated[str, "full, or adapter: the base model stays where it is."] = "full"
+    layout: Annotated[str, "adapter: the base model stays where it is.", LAYOUTS] = "full"
     routing_strategy: Annotated[str | None, "The repo's default strategy."] = None
-    router_mode: Annotated[str | None, "auto, dense or sparse."] = None
-    router_input: Annotated[str | None, "base, experts_sum, or none: no router."] = None
+    router_mode: Annotated[
+        str | None, "sparse: the top k experts; dense: all; auto: dense in training.", ROUTER_MODES
+    ] = None
+    router_input: Annotated[
+        str | None, "What the gate reads: no expert, or all; none: no router.", ROUTER_INPUTS
+    ] = None
     router_prompts: Annotated[Path | None, "YAML, expert to prompts: a router without training."] = None
-    router: Annotated[str | None, "arrow: a router in every layer, of the experts' own weights."] = None
+    router: Annotated[str | None, "A router in every layer, of the experts' own weights.", ("arrow",)] = None
     subtract: Annotated[
         str | None, "An adapter to subtract from each expert: the products, not A and B as in PEFT."
     ] = None
     expert_names: Annotated[list[str] | None, "Names for the experts: one,two or the option repeated."] = None
     tokenizer: Annotated[str | None, "A folder or a Hub id."] = None
-    dtype: Annotated[str | None, "Convert to float32, bfloat16 or float16; otherwise as stored."] = None
+    dtype: Annotated[
+        str | None, "What is stored; else as in the source. bf16, fp16, fp32 do, too.", DTYPES
+    ] = None
     max_shard_size: Annotated[str, "Split weights beyond this size."] = "5GB"
     results: Annotated[list[str] | None, "STRATEGY=FILE of EvalPlus's results, for the card; repeatable."] = (
         field(default_factory=list)
@@ -47,10 +57,17 @@ class ExportOptions(ReadOptions):
     trust_remote_code: Annotated[bool, "Let a tokenizer run code of its own."] = False
 
     def __post_init__(self):
+        self.dtype = long_dtype(self.dtype)
+        if self.routing_strategy is not None:
+            check_strategy(self.routing_strategy)
         if self.dtype not in (None, "auto", *DTYPES):
             raise InputError(f"--dtype {self.dtype} is not known; it can be auto, {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
             raise InputError(f"--layout {self.layout} is not known; it can be {' or '.join(LAYOUTS)}")
+        for name, known in (("router_mode", ROUTER_MODES), ("router_input", ROUTER_INPUTS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"--{name} {value} is not known; it can be {', '.join(known)}")
         if self.router not in (None, "arrow"):
             raise InputError(
                 f"--router {self.router} is not known; it can be arrow (and --router_input none: no router)"

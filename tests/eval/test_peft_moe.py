@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import evalplus.codegen
@@ -20,13 +21,14 @@ import huggingface_hub
 import pytest
 import torch
 from helpers_checkpoints import change_json, save_adapters, snapshot
+from helpers_readme import ROOT, section
 from helpers_text import save_text_checkpoint
 from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 from wandb_server import Artifact, WandbServer
 
 from dylora_moe import hub_export
-from dylora_moe.eval import PeftMoEDecoder, evaluate, peft_moe, register, run_codegen
+from dylora_moe.eval import PeftMoEDecoder, evaluate, forget_model, peft_moe, register, run_codegen
 from dylora_moe.eval import benchmark as benchmark_module
 from dylora_moe.eval.analysis.expert_analysis import expert_analysis
 from dylora_moe.eval.analysis.routing_analysis import routing_analysis
@@ -61,6 +63,7 @@ def registered(monkeypatch):
         (evalplus.codegen, "make_model"),
         (evalplus.codegen, "run_codegen"),
         (evalplus.evaluate, "run_codegen"),
+        (evalplus.evaluate, "evaluate"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     register()
@@ -88,6 +91,60 @@ def test_five_strategies_of_a_raw_checkpoint_have_five_files(checkpoint, tmp_pat
     assert set(scores) == {"pass@1", "plus_pass@1"}
     assert evaluate(dataset="humaneval", samples=paths[0]) == scores  # read, not made again
     assert len(list(loading.cache_folder().glob("*/config.json"))) == 1  # exported once
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The models that were loaded, weakly, in order; none is kept before, and none after."""
+    loaded, load, check = [], loading.FoundModel.load, loading.FoundModel.check_files
+
+    def noted(self, **options):
+        found = load(self, **options)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    def checked(self):  # the last step before weights are read
+        assert not any(reference() for reference in loaded), "the model before this one is still there"
+        check(self)
+
+    monkeypatch.setattr(loading.FoundModel, "load", noted)
+    monkeypatch.setattr(loading.FoundModel, "check_files", checked)
+    forget_model()
+    yield loaded
+    forget_model()
+
+
+def test_a_loop_over_strategies_loads_the_model_once_and_makes_what_each_makes_alone(
+    checkpoint, tmp_path, loads
+):
+    def make(name, strategy):
+        options = {"root": tmp_path / name, "routing_strategy": strategy, **SMALL}
+        return Path(run_codegen(model=checkpoint, backend="peft_moe", **options)).read_bytes()
+
+    in_a_loop = [make("loop", strategy) for strategy in STRATEGIES]
+    assert len(loads) == 1
+    for strategy, expected in zip(STRATEGIES, in_a_loop, strict=True):
+        forget_model()
+        assert make(f"alone_{strategy}".replace(":", "_"), strategy) == expected
+    assert len(loads) == 1 + len(STRATEGIES)
+
+
+def test_only_the_last_model_is_kept(checkpoint, own_cache, bare, tmp_path, loads):
+    options = {"routing_strategy": "base", "backend": "peft_moe", **SMALL}
+    run_codegen(model=checkpoint, root=tmp_path / "first", **options)
+    run_codegen(model=checkpoint, root=tmp_path / "first", **options)  # its samples are there
+    run_codegen(model=bare, root=tmp_path / "second", **options)  # `checked` finds the first one gone
+    assert [reference() is None for reference in loads] == [True, False]
+    for change in ({"dtype": "bfloat16"}, {"attn_implementation": "sdpa"}):
+        run_codegen(model=bare, root=tmp_path / next(iter(change)), **{**options, **change})
+    assert len(loads) == 4
+    repo = loading.find_model(bare).folder  # changed where it is
+    for penalty in (1.25, 1.5):
+        change_json(repo / "generation_config.json", repetition_penalty=penalty)
+        run_codegen(model=repo, root=tmp_path / str(penalty), **options)
+        assert loads[-1]().generation_config.repetition_penalty == penalty
+    benchmark(bare, strategies="base", output_dir=tmp_path / "fourth", score=False, **SMALL)
+    assert len(loads) == 7 and not any(reference() for reference in loads)
 
 
 def test_adapters_on_a_foundation(checkpoint, tmp_path):
@@ -304,6 +361,99 @@ def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, regist
     assert inspect.signature(evalplus.provider.make_model).parameters["backend"]
     with pytest.raises(Exception, match=r".*"):  # other backends go where they went: no such model
         evalplus.provider.make_model(str(tmp_path / "nothing"), "hf", "humaneval")
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["checkpoint", "repo"])
+def test_the_python_that_people_copy(checkpoint, own_cache, tmp_path, registered, monkeypatch, exported):
+    """As one writes it, in a folder that holds `trained_model`."""
+    copy = loading.find_model(checkpoint).folder if exported else checkpoint
+    shutil.copytree(copy, tmp_path / "trained_model")
+    shutil.copytree(checkpoint.parent / "foundation", tmp_path / "base_model")
+    monkeypatch.chdir(tmp_path)
+
+    from evalplus.codegen import run_codegen
+    from evalplus.evaluate import evaluate
+
+    samples = run_codegen(
+        model="./trained_model",
+        backend="peft_moe",
+        **({} if exported else {"base_model": "./base_model"}),
+        dataset="humaneval",
+        routing_strategy="router",
+        dtype="float32",
+        max_new_tokens=24,
+    )
+    results = evaluate(dataset="humaneval", samples=samples)
+    assert samples == "evalplus_results/humaneval/trained_model_peft_moe_router_temp_0.0.jsonl"
+    assert set(results) == {"pass@1", "plus_pass@1"} and 0 <= results["pass@1"] <= 1
+    (run,) = read_runs("evalplus_results")
+    assert run.scores == results
+
+    again = evaluate("humaneval", samples, version="default", mini=False, parallel=1, sandbox=False)
+    assert again == results
+    with pytest.raises(InputError, match="test_details cannot be used with backend peft_moe; leave it out"):
+        evaluate("humaneval", samples, test_details=True)
+    with pytest.raises(InputError, match="leave out task_ids and mini: the record of"):
+        evaluate("humaneval", samples, mini=True)
+
+
+def test_the_loop_of_the_page_on_evaluation(
+    checkpoint, own_cache, tmp_path, registered, loads, monkeypatch, capsys
+):
+    shutil.copytree(checkpoint.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint").rename(tmp_path / "trained_model")
+    monkeypatch.chdir(tmp_path)
+    ((_, block),) = section(ROOT / "docs" / "evaluation.md", "In Python")
+    few = block.replace("routing_strategy=strategy", "routing_strategy=strategy, limit=2, max_new_tokens=8")
+    exec(compile(few, "evaluation.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["router", "best", "single:0"] and len(loads) == 1
+
+
+def test_evaluate_makes_the_samples_first_where_it_is_told_how(checkpoint, tmp_path, registered):
+    options = {"backend": "peft_moe", "routing_strategy": "base", "root": str(tmp_path), "mini": True}
+    results = evalplus.evaluate.evaluate(
+        "humaneval", model=str(checkpoint), base_only=True, **options, **SMALL
+    )
+    assert set(results) == {"pass@1"}
+    (run,) = read_runs(tmp_path)
+    assert run.scores == results and run.mini and run.subset
+    with pytest.raises(InputError, match="noextreme cannot be used"):  # before any sample is made
+        evalplus.evaluate.evaluate("humaneval", noextreme=True, model="nothing", **options)
+
+
+def test_evaluate_of_all_other_samples_is_evalpluss_own(checkpoint, tmp_path, registered):
+    ours = Path(run_codegen(model=checkpoint, backend="peft_moe", root=tmp_path / "out", **SMALL))
+    scores = evaluate(dataset="humaneval", samples=ours)
+    for name in ("model_hf_temp_0.0.jsonl", ours.name):  # of another backend, and with no record beside them
+        samples = tmp_path / "other" / name
+        samples.parent.mkdir(exist_ok=True)
+        for suffix in (".jsonl", "_eval_results.json"):
+            made = ours.with_name(ours.name.replace(".jsonl", suffix))
+            samples.with_name(name.replace(".jsonl", suffix)).write_bytes(made.read_bytes())
+        assert evalplus.evaluate.evaluate(dataset="humaneval", samples=str(samples)) is None
+    assert evalplus.evaluate.evaluate(dataset="humaneval", samples=str(ours)) == scores
+    with pytest.raises(AssertionError, match="No samples provided"):
+        evalplus.evaluate.evaluate("humaneval")
+    with pytest.raises(TypeError, match="routing_strategy"):  # of no other backend
+        evalplus.evaluate.evaluate("humaneval", model="nothing", backend="hf", routing_strategy="router")
+
+
+def test_what_was_imported_before_registering_is_the_new_one():
+    """As a formatter sorts a script: imports first, whatever they are called."""
+    script = (
+        "from evalplus.codegen import run_codegen as generate\n"
+        "from evalplus.evaluate import evaluate\n"
+        "from evalplus.provider import make_model\n"
+        "import dylora_moe.eval\n"
+        "dylora_moe.eval.register()\n"
+        "import evalplus.codegen, evalplus.evaluate, evalplus.provider\n"
+        "assert generate is evalplus.codegen.run_codegen is evalplus.evaluate.run_codegen\n"
+        "assert evaluate is evalplus.evaluate.evaluate and make_model is evalplus.codegen.make_model\n"
+        "assert all(function.is_peft_moe for function in (generate, evaluate, make_model))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def _later_make_model(

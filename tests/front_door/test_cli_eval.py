@@ -46,11 +46,12 @@ def test_paths_are_not_split_at_commas_and_names_are(command, monkeypatch, tmp_p
 
     for module in ("benchmark", "analysis.expert_analysis", "analysis.routing_analysis"):
         monkeypatch.setattr(f"dylora_moe.eval.{module}.{module.rsplit('.', 1)[-1]}", stop)
-    arguments = ["--model", "/data/run,1/best", "--adapter_path=/data/a,b", "c,d", "e", "-o", str(tmp_path)]
+    model = str(tmp_path / "run,1" / "best")
+    os.makedirs(model)
+    arguments = ["--model", model, "--adapter_path=/data/a,b", "c,d", "e", "-o", str(tmp_path)]
     names = ["--benchmarks", "humaneval,mbpp", "--routing_strategy=router,base", "single:0"]
     with pytest.raises(SystemExit):
         cli.main([command, *arguments, *(names if command == "benchmark" else [])])
-    model = "/data/run,1/best"
     assert given["models"] == ([model] if command == "benchmark" else model)
     assert given["adapter_path"] == ["/data/a,b", "c,d", "e"]
     if command == "benchmark":

@@ -34,7 +34,7 @@ def error_of(arguments, capsys) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_package_is_named_before_any_work(command, missing, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
-    line = error_of([command, "--model", "no such model", "-o", str(tmp_path / "out")], capsys)
+    line = error_of([command, "--model", str(tmp_path), "-o", str(tmp_path / "out")], capsys)
     assert f"needs {missing}, which is not installed" in line
     assert "pip install 'dylora-moe[eval]'" in line and "pip install -e '.[eval]'" in line
     assert not (tmp_path / "out").exists()
@@ -72,7 +72,7 @@ def test_wandb_without_a_login_is_said_before_any_work(command, tmp_path, monkey
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb_sdk, "_has_credentials", lambda wandb: False)
     line = error_of(
-        [command, "--model", "no such model", "-o", str(tmp_path / "out"), "--wandb_project", "p"], capsys
+        [command, "--model", str(tmp_path), "-o", str(tmp_path / "out"), "--wandb_project", "p"], capsys
     )
     assert "no W&B API key on this machine" in line and not (tmp_path / "out").exists()
 

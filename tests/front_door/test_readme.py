@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers_checkpoints import save_final_checkpoint, save_foundation
+from helpers_readme import PROMPTS, ROOT, follow, for_organization, paths
 from hub_server import Hub
 from huggingface_hub import constants
 
@@ -20,22 +20,8 @@ from dylora_moe.eval import read_runs
 from dylora_moe.hub_export.checking import check
 
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*/*.md")])
-PROMPTS = "prompts.yaml"
-ROUTED, SCORED, TRAINED, PUBLISHED = range(4)
-
-
-def paths() -> list[list[tuple[str, str]]]:
-    """The blocks of each path: (language, text)."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sections = text.partition("## Four paths")[2].partition("\n## ")[0].split("\n### ")[1:]
-    return [re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL) for section in sections]
-
-
-def write_prompts() -> None:
-    (block,) = [text for language, text in paths()[ROUTED] if language == "yaml"]
-    Path(PROMPTS).write_text(block, encoding="utf-8")
+ROUTED, SCORED, TRAINED, PUBLISHED = paths()
 
 
 @pytest.fixture
@@ -71,9 +57,10 @@ def run(demo_output, monkeypatch):
             main(arguments)
         assert ended.value.code in (0, None), line
 
-    def run_path(number: int, without: str = " ") -> None:
-        write_prompts()
-        for language, text in paths()[number]:
+    def run_path(title: str, without: str = " ") -> None:
+        for language, text in paths()[title]:
+            if language == "yaml":
+                Path(PROMPTS).write_text(text, encoding="utf-8")
             if language == "python":
                 exec(compile(text, "README.md", "exec"), {})
             for line in text.splitlines() if language == "bash" else []:
@@ -108,7 +95,6 @@ def test_every_path_in_a_shell(demo_output, tmp_path):
         command = f'{shlex.quote(sys.executable)} {"-m " + module if module else ""} "$@"'
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    write_prompts()
     with Hub() as hub:
         environment = {
             **os.environ,
@@ -116,16 +102,8 @@ def test_every_path_in_a_shell(demo_output, tmp_path):
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "HOME": str(tmp_path / "home"),
         }
-        for language, text in [block for path in paths() for block in path]:
-            if language == "yaml":
-                continue
-            command = ["bash", "-ec"] if language == "bash" else [str(tmp_path / "bin" / "python"), "-c"]
-            if "export HUMANEVAL" in text:  # the shell of a reader keeps it
-                environment["HUMANEVAL_OVERRIDE_PATH"] = str(demo_output / "problems.jsonl")
-            ended = subprocess.run(
-                [*command, text.replace("my-org", "guild")], env=environment, capture_output=True, text=True
-            )
-            assert ended.returncode == 0, ended.stderr
+        taken = follow(for_organization(paths(), "guild"), tmp_path, environment)
+        assert list(taken) == list(paths())
         assert hub.repos["guild/my-mixture"].private
         assert "README.md" in hub.repos["guild/my-mixture"].branches["main"].files
     assert Path("evalplus_results/report.html").is_file()

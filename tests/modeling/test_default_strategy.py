@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from dylora_moe.modeling import DyloraMoeForCausalLM, DyloraMoeModel
+from dylora_moe.modeling.routing_strategies_dylora_moe import resolve_routing_strategy
 
 
 IDS = torch.tensor(random_rows((6,)))
@@ -78,6 +79,21 @@ def test_a_wrong_one_is_refused_before_weights_are_read(saved, monkeypatch, layo
     monkeypatch.setattr(DyloraMoeForCausalLM, "__init__", None)
     with pytest.raises(ValueError, match=r"Valid: .*Experts: 0 \(first\)"):
         DyloraMoeForCausalLM.from_pretrained(folder / layout, routing_strategy=wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("routr", r"'routr' is not known \(did you mean router\?\)"),
+        ("round-robin", r"is not known \(did you mean round_robin\?\)"),
+        ("xyz", r"'xyz' is not known\. Valid"),
+        ("single:frst", r"named 'frst' \(did you mean first\?\)"),
+        ("single:xyz", r"named 'xyz'; this model has"),
+    ],
+)
+def test_the_nearest_name_is_said(saved, wrong, hint):
+    with pytest.raises(ValueError, match=hint):
+        resolve_routing_strategy(wrong, saved[0].config)
 
 
 def test_a_repo_default_that_the_loaded_experts_leave_out_may_be_replaced(saved, tmp_path):
