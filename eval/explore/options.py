@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 
-from ..options import DeviceMap, TrustRemoteCode, check_dtype
+from ..options import DTYPES, DeviceMap, TrustRemoteCode, known_dtype
 
 
 OF_A_SPACE = ("revision", "dtype", "trust_remote_code")  # the others say how a page on this machine is served
@@ -26,9 +26,9 @@ class ExploreOptions(SourceOptions):
         InputError: a value that cannot be used.
     """
 
-    dtype: Annotated[
-        str | None, "bfloat16, float16, float32 or float64; else bfloat16 on a GPU, float32 without."
-    ] = None
+    dtype: Annotated[str | None, "What is computed in; else bfloat16 on a GPU, float32 without.", DTYPES] = (
+        None
+    )
     device_map: DeviceMap = None
     attn_implementation: Annotated[str | None, "eager, sdpa or flash_attention_2."] = None
     trust_remote_code: TrustRemoteCode = False
@@ -37,7 +37,7 @@ class ExploreOptions(SourceOptions):
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
-            check_dtype(self.dtype)
+            self.dtype = known_dtype(self.dtype)
         if self.port is not None and not 1 <= self.port <= HIGHEST_PORT:
             raise InputError(f"--port is {self.port}; it must be between 1 and {HIGHEST_PORT}")
 
