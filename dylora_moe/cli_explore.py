@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from dylora_moe.cli_common import Json, given, out, print_json, progress, takes_options_of
+from dylora_moe.cli_help import command
 from dylora_moe.eval.explore.options import ExploreOptions
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(explore)
+    command(app, example="dylora-moe explore ./my-mixture --port 7860")(explore)
 
 
 @takes_options_of(ExploreOptions)

@@ -35,8 +35,8 @@ GROUPS = {
     ),
     "Scoring": "base_only parallel sandbox",
     "Output": (
-        "output_dir layout max_shard_size results private aliases wandb_project record_format overwrite no_verify "
-        "as_json"
+        "output_dir space port share layout max_shard_size results private aliases wandb_project record_format "
+        "overwrite no_verify as_json"
     ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}
