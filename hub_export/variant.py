@@ -20,6 +20,7 @@ from .repo.gate_files import gate_holders, replace_gate
 from .repo.model_card import restate
 from .repo.repo_config import load_config
 from .repo.repo_files import is_replaceable, repo_files
+from .repo.stale_scores import drop_scores
 from .repo.writer import write_generation_config
 from .sources.source_folder import SourceFolder, open_folder
 from .sources.source_options import ReadOptions
@@ -158,8 +159,12 @@ def _write_variant(
         if card.is_file():
             # It may be written in another encoding.
             old = read_text(card, errors="surrogateescape")
-            text = restate(old, output_dir.resolve().name, strategy, config)
+            text = restate(old, output_dir.resolve().name, strategy, config, gate is not None)
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
+        if gate is not None:
+            drop_scores(folder, ("router", "best"))
+        elif "router_mode" in changes:
+            drop_scores(folder, ("router",))
     if shared == "copies":
         message = (
             f"the weights were copied to {output_dir}: its file system shares no files with {source.path}"

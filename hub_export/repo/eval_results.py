@@ -46,13 +46,18 @@ def write_eval_results(folder: Path, scores: Sequence[Score]) -> None:
 
     entries: dict[str, list[EvalResultEntry]] = {}
     for score in scores:
-        strategy = re.sub(r"[^\w.-]+", "-", score.routing_strategy)
-        name = f"dylora-moe_{TASKS[score.benchmark]}_{strategy}.yaml"
+        name = results_name(TASKS[score.benchmark], score.routing_strategy)
         entries.setdefault(name, []).append(_entry(score))
     for name, its_entries in entries.items():
         (folder / FOLDER).mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml(its_entries), sort_keys=False, allow_unicode=True)
         (folder / FOLDER / name).write_text(text, encoding="utf-8")
+
+
+def results_name(task: str, routing_strategy: str) -> str:
+    """Name the file of a strategy's scores on a task."""
+    strategy = re.sub(r"[^\w.-]+", "-", routing_strategy)
+    return f"dylora-moe_{task}_{strategy}.yaml"
 
 
 def _entry(score: Score) -> EvalResultEntry:

@@ -8,6 +8,7 @@ import subprocess
 from importlib import metadata
 
 import pytest
+import torch
 import yaml
 from helpers_checkpoints import (
     change_json,
@@ -18,12 +19,14 @@ from helpers_checkpoints import (
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 
-from dylora_moe.hub_export import InputError, export, make_variant, merge, verify
+from dylora_moe.hub_export import DyloraMoeWarning, InputError, export, make_variant, merge, verify
 from dylora_moe.hub_export.repo.checksums import differing_files
 from dylora_moe.hub_export.repo.model_card import BEGIN, END, restate
+from dylora_moe.hub_export.repo.repo_config import load_config
 from dylora_moe.hub_export.repo.repo_files import repo_files
 from dylora_moe.hub_export.shown_text import as_markdown, as_markdown_code
 from dylora_moe.hub_export.sources.source_folder import open_folder
+from dylora_moe.hub_export.variant import write_with_gate
 from dylora_moe.version import __version__
 
 
@@ -365,3 +368,49 @@ def test_a_merged_models_card_is_neither(repo, tmp_path):
 def test_honest_names_stand_as_they_are(name):
     assert as_markdown(name) == name
     assert as_markdown_code(name) == f"`{name}`"
+
+
+def test_scores_of_a_router_go_with_it(tmp_path, checkpoint):
+    """What another gate or router mode no longer gives; the others, and what a person wrote, stay."""
+    results = [
+        f"{strategy}={evalplus_results(tmp_path / f'{strategy}_eval_results.json', 3)}"
+        for strategy in ("router", "best", "base")
+    ]
+    repo = export(checkpoint, tmp_path / "repo", results=results, verify=False).output_dir
+    (repo / ".eval_results" / "gsm8k.yaml").write_text(
+        "- dataset: {id: openai/gsm8k, task_id: gsm8k}\n  value: 1\n"
+    )
+    card = repo / "README.md"
+    card.write_text(card.read_text() + "\n| HumanEval | `router` | mine |\n")
+
+    def said(folder) -> tuple[set, set, set]:
+        """The strategies in the card's table, in its `model-index`, and in `.eval_results`."""
+        data = card_of(folder)
+        entries = data.data.eval_results or []
+        rows = re.findall(r"^\| HumanEval\+? \| `(\w+)` \| [\d.]+% \|", data.text, re.MULTILINE)
+        files = {name.removesuffix(".yaml").rpartition("_")[2] for name in hub_results(folder)}
+        assert "| HumanEval | `router` | mine |" in data.text and "gsm8k" in files
+        names = {entry.metric_name.split("(")[1].split(",")[0] for entry in entries}
+        return set(rows), names, files - {"gsm8k"}
+
+    assert said(repo) == ({"router", "best", "base"},) * 3
+    for changes, kept in (
+        ({"routing_strategy": "best"}, {"router", "best", "base"}),
+        ({"router_mode": "dense"}, {"best", "base"}),
+    ):
+        folder = tmp_path / "_".join(changes)
+        make_variant(repo, output_dir=folder, **changes)
+        assert said(folder) == (kept,) * 3
+    config = load_config(open_folder(repo))
+    gate = (
+        torch.randn(config.num_experts, config.get_text_config().hidden_size),
+        torch.zeros(config.num_experts),
+    )
+    with pytest.warns(DyloraMoeWarning, match="scores of `router` and `best` were left out"):
+        write_with_gate(open_folder(repo), tmp_path / "fitted", gate, {"router_mode": "sparse"})
+    assert said(tmp_path / "fitted") == ({"base"},) * 3
+    only = export(checkpoint, tmp_path / "only", results=results[:2]).output_dir
+    write_with_gate(open_folder(only), tmp_path / "none", gate, {})
+    text = (tmp_path / "none" / "README.md").read_text()
+    assert "## Results" not in text and "model-index" not in text
+    assert "Before its gate was fitted, the export compared this repo's tensors and logits" in text
