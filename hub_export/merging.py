@@ -13,13 +13,13 @@ import torch
 
 from .checking import rounding
 from .checking.comparison import Comparison, compared
+from .checking.model_size import check_mixture_size
 from .checking.own_code import load_with_own_code
 from .errors import DyloraMoeWarning, FailureError, InputError, one_line
 from .foundation.quantised import check_needs_no_kernels
 from .foundation.reference import is_local, not_loaded, resolve_foundation
 from .repo.choices import long_dtype
 from .repo.model_card import foundation_licence
-from .repo.model_size import check_mixture_size
 from .repo.options import DTYPES, torch_dtype
 from .repo.repo_config import foundation_of, load_config
 from .repo.repo_files import repo_files

@@ -21,6 +21,7 @@ from typing import Any
 import transformers
 from filelock import FileLock
 
+from dylora_moe.hub_export.checking.model_size import check_mixture_size, check_model_size
 from dylora_moe.hub_export.checking.own_code import (
     check_all_weights,
     load_with_own_code,
@@ -34,7 +35,6 @@ from dylora_moe.hub_export.readers.choice import FoundSource
 from dylora_moe.hub_export.readers.open_source import find_sources, read_sources
 from dylora_moe.hub_export.repo import repo_config
 from dylora_moe.hub_export.repo.checksums import differing_files, sha256
-from dylora_moe.hub_export.repo.model_size import check_mixture_size, check_model_size
 from dylora_moe.hub_export.sources.source_folder import open_folder
 from dylora_moe.hub_export.sources.source_options import ReadOptions, SourceOptions
 from dylora_moe.hub_export.tensors.mixture import Mixture

@@ -262,6 +262,7 @@ def test_without_room_nothing_is_final_and_with_room_it_is_scored(tmp_path, faul
 
 def test_programs_that_cannot_be_run_are_noticed_before_anything_is_made(tmp_path, fault):
     fault(refuse("True"))
+    (tmp_path / "no model").mkdir()
     with pytest.raises(FailureError, match=r"programs cannot be checked: .*No space left"):
         benchmark(tmp_path / "no model", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -159,14 +159,12 @@ def test_the_card_is_true(checked):
 
 @pytest.mark.parametrize("strategy", ["fastest", "single", "single:3", "single:nobody", "router:1"])
 def test_an_unknown_strategy_lists_the_valid_ones_and_the_experts(tmp_path, checkpoint, strategy):
+    """The experts where one of them is asked for: what no mixture has is refused before any is read."""
     message = export_error(checkpoint, tmp_path / "out", routing_strategy=strategy)
-    for part in (
-        strategy,
-        "router, best, single:",
-        "round_robin",
-        "0 (expert_0), 1 (expert_1), 2 (expert_2)",
-    ):
+    for part in (strategy, "router, best, single:", "round_robin"):
         assert part in message
+    if strategy.startswith("single:"):
+        assert "0 (expert_0), 1 (expert_1), 2 (expert_2)" in message
     assert not (tmp_path / "out").exists()
 
 

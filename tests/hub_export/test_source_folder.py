@@ -132,6 +132,7 @@ PAST_THE_DOOR = {
     "checking/verify.py": "this package's own code",
     "mirror.py": "an artifact that was just downloaded",
     "repo/router_prompts.py": "a file that the user names",
+    "repo/stale_scores.py": "a folder that was just written",
     "repo/writer.py": "a folder that was just written",
     "sources/json_files.py": "what the door hands it",
     "sources/source_folder.py": "the door",
@@ -144,6 +145,7 @@ PAST_THE_DOOR = {
 OPENED_BY_THE_DOOR = {
     "hub_push.py",
     "repo/checksums.py",
+    "repo/eval_results.py",
     "repo/model_card.py",
     "repo/repo_files.py",
     "tensors/pickle_limits.py",

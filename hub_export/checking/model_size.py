@@ -16,10 +16,10 @@ from torch import nn
 from ..errors import InputError
 from ..foundation.reference import load_foundation_config, local_folder
 from ..foundation.weights import limited_modules, skeleton
+from ..repo.repo_files import needed_weights
 from ..sources.source_folder import SourceFolder
 from ..tensors.mixture import FoundationReference
 from ..tensors.weight_files import weight_files
-from .repo_files import needed_weights
 
 
 # Parameters by byte of the files, which a model of 1 bit has; and how many numbers there may be besides, for tables
