@@ -18,9 +18,11 @@ def load_from_hub(repo: str, revision: str | None, dtype: str | None) -> tuple[A
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-    where = {"revision": revision, "trust_remote_code": True}
-    model = AutoModelForCausalLM.from_pretrained(repo, dtype=getattr(torch, dtype), **where)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(repo, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        repo, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
+    return model.to(device).eval(), tokenizer
 
 
 def serve(repo: str, *, revision: str | None = None, dtype: str | None = None) -> None:
