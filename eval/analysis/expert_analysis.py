@@ -28,7 +28,7 @@ from ..options import DEFAULT_FOLDER, OF_SOURCE, BenchmarkOptions
 from ..progress import Progress, TellSpeed
 from ..sampling.devices import check_device_map
 from ..sampling.loading import FoundModel, find_model
-from ..sampling.run_record import DECISIVE, Run, check_results_folder, read_runs, read_versioned
+from ..sampling.run_record import DECISIVE, Run, check_results_folder, read_versioned, scored_mixtures
 from .expert_statistics import CONFIDENCE, ROUTER, figures, strategies_of
 from .files import EXPERTS_FILE, EXPERTS_VERSION, ROUTING_FILE, ROUTING_VERSION
 from .task_categories import categories_of
@@ -213,15 +213,7 @@ def _runs_in(folder: Path, benchmark_name: str, options: dict[str, Any]) -> dict
             raise InputError(
                 f"--{name} needs a --model; without one, what {folder} holds is analysed as it is"
             )
-    there = [
-        run
-        for run in read_runs(folder)
-        if run.benchmark == benchmark_name and run.expert_names and run.has_results
-    ]
-    if not there:
-        raise InputError(
-            f"{folder} holds no scored run of a mixture on {benchmark_name}; name a model with --model to make them"
-        )
+    there = scored_mixtures(folder, benchmark_name)
     groups: dict[str, dict[str, Run]] = {}
     for run in there:
         if not _unlike(run, options):

@@ -245,6 +245,20 @@ def read_runs(folder: str | Path) -> list[Run]:
     return [run if run.results is None else replace(run, results=_results_of(run.samples)) for run in runs]
 
 
+def scored_mixtures(folder: str | Path, benchmark: str) -> list[Run]:
+    """Return the scored runs of mixtures on a benchmark that a folder holds.
+
+    Raises:
+        InputError: there are none, or see `read_runs`.
+    """
+    runs = [run for run in read_runs(folder) if run.benchmark == benchmark and run.expert_names]
+    if not any(run.has_results for run in runs):
+        raise InputError(
+            f"{folder} holds no scored run of a mixture on {benchmark}; name a model with --model to make them"
+        )
+    return [run for run in runs if run.has_results]
+
+
 def _check_name(run: Run) -> None:
     """Raises ValueError: the samples' name is not that of a file in the benchmark's own folder."""
     parts = PurePath(run.samples).parts

@@ -203,6 +203,7 @@ REFUSED = [
     "benchmark --model m --routing_strategy routr",
     "benchmark --model m --benchmarks humanevl",
     "benchmark --model m --dtype int8",
+    "expert-analysis",
     "expert-analysis --model no/such/folder",
     "routing-analysis",
     "loss m",
