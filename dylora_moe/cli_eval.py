@@ -180,11 +180,11 @@ def expert_analysis(
 ) -> None:
     """Say what each expert is good at, and if the router is worth having; generates only what is missing."""
     source, chosen = _of_analysis(model, wandb_artifact, benchmarks, options)
-    if source is None and set(chosen) == {"dataset"}:  # the folder alone is read
+    if source is None and "adapter_path" not in chosen:
         from dylora_moe.eval.evalplus_bridge.data import canonical_benchmark
         from dylora_moe.eval.sampling.run_record import scored_mixtures
 
-        scored_mixtures(output_dir, canonical_benchmark(chosen["dataset"]))
+        scored_mixtures(output_dir, canonical_benchmark(chosen["dataset"]), chosen)
     _check_needs(wandb_project)
     from dylora_moe.eval.analysis import expert_analysis as analysis
     from dylora_moe.eval.report.expert_tables import print_expert_analysis

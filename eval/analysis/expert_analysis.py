@@ -208,12 +208,7 @@ def _runs_of(
 
 def _runs_in(folder: Path, benchmark_name: str, options: dict[str, Any]) -> dict[str, Run]:
     """Return the runs of the one mixture whose results a folder holds."""
-    for name in ("id_range", "limit"):
-        if options.get(name) is not None:
-            raise InputError(
-                f"--{name} needs a --model; without one, what {folder} holds is analysed as it is"
-            )
-    there = scored_mixtures(folder, benchmark_name)
+    there = scored_mixtures(folder, benchmark_name, options)
     groups: dict[str, dict[str, Run]] = {}
     for run in there:
         if not _unlike(run, options):

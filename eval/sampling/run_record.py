@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from types import UnionType
@@ -245,12 +245,17 @@ def read_runs(folder: str | Path) -> list[Run]:
     return [run if run.results is None else replace(run, results=_results_of(run.samples)) for run in runs]
 
 
-def scored_mixtures(folder: str | Path, benchmark: str) -> list[Run]:
-    """Return the scored runs of mixtures on a benchmark that a folder holds.
+def scored_mixtures(folder: str | Path, benchmark: str, options: Mapping[str, Any]) -> list[Run]:
+    """Return the scored runs of mixtures on a benchmark that a folder holds, which is read without a model.
 
     Raises:
-        InputError: there are none, or see `read_runs`.
+        InputError: there are none; an option chooses tasks, which needs a model; or see `read_runs`.
     """
+    for name in ("id_range", "limit"):
+        if options.get(name) is not None:
+            raise InputError(
+                f"--{name} needs a --model; without one, what {folder} holds is analysed as it is"
+            )
     runs = [run for run in read_runs(folder) if run.benchmark == benchmark and run.expert_names]
     if not any(run.has_results for run in runs):
         raise InputError(

@@ -156,11 +156,12 @@ def test_scores_are_shown_though_the_analysis_fails(as_json, tmp_path, problems,
 
     monkeypatch.setattr(analysis, "expert_analysis", scored_and_out_of_memory)
     folder = tmp_path / "out"
-    code, said = run("expert-analysis", "-o", folder, *(["--json"] if as_json else []), errors_alone=as_json)
+    command = ("expert-analysis", "--model", tmp_path, "-o", folder)
+    code, said = run(*command, *(["--json"] if as_json else []), errors_alone=as_json)
     assert code == 1 and "uniform" in said and "pass@1" in said
     (error,) = [line for line in said.splitlines() if line.startswith("error")]
     assert error.startswith(f"error: RuntimeError: CUDA out of memory; the scores are kept in {folder}")
-    code, said = run("expert-analysis", "-o", folder)  # all of it was there before
+    code, said = run(*command)  # all of it was there before
     assert code == 1 and "pass@1" not in said and "kept" not in said
 
 
