@@ -78,6 +78,7 @@ def example(name: str):
     return module
 
 
+@pytest.mark.slow
 def test_five_strategies_of_a_raw_checkpoint_have_five_files(checkpoint, tmp_path):
     paths = [
         run_codegen(model=checkpoint, backend="peft_moe", routing_strategy=strategy, root=tmp_path, **SMALL)

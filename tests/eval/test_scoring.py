@@ -108,6 +108,7 @@ def run_stock(samples, *options):
     return re.findall(r"pass@(?:1|10|100):\t[\d.]+", ran.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("problems", "cache")
 def test_verdicts_and_file_are_those_of_stock_evalplus(mixed):
     ours = score_samples(mixed, "humaneval", parallel=2)
