@@ -163,7 +163,7 @@ def _write_variant(
             card.write_text(text, encoding="utf-8", errors="surrogateescape")
         if gate is not None:
             drop_scores(folder, ("router", "best"))
-        elif "router_mode" in changes:
+        elif _routes_densely(config) != _routes_densely(load_config(source)):
             drop_scores(folder, ("router",))
     if shared == "copies":
         message = (
@@ -186,6 +186,12 @@ def _strategy(text: str | None, config: Any) -> str:
         return str(resolve_routing_strategy(text, config))
     except ValueError as error:
         raise InputError(one_line(error, 2000)) from error
+
+
+def _routes_densely(config: Any) -> bool:
+    from dylora_moe.modeling.routing_dylora_moe import routes_densely
+
+    return routes_densely(config, training=False)
 
 
 def _check_mode(router_mode: str, config: Any) -> None:

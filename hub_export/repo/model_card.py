@@ -101,8 +101,8 @@ def keep_edits(card: str, old: Path | None) -> str:
     """
     if old is None or not old.is_file():
         return card
-    fields, mine = _split(read_text(old, errors="replace"))
-    new_fields, generated = _split(card)
+    fields, mine = split_readable(read_text(old, errors="replace"))
+    new_fields, generated = split_readable(card)
     recorded = recorded_metadata(mine)
     generated_tags = (*new_fields["tags"], *recorded.get("tags", ()))
     new_fields["tags"] += [tag for tag in _as_list(fields.get("tags")) if tag not in generated_tags]
@@ -127,7 +127,7 @@ def recorded_metadata(text: str) -> dict[str, Any]:
     return fields if isinstance(fields, dict) and isinstance(fields.get("tags", []), list) else {}
 
 
-def _split(card: str) -> tuple[dict[str, Any], str]:
+def split_readable(card: str) -> tuple[dict[str, Any], str]:
     """Split a card into its metadata, none where it cannot be read, and the text below it."""
     try:
         return split_card(card)
@@ -473,7 +473,7 @@ def _licence_in(path: Path) -> Licence | None:
     """
     if not path.is_file():
         return None
-    fields, _ = _split(read_text(path))
+    fields, _ = split_readable(read_text(path))
     if not isinstance(fields.get("license"), str):
         return None
     name, link = (

@@ -396,9 +396,10 @@ def test_scores_of_a_router_go_with_it(tmp_path, checkpoint):
     assert said(repo) == ({"router", "best", "base"},) * 3
     for changes, kept in (
         ({"routing_strategy": "best"}, {"router", "best", "base"}),
+        ({"router_mode": "sparse"}, {"router", "best", "base"}),  # as `auto` with every expert mature
         ({"router_mode": "dense"}, {"best", "base"}),
     ):
-        folder = tmp_path / "_".join(changes)
+        folder = tmp_path / "_".join(changes.values())
         make_variant(repo, output_dir=folder, **changes)
         assert said(folder) == (kept,) * 3
     config = load_config(open_folder(repo))
@@ -414,3 +415,22 @@ def test_scores_of_a_router_go_with_it(tmp_path, checkpoint):
     text = (tmp_path / "none" / "README.md").read_text()
     assert "## Results" not in text and "model-index" not in text
     assert "Before its gate was fitted, the export compared this repo's tensors and logits" in text
+
+
+def test_scores_of_a_router_go_from_a_card_that_a_person_edited(tmp_path, checkpoint):
+    results = [
+        f"{strategy}={evalplus_results(tmp_path / f'{strategy}_eval_results.json', 3)}"
+        for strategy in ("router", "base")
+    ]
+    repo = export(checkpoint, tmp_path / "repo", results=results, verify=False).output_dir
+    card, mine = repo / "README.md", "| mine | `router` | 1 | 2 |\n"
+    card.write_text(card.read_text().replace("- name: repo\n", "- name: my own name\n") + f"\n{mine}")
+    make_variant(repo, output_dir=tmp_path / "dense", router_mode="dense")
+    text = (tmp_path / "dense" / "README.md").read_text()
+    assert "name: my own name" in text and mine in text
+    assert "pass@1 (base, " in text.partition(BEGIN)[0] and "pass@1 (router, " not in text
+    unreadable = "---\n{: [\n---\n" + card.read_text().partition("\n---\n")[2]
+    card.write_text(unreadable)
+    make_variant(repo, output_dir=tmp_path / "unreadable", router_mode="dense")
+    text = (tmp_path / "unreadable" / "README.md").read_text()
+    assert text.startswith("---\n{: [\n---\n") and mine in text and "| `router` | 75.0%" not in text
