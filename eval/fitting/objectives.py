@@ -10,6 +10,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ WINDOW = 64
 ROWS = 16384  # that a gate reads at once, where nothing but the sum counts
 
 
+@dataclass
 class Objective(ABC):
     """What `gate_training.train_gate` minimises.
 
@@ -35,19 +37,11 @@ class Objective(ABC):
         batch_tokens: tokens of a step.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processes: Processes,
-        states: RouterStates,
-        held_out: RouterStates,
-        batch_tokens: int,
-    ):
-        self.model = model
-        self.processes = processes
-        self.states = states
-        self.held_out = held_out
-        self.batch_tokens = batch_tokens
+    model: Any
+    processes: Processes
+    states: RouterStates
+    held_out: RouterStates
+    batch_tokens: int
 
     @abstractmethod
     def steps(self, seed: int) -> list[Any]:
@@ -62,6 +56,7 @@ class Objective(ABC):
         """Compute the mean loss of the held-out texts, over all processes."""
 
 
+@dataclass
 class LanguageModelingObjective(Objective):
     """Mean token loss of the dense mixture, plus `router_aux_loss_coef` times the balance loss.
 
@@ -69,9 +64,8 @@ class LanguageModelingObjective(Objective):
     `router_mode`; the router's own pass is read from `states`.
     """
 
-    def __init__(self, model: Any, processes: Processes, states: RouterStates, *args: Any):
-        super().__init__(model, processes, states, *args)
-        self._numbers = {id(text): number for number, text in enumerate(states.texts)}
+    def __post_init__(self) -> None:
+        self._numbers = {id(text): number for number, text in enumerate(self.states.texts)}
 
     def steps(self, seed: int) -> list[list[int]]:
         """List an epoch's steps, each the numbers of its texts."""
@@ -133,30 +127,22 @@ class LanguageModelingObjective(Objective):
         return losses, weights[inputs["attention_mask"].bool()]
 
 
+@dataclass
 class OracleObjective(Objective):
     """Cross-entropy of softmax(router logits / temperature) to the right expert of every row of `states`.
 
     Args:
-        targets: the expert of each of the rows, `[rows]`; of `held_out`, too.
-        worth: how much each row counts, `[rows]`, if not all the same; of `held_out`, too.
+        targets: the expert of each of the rows, `[rows]`, and of those of `held_out`.
+        worth: how much each row counts, `[rows]`, if not all the same, and of those of `held_out`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processes: Processes,
-        states: RouterStates,
-        held_out: RouterStates,
-        batch_tokens: int,
-        targets: tuple[torch.Tensor, torch.Tensor],
-        worth: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ):
-        super().__init__(model, processes, states, held_out, batch_tokens)
-        self.targets, self.held_out_targets = targets
-        if worth is None:
-            worth = tuple(torch.ones(len(part)) for part in targets)
-        self.worth, self.held_out_worth = (self._with_mean_one(part) for part in worth)
-        self._own_row = _own_rows(states)
+    targets: tuple[torch.Tensor, torch.Tensor]
+    worth: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        worth = self.worth or tuple(torch.ones(len(part)) for part in self.targets)
+        self._worth, self._held_out_worth = (self._with_mean_one(part) for part in worth)
+        self._own_row = _own_rows(self.states)
 
     def steps(self, seed: int) -> list[torch.Tensor]:
         """List an epoch's steps, each the numbers of its rows, which count those of all processes."""
@@ -166,13 +152,12 @@ class OracleObjective(Objective):
     def loss(self, step: torch.Tensor) -> torch.Tensor:
         rows = self._own_row[step]
         rows = rows[rows >= 0]
-        return self._sum(self.states.rows[rows], self.targets[rows], self.worth[rows]) / len(step)
+        return self._sum(self.states.rows[rows], self.targets[0][rows], self._worth[rows]) / len(step)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        parts = [
-            part.split(ROWS) for part in (self.held_out.rows, self.held_out_targets, self.held_out_worth)
-        ]
+        held_out = (self.held_out.rows, self.targets[1], self._held_out_worth)
+        parts = [part.split(ROWS) for part in held_out]
         total = sum(float(self._sum(*part)) for part in zip(*parts, strict=True))
         count = sum(len(self.held_out.positions(text)) for text in self.held_out.texts)
         return float(self.processes.sum(torch.tensor(total))) / count
