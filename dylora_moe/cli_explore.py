@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from dylora_moe.cli_common import Json, given, out, print_json, progress, takes_options_of
+from dylora_moe.cli_common import (
+    Json,
+    check_places,
+    given,
+    out,
+    print_json,
+    print_next,
+    progress,
+    takes_options_of,
+)
 from dylora_moe.cli_help import command
 from dylora_moe.eval.explore.options import ExploreOptions
 
@@ -30,12 +39,14 @@ def explore(
     **options: Any,
 ) -> None:
     """Look at a mixture in a browser: a prompt in, the completion coloured by expert as it streams."""
+    chosen = given(options, ExploreOptions)
     if space is not None:
-        return _write_space(repo, space, as_json, given(options))
+        return _write_space(repo, space, as_json, chosen)
     with progress() as tell:
+        check_places([repo])
         from dylora_moe.eval.explore.serving import serve_page
 
-        served = serve_page(repo, progress=tell, **given(options))
+        served = serve_page(repo, progress=tell, **chosen)
     if as_json:
         print_json({"address": served.address})
     else:
@@ -53,4 +64,5 @@ def _write_space(repo: str, folder: Path, as_json: bool, options: dict[str, Any]
     if as_json:
         return print_json(result.to_dict())
     out.print(f"{result.output_dir}: a Space that shows {result.repo}, {len(result.files)} files")
-    out.print(f"next: hf upload ORG/NAME {result.output_dir} --repo-type space")
+    upload = ["hf", "upload", "ORG/NAME", str(result.output_dir), "--repo-type", "space"]
+    print_next((upload, "publish it"))

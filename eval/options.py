@@ -27,6 +27,9 @@ OF_SOURCE = (*SourceOptions.names(), "adapter_path", "backend", "trust_remote_co
 AdapterPath = Annotated[list[str] | None, "Adapter folders, an expert each; --model is then the base model."]
 Dtype = Annotated[str, "What is computed in; bf16, fp16 and fp32 are understood, too.", DTYPES]
 DeviceMap = Annotated[str | None, "auto: spread over the GPUs; or one device, such as cuda:1 or cpu."]
+AttnImplementation = Annotated[
+    str | None, "These, or another that transformers has.", ("eager", "sdpa", "flash_attention_2")
+]
 TrustRemoteCode = Annotated[bool, "Run code that a model's repo brings."]
 
 
@@ -53,9 +56,7 @@ class BenchmarkOptions(SourceOptions):
     max_new_tokens: Annotated[int, "A sample's length, in tokens."] = 768
     dtype: Dtype = "bfloat16"
     device_map: DeviceMap = None
-    attn_implementation: Annotated[
-        str | None, "These, or another that transformers has.", ("eager", "sdpa", "flash_attention_2")
-    ] = "eager"
+    attn_implementation: AttnImplementation = "eager"
     tensor_parallel_size: Annotated[int, "GPUs of one vLLM engine."] = 1
     id_range: Annotated[tuple[int, int] | None, "LOW HIGH: tasks from LOW up to but not with HIGH."] = None
     limit: Annotated[int | None, "The first so many tasks."] = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from dylora_moe.hub_export.errors import InputError
 from dylora_moe.hub_export.sources.source_options import SourceOptions
 
-from ..options import DTYPES, DeviceMap, TrustRemoteCode, known_dtype
+from ..options import DTYPES, AttnImplementation, DeviceMap, TrustRemoteCode, known_dtype
 
 
 OF_A_SPACE = ("revision", "dtype", "trust_remote_code")  # the others say how a page on this machine is served
@@ -30,7 +30,7 @@ class ExploreOptions(SourceOptions):
         None
     )
     device_map: DeviceMap = None
-    attn_implementation: Annotated[str | None, "eager, sdpa or flash_attention_2."] = None
+    attn_implementation: AttnImplementation = None
     trust_remote_code: TrustRemoteCode = False
     port: Annotated[int | None, "Of the page; else the first free one from 7860 on."] = None
     share: Annotated[bool, "Also serve it to everyone, at an address of Gradio's servers."] = False

@@ -6,14 +6,16 @@ from typing import Any
 
 
 SINGLE = "single"
+# In the words of the command line's help (`hub_export.repo.choices`, which a Space does not
+# have), without how an expert is named.
 STRATEGIES = {
     "router": "the router's weights at every token",
-    "best": "the router's favourite over the prompt writes everything",
-    SINGLE: "one expert writes everything",
-    "ensemble": "the experts' distributions over the next token, mixed equally",
-    "round_robin": "the next expert with every completion",
-    "uniform": "all experts at once, with equal weights",
-    "base": "the base model without experts",
+    "best": "one expert a prompt: the one that the router prefers there",
+    SINGLE: "that expert alone",
+    "ensemble": "the mean of all experts' next-token probabilities",
+    "round_robin": "each new sequence gets the next expert",
+    "base": "no expert: the base model alone",
+    "uniform": "all experts with equal weights",
 }
 OF_A_ROUTER = ("router", "best")
 

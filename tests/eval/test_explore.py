@@ -18,6 +18,7 @@ from dylora_moe.eval.explore.sides import Asked, describe, write_sides
 from dylora_moe.eval.explore.strategies import STRATEGIES, offered, spelled, split
 from dylora_moe.eval.explore.streaming import stream_tokens
 from dylora_moe.eval.report.palette import expert_colors
+from dylora_moe.hub_export.repo import choices
 from dylora_moe.modeling.routing_strategies_dylora_moe import ROUTING_STRATEGIES
 
 
@@ -160,6 +161,8 @@ def test_pieces_are_the_text_cut_where_a_character_is_complete(tokenizer):
 
 def test_every_strategy_is_offered_and_reads_back():
     assert set(STRATEGIES) == set(ROUTING_STRATEGIES)
+    in_help = {form.partition(":")[0]: what for form, what in choices.STRATEGIES.items()}
+    assert {**in_help, "single": in_help["single"].removesuffix(", by its name or its number")} == STRATEGIES
     with_router, without = build().config, build(router_input=None).config
     assert offered(with_router) == list(STRATEGIES) and not {"router", "best"} & set(offered(without))
     assert (
@@ -167,7 +170,7 @@ def test_every_strategy_is_offered_and_reads_back():
         and split("single:2") == ("single", 2)
         and spelled("base", 2) == "base"
     )
-    assert describe("single:1", ["python", "english"]) == "single:1 (english): one expert writes everything"
+    assert describe("single:1", ["python", "english"]) == "single:1 (english): that expert alone"
 
 
 ATTACK = "</span><script>alert(1)</script>&amp;\"'"

@@ -133,18 +133,18 @@ def test_a_space_replaces_no_folder_that_holds_something(tmp_path, on_hub):
 
 def test_a_missing_package_is_named_before_the_model_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    line = error_of("explore", tmp_path / "no model")
+    line = error_of("explore", tmp_path)
     assert "needs gradio, which is not installed" in line and "pip install 'dylora-moe[explore]'" in line
 
 
 def test_what_cannot_be_served_is_said_before_the_model_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "check_packages", lambda *names: None)
     assert "between 1 and 65535" in error_of("explore", tmp_path, "--port", "70000")
-    assert "which is no device" in error_of("explore", tmp_path / "no model", "--device_map", "moon")
+    assert "which is no device" in error_of("explore", tmp_path, "--device_map", "moon")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        line = error_of("explore", tmp_path / "no model", "--port", taken.getsockname()[1])
+        line = error_of("explore", tmp_path, "--port", taken.getsockname()[1])
     assert "cannot be used: Address already in use" in line
 
 

@@ -217,6 +217,8 @@ REFUSED = [
     "verify no/such/folder",
     "merge no/such/folder --expert 0 -o out",
     "mirror pull a/b/c:d -o out --routing_strategy routr",
+    "explore no/such/folder",
+    "explore m --dtype int8",
     "fit-router no/such/folder --texts t.jsonl -o out",
     "fit-router m --texts t.jsonl -o out --objective orcale",
     "grow no/such/folder --texts t.jsonl -o out",

@@ -37,6 +37,20 @@ MISTAKES = [
         "Missing option '-o' / '--output_dir'. ('dylora-moe export --help' shows what is understood)",
     ),
     ("inspect no/such/folder", "no/such/folder does not exist"),
+    ("explore no/such/folder", "no/such/folder does not exist"),
+    (
+        "explore {repo} --dtype bf17",
+        "--dtype is 'bf17'; there are bfloat16, float16, float32, float64",
+    ),
+    ("explore {repo} --port 99999", "--port is 99999; it must be between 1 and 65535"),
+    (
+        "explore {repo} --space {out}",
+        "{repo} is a folder, and a Space loads a repo from the Hub: `dylora-moe push {repo} ORG/NAME`, then pass ORG/NAME",
+    ),
+    (
+        "explore org/name --space {out} --port 7860",
+        "--port is for a page on this machine; leave it out with --space",
+    ),
     ("inspect {texts}", "{texts} is a file; give the folder it belongs to"),
     (
         "inspect {checkpoint} --revision main",

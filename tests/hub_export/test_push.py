@@ -105,7 +105,7 @@ def folders(tmp_path_factory, model):
         (root / name / "README.md").write_text(CARD)
     (root / "shards" / "vocab.json").write_text("{}")
     for name, where, path in (
-        ("local_full", "full/config.json", "/home/somebody/foundation"),
+        ("local_full", "full/config.json", "/home/me/foundation"),
         ("local_adapter", "adapter/config.json", "../foundation"),
         ("local_expert", "adapter/experts/second/adapter_config.json", "foundation"),
     ):
@@ -274,7 +274,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, folders, 
         ({"repo": full, "hub_id": "guild/mixture", "revision": "v1"}, "is a tag of guild/mixture"),
         (
             {"repo": folders / "local_full", "hub_id": "guild/x"},
-            "If it is not there yet: hf upload org/name /home/somebody/foundation",
+            "If it is not there yet: hf upload org/name /home/me/foundation",
         ),
         ({"repo": folders / "local_adapter", "hub_id": "guild/x"}, "--base_model"),
         (
