@@ -8,7 +8,7 @@ pass reach the layers through `use_experts`.
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +41,7 @@ class ActiveExperts:
     Attributes:
         single: the one expert that acts, or `None`.
         layer_routing: what lets every layer find its own weights, or `None`.
+        compute: what computes a layer instead of its own forward, if it does not return `None`: fast decoding's kernels.
         scales: g of the formula above by rank layout, `[batch or 1, sequence or 1, R]`; else empty.
     """
 
@@ -54,6 +55,7 @@ class ActiveExperts:
         self.single: int | None = None
         self.tokens: int | None = None
         self.layer_routing: LayerRouting | None = None
+        self.compute: Callable[[nn.Module, torch.Tensor], torch.Tensor | None] | None = None
         self.scales: dict[RankLayout, torch.Tensor] = {}
         if isinstance(weights, int):
             self.single = weights
@@ -72,6 +74,7 @@ class ActiveExperts:
         copy.single = self.single
         copy.tokens = self.tokens
         copy.layer_routing = self.layer_routing
+        copy.compute = self.compute
         copy.scales = dict(zip(self.scales, scales, strict=True))
         return copy
 
@@ -251,8 +254,12 @@ class DyloraMoeLinear(LowRankStacks):
         return self.base_layer.bias
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        result = self.base_layer(hidden_states, *args, **kwargs)
         active = _pass_in_progress.active
+        if active is not None and active.compute is not None:
+            computed = active.compute(self, hidden_states)
+            if computed is not None:
+                return computed
+        result = self.base_layer(hidden_states, *args, **kwargs)
         if active is None:
             refuse_recomputation()
             return result

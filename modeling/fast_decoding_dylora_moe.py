@@ -743,8 +743,7 @@ class DecodeGraph:
         self.visible = torch.ones(batch, self.capacity, dtype=torch.uint8, device=device)
         sequences = len(layers[0][0])  # of all streams
         rows, routed_rows = sequences * tokens, batch * tokens
-        self.counters = step.counters(rows) if isinstance(step, KernelStep) else None
-        layouts = step.layouts if isinstance(step, KernelStep) else None
+        self.counters, layouts = step.counters(rows), step.layouts
         self.logits: torch.Tensor | None = None
         self.router_logits: torch.Tensor | None = None
         self.steps = self.speculated = self.hits = 0
@@ -769,9 +768,7 @@ class DecodeGraph:
         self.agreed = torch.zeros((), dtype=torch.bool, device=device)
         self.agreements = torch.zeros((), dtype=torch.long, device=device)  # steps of this window that agreed
         self.hit_rate = USUAL_HIT_RATE**batch  # until it was seen
-        self.speculates = (
-            step.speculates and tokens == 1 and not model.routes_densely and config.num_experts_per_tok == 1
-        )
+        self.speculates = tokens == 1 and not model.routes_densely and config.num_experts_per_tok == 1
         self._speculative = CapturedStep(DecodeGraph._run_speculatively)
         self._again = CapturedStep(DecodeGraph._run)
 
@@ -788,7 +785,7 @@ class DecodeGraph:
             [(keys[first:stop], values[first:stop]) for keys, values in self.layers],
             experts,
             self.counters,
-            launches_early(self.length.device),
+            isinstance(self.compute, KernelStep) and launches_early(self.length.device),
         )
 
     # The state
@@ -885,9 +882,9 @@ class DecodeGraph:
     def _run_speculatively(self) -> None:
         """Both passes as one, the routed rows under the last token's weights; `agreed` says if those hold."""
         self._move_on()
-        hidden = self.compute.hidden_states(self.both)
-        self._keep(self.compute.logits(self.routed, hidden[self.batch :]))
-        self._route(self.compute.router_logits(self.reading, hidden[: self.batch]))
+        logits, router_logits = self.compute.both_logits(self.both, self.reading, self.routed)
+        self._keep(logits)
+        self._route(router_logits)
 
     def _move_on(self) -> None:
         if self.tokens == 1:  # else the caller says how many were accepted

@@ -3,13 +3,17 @@
 `KernelStep` does it by Triton kernels, for a table of families; its `hidden_states` is the step. `FAMILIES` says
 where the model classes that it knows keep their parts, and what their layers do: no module is called, hooked or
 replaced, and weights are read where they lie. `why_not_kernels` says why a base model is none of these.
-`ForwardStep` calls the base model's own forward over a static KV cache.
+`ForwardStep` calls the base model's own forward over a static KV cache; there the kernels compute the layers with
+experts, which are this model's own.
 """
 
 import copy
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,6 +39,7 @@ except ImportError:  # no Triton, or that file was left empty or out
     product_kernel = None
 
 
+KERNEL_DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 2  # up to so many without matrix instructions
 ACTIVATIONS = {
@@ -316,10 +321,15 @@ def why_not_family_code(foundation: nn.Module, code: str, others: tuple[type, ..
     for kind, name in kinds.items():
         if kind not in others and not kind.__module__.startswith(own):
             return f"{name} is a {kind.__name__} of {kind.__module__}"
-        owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-        if owner.forward.__module__ != owner.__module__:
+        if is_replaced(kind):
             return f"the forward of {kind.__name__} was replaced"
     return None
+
+
+def is_replaced(kind: type) -> bool:
+    """Say whether the forward of a class is not the one that its file defines."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    return owner.forward.__module__ != owner.__module__
 
 
 def has_dynamic_positions(config) -> bool:
@@ -483,12 +493,10 @@ class KernelStep:
 
     Attributes:
         description: what it is, for the log.
-        speculates: whether one pass can serve several streams.
         longest_text: tokens of a text at most, or `None`.
         reads_hidden_tokens: whether a step reads what a mask hides in the KV cache, so that it must be finite.
     """
 
-    speculates = True
     reads_hidden_tokens = False
 
     def __init__(self, model):
@@ -550,17 +558,17 @@ class KernelStep:
         hidden = self._embed(run)
         for index, layer in enumerate(self.layers):
             norms = layer.norms
-            qkv = self._product(run, layer.query_key_value, hidden, norm=norms[0])
+            qkv = multiply(run, layer.query_key_value, hidden, norm=norms[0])
             attended = self._attend(run, layer.attention, qkv, index)
             hidden = self._add(run, layer.attention_output, attended, norms[1], residual=hidden)
-            states = self._product(run, layer.feed_forward, hidden, norm=norms[2], activation=self.activation)
+            states = multiply(run, layer.feed_forward, hidden, norm=norms[2], activation=self.activation)
             hidden = self._add(run, layer.down, states, norms[3], residual=hidden)
         return hidden
 
     def logits(self, run: Pass, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits `[rows, vocabulary]`, of a pass or of hidden states that another pass computed."""
         hidden = self.hidden_states(run) if hidden is None else hidden
-        return self._product(
+        return multiply(
             run,
             self.head,
             hidden,
@@ -572,8 +580,14 @@ class KernelStep:
     def router_logits(self, run: Pass, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Compute router logits `[rows, num_experts]` in float32, as `logits` does."""
         hidden = self.hidden_states(run) if hidden is None else hidden
-        normalised = self._norm(run, self.last_norm, hidden)
-        return self._product(run, self.gate, normalised, dtype=torch.float32)
+        normalised = normalise(run, self.last_norm, hidden)
+        return multiply(run, self.gate, normalised, dtype=torch.float32)
+
+    def both_logits(self, both: Pass, reading: Pass, routed: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the routed rows' logits and the router's in one pass, `both`, whose first rows are the router's."""
+        hidden = self.hidden_states(both)
+        reading_hidden, routed_hidden = hidden.split([reading.rows, routed.rows])
+        return self.logits(routed, routed_hidden), self.router_logits(reading, reading_hidden)
 
     def _embed(self, run: Pass) -> torch.Tensor:
         width = self.embeddings.shape[1]
@@ -589,77 +603,9 @@ class KernelStep:
     def _add(self, run: Pass, product: Product, states, norm: Norm | None, residual) -> torch.Tensor:
         """Multiply and add to the residual stream, with a norm between where the family has one."""
         if norm is None:
-            return self._product(run, product, states, residual=residual, scale=self.residual_scale)
-        added = self._product(run, product, states)
-        return self._norm(run, norm, added, residual=residual, scale=self.residual_scale)
-
-    def _norm(self, run: Pass, norm: Norm, states, residual=None, scale: float = 1.0) -> torch.Tensor:
-        output = torch.empty_like(states)
-        rows, width = states.shape
-        norm_kernel[(rows,)](
-            states, norm.weight, norm.weight if norm.bias is None else norm.bias,
-            states if residual is None else residual, output, norm.eps, norm.offset, scale,
-            SIZE=width, BLOCK=power_of_two(width), CENTERED=norm.is_centered, BIAS=norm.bias is not None,
-            RESIDUAL=residual is not None, **run.launch(4),
-        )  # fmt: skip
-        return output
-
-    def _product(
-        self,
-        run: Pass,
-        product: Product,
-        states: torch.Tensor,
-        norm: Norm | None = None,
-        residual: torch.Tensor | None = None,
-        activation: str = "",
-        scale: float = 1.0,
-        softcap: float | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """Multiply `states` `[rows, K]` by a product's weights, with its experts: `[rows, columns]`."""
-        rows = len(states)
-        is_many = rows > FEW_ROWS
-        if norm is not None and (is_many or norm.is_centered):
-            states, norm = self._norm(run, norm, states), None
-        experts = run.experts if product.is_adapted else None
-        z = states if experts is None else self._ranks(run, product, states, norm)
-        all_ranks = 0 if experts is None else experts.places.shape[1]
-        block = blocks(product, rows, all_ranks)
-        padded = min(64, max(16, power_of_two(rows))) if is_many else rows
-        sides = len(product.sides)
-        programs = [-(-side.size // block.columns) for side in product.sides]
-        output = torch.empty(rows, product.columns, dtype=dtype or states.dtype, device=states.device)
-        product_kernel[(programs[0] if product.is_pair else sum(programs), -(-rows // padded))](
-            states, states if norm is None else norm.weight, states if residual is None else residual, output, z,
-            z if experts is None else experts.places, z if experts is None else experts.own,
-            z if experts is None else experts.acting,
-            *product.weights, *product.biases, *product.lora_B, *product.sizes, *product.lora_B_strides,
-            *product.layouts, rows, product.columns, product.weight_stride,
-            0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, scale, softcap or 1.0,
-            SIDES=sides, K=product.inputs, BN=block.columns, BK=block.inputs, ROWS=padded, PAIR=product.is_pair,
-            NORM=norm is not None, BIAS=product.has_bias, RESIDUAL=residual is not None,
-            SOFTCAP=softcap is not None, ACTIVATION=activation,
-            OWN=0 if experts is None else experts.own.shape[1], RANKS=self.layouts.ranks, ALL_RANKS=all_ranks,
-            RANK_BLOCK=min(RANK_BLOCK, all_ranks & -all_ranks), DOT=is_many,
-            TRANSPOSED=product.is_transposed,
-            PRECISION="ieee" if product.weights[0].dtype == torch.float32 else "tf32", STAGES=block.stages,
-            **run.launch(block.warps),
-        )  # fmt: skip
-        return output
-
-    def _ranks(self, run: Pass, product: Product, states: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        """Multiply `states` by the A of the rows' own experts, and by their factors: `[sides, rows, own * ranks]`."""
-        experts, rows, sides = run.experts, len(states), len(product.sides)
-        own_ranks, block = experts.factors.shape[-1], rank_blocks(product)
-        z = torch.empty(sides, rows, own_ranks, dtype=torch.float32, device=states.device)
-        ranks_kernel[(own_ranks // block.columns, rows, sides)](
-            states, states if norm is None else norm.weight, *product.lora_A, experts.own, experts.places,
-            experts.factors, experts.factors.stride(0), z, rows, *product.layouts,
-            0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset,
-            K=product.inputs, BN=block.columns, BK=block.inputs, NORM=norm is not None, OWN=experts.own.shape[1],
-            RANKS=self.layouts.ranks, ALL_RANKS=experts.places.shape[1], **run.launch(block.warps),
-        )  # fmt: skip
-        return z
+            return multiply(run, product, states, residual=residual, scale=self.residual_scale)
+        added = multiply(run, product, states)
+        return normalise(run, norm, added, residual=residual, scale=self.residual_scale)
 
     def _attend(self, run: Pass, attention: Attention, qkv: torch.Tensor, index: int) -> torch.Tensor:
         keys, values = run.layers[index]
@@ -687,6 +633,78 @@ class KernelStep:
             PRECISION="ieee" if self.dtype == torch.float32 else "tf32", **run.launch(ATTENTION_WARPS),
         )  # fmt: skip
         return output
+
+
+def normalise(run: Pass, norm: Norm, states, residual=None, scale: float = 1.0) -> torch.Tensor:
+    """Compute a norm of `states` `[rows, width]`, times `scale`, plus the residual."""
+    output = torch.empty_like(states)
+    rows, width = states.shape
+    norm_kernel[(rows,)](
+        states, norm.weight, norm.weight if norm.bias is None else norm.bias,
+        states if residual is None else residual, output, norm.eps, norm.offset, scale,
+        SIZE=width, BLOCK=power_of_two(width), CENTERED=norm.is_centered, BIAS=norm.bias is not None,
+        RESIDUAL=residual is not None, **run.launch(4),
+    )  # fmt: skip
+    return output
+
+
+def multiply(
+    run: Pass,
+    product: Product,
+    states: torch.Tensor,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "",
+    scale: float = 1.0,
+    softcap: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Multiply `states` `[rows, K]` by a product's weights, with its experts: `[rows, columns]`."""
+    rows = len(states)
+    is_many = rows > FEW_ROWS
+    if norm is not None and (is_many or norm.is_centered):
+        states, norm = normalise(run, norm, states), None
+    experts = run.experts if product.is_adapted else None
+    z = states if experts is None else multiply_by_A(run, product, states, norm)
+    all_ranks = 0 if experts is None else experts.places.shape[1]
+    block = blocks(product, rows, all_ranks)
+    padded = min(64, max(16, power_of_two(rows))) if is_many else rows
+    sides = len(product.sides)
+    programs = [-(-side.size // block.columns) for side in product.sides]
+    output = torch.empty(rows, product.columns, dtype=dtype or states.dtype, device=states.device)
+    product_kernel[(programs[0] if product.is_pair else sum(programs), -(-rows // padded))](
+        states, states if norm is None else norm.weight, states if residual is None else residual, output, z,
+        z if experts is None else experts.places, z if experts is None else experts.own,
+        z if experts is None else experts.acting,
+        *product.weights, *product.biases, *product.lora_B, *product.sizes, *product.lora_B_strides,
+        *product.layouts, rows, product.columns, product.weight_stride,
+        0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, scale, softcap or 1.0,
+        SIDES=sides, K=product.inputs, BN=block.columns, BK=block.inputs, ROWS=padded, PAIR=product.is_pair,
+        NORM=norm is not None, BIAS=product.has_bias, RESIDUAL=residual is not None,
+        SOFTCAP=softcap is not None, ACTIVATION=activation,
+        OWN=0 if experts is None else experts.own.shape[1],
+        RANKS=0 if experts is None else experts.layouts.ranks, ALL_RANKS=all_ranks,
+        RANK_BLOCK=min(RANK_BLOCK, all_ranks & -all_ranks), DOT=is_many,
+        TRANSPOSED=product.is_transposed,
+        PRECISION="ieee" if product.weights[0].dtype == torch.float32 else "tf32", STAGES=block.stages,
+        **run.launch(block.warps),
+    )  # fmt: skip
+    return output
+
+
+def multiply_by_A(run: Pass, product: Product, states: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """Multiply `states` by the A of the rows' own experts, and by their factors: `[sides, rows, own * ranks]`."""
+    experts, rows, sides = run.experts, len(states), len(product.sides)
+    own_ranks, block = experts.factors.shape[-1], rank_blocks(product)
+    z = torch.empty(sides, rows, own_ranks, dtype=torch.float32, device=states.device)
+    ranks_kernel[(own_ranks // block.columns, rows, sides)](
+        states, states if norm is None else norm.weight, *product.lora_A, experts.own, experts.places,
+        experts.factors, experts.factors.stride(0), z, rows, *product.layouts,
+        0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset,
+        K=product.inputs, BN=block.columns, BK=block.inputs, NORM=norm is not None, OWN=experts.own.shape[1],
+        RANKS=experts.layouts.ranks, ALL_RANKS=experts.places.shape[1], **run.launch(block.warps),
+    )  # fmt: skip
+    return z
 
 
 class GateSide(Side):
@@ -801,11 +819,13 @@ def power_of_two(number: int) -> int:
 class ForwardStep:
     """A decode step by the base model's own forward over a static KV cache; nothing in it is replaced.
 
+    Layers with experts are this model's own: the kernels compute them, with the experts, where they can.
+
     Attributes:
-        description, speculates, longest_text, reads_hidden_tokens: as those of `KernelStep`.
+        description, longest_text, reads_hidden_tokens: as those of `KernelStep`.
+        products: what the kernels need to know of such layers.
     """
 
-    speculates = False
     reads_hidden_tokens = True
     longest_text = None
 
@@ -819,6 +839,16 @@ class ForwardStep:
             self.windows = {"every layer": window}
         else:
             self.windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
+        self.layouts = RankLayouts()
+        self.products = {
+            layer: Product([Side(layer)], self.layouts)
+            for layer in model.expert_layers().values()
+            if can_multiply(layer)
+        }
+        self.layouts.make_tables(model.device)
+
+    def counters(self, rows: int) -> None:
+        """Make nothing: attention is the base model's."""
 
     @staticmethod
     def why_not(model) -> str | None:
@@ -855,13 +885,24 @@ class ForwardStep:
         model = self._model()
         return model.router(self._forward(model.foundation_body, run).last_hidden_state)[:, -1]
 
+    def both_logits(self, both: Pass, reading: Pass, routed: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute both in one pass: see `KernelStep`."""
+        model = self._model()
+        with outputs_of(model.foundation_body) as outputs:
+            logits = self._forward(model.foundation, both).logits
+        (hidden,) = (output[0] for output in outputs)
+        return logits[reading.rows :, -1], model.router(hidden[: reading.rows])[:, -1]
+
     def _forward(self, body: Callable, run: Pass):
         model = self._model()
         layers = [StaticLayer(keys, values, run.length) for keys, values in run.layers]
         weights = None if run.experts is None else run.experts.weights.unsqueeze(1)
         streams = run.rows // len(run.input_ids)
         masks = {kind: self._mask(run, window) for kind, window in self.windows.items()}
-        with use_experts(model.active_experts(weights, tokens=1)):
+        active = model.active_experts(weights, tokens=1)
+        if active is not None:
+            active.compute = partial(self._multiply, run)
+        with use_experts(active):
             return body(
                 input_ids=run.input_ids.repeat(streams, 1),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
@@ -870,6 +911,14 @@ class ForwardStep:
                 use_cache=True,
                 return_dict=True,
             )
+
+    def _multiply(self, run: Pass, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Compute a layer with experts by the kernels; `None` where they do not know it, or it sees other rows."""
+        product = self.products.get(layer)
+        states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if product is None or len(states) != run.rows or states.dtype != product.weights[0].dtype:
+            return None
+        return multiply(run, product, states.contiguous()).unflatten(0, hidden_states.shape[:-1])
 
     def _mask(self, run: Pass, window: int | None) -> torch.Tensor:
         """Make what is added to the scores, `[rows, 1, 1, capacity]`."""
@@ -881,6 +930,38 @@ class ForwardStep:
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         mask = mask.masked_fill(~seen, torch.finfo(dtype).min)
         return mask.repeat(run.rows // len(seen), 1)[:, None, None]
+
+
+def can_multiply(layer: nn.Module) -> bool:
+    """Say whether the kernels can compute a layer with experts."""
+    if product_kernel is None or type(layer) is not DyloraMoeLinear or len(layer.lora_A) == 0:
+        return False
+    kind = type(layer.base_layer)
+    if kind not in (nn.Linear, Conv1D) or is_replaced(kind):
+        return False
+    return all(
+        weight.device.type in KERNEL_DEVICES
+        and weight.dtype in DTYPES
+        and weight.is_contiguous()
+        and weight.numel() < 2**31
+        for weight in layer.parameters()
+    )
+
+
+@contextmanager
+def outputs_of(module: nn.Module) -> Iterator[list]:
+    """Collect what a module returns to this thread within the context."""
+    outputs, thread = [], threading.get_ident()
+
+    def collect(module: nn.Module, inputs: tuple, output) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(output)
+
+    handle = module.register_forward_hook(collect)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 class StaticLayer(CacheLayerMixin):

@@ -80,7 +80,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         },
     ),
     "olmo2": ("Olmo2Config", {}),
-    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 2, "no_rope_layer_interval": 2}),
     "stablelm": (
         "StableLmConfig",
         {"rope_parameters": partial_rotary(0.25), "num_attention_heads": 3, "num_key_value_heads": 3},

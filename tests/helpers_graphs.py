@@ -45,36 +45,11 @@ def decode_fast_on_a_cpu(monkeypatch, fast) -> None:
     monkeypatch.setattr(fast, "why_not_kernels", lambda model: why_not_kernels(model) or "there is no GPU")
 
 
-def speculate_on_a_cpu(monkeypatch, fast) -> None:
-    """Have the base model's forward run both passes of a router's step as one, as kernels do."""
-
-    class SpeculativeStep(fast.ForwardStep):
-        speculates = True
-
-        def hidden_states(self, run):
-            return self._forward(self._model().foundation_body, run).last_hidden_state[:, -1]
-
-        def logits(self, run, hidden=None):
-            if hidden is None:
-                return super().logits(run)
-            return self._model().get_output_embeddings()(hidden)
-
-        def router_logits(self, run, hidden=None):
-            return super().router_logits(run) if hidden is None else self._model().router(hidden)
-
-    monkeypatch.setattr(fast, "ForwardStep", SpeculativeStep)
-
-
 def look_up_on_a_cpu(monkeypatch, fast) -> None:
     """Have the base model's forward run several tokens of a text in a step, as kernels do for prompt lookup."""
     static_layer = sys.modules[fast.ForwardStep.__module__].StaticLayer
 
     class SeveralTokensStep(fast.ForwardStep):
-        layouts = None
-
-        def counters(self, rows):
-            return None
-
         def logits(self, run):
             return self._forward(self._model().foundation, run).logits.flatten(0, 1)
 

@@ -13,7 +13,6 @@ from helpers_graphs import (
     capture_on_a_cpu,
     default_and_fast,
     look_up_on_a_cpu,
-    speculate_on_a_cpu,
 )
 from helpers_models import (
     LATENTS_ARE_CACHED,
@@ -67,7 +66,6 @@ def test_captured_steps_of_changing_strategies_sizes_and_weights(monkeypatch):
 
 @pytest.mark.slow
 def test_a_router_that_changes_its_mind_in_captured_steps(monkeypatch):
-    speculate_on_a_cpu(monkeypatch, fast)
     model = build(seed=7)
     with torch.no_grad():
         model.router.gate.weight.mul_(100)

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers_families import VARIANTS, build_family, family_config, interpret_quickly
+from helpers_families import (
+    OTHERS,
+    VARIANTS,
+    build_family,
+    build_other,
+    family_config,
+    interpret_quickly,
+)
 from helpers_graphs import GREEDY, count_steps, default_and_fast
 from helpers_models import SIZES, STRATEGIES, build, left_padded, random_rows
 from helpers_slow import slow_but
@@ -575,6 +582,55 @@ def test_strategies(generating, variant, strategy):
     assert found.sequences.tolist() == expected.sequences.tolist()
     assert_close(torch.stack(found.logits), torch.stack(expected.logits))
     assert len(generating) == 3 and isinstance(generating[0].compute, fast_step.KernelStep)
+
+
+# Base models outside the table
+
+
+@pytest.mark.parametrize("strategy", slow_but("router", of=STRATEGIES))
+@pytest.mark.parametrize("kind", slow_but("glm4", of=[*OTHERS, "gpt2"]))
+@pytest.mark.parametrize(
+    "rows", slow_but(2, of=[1, 2])
+)  # with two, more than `FEW_ROWS` in both passes of a router
+def test_layers_with_experts_of_other_base_models(generating, monkeypatch, rows, kind, strategy):
+    """Only they are computed by kernels, in the base model's own forward."""
+    monkeypatch.setattr(fast_step, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(fast_decoding, "why_not_kernels", lambda model: "the test says so")
+    model = build_family("gpt2") if kind == "gpt2" else build_other(kind)
+    multiply, multiplied = fast_step.multiply, []
+    monkeypatch.setattr(fast_step, "multiply", lambda *args: (multiplied.append(args[1]), multiply(*args))[1])
+    inputs = left_padded(random_rows((9, 5)[:rows], vocabulary=32))
+    wanted = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    expected, found = default_and_fast(model, inputs, routing_strategy=strategy, **wanted)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+    step = generating[0].compute
+    assert isinstance(step, fast_step.ForwardStep) and len(generating) == 3
+    assert len(step.products) == len(model.expert_layers())
+    assert {id(product) for product in multiplied} == {
+        id(product) for product in step.products.values() if strategy != "base"
+    }
+
+
+def test_layers_with_experts_that_the_kernels_do_not_know(interpreted, monkeypatch):
+    """They see other rows than the pass, or have numbers of another type, or another class inside."""
+    monkeypatch.setattr(fast_step, "KERNEL_DEVICES", ("cpu",))
+    model = build_family("llama")
+    layers = list(model.expert_layers().values())
+    layers[0].base_layer.weight.data = layers[0].base_layer.weight.data.double()
+    layers[1].base_layer.__class__ = type("OtherLinear", (nn.Linear,), {})
+    step = fast_step.ForwardStep(model, "the test says so")
+    assert set(step.products) == set(layers[2:])
+    case = Case.random(model, rows=2, tokens=1)
+    run = case.make_pass(step, [[torch.zeros(2, 1, 1, 1)] * 2], case.weights)
+    states = torch.randn(2, 1, layers[2].lora_A.shape[1])
+    with torch.no_grad():
+        assert step._multiply(run, layers[0], states) is None
+        assert step._multiply(run, layers[2], states[:1]) is None
+        assert step._multiply(run, layers[2], states.double()) is None
+        with use_experts(model.active_experts(case.weights[:, None])):
+            expected = layers[2](states)
+        assert_close(step._multiply(run, layers[2], states), expected)
 
 
 @pytest.mark.parametrize("tied", slow_but(True, of=[False, True]))

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 from helpers_families import OTHERS, build_other
-from helpers_graphs import BATCH, GREEDY, Streamer, default_and_fast, speculate_on_a_cpu
+from helpers_graphs import BATCH, GREEDY, Streamer, default_and_fast
 from helpers_models import (
     SIZES,
     STRATEGIES,
@@ -339,8 +339,7 @@ def small_caches(monkeypatch):
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("strategy", ["router", "best", "single:1", "ensemble"])
 def test_a_text_that_outgrows_its_cache(steps, monkeypatch, small_caches, strategy, speculative):
-    if speculative:
-        speculate_on_a_cpu(monkeypatch, fast)
+    monkeypatch.setattr(fast, "SPECULATION_PAYS", 0.0 if speculative else 2.0)
     model = build(seed=7)
     wanted = {"max_new_tokens": 40, "routing_strategy": strategy, "return_dict_in_generate": True}
     expected, found = default_and_fast(model, **wanted)
@@ -462,16 +461,11 @@ def test_forgetting_while_it_decodes_waits_for_another_time(steps):
     assert len(steps) == 11 and model._decode_graphs.graphs
 
 
-# Speculative routing, by a stand-in for the kernels' step
-
-
-@pytest.fixture
-def speculative(monkeypatch):
-    speculate_on_a_cpu(monkeypatch, fast)
+# Speculative routing
 
 
 @pytest.mark.parametrize("agreeing", [True, False])
-def test_speculation_is_given_up_where_it_loses_and_changes_no_token(steps, speculative, agreeing):
+def test_speculation_is_given_up_where_it_loses_and_changes_no_token(steps, agreeing):
     model = build(seed=7)
     with torch.no_grad():
         if agreeing:
@@ -489,7 +483,7 @@ def test_speculation_is_given_up_where_it_loses_and_changes_no_token(steps, spec
         assert graph.hits < graph.speculated == fast.WINDOW and graph.hit_rate < fast.SPECULATION_PAYS
 
 
-def test_speculation_begins_by_itself_where_it_would_have_been_right(steps, speculative, monkeypatch):
+def test_speculation_begins_by_itself_where_it_would_have_been_right(steps, monkeypatch):
     model = build(seed=7)
     with torch.no_grad():
         model.router.gate.bias[1] = 1000.0
@@ -500,13 +494,13 @@ def test_speculation_begins_by_itself_where_it_would_have_been_right(steps, spec
 
 
 @pytest.mark.parametrize("fields", [{"router_mode": "dense"}, {"num_experts_per_tok": 2}], ids=str)
-def test_routers_of_several_experts_do_not_speculate(steps, speculative, fields):
+def test_routers_of_several_experts_do_not_speculate(steps, fields):
     expected, found = default_and_fast(build(seed=7, **fields), routing_strategy="router")
     assert found.tolist() == expected.tolist() and steps and not steps[-1].speculated
 
 
 @pytest.mark.parametrize("router_input", ["base", "experts_sum"])
-def test_a_few_rows_that_speculate(steps, speculative, monkeypatch, router_input):
+def test_a_few_rows_that_speculate(steps, monkeypatch, router_input):
     monkeypatch.setattr(fast, "SPECULATION_PAYS", 0.0)  # however often it misses
     model = build(seed=7, router_input=router_input)
     wanted = {"return_dict_in_generate": True, "output_router_logits": True, "max_new_tokens": 24}
