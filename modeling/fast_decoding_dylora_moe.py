@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ def is_own_cache(cache: Cache | None) -> bool:
 
 
 class Survey:
-    """What one walk over a model finds, once a `generate`: it is part of the time of every prompt.
+    """What one walk over a model finds, once a `generate`.
 
     Attributes:
         modules, kinds: the model and every module in it, and their classes.
@@ -104,20 +104,21 @@ class Survey:
     """
 
     def __init__(self, model: nn.Module):
-        # Not `model.modules()` and `parameters()`, whose nested generators took a fifth of a short prompt's time.
+        # Not by `model.modules()` and `parameters()`, whose nested generators take as long as several tokens.
         self.modules = every_module(model)
         self.kinds = list(map(type, self.modules))
-        self.tensors: list[torch.Tensor] = []
-        self.replaced: list[bool] = []
-        self.trains = False
-        self.has_hooks = bool(torch.nn.modules.module._has_any_global_hook())
-        for module in self.modules:
-            fields = vars(module)
-            self.tensors += [tensor for tensor in fields["_parameters"].values() if tensor is not None]
-            self.tensors += [tensor for tensor in fields["_buffers"].values() if tensor is not None]
-            self.replaced.append("forward" in fields)
-            self.trains |= fields["training"]
-            self.has_hooks |= _has_hooks(fields)
+        fields = list(map(vars, self.modules))
+        tensors = [tensor for each in fields for tensor in each["_parameters"].values()]
+        tensors += [tensor for each in fields for tensor in each["_buffers"].values()]
+        self.tensors: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
+        self.replaced = ["forward" in each for each in fields]
+        self.trains = any(each["training"] for each in fields)
+        hooks = [each["_forward_hooks"] for each in fields if each["_forward_hooks"]]
+        self.has_hooks = (
+            torch.nn.modules.module._has_any_global_hook()
+            or any(each["_forward_pre_hooks"] or "_hf_hook" in each for each in fields)
+            or not all(map(_are_of_transformers, hooks))
+        )
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
@@ -131,11 +132,10 @@ def every_module(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def _has_hooks(fields: dict) -> bool:
-    """Say whether something looks on a module; transformers' own hooks wait until outputs are asked for."""
+def _are_of_transformers(hooks: dict) -> bool:
+    """Say whether hooks are transformers' own, which wait until outputs are asked for."""
     own = "transformers.utils.output_capturing"
-    others = [hook for hook in fields["_forward_hooks"].values() if getattr(hook, "__module__", None) != own]
-    return bool(others or fields["_forward_pre_hooks"] or "_hf_hook" in fields)
+    return all(getattr(hook, "__module__", None) == own for hook in hooks.values())
 
 
 def why_not_model(model, survey: Survey) -> str | None:
@@ -198,7 +198,7 @@ class FastDecodingMixin:
     def _assisted_decoding(self, input_ids, *, generation_config: GenerationConfig, **kwargs):
         if looks_up_greedily(input_ids, generation_config, kwargs):
             with self.decoding_fast(generation_config, kwargs) as decoding:
-                if decoding is not None:
+                if decoding is not None and decoding.why_not is None:
                     try:
                         return PromptLookup(decoding, input_ids, generation_config).run(**kwargs)
                     except NotCapturable as error:
@@ -220,23 +220,16 @@ class FastDecodingMixin:
         """
         store = self.__dict__.setdefault("_decode_graphs", GraphStore())
         reason = why_not(self, generation_config, arguments)
-        survey = None
-        if reason is None:
-            survey = Survey(self)
-            reason = why_not_model(self, survey)
-        has_lock = reason is None and store.lock.acquire(blocking=False)
-        if not has_lock:
-            self._tell_once(reason or "another thread decodes with this model", store)
+        if reason is None and not store.lock.acquire(blocking=False):
+            reason = "another thread decodes with this model"
+        if reason is not None:
+            self._tell_once(reason, store)
             yield None
             return
         try:
             # Triton and streams go by the current GPU.
             with torch.cuda.device_of(next(self.parameters())):
-                store.look_at(self, survey)
-                reason = store.reason or store.why_not_text(generation_config, arguments)
-                self._tell_once(reason, store)
-                if reason is None:
-                    _call.decoding = Decoding(self, store, arguments, generation_config.max_length)
+                _call.decoding = Decoding(self, store, generation_config, arguments)
                 yield _call.decoding
         finally:
             _call.decoding = None
@@ -264,21 +257,24 @@ class FastDecodingMixin:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         decoding = _decoding_of(self)
-        if decoding is None:
+        copies = 1
+        if decoding is not None:
+            copies = decoding.copies_of_prompts(len(input_ids), generation_config, model_kwargs)
+        if copies == 1 or decoding.why_not is not None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        copies = decoding.copies_of_prompts(len(input_ids), generation_config, model_kwargs)
-        rows = len(input_ids)
-        inputs = model_kwargs
-        if copies > 1:  # a prompt's rows lie together, and one of them is enough
-            inputs = {
-                name: value[::copies] if isinstance(value, torch.Tensor) and len(value) == rows else value
-                for name, value in model_kwargs.items()
-            }
+        rows = len(input_ids)  # those of a prompt lie together, and one of them is enough
+        inputs = {
+            name: value[::copies] if isinstance(value, torch.Tensor) and len(value) == rows else value
+            for name, value in model_kwargs.items()
+        }
         outputs = super()._prefill(input_ids[::copies], generation_config, inputs, *args, **kwargs)
         outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
         if outputs.router_logits is not None:
             outputs.router_logits = outputs.router_logits.repeat_interleave(copies, dim=0)
-        decoding.take_prompts(copies, model_kwargs.get("expert_ids"))
+        try:
+            decoding.take_prompts(copies, model_kwargs.get("expert_ids"))
+        except NotCapturable as error:
+            decoding.give_up(str(error))
         return outputs
 
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
@@ -308,12 +304,12 @@ class Decoding:
     Args:
         model: the routed model.
         store: its decode graphs; the caller holds the lock.
-        arguments: the model's arguments in this `generate`.
-        max_length: tokens of a text at most, its prompt included.
+        generation_config, arguments: of this `generate`, and the model's in it.
     """
 
-    def __init__(self, model, store: "GraphStore", arguments: dict, max_length: int):
-        self.model, self.store, self.max_length = model, store, max_length
+    def __init__(self, model, store: "GraphStore", generation_config: GenerationConfig, arguments: dict):
+        self.model, self.store = model, store
+        self.generation_config, self.arguments = generation_config, arguments
         self.strategy = model.routing_strategy(arguments["routing_strategy"])
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
@@ -323,6 +319,17 @@ class Decoding:
         ] = []  # `[streams * batch, heads, capacity, size]`
         self.length = 0
         self.asked_with: dict = {}  # what the last step's inputs were made of
+
+    @cached_property
+    def why_not(self) -> str | None:
+        """Why the model takes the default path in this call. Asked behind the prompt: none waits for the answer."""
+        survey = Survey(self.model)
+        reason = why_not_model(self.model, survey)
+        if reason is None:
+            self.store.look_at(self.model, survey)
+            reason = self.store.reason or self.store.why_not_text(self.generation_config, self.arguments)
+        self.model._tell_once(reason, self.store)
+        return reason
 
     def copies_of_prompts(self, rows: int, generation_config: GenerationConfig, arguments: dict) -> int:
         """Return how many rows each prompt has that are the same in everything."""
@@ -335,7 +342,7 @@ class Decoding:
         is_same = torch.equal(expert_ids[::copies].repeat_interleave(copies), expert_ids)
         return copies if is_same else 1
 
-    def take_prompts(self, copies: int, expert_ids: torch.Tensor | None) -> None:
+    def take_prompts(self, copies: int = 1, expert_ids: torch.Tensor | None = None) -> None:
         """Move the prompts' keys and values to the static KV cache, `copies` times, layer by layer."""
         if row_experts(self.cache) is not None and expert_ids is not None:
             row_experts(self.cache).expert_ids = expert_ids
@@ -343,14 +350,15 @@ class Decoding:
         per_stream, streams = self.model.num_layers_per_stream, self.strategy.num_streams
         if any(layer.keys is None for layer in self.cache.layers[: streams * per_stream]):
             self.cache.batch_repeat_interleave(copies)
-            self.store.give_up("layers that the config counts and the base model does not have")
-            return
+            raise NotCapturable("layers that the config counts and the base model does not have")
         for index in range(per_stream):
             layers = self.cache.layers[index : streams * per_stream : per_stream]
-            self.layers.append(self.store.take(index, layers, copies, self.length, self.max_length))
+            self.layers.append(
+                self.store.take(index, layers, copies, self.length, self.generation_config.max_length)
+            )
 
     def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
-        if self.store.reason:
+        if self.why_not or self.store.reason:
             return self.model(input_ids=input_ids, **arguments)
         try:
             if self.graph is None:
@@ -379,6 +387,8 @@ class Decoding:
 
     def start(self, batch, tokens, attention_mask, position_ids, expert_ids, device) -> None:
         """Take the graph of a step of so many tokens a sequence, and place it behind the prompt."""
+        if not self.layers:
+            self.take_prompts()
         self._use_graph(batch, tokens)
         if attention_mask is None:
             attention_mask = torch.ones(batch, self.length, device=device)
@@ -462,8 +472,6 @@ class PromptLookup:
         for name in ("synced_gpus", "inputs_tensor", "tokenizer", "assistant_model", "assistant_tokenizer"):
             model_kwargs.pop(name, None)
         outputs = model._prefill(self.input_ids, self.generation_config, model_kwargs)
-        if decoding.store.reason:
-            raise NotCapturable(decoding.store.reason)
         self.append_to_text(self.input_ids[0].tolist())
         mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
         if positions is not None:

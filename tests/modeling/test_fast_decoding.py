@@ -320,13 +320,41 @@ def test_a_prompt_of_several_sequences_is_read_once(steps, monkeypatch, strategy
     model, rows = build(seed=7), []
     take = fast.Decoding.take_prompts
 
-    def look(decoding, copies, expert_ids):
+    def look(decoding, *args):
         rows.append(len(layers_of(decoding.cache)[0].keys))
-        return take(decoding, copies, expert_ids)
+        return take(decoding, *args)
 
     monkeypatch.setattr(fast.Decoding, "take_prompts", look)
     model.generate(**BATCH, **{**GREEDY, **SAMPLED}, routing_strategy=strategy)
     assert rows == [6 if strategy == "round_robin" else 3] and steps  # whose rows have experts of their own
+
+
+def test_a_prompt_is_the_default_path_s(steps, monkeypatch):
+    """It is not kept waiting: what is looked at before a graph may run is looked at behind the first token."""
+    model, one = build(seed=7), {name: rows[:1] for name, rows in BATCH.items()}
+    streamer = Streamer()
+    survey, take = fast.Survey, fast.GraphStore.take
+    monkeypatch.setattr(fast, "Survey", lambda model: (streamer.seen.append("look"), survey(model))[1])
+    monkeypatch.setattr(fast.GraphStore, "take", lambda *args: (streamer.seen.append("take"), take(*args))[1])
+    output = model.generate(**one, **{**GREEDY, "max_new_tokens": 3}, streamer=streamer)
+    *prompt, first, second, third = output[0].tolist()
+    layers = model.num_layers_per_stream
+    assert streamer.seen == [*prompt, first, "look", *["take"] * layers, second, third, "end"]
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_hook_sees_every_row_of_a_prompt(steps, copies):
+    model, rows = build(seed=7), []
+    layer = next(iter(model.expert_layers().values()))
+    wanted = {**GREEDY, "do_sample": True, "num_return_sequences": copies, "routing_strategy": "single:1"}
+    handle = layer.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    torch.manual_seed(0)
+    watched = model.generate(**BATCH, **wanted)
+    assert set(rows) == {3 * copies} and not steps
+    handle.remove()
+    torch.manual_seed(0)
+    assert model.generate(**BATCH, **wanted).tolist() == watched.tolist() and steps
 
 
 @pytest.fixture

@@ -61,11 +61,12 @@ def routed(modeling, kind: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", type=Path, help="the `modeling` folder of another version")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--strategies", nargs="+", default=["single:0", "router"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     with report("Base models outside the table", parser) as (options, rows):
         other = None if options.against is None else import_modeling(options.against)
-        for kind in KINDS:
+        for kind in options.kinds:
             free()
             model = routed(dylora_moe.modeling, kind)
             models = {"this": (model, {}), "default path": (model, {"fast_decoding": False})}
