@@ -391,6 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings(), plain_logging():
             _quiet()
             code = app(args=cli_eval.spread(arguments), prog_name="dylora-moe", standalone_mode=False)
+            _leave_process_group()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
@@ -401,6 +402,13 @@ def main(arguments: list[str] | None = None) -> None:
     if code == INTERRUPTED:  # typer has this code for it, too
         err.print("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_process_group() -> None:
+    """Leave the processes of `accelerate launch`; NCCL warns of leaks where nobody does."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _report(error: Exception) -> int:

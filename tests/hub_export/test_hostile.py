@@ -396,7 +396,7 @@ def test_tokens_are_never_said(checked, checkpoint, tmp_path, monkeypatch):
     for name, value in {
         **secrets,
         "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_HTTP_TIMEOUT": "2",  # in seconds, after which the SDK gives up
+        "WANDB_HTTP_TIMEOUT": "1",  # in seconds, after which the SDK gives up
         "HF_ENDPOINT": "http://127.0.0.1:9",
     }.items():
         monkeypatch.setenv(name, value)
