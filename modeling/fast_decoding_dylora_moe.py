@@ -326,7 +326,10 @@ class Decoding:
         survey = Survey(self.model)
         reason = why_not_model(self.model, survey)
         if reason is None:
-            self.store.look_at(self.model, survey)
+            with (
+                self.model._optimize_model_for_decode()
+            ):  # which changes settings, and is on behind the prompt
+                self.store.look_at(self.model, survey)
             reason = self.store.reason or self.store.why_not_text(self.generation_config, self.arguments)
         self.model._tell_once(reason, self.store)
         return reason
@@ -344,25 +347,26 @@ class Decoding:
 
     def take_prompts(self, copies: int = 1, expert_ids: torch.Tensor | None = None) -> None:
         """Move the prompts' keys and values to the static KV cache, `copies` times, layer by layer."""
-        if row_experts(self.cache) is not None and expert_ids is not None:
-            row_experts(self.cache).expert_ids = expert_ids
         self.length = self.cache.get_seq_length()
         per_stream, streams = self.model.num_layers_per_stream, self.strategy.num_streams
         if any(layer.keys is None for layer in self.cache.layers[: streams * per_stream]):
             self.cache.batch_repeat_interleave(copies)
             raise NotCapturable("layers that the config counts and the base model does not have")
+        if row_experts(self.cache) is not None and expert_ids is not None:
+            row_experts(self.cache).expert_ids = expert_ids
         for index in range(per_stream):
             layers = self.cache.layers[index : streams * per_stream : per_stream]
             self.layers.append(
                 self.store.take(index, layers, copies, self.length, self.generation_config.max_length)
             )
 
-    def __call__(self, input_ids: torch.Tensor, **arguments) -> MoeCausalLMOutputWithPast:
+    def __call__(self, **arguments) -> MoeCausalLMOutputWithPast:
         if self.why_not or self.store.reason:
-            return self.model(input_ids=input_ids, **arguments)
+            return self.model(**arguments)
+        input_ids = arguments["input_ids"]
         try:
             if self.graph is None:
-                self._start(input_ids, **arguments)
+                self._start(**arguments)
             elif self.length == self.graph.capacity:
                 self.grow()
             self.graph.input_ids.copy_(input_ids)
@@ -604,14 +608,14 @@ class GraphStore:
         if seen == self.seen and is_known:
             return
         self.forget()
-        self.seen, self.code = seen, [weakref.ref(part) for part in code]
         reason = why_not_kernels(model)
         if reason is None:
             self.step = KernelStep(model)
-            return
-        self.reason = ForwardStep.why_not(model)
-        if self.reason is None:
-            self.step = ForwardStep(model, reason)
+        else:
+            self.reason = ForwardStep.why_not(model)
+            if self.reason is None:
+                self.step = ForwardStep(model, reason)
+        self.seen, self.code = seen, [weakref.ref(part) for part in code]  # last: making a step may fail
 
     def why_not_text(self, generation_config: GenerationConfig, arguments: dict) -> str | None:
         """Say whether drafts are not for the step, or a text may become longer than it checks."""

@@ -888,9 +888,11 @@ class ForwardStep:
     def both_logits(self, both: Pass, reading: Pass, routed: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute both in one pass: see `KernelStep`."""
         model = self._model()
-        with outputs_of(model.foundation_body) as outputs:
+        decoder = model.foundation.get_decoder()
+        with outputs_of(model.foundation_body) as of_body, outputs_of(decoder) as of_decoder:
             logits = self._forward(model.foundation, both).logits
-        (hidden,) = (output[0] for output in outputs)
+        (output,) = of_body or of_decoder  # OPT's and BART's heads call the decoder in their body alone
+        hidden = output[0]
         return logits[reading.rows :, -1], model.router(hidden[: reading.rows])[:, -1]
 
     def _forward(self, body: Callable, run: Pass):

@@ -4,10 +4,12 @@ The kernels are in `test_decode_step.py`, captured steps in `test_captured_steps
 """
 
 import copy
+import functools
 import gc
 import pickle
 import threading
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,7 +28,15 @@ from helpers_models import (
 )
 from helpers_slow import slow_but
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import GPT2Config, MistralConfig, OPTConfig, Qwen2Config, StoppingCriteria
+from transformers import (
+    BartConfig,
+    GenerationMixin,
+    GPT2Config,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    StoppingCriteria,
+)
 from transformers.cache_utils import DynamicLayer
 
 
@@ -186,6 +196,68 @@ def test_base_models_that_the_kernels_do_not_know(steps, kind):
         expected, found = default_and_fast(model, routing_strategy=strategy)
         assert found.tolist() == expected.tolist()
     assert len(steps) == 3 * 11
+
+
+@pytest.mark.parametrize("kind", [OPTConfig, BartConfig])
+def test_speculation_where_a_head_calls_a_part_of_its_body(steps, monkeypatch, kind):
+    monkeypatch.setattr(fast, "SPECULATION_PAYS", 0.0)
+    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    names = [f"model.decoder.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    model = build(kind(**{**SIZES, **sizes, "decoder_ffn_dim": 48}), experts, seed=5)
+    expected, found = default_and_fast(model, routing_strategy="router")
+    assert found.tolist() == expected.tolist()
+    assert len(steps) == steps[0].speculated == 11
+
+
+@pytest.mark.parametrize("strategy", slow_but("best", of=STRATEGIES))
+@pytest.mark.parametrize("copies", [1, 2])
+def test_layers_that_the_config_counts_and_the_base_model_lacks(steps, told, strategy, copies):
+    config = BartConfig(
+        **{**SIZES, "num_hidden_layers": 4, "decoder_layers": 2, "decoder_attention_heads": 4}
+    )
+    names = [f"model.decoder.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    experts = [{"name": name, "r": 4, "target_modules": names} for name in ("one", "two")]
+    wanted = {"routing_strategy": strategy, "do_sample": copies > 1, "num_return_sequences": copies}
+    expected, found = default_and_fast(build(config, experts, seed=5), **wanted)
+    assert found.tolist() == expected.tolist() and not steps
+    assert "layers that the config counts" in told[-1]
+
+
+def test_inputs_that_are_prepared_another_way(steps, monkeypatch):
+    """The model is refused behind its prompt, and gets whatever the caller's own code made for it."""
+    model = build(seed=7)
+    expected = model.generate(**BATCH, **GREEDY, fast_decoding=False)
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_embeddings(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+        return inputs
+
+    monkeypatch.setitem(vars(model), "prepare_inputs_for_generation", prepare_embeddings)
+    assert model.generate(**BATCH, **GREEDY).tolist() == expected.tolist() and not steps
+
+
+@pytest.mark.parametrize("other", [SAMPLED, {"prompt_lookup_num_tokens": 2, "eos_token_id": 10_000}], ids=str)
+def test_settings_that_transformers_changes_while_it_decodes(steps, monkeypatch, other):
+    """On a GPU, how a base model computes its own experts; before a prompt the model is the same as behind it."""
+
+    @contextmanager
+    def optimize(model):
+        before = model.foundation.config._experts_implementation
+        model.foundation.set_experts_implementation("batched_mm")
+        yield
+        model.foundation.set_experts_implementation(before)
+
+    monkeypatch.setattr(GenerationMixin, "_optimize_model_for_decode", optimize)
+    made, make = [], fast.ForwardStep.__init__
+    monkeypatch.setattr(fast.ForwardStep, "__init__", lambda *args: (made.append(args), make(*args))[1])
+    model, one = build_other("qwen3-moe"), {name: rows[:1] for name, rows in BATCH.items()}
+    for arguments in ({}, other, {}, other):
+        model.generate(**one, **{**GREEDY, **arguments}, routing_strategy="single:1")
+    assert len(made) == 1 and steps
 
 
 def test_double_precision(steps):
@@ -543,7 +615,7 @@ def test_a_few_rows_that_speculate(steps, monkeypatch, router_input):
 # What breaks off, and who else decodes
 
 
-@pytest.mark.parametrize("where", ["prompt", "start", "step"])
+@pytest.mark.parametrize("where", ["prompt", "look", "start", "step"])
 @pytest.mark.parametrize("strategy", slow_but("router", of=["uniform", "single:1", "router"]))
 def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, where):
     def out_of_memory(*args, **kwargs):
@@ -554,6 +626,8 @@ def test_a_call_that_breaks_off_spoils_no_other(steps, monkeypatch, strategy, wh
         if where == "prompt":
             layer = model.foundation.get_submodule("model.layers.1.self_attn.v_proj.base_layer")
             patch.setitem(vars(layer), "forward", out_of_memory)
+        elif where == "look":
+            patch.setattr(fast.ForwardStep, "__init__", out_of_memory)
         elif where == "start":
             patch.setattr(fast.DecodeGraph, "place", out_of_memory)
         else:
