@@ -226,14 +226,15 @@ class FastDecodingMixin:
             self._tell_once(reason, store)
             yield None
             return
+        decoding = Decoding(self, store, generation_config, arguments)
         try:
             # Triton and streams go by the current GPU.
             with torch.cuda.device_of(next(self.parameters())):
-                _call.decoding = Decoding(self, store, generation_config, arguments)
-                yield _call.decoding
+                _call.decoding = decoding
+                yield decoding
         finally:
             _call.decoding = None
-            store.lock.release()
+            decoding.release()
 
     def _tell_once(self, reason: str | None, store: "GraphStore") -> None:
         """Log once a reason how decode steps are computed."""
@@ -303,12 +304,12 @@ class Decoding:
 
     Args:
         model: the routed model.
-        store: its decode graphs; the caller holds the lock.
+        store: its decode graphs; the caller has taken the lock, and `release` gives it back.
         generation_config, arguments: of this `generate`, and the model's in it.
     """
 
     def __init__(self, model, store: "GraphStore", generation_config: GenerationConfig, arguments: dict):
-        self.model, self.store = model, store
+        self.model, self.store, self.has_lock = model, store, True
         self.generation_config, self.arguments = generation_config, arguments
         self.strategy = model.routing_strategy(arguments["routing_strategy"])
         self.returns_routing = bool(arguments.get("output_router_logits"))
@@ -326,13 +327,19 @@ class Decoding:
         survey = Survey(self.model)
         reason = why_not_model(self.model, survey)
         if reason is None:
-            with (
-                self.model._optimize_model_for_decode()
-            ):  # which changes settings, and is on behind the prompt
+            with self.model._optimize_model_for_decode():  # whose settings are those behind the prompt
                 self.store.look_at(self.model, survey)
             reason = self.store.reason or self.store.why_not_text(self.generation_config, self.arguments)
         self.model._tell_once(reason, self.store)
+        if reason is not None:
+            self.release()
         return reason
+
+    def release(self) -> None:
+        """Let other threads decode fast, and memory be freed."""
+        if self.has_lock:
+            self.has_lock = False
+            self.store.lock.release()
 
     def copies_of_prompts(self, rows: int, generation_config: GenerationConfig, arguments: dict) -> int:
         """Return how many rows each prompt has that are the same in everything."""

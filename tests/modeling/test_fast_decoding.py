@@ -415,6 +415,23 @@ def test_a_prompt_is_the_default_path_s(steps, monkeypatch):
     assert len(steps) == 2
 
 
+def test_a_call_that_is_refused_keeps_no_other_from_decoding_fast(steps):
+    """For the rest of it: another thread, with no autocast for instance, may decode, and memory is freed."""
+    model, free = build(seed=7), []
+    handle = model.register_forward_hook(lambda *args: None)
+
+    class Look(Streamer):
+        def put(self, value):
+            store = vars(model).get("_decode_graphs")
+            free.append(store is None or not store.lock.locked())
+
+    model.generate(**{name: rows[:1] for name, rows in BATCH.items()}, **GREEDY, streamer=Look())
+    assert not steps and free == [True, False, *[True] * 11]  # it has the lock until the first token
+    handle.remove()
+    model.generate(**BATCH, **GREEDY)
+    assert steps and not model._decode_graphs.lock.locked()
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_hook_sees_every_row_of_a_prompt(steps, copies):
     model, rows = build(seed=7), []
