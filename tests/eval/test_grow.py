@@ -97,7 +97,7 @@ def repo(tmp_path_factory) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     model.eval().save_adapters(folder / "adapters")
-    export(folder / "adapters" / "lower", folder / "repo", base_model=str(folder / "base"))
+    export(folder / "adapters" / "lower", folder / "repo", base_model=str(folder / "base"), verify=False)
     return folder / "repo"
 
 

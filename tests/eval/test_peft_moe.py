@@ -17,6 +17,7 @@ import evalplus.provider
 import pytest
 from helpers_checkpoints import change_json, save_adapters
 from helpers_readme import ROOT, section
+from helpers_slow import slow_but
 from wandb_server import Artifact, WandbServer
 
 from dylora_moe import hub_export
@@ -110,6 +111,7 @@ def test_a_loop_over_strategies_loads_the_model_once_and_makes_what_each_makes_a
     assert len(loads) == 1 + len(STRATEGIES)
 
 
+@pytest.mark.slow
 def test_only_the_last_model_is_kept(checkpoint, own_cache, bare, tmp_path, loads):
     options = {"routing_strategy": "base", "backend": "peft_moe", **SMALL}
     run_codegen(model=checkpoint, root=tmp_path / "first", **options)
@@ -204,7 +206,7 @@ def test_evalplus_in_this_process_takes_the_backend(checkpoint, tmp_path, regist
         evalplus.provider.make_model(str(tmp_path / "nothing"), "hf", "humaneval")
 
 
-@pytest.mark.parametrize("exported", [False, True], ids=["checkpoint", "repo"])
+@pytest.mark.parametrize("exported", slow_but(True, of=[False, True]), ids=["checkpoint", "repo"])
 def test_the_python_that_people_copy(checkpoint, own_cache, tmp_path, registered, monkeypatch, exported):
     """As one writes it, in a folder that holds `trained_model`."""
     copy = loading.find_model(checkpoint).folder if exported else checkpoint

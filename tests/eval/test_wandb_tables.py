@@ -163,6 +163,7 @@ def test_without_the_sdk_one_line_says_what_to_install(folder, monkeypatch):
         log_to_wandb(folder, "routers")
 
 
+@pytest.mark.slow
 def test_without_a_key_nobody_is_asked_for_one(folder, tmp_path):
     pytest.importorskip("wandb.sdk", reason="the SDK is optional")
     done = log(folder, tmp_path, WANDB_BASE_URL="http://127.0.0.1:9")

@@ -5,6 +5,7 @@ import torch
 import transformers
 from helpers_checkpoints import change_json, save_router, save_tokenizer, write_json
 from helpers_moe import SIZES, moe_model
+from helpers_slow import slow_but
 from helpers_stacked import gpt_oss, random_weights, write_new_adapter, write_old_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -111,7 +112,7 @@ def adapters(foundation, kind, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("adapter", of=["full", "adapter"]))
 def test_every_expert_computes_what_peft_computes(quick_check, adapters, foundation, tmp_path, layout):
     assert inspect(list(adapters.values())).missing == []
     result = export(list(adapters.values()), tmp_path / "out", layout=layout)
@@ -126,7 +127,9 @@ def test_every_expert_computes_what_peft_computes(quick_check, adapters, foundat
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"], indirect=True)
-@pytest.mark.parametrize("layouts", [("full", "adapter"), ("adapter", "full")])
+@pytest.mark.parametrize(
+    "layouts", slow_but(("full", "adapter"), of=[("full", "adapter"), ("adapter", "full")])
+)
 def test_a_repo_is_read_again(quick_check, adapters, tmp_path, layouts):
     first = export(list(adapters.values()), tmp_path / "first", layout=layouts[0], verify=False).output_dir
     assert export(first, tmp_path / "again", layout=layouts[1]).check.passed

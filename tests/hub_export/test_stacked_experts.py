@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers_checkpoints import change_json, save_router, save_tokenizer, write_json
 from helpers_moe import SIZES, moe_model
+from helpers_slow import slow_but
 from helpers_stacked import gpt_oss, nemotron, with_old_adapter, write_new_adapter, write_old_adapter
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
@@ -76,7 +77,7 @@ def expected(adapters, foundation, kind):
     return logits
 
 
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("adapter", of=["full", "adapter"]))
 def test_every_expert_computes_what_peft_computes(
     quick_check, adapters, foundation, expected, tmp_path, layout
 ):
@@ -91,7 +92,9 @@ def test_every_expert_computes_what_peft_computes(
             assert_same(of_peft(foundation, result.output_dir, subfolder=f"experts/{name}"), expected[name])
 
 
-@pytest.mark.parametrize("layouts", [("full", "adapter"), ("adapter", "full")])
+@pytest.mark.parametrize(
+    "layouts", slow_but(("full", "adapter"), of=[("full", "adapter"), ("adapter", "full")])
+)
 def test_a_repo_is_read_again(quick_check, adapters, tmp_path, layouts):
     first = export(list(adapters.values()), tmp_path / "first", layout=layouts[0], verify=False).output_dir
     assert export(first, tmp_path / "again", layout=layouts[1]).check.passed
@@ -144,7 +147,7 @@ def mixtral(tmp_path_factory):
 
 
 @pytest.mark.parametrize("matrices", [(0, 1), (2,)], ids=["w1 and w3", "w2"])
-@pytest.mark.parametrize("layout", ["full", "adapter"])
+@pytest.mark.parametrize("layout", slow_but("full", of=["full", "adapter"]))
 def test_one_of_the_two_parameters_by_old_names(quick_check, mixtral, tmp_path, matrices, layout):
     """PEFT reads w1 and w3 only beside w2, and leaves them out without an error where they are alone."""
     adapter = write_old_adapter(

@@ -169,7 +169,7 @@ def test_replacements_that_come_and_go_one_after_the_other(monkeypatch, scaled):
     assert len(model._decode_graphs.graphs) == 1
 
 
-@pytest.mark.parametrize("strategy", ["router", "uniform", "ensemble"])
+@pytest.mark.parametrize("strategy", slow_but("router", of=["router", "uniform", "ensemble"]))
 def test_a_default_dtype_that_is_another_at_the_first_call(strategy):
     model = build(seed=7)
     inputs = left_padded(random_rows((9, 5, 7), seed=2))
@@ -397,7 +397,7 @@ def test_captured_steps_of_prompt_lookup_keep_what_the_cache_has(monkeypatch, st
     assert CapturedGraph.replays > 0
 
 
-@pytest.mark.parametrize("new", [1, 2, 4, 9])
+@pytest.mark.parametrize("new", slow_but(1, 4, of=[1, 2, 4, 9]))
 def test_captured_steps_of_prompt_lookup_have_room_for_drafts(monkeypatch, new):
     """Where the text ends before the last drafts would."""
     look_up_on_a_cpu(monkeypatch, fast)
