@@ -3,7 +3,8 @@
 transformers' own loop stays, with its logits processors, stopping criteria and streamers, and so does its
 prefill; only the model's forward of a decode step is replaced by the replay of a CUDA graph. The step is
 computed by kernels for a table of families, and for other base models by their own forward over a static KV
-cache (`fast_step_dylora_moe`). `why_not` says where neither applies.
+cache (`fast_step_dylora_moe`). `why_not` says where neither applies. No prompt waits for this: what has to be
+looked at before a graph may run is looked at behind the first token (`Decoding.why_not`).
 
 A decode graph is for a kind of strategy, a batch size and a cache capacity. Its state (tokens, positions,
 experts) lies in tensors that a step reads and moves on. Streams lie one after the other in the rows of the KV
@@ -315,9 +316,8 @@ class Decoding:
         self.returns_routing = bool(arguments.get("output_router_logits"))
         self.cache: DynamicCache = arguments[CACHE]
         self.graph: DecodeGraph | None = None
-        self.layers: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # `[streams * batch, heads, capacity, size]`
+        # Keys and values of every layer, `[streams * batch, heads, capacity, head_size]`.
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.length = 0
         self.asked_with: dict = {}  # what the last step's inputs were made of
 

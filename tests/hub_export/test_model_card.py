@@ -370,7 +370,7 @@ def test_honest_names_stand_as_they_are(name):
     assert as_markdown_code(name) == f"`{name}`"
 
 
-def test_scores_of_a_router_go_with_it(tmp_path, checkpoint):
+def test_scores_of_a_router_go_with_it(quick_check, tmp_path, checkpoint):
     """What another gate or router mode no longer gives; the others, and what a person wrote, stay."""
     results = [
         f"{strategy}={evalplus_results(tmp_path / f'{strategy}_eval_results.json', 3)}"
@@ -410,7 +410,7 @@ def test_scores_of_a_router_go_with_it(tmp_path, checkpoint):
     with pytest.warns(DyloraMoeWarning, match="scores of `router` and `best` were left out"):
         write_with_gate(open_folder(repo), tmp_path / "fitted", gate, {"router_mode": "sparse"})
     assert said(tmp_path / "fitted") == ({"base"},) * 3
-    only = export(checkpoint, tmp_path / "only", results=results[:2], verify=False).output_dir
+    only = export(checkpoint, tmp_path / "only", results=results[:2]).output_dir
     write_with_gate(open_folder(only), tmp_path / "none", gate, {})
     text = (tmp_path / "none" / "README.md").read_text()
     assert "## Results" not in text and "model-index" not in text
