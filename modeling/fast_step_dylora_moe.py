@@ -891,7 +891,7 @@ class ForwardStep:
         decoder = model.foundation.get_decoder()
         with outputs_of(model.foundation_body) as of_body, outputs_of(decoder) as of_decoder:
             logits = self._forward(model.foundation, both).logits
-        (output,) = of_body or of_decoder  # OPT's and BART's heads call the decoder in their body alone
+        (output,) = of_body or of_decoder  # the heads of OPT and BART call the decoder, a part of their body
         hidden = output[0]
         return logits[reading.rows :, -1], model.router(hidden[: reading.rows])[:, -1]
 
